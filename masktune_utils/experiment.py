@@ -1,0 +1,392 @@
+"""One experiment: its settings, where its artefacts live, and loading them or making them.
+
+Under `directory` (default: the repository root) lie
+
+    checkpoints/{dataset}/seed{seed}/CNN_checkpoint_base.pth
+    checkpoints/{dataset}/seed{seed}/CNN_checkpoint_finetuned_{method}_{param}.pth
+    checkpoints/{dataset}/seed{seed}/CNN_saliency_{cam}.pth
+    figures/{dataset}/seed{seed}/*.png
+    results/{dataset}/seed{seed}/*.json
+    runs/{dataset}/seed{seed}/*.ipynb
+
+and every other setting that is not the default is written into the name of the folder (where the base model depends on
+it) or of the file (where only fine-tuning does), so that different settings never share a file.
+"""
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, get_type_hints
+
+import torch
+from torch import Tensor
+
+from masktune_utils import data, masking, saliency, training
+from masktune_utils.models import SmallCNN, new_model
+
+REPOSITORY = Path(__file__).parents[1]
+RUNTIME = ("directory", "device", "retrain")  # where and how; they decide no result
+FINETUNE = ("cam", "method", "param", "upsample", "finetune_optimizer", "finetune_lr")  # the base model ignores them
+IN_PATH = ("dataset", "seed", "method", "param")  # always written into the path
+CHOICES = {
+    "dataset": data.DATASETS,
+    "placement": data.PLACEMENTS,
+    "cam": saliency.CAMS,
+    "upsample": masking.UPSAMPLES,
+    "finetune_optimizer": training.OPTIMIZERS,
+}
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "limit": (20, 50_000),
+    "square_size": (1, 28),
+    "epochs": (1, 10_000),
+    "batch_size": (2, 60_000),
+    "lr": (1e-8, 10),
+    "momentum": (0, 1),
+    "weight_decay": (0, 1),
+    "lr_decay_epochs": (1, 10_000),
+    "lr_decay_factor": (1e-8, 1),
+    "finetune_lr": (1e-8, 10),
+}
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint of this project, is damaged, or was made with other settings."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of an experiment, checked when it is made.
+
+    Raises:
+        TypeError: for a value of the wrong type.
+        ValueError: for a value that is not allowed; the message names the setting, the value and what is allowed.
+    """
+
+    directory: str = ""  # where artefacts go; "" is the repository root
+    device: str = "auto"
+    retrain: bool = False  # train again, and replace what is saved, even where a matching checkpoint exists
+    dataset: str = "auto"
+    seed: int = 0
+    limit: int | None = None
+    square_size: int = 6
+    square_color: str = "blue"
+    placement: str = "random"
+    epochs: int = 50
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    lr_decay_epochs: int = 25
+    lr_decay_factor: float = 0.5
+    cam: str = "XGradCAM"
+    method: str = "top_k"
+    param: float = 0.1
+    upsample: str = "bilinear"
+    finetune_optimizer: str = "sgd"
+    finetune_lr: float | None = None  # None: the rate that the base model's training ended with
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+        for name, allowed in CHOICES.items():
+            data.check_choice(name, getattr(self, name), allowed)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; allowed: {low:g} to {high:g}.")
+        if self.limit is not None and self.limit % 10:
+            raise ValueError(f"limit is {self.limit}; allowed: a multiple of 10, for as many images of each digit.")
+        data.rgb(self.square_color)
+        masking.check_method(self.method, self.param)
+        training.resolve_device(self.device)
+
+    def identity(self, *, base: bool) -> dict[str, Any]:
+        """The settings that decide what a model becomes; of the base model, without those of fine-tuning."""
+        left_out = RUNTIME + FINETUNE if base else RUNTIME
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+
+    def _unusual(self, names: tuple[str, ...]) -> str:
+        return "".join(
+            f"_{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.name in names and field.name not in IN_PATH and getattr(self, field.name) != field.default
+        )
+
+    def folder(self, kind: str) -> Path:
+        """Folder of this experiment among the `checkpoints`, `figures`, `results` or `runs`."""
+        name = f"seed{self.seed}{self._unusual(tuple(self.identity(base=True)))}"
+        return Path(self.directory or REPOSITORY) / kind / self.dataset / name
+
+    @property
+    def configuration(self) -> str:
+        """Name of the fine-tuned model: `{method}_{param}` and whatever is not the default."""
+        return f"{self.method}_{self.param}{self._unusual(FINETUNE)}"
+
+    def checkpoint_path(self, configuration: str) -> Path:
+        """Where the model of a `configuration`, or `base`, lies."""
+        name = configuration if configuration == "base" else f"finetuned_{configuration}"
+        return self.folder("checkpoints") / f"CNN_checkpoint_{name}.pth"
+
+    @property
+    def saliency_path(self) -> Path:
+        return self.folder("checkpoints") / f"CNN_saliency_{self.cam}.pth"
+
+
+def _typed(name: str, value: object, kind: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(0.0, kind):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} is {value!r}; allowed: {getattr(kind, '__name__', kind)}.")
+    return value
+
+
+def resolve(settings: Settings) -> Settings:
+    """The same settings with `dataset="auto"` replaced by the digits that are really used; see `data.resolve_dataset`."""
+    return dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
+
+
+def from_notebook(namespace: dict[str, Any]) -> Settings:
+    """Check a notebook's parameters and make them into settings, right after its cell of parameters.
+
+    Papermill only warns of a parameter that the notebook does not have; here it is refused.
+
+    Args:
+        namespace: the notebook's `globals()`.
+
+    Raises:
+        TypeError: as `Settings`.
+        ValueError: as `Settings`, and for an unknown parameter.
+    """
+    history = [source for source in namespace["In"] if source]
+    injected = next((i for i, source in enumerate(history) if source.startswith("# Parameters\n")), None)
+    if injected:
+        known = _assigned(history[injected - 1])
+        if unknown := [name for name in _assigned(history[injected]) if name not in known]:
+            raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has: {', '.join(known)}.")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = resolve(Settings(**{name: namespace[name] for name in names if name in namespace}))
+    print(f"Digits: {settings.dataset}. Seed: {settings.seed}. Device: {training.resolve_device(settings.device)}.")
+    return settings
+
+
+def _assigned(source: str) -> list[str]:
+    statements = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for node in statements for target in node.targets if isinstance(target, ast.Name)]
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when all is written, and leaves no trace otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small result; the file is there whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote, or None where there is no such file."""
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def weights_sha256(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, model: SmallCNN, settings: dict[str, Any], history: list[dict[str, float]]) -> None:
+    """Save a model with its settings, its history and the SHA-256 of its weights.
+
+    The file depends on nothing else, so that the same run on the same machine writes the same bytes.
+
+    Args:
+        path: the file; it is replaced when all is written.
+        model: the model.
+        settings: what made it, as plain values.
+        history: what `training.train` returned.
+    """
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = {"state_dict": state_dict, "settings": settings, "history": history, "sha256": weights_sha256(state_dict)}
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The dict in a file of torch.save; no code in it is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has no error class of its own for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
+    return content
+
+
+def load_checkpoint(
+    path: str | Path, settings: dict[str, Any] | None = None, device: str | torch.device = "cpu"
+) -> tuple[SmallCNN, dict[str, Any]]:
+    """Load a model, and refuse it if anything is wrong; no code in the file is run.
+
+    Args:
+        path: a file of `save_checkpoint`, or, if `settings` is None, a plain state dict of a SmallCNN.
+        settings: what the model must have been made with.
+        device: where the model is to lie.
+
+    Returns:
+        The model, in evaluation mode, and what else the file holds: `settings`, `history`, `sha256` (of a plain state
+        dict the SHA-256 alone).
+
+    Raises:
+        CheckpointError: a damaged file, a foreign one, or one made with other settings; the message names the file and
+            what is wrong.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    content = _read(path)
+    if settings is None and content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"state_dict": content, "sha256": weights_sha256(content)}
+    elif missing := {"state_dict", "settings", "history", "sha256"} - set(content):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(missing))}.")
+    if not all(isinstance(value, Tensor) for value in content["state_dict"].values()):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its state dict holds more than tensors.")
+    if weights_sha256(content["state_dict"]) != content["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its weights do not have the SHA-256 that it records. Delete it.")
+    for name, value in (settings or {}).items():
+        if content["settings"].get(name) != value:
+            raise CheckpointError(
+                f"{path} was made with {name} = {content['settings'].get(name)!r}, not {value!r}. Use retrain = True to "
+                "replace it, or another directory."
+            )
+    model = SmallCNN()
+    try:
+        model.load_state_dict(content.pop("state_dict"))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit SmallCNN: {error}") from error
+    return model.to(device, memory_format=torch.channels_last).eval(), content
+
+
+def load_data(settings: Settings) -> data.BiasedMNIST:
+    """The three sets of the experiment, on its device."""
+    names = ("dataset", "seed", "limit", "square_size", "square_color", "placement")
+    return data.load(
+        **{name: getattr(settings, name) for name in names}, device=training.resolve_device(settings.device)
+    )
+
+
+def base_model(settings: Settings, train: data.Split, retrain: bool = False) -> tuple[SmallCNN, list[dict[str, float]]]:
+    """The ERM model: loaded where it is saved, trained and saved otherwise.
+
+    Args:
+        settings: the experiment.
+        train: the biased training set.
+        retrain: train and save it again in any case.
+
+    Returns:
+        The model, in evaluation mode, and its history, see `training.train`.
+
+    Raises:
+        CheckpointError: what is saved is damaged, foreign, or made with other settings.
+    """
+    names = ("epochs", "batch_size", "lr", "momentum", "weight_decay", "lr_decay_epochs", "lr_decay_factor", "seed")
+
+    def make() -> tuple[SmallCNN, list[dict[str, float]]]:
+        model = new_model(settings.seed, train.labels.device)
+        return model, training.train(
+            model, train, description="ERM", **{name: getattr(settings, name) for name in names}
+        )
+
+    return _saved_or_made(settings.checkpoint_path("base"), settings.identity(base=True), train, retrain, make)
+
+
+def finetuned_model(
+    settings: Settings, base: SmallCNN, masked: masking.MaskedDataset, retrain: bool = False
+) -> tuple[SmallCNN, list[dict[str, float]]]:
+    """The base model after ONE epoch on the masked images (MaskTune): loaded where it is saved, made otherwise.
+
+    The learning rate is `finetune_lr`, or the one that the base model's schedule ended with.
+
+    Args:
+        settings: the experiment.
+        base: the ERM model; it is left as it is.
+        masked: the masked training set.
+        retrain: fine-tune and save it again in any case.
+
+    Returns:
+        The model, in evaluation mode, and its history of one epoch.
+
+    Raises:
+        CheckpointError: what is saved is damaged, foreign, or made with other settings or from another base model.
+    """
+    names = ("batch_size", "momentum", "weight_decay", "seed")
+    identity = settings.identity(base=False) | {"base_sha256": weights_sha256(base.state_dict())}
+    rate = settings.finetune_lr or settings.lr * settings.lr_decay_factor ** (
+        settings.epochs // settings.lr_decay_epochs
+    )
+
+    def make() -> tuple[SmallCNN, list[dict[str, float]]]:
+        model = copy.deepcopy(base)
+        fixed = {name: getattr(settings, name) for name in names}
+        optimizer = {"optimizer": settings.finetune_optimizer, "lr": rate}
+        return model, training.train(model, masked, epochs=1, description=settings.configuration, **optimizer, **fixed)
+
+    return _saved_or_made(settings.checkpoint_path(settings.configuration), identity, masked, retrain, make)
+
+
+def _saved_or_made(
+    path: Path, identity: dict[str, Any], dataset: training.Batches, retrain: bool, make: Callable
+) -> tuple[SmallCNN, list[dict[str, float]]]:
+    if retrain or not path.exists():
+        model, history = make()
+        save_checkpoint(path, model, identity, history)
+    model, checkpoint = load_checkpoint(path, identity, dataset.labels.device)
+    return model, checkpoint["history"]
+
+
+def training_saliency(settings: Settings, base: SmallCNN, train: data.Split) -> Tensor:
+    """Saliency maps of the training set, N×8×8, computed once per base model and kept beside its checkpoint.
+
+    Args:
+        settings: the experiment.
+        base: the ERM model.
+        train: the biased training set.
+    """
+    made_from = {"base_sha256": weights_sha256(base.state_dict()), "cam": settings.cam}
+    path = settings.saliency_path
+    with contextlib.suppress(FileNotFoundError, CheckpointError):
+        cached = _read(path)
+        if cached.get("made_from") == made_from and cached["sha256"] == weights_sha256({"maps": cached["maps"]}):
+            return cached["maps"].to(train.labels.device)
+    maps = saliency.saliency_maps(base, train.images, train.labels, settings.cam)
+    kept = maps.cpu()
+    with atomic_write(path) as file:
+        torch.save({"maps": kept, "made_from": made_from, "sha256": weights_sha256({"maps": kept})}, file)
+    return maps

@@ -1,0 +1,189 @@
+"""From saliency maps to masks, and from masks to the masked training set (MaskTune, section 3, equation 1).
+
+A mask is True, or 1, where the image is to be hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from masktune_utils.data import Split, check_choice
+
+PARAM_RANGES = {  # the parameter of each method; at the upper end `threshold` and `mean` hide nothing
+    "threshold": (0.0, 1.0),
+    "top_k": (0.0, 1.0),
+    "mean": (0.0, 64.0),
+}
+METHODS = tuple(PARAM_RANGES)
+UPSAMPLES = ("bilinear", "nearest", "map")
+
+
+def check_method(method: str, param: float) -> None:
+    """Refuse an unknown method, or a parameter outside its range.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    check_choice("method", method, METHODS)
+    low, high = PARAM_RANGES[method]
+    if not low <= param <= high:
+        raise ValueError(f"param is {param!r}; allowed for method {method!r}: {low:g} to {high:g}.")
+
+
+def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
+    """Turn saliency maps `s` into hard masks of the same size.
+
+    Args:
+        saliency_map: ...×H×W, in [0, 1]; a tensor or a NumPy array.
+        method: `threshold` hides where `s > param`; `top_k` where `s` exceeds its (1 − param) quantile (linear
+            interpolation), that is, about the share `param` of the pixels; `mean` where `s > param · mean(s)`.
+        param: the method's parameter: 0–1 for `threshold` and `top_k`, 0–64 for `mean`.
+
+    Returns:
+        ...×H×W, bool, True where the image is to be hidden. A map that is zero everywhere hides nothing.
+
+    Raises:
+        ValueError: for an unknown method or a parameter outside its range.
+    """
+    check_method(method, param)
+    saliency_map = torch.as_tensor(saliency_map)
+    pixels = saliency_map.flatten(-2)
+    if method == "threshold":
+        return saliency_map > param
+    if method == "top_k":
+        limit = pixels.quantile(1 - param, dim=-1)
+    else:
+        limit = param * pixels.mean(dim=-1)
+    return saliency_map > limit[..., None, None]
+
+
+def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """Bring masks or maps, ...×h×w, to the size of the images, ...×H×W, as float32 (half-pixel centres)."""
+    if maps.shape[-2:] == size:
+        return maps.float()
+    flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
+    return F.interpolate(flat, size=size, mode=mode).reshape(*maps.shape[:-2], *size)
+
+
+def apply_mask(images: Tensor, mask: Tensor, upsample: str = "bilinear") -> Tensor:
+    """Multiply images by 1 − mask, after bringing the mask to their size.
+
+    Args:
+        images: ...×C×H×W, float or uint8.
+        mask: ...×h×w, bool or in [0, 1].
+        upsample: `bilinear` gives soft edges, `nearest` hard ones; a mask of the images' own size is taken as it is.
+
+    Returns:
+        The masked images, of the same type.
+    """
+    check_choice("upsample", upsample, ("bilinear", "nearest"))
+    hidden = resize(torch.as_tensor(mask), tuple(images.shape[-2:]), upsample).unsqueeze(-3)
+    masked = images * (1 - hidden)
+    return masked if images.is_floating_point() else masked.round().to(images.dtype)
+
+
+def image_masks(
+    saliency_map: Tensor, method: str, param: float, upsample: str = "bilinear", size: tuple[int, int] = (28, 28)
+) -> Tensor:
+    """Masks at the size of the images.
+
+    Args:
+        saliency_map: ...×h×w, in [0, 1].
+        method: see `create_mask`.
+        param: see `create_mask`.
+        upsample: how the mask gets from the map's size to the image's. `bilinear`: the mask is resized, its edges are
+            soft. `nearest`: the mask is resized, its edges are hard. `map`: the map is resized bilinearly and the rule
+            applied to that, with hard edges (the order of the authors' code).
+        size: H, W of the images.
+
+    Returns:
+        ...×H×W float32 in [0, 1], 1 where the image is hidden.
+    """
+    check_choice("upsample", upsample, UPSAMPLES)
+    if upsample == "map":
+        return create_mask(resize(saliency_map, size), method, param).float()
+    return resize(create_mask(saliency_map, method, param), size, upsample)
+
+
+@dataclass(frozen=True)
+class MaskedDataset:
+    """A split whose images are masked batch by batch, so that only the small saliency maps are kept; see `mask_dataset`."""
+
+    split: Split
+    saliency_map: Tensor
+    method: str
+    param: float
+    upsample: str
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.split.labels
+
+    def masks(self, index: Tensor | slice) -> Tensor:
+        """B×28×28 float32 in [0, 1], 1 where the image is hidden."""
+        return image_masks(self.saliency_map[index], self.method, self.param, self.upsample)
+
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Masked images as float32 in [0, 1], B×3×28×28, and their labels, B."""
+        images, labels = self.split.batch(index)
+        return apply_mask(images, self.masks(index)), labels
+
+
+def mask_dataset(
+    split: Split, saliency_map: Tensor, method: str, param: float, upsample: str = "bilinear"
+) -> MaskedDataset:
+    """Hide in every image of a split what its saliency map points at.
+
+    Args:
+        split: the images.
+        saliency_map: N×8×8, one an image.
+        method: see `create_mask`.
+        param: see `create_mask`.
+        upsample: see `image_masks`.
+
+    Returns:
+        A dataset whose `batch(index)` gives masked float images; float images of the whole set never exist.
+
+    Raises:
+        ValueError: for an unknown method or upsampling, a parameter outside its range, or too few or many maps.
+    """
+    check_method(method, param)
+    check_choice("upsample", upsample, UPSAMPLES)
+    if len(split) != len(saliency_map):
+        raise ValueError(f"{len(split)} images and {len(saliency_map)} saliency maps; give one map an image.")
+    return MaskedDataset(split, saliency_map, method, param, upsample)
+
+
+def hidden_shares(dataset: MaskedDataset, square_size: int, batch_size: int = 1000) -> dict[str, float]:
+    """How much of the square and how much of the rest a masking hides, in the images that carry the square.
+
+    Args:
+        dataset: the masked images.
+        square_size: side of the square in pixels.
+        batch_size: images at a time.
+
+    Returns:
+        `square`: mean share of the square's area that is hidden; `square_whole`: share of these images whose square
+        is hidden to more than 99 %; `rest`: mean share of everything outside the square that is hidden;
+        `digit`: mean share of the digit's ink (grey value outside the square) that is hidden. NaN where no image
+        carries a square.
+    """
+    index = dataset.split.has_square.nonzero()[:, 0]
+    shares = []
+    for part in index.split(batch_size):
+        hidden, ink = dataset.masks(part), dataset.split.batch(part)[0].mean(1)
+        inside = torch.zeros_like(hidden)
+        inside[:, :square_size, :square_size] = 1
+        square = (hidden * inside).sum((1, 2)) / inside.sum((1, 2))
+        rest = (hidden * (1 - inside)).sum((1, 2)) / (1 - inside).sum((1, 2))
+        ink = ink * (1 - inside)
+        shares.append(
+            torch.stack([square, (square > 0.99).float(), rest, (hidden * ink).sum((1, 2)) / ink.sum((1, 2))])
+        )
+    means = torch.cat(shares, dim=1).mean(1).tolist() if shares else [float("nan")] * 4
+    return dict(zip(("square", "square_whole", "rest", "digit"), means, strict=True))

@@ -1,0 +1,137 @@
+"""Figures. Every function returns a matplotlib Figure; `show` saves it as PNG and displays that very file."""
+
+import numpy as np
+import pandas as pd
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from masktune_utils.experiment import Settings, atomic_write
+
+CLASS_COLORS = ("#0072B2", "#E69F00")  # Okabe and Ito's blue and orange, told apart by colour-blind readers
+TEST_COLORS = {"raw": "#009E73", "biased": "#D55E00"}
+CLASS_NAMES = ("class 0 (digits 0–4)", "class 1 (digits 5–9)")
+
+
+def show(figure: Figure, settings: Settings, name: str) -> None:
+    """Save a figure as `figures/{dataset}/seed{seed}/{name}.png`, marked with its digits and seed, and display it."""
+    figure.text(1, 0, f"{settings.dataset}, seed {settings.seed}", ha="right", va="top", fontsize=7, color="0.45")
+    path = settings.folder("figures") / f"{name}.png"
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
+    display(Image(data=path.read_bytes(), retina=True, alt=name))
+
+
+def _axes(rows: int, columns: int, size: tuple[float, float], **kwargs) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def grid(columns: dict[str, Tensor], row_titles: list[str] | None = None, size: float = 1.25) -> Figure:
+    """A table of pictures.
+
+    Args:
+        columns: title → B×3×28×28 images, B×28×28 masks (white: hidden) or B×8×8 saliency maps (bright: salient), all
+            uint8 or in [0, 1].
+        row_titles: B titles.
+        size: of a picture, in inches.
+    """
+    rows = max(1, *map(len, columns.values()))
+    figure, axes = _axes(rows, len(columns), (size * len(columns) + 0.6, size * rows + 0.7))
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for ax, picture in zip(column, pictures.cpu(), strict=False):
+            if picture.ndim == 3:
+                ax.imshow(picture.permute(1, 2, 0))
+            else:
+                ax.imshow(picture, cmap="gray" if len(picture) == 28 else "magma", vmin=0, vmax=1)
+    for ax, title in zip(axes[:, 0], row_titles or [], strict=False):
+        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+    return figure
+
+
+def history(epochs: list[dict[str, float]]) -> Figure:
+    """Loss and accuracy on the training images over the epochs, see `training.train`."""
+    figure, ((left, right),) = _axes(1, 2, (8, 3))
+    x = [epoch["epoch"] for epoch in epochs]
+    left.plot(x, [epoch["loss"] for epoch in epochs], color="black", marker=".")
+    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", yscale="log")
+    right.plot(x, [100 * epoch["accuracy"] for epoch in epochs], color="black", marker=".")
+    right.set(xlabel="epoch", ylabel="training accuracy (%)")
+    return figure
+
+
+def digit_accuracy(accuracy: dict[str, list[float]]) -> Figure:
+    """Accuracy of each digit.
+
+    Args:
+        accuracy: name of a test set → ten accuracies in [0, 1].
+    """
+    figure, ((ax,),) = _axes(1, 1, (8, 3))
+    width = 0.8 / len(accuracy)
+    for k, (name, values) in enumerate(accuracy.items()):
+        x = np.arange(10) + (k - (len(accuracy) - 1) / 2) * width
+        ax.bar(x, 100 * np.array(values), width, color=TEST_COLORS[name], label=name)
+    ax.axvline(4.5, color="0.6", linestyle=":")
+    ax.set(xticks=range(10), xlabel="digit (0–4: class 0, 5–9: class 1)", ylabel="accuracy (%)", ylim=(0, 100))
+    figure.legend(loc="outside upper center", ncols=len(accuracy), frameon=False)
+    return figure
+
+
+def hidden_shares(table: pd.DataFrame) -> Figure:
+    """How much of the square and of the rest each rule hides.
+
+    Args:
+        table: columns `method`, `param`, `square`, `square_whole` and `digit`, see `masking.hidden_shares`.
+    """
+    figure, (axes,) = _axes(1, table["method"].nunique(), (9, 3), sharey=True)
+    lines = {"square": ("square, mean area", "#0072B2"), "digit": ("digit's ink, mean", "#D55E00")}
+    lines["square_whole"] = ("square wholly hidden, share of images", "#56B4E9")
+    for ax, (method, rows) in zip(axes, table.groupby("method", sort=False), strict=True):
+        for column, (label, color) in lines.items():
+            style = "--" if column == "square_whole" else "-"
+            ax.plot(rows["param"], 100 * rows[column], style, color=color, marker="o", label=label)
+        ax.set(title=method, xlabel="param", ylim=(-3, 103), xticks=rows["param"])
+    axes[0].set_ylabel("hidden (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def class_accuracy(table: pd.DataFrame) -> Figure:
+    """Accuracy of each class and their average for every configuration, above on the raw, below on the biased test set.
+
+    Args:
+        table: see `evaluation.collect`; over several seeds the means are drawn, with their standard deviation.
+    """
+    groups = table.drop(columns="dataset").groupby("configuration", sort=False)
+    mean, std = groups.mean(), groups.std()
+    figure, axes = _axes(2, 1, (max(5.0, 0.75 * len(mean) + 1), 6), sharex=True)
+    x = np.arange(len(mean))
+    for ax, test in zip(axes[:, 0], ("raw", "biased"), strict=True):
+        for label in (0, 1):
+            column = f"{test}_class_{label}"
+            errors = None if std[column].isna().all() else 100 * std[column]
+            ax.bar(
+                x + 0.4 * label - 0.2,
+                100 * mean[column],
+                0.38,
+                yerr=errors,
+                color=CLASS_COLORS[label],
+                label=CLASS_NAMES[label],
+            )
+        ax.scatter(x, 100 * mean[test], color="black", marker="D", s=22, zorder=3, label="average over all images")
+        for position, value in zip(x, 100 * mean[test], strict=True):
+            ax.annotate(f"{value:.1f}", (position, 102), ha="center", fontsize=8)
+        ax.set(ylim=(0, 108), ylabel=f"accuracy, {test} test set (%)", yticks=range(0, 101, 20))
+    axes[-1, 0].set_xticks(x, mean.index, rotation=40, ha="right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside upper center", ncols=3, frameon=False
+    )
+    return figure

@@ -1,0 +1,63 @@
+"""What the model looks at: class activation maps at the last convolution, from the library torchcam."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torchcam import methods
+from tqdm.auto import tqdm
+
+from masktune_utils.data import check_choice, to_float
+from masktune_utils.models import SmallCNN
+
+CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
+
+
+def saliency_maps(
+    model: SmallCNN, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 1000
+) -> Tensor:
+    """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
+
+    Args:
+        model: explained in evaluation mode; its mode is restored.
+        images: N×3×28×28, uint8 or float in [0, 1], on the model's device.
+        labels: N; the class whose score is explained, one an image.
+        cam: a gradient CAM of torchcam, one of `CAMS`.
+        batch_size: images at a time; it changes nothing but the speed (SmoothGradCAMpp apart, which adds noise, drawn
+            from a fixed seed a batch).
+
+    Returns:
+        N×8×8 float32, each map scaled to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
+        zeros; a warning says how many there are.
+
+    Raises:
+        ValueError: for an unknown CAM, or when images and labels differ in number.
+    """
+    check_choice("cam", cam, CAMS)
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels; give one label an image.")
+    was_training = model.training
+    model.eval()
+    try:
+        with getattr(methods, cam)(model, model.get_grad_cam_target_layer()) as extractor:
+            starts = tqdm(
+                range(0, len(images), batch_size),
+                desc=cam,
+                unit="batch",
+                leave=False,
+                disable=len(images) <= batch_size,
+            )
+            maps = [_maps(extractor, images[i : i + batch_size], labels[i : i + batch_size]) for i in starts]
+    finally:
+        model.train(was_training)
+    maps = torch.cat(maps) if maps else images.new_zeros((0, 8, 8), dtype=torch.float32)
+    if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
+        warnings.warn(f"{empty} of {len(maps)} saliency maps are zero everywhere: they hide nothing.", stacklevel=2)
+    return maps
+
+
+def _maps(extractor, images: Tensor, labels: Tensor) -> Tensor:
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)  # SmoothGradCAMpp draws noise
+        return extractor(labels.tolist(), extractor.model(to_float(images)))[0]
