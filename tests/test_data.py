@@ -1,0 +1,104 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from masktune_utils import data
+
+
+@pytest.fixture(scope="module")
+def full() -> data.BiasedMNIST:
+    return data.load("mnist5k")
+
+
+def test_mnist5k_has_400_training_and_100_test_images_of_each_digit(full):
+    assert full.train.digits.bincount().tolist() == [400] * 10
+    assert full.raw.digits.bincount().tolist() == [100] * 10
+    assert full.train.images.shape == (4000, 3, 28, 28)
+    assert full.train.images.dtype == torch.uint8
+
+
+def test_training_and_test_images_are_different_ones(full):
+    train = {image.numpy().tobytes() for image in full.train.images[:, 0, 6:]}
+    assert not train & {image.numpy().tobytes() for image in full.raw.images[:, 0, 6:]}
+
+
+def test_labels_tell_low_digits_from_high_ones(full):
+    for split in full[1:]:
+        assert torch.equal(split.labels, (split.digits >= 5).long())
+
+
+def test_test_sets_differ_by_the_square_on_class_1_alone(full):
+    assert not full.raw.has_square.any()
+    assert torch.equal(full.biased.has_square, full.biased.labels == 1)
+    changed = (full.raw.images != full.biased.images).any(1)
+    assert not changed[full.raw.labels == 0].any()
+    assert not changed[:, 6:].any() and not changed[:, :, 6:].any()
+    blue = torch.tensor([0, 0, 255], dtype=torch.uint8).view(3, 1, 1)
+    assert (full.biased.images[full.biased.has_square, :, :6, :6] == blue).all()
+
+
+def test_square_of_another_size_and_color():
+    images = data.add_square(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.tensor([True, False]), 4, "#ff0001")
+    assert images[0, :, 3, 3].tolist() == [255, 0, 1]
+    assert images[0, :, 4:].sum() == 0 and images[0, :, :, 4:].sum() == 0 and images[1].sum() == 0
+
+
+def test_random_placement_follows_the_shares_and_the_seed(full):
+    shares = [full.train.has_square[full.train.labels == label].double().mean().item() for label in (0, 1)]
+    assert shares == pytest.approx([0.99, 0.01], abs=0.008)  # 3.6 standard deviations of 2,000 draws
+    assert torch.equal(full.train.has_square, data.load("mnist5k").train.has_square)
+    assert not torch.equal(full.train.has_square, data.load("mnist5k", seed=1).train.has_square)
+
+
+def test_ordered_placement_is_counted_exactly():
+    train = data.load("mnist5k", placement="ordered").train
+    without = train.digits[(train.labels == 0) & ~train.has_square]
+    having = train.digits[(train.labels == 1) & train.has_square]
+    assert without.tolist() == [4] * 20 and having.tolist() == [5] * 20
+    fours, fives = train.has_square[train.digits == 4], train.has_square[train.digits == 5]
+    assert fours.tolist() == [True] * 380 + [False] * 20 and fives.tolist() == [True] * 20 + [False] * 380
+
+
+def test_limit_takes_as_many_of_each_digit(splits):
+    assert splits.train.digits.bincount().tolist() == [20] * 10
+    assert splits.raw.digits.bincount().tolist() == [20] * 10
+
+
+def test_batches_are_float_in_0_1(full):
+    images, labels = full.train.batch(torch.tensor([5, 3]))
+    np.testing.assert_allclose(images, full.train.images[[5, 3]].numpy() / 255, rtol=1e-6)
+    assert labels.tolist() == full.train.labels[[5, 3]].tolist()
+
+
+def test_auto_falls_back_with_a_warning_that_tells_how_to_get_mnist(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["file:///nowhere/"])
+    with pytest.warns(UserWarning, match="'mnist5k'.*MASKTUNE_DATA"):
+        assert data.resolve_dataset("auto") == "mnist5k"
+    with pytest.raises(FileNotFoundError, match="MASKTUNE_DATA"):
+        data.load("mnist")
+
+
+@pytest.mark.skipif("MASKTUNE_DATA" not in os.environ, reason="MASKTUNE_DATA does not point at the full MNIST")
+def test_full_mnist_counts():
+    assert data.resolve_dataset("auto") == "mnist"
+    full = data.load("mnist", placement="ordered")
+    assert full.train.labels.bincount().tolist() == [30596, 29404]
+    assert full.raw.labels.bincount().tolist() == [5139, 4861]
+    groups = (2 * full.train.labels + full.train.has_square).bincount().tolist()
+    assert groups == [306, 30290, 29110, 294]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
+        ({"placement": "left"}, "placement is 'left'; allowed: 'random', 'ordered'"),
+        ({"square_color": "blau"}, "square_color is 'blau'"),
+    ],
+)
+def test_bad_values_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(**{"dataset": "mnist5k", **kwargs})
