@@ -149,11 +149,6 @@ def _typed(name: str, value: object, kind: Any) -> Any:
     return value
 
 
-def resolve(settings: Settings) -> Settings:
-    """The same settings with `dataset="auto"` replaced by the digits that are really used; see `data.resolve_dataset`."""
-    return dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
-
-
 def from_notebook(namespace: dict[str, Any]) -> Settings:
     """Check a notebook's parameters and make them into settings, right after its cell of parameters.
 
@@ -173,7 +168,8 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         if unknown := [name for name in _assigned(history[injected]) if name not in known]:
             raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has: {', '.join(known)}.")
     names = [field.name for field in dataclasses.fields(Settings)]
-    settings = resolve(Settings(**{name: namespace[name] for name in names if name in namespace}))
+    settings = Settings(**{name: namespace[name] for name in names if name in namespace})
+    settings = dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
     print(f"Digits: {settings.dataset}. Seed: {settings.seed}. Device: {training.resolve_device(settings.device)}.")
     return settings
 

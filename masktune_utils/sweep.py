@@ -6,41 +6,48 @@ import dataclasses
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import papermill
 from tqdm import tqdm
 
-from masktune_utils import evaluation, experiment, masking, training
+from masktune_utils import data, evaluation, masking, training
 from masktune_utils.experiment import REPOSITORY, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PARAMS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def run_notebook(stem: str, settings: Settings, suffix: str = "") -> Path:
-    """Execute a notebook with those settings that are parameters of it.
+class Job(NamedTuple):
+    """One notebook to execute: with which of the settings, and where the executed copy goes."""
 
-    Args:
-        stem: its file name without `.ipynb`.
-        settings: the experiment.
-        suffix: added to the name of the executed copy.
+    notebook: Path
+    settings: Settings
+    parameters: dict[str, Any]
+    copy: Path
 
-    Returns:
-        The executed copy, in the experiment's folder among the `runs`.
+    def run(self) -> None:
+        """Execute the notebook in a kernel of its own.
 
-    Raises:
-        papermill.PapermillExecutionError: a cell failed.
-    """
+        Raises:
+            papermill.PapermillExecutionError: a cell failed.
+        """
+        self.copy.parent.mkdir(parents=True, exist_ok=True)
+        quiet = ["--IPKernelApp.log_level=ERROR"]  # else every kernel warns that it is reached by local TCP
+        papermill.execute_notebook(
+            self.notebook, self.copy, self.parameters, cwd=NOTEBOOKS, progress_bar=False, extra_arguments=quiet
+        )
+
+
+def job(stem: str, settings: Settings) -> Job:
+    """The notebook `stem` with those of the settings that are parameters of it."""
     notebook = NOTEBOOKS / f"{stem}.ipynb"
     known = papermill.inspect_notebook(notebook)
     parameters = {name: value for name, value in dataclasses.asdict(settings).items() if name in known}
-    copy = settings.folder("runs") / f"{stem}{suffix}.ipynb"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    quiet = ["--IPKernelApp.log_level=ERROR"]  # no warning a kernel that it talks over local TCP
-    papermill.execute_notebook(notebook, copy, parameters, cwd=NOTEBOOKS, progress_bar=False, extra_arguments=quiet)
-    return copy
+    own = Settings(**parameters)
+    suffix = f"_{own.configuration}" if "method" in known else ""
+    return Job(notebook, own, parameters, own.folder("runs") / f"{stem}{suffix}.ipynb")
 
 
 def run(grid: list[Settings]) -> int:
@@ -50,52 +57,55 @@ def run(grid: list[Settings]) -> int:
         The exit code: 0, or 1 where a notebook failed.
     """
     seeds = {settings.seed: settings for settings in grid}.values()
-    jobs = [(stem, settings, "") for settings in seeds for stem in ("01_dataset", "02_erm", "03_saliency_masks")]
-    jobs += [("04_finetune_sweep", settings, f"_{settings.configuration}") for settings in grid]
-    jobs += [("05_plots", settings, "") for settings in seeds]
+    jobs = [job(stem, settings) for settings in seeds for stem in ("01_dataset", "02_erm", "03_saliency_masks")]
+    jobs += [job("04_finetune_sweep", settings) for settings in grid]
+    jobs += [job("05_plots", settings) for settings in seeds]
     print(f"{len(jobs)} notebooks, digits: {grid[0].dataset}, device: {training.resolve_device(grid[0].device)}")
     with tqdm(jobs, unit="notebook") as progress:
-        for stem, settings, suffix in progress:
-            progress.set_description(f"{stem}{suffix}, seed {settings.seed}")
+        for current in progress:
+            progress.set_description(f"{current.copy.stem}, seed {current.settings.seed}")
             try:
-                run_notebook(stem, settings, suffix)
+                current.run()
             except papermill.PapermillExecutionError as error:
-                copy = settings.folder("runs") / f"{stem}{suffix}.ipynb"
                 progress.close()
-                print(f"masktune: {stem} failed: {error.ename}: {error.evalue}\nSee {copy}", file=sys.stderr)
+                print(f"masktune: {current.copy.stem} failed: {error.ename}: {error.evalue}", file=sys.stderr)
+                print(f"See {current.copy}", file=sys.stderr)
                 return 1
-    report(grid)
+    report(jobs)
     return 0
 
 
-def report(grid: list[Settings]) -> None:
-    """Print the table of a finished grid, and where everything lies."""
+def report(jobs: list[Job]) -> None:
+    """Print the table of finished jobs, and where everything lies."""
     folders = {
-        kind: sorted({settings.folder(kind) for settings in grid})
+        kind: list(dict.fromkeys(folder for job in jobs if (folder := job.settings.folder(kind)).exists()))
         for kind in ("checkpoints", "results", "runs", "figures")
     }
     table = pd.concat([evaluation.collect(folder) for folder in folders["results"]])
-    wanted = ["base", *dict.fromkeys(settings.configuration for settings in grid)]
-    summary = evaluation.summarize(table[table["configuration"].isin(wanted)])
-    print(f"\nAccuracy in %, {grid[0].dataset}\n\n{summary.to_string()}\n")
+    wanted = {"base"} | {job.settings.configuration for job in jobs if "method" in job.parameters}
+    print(f"\nAccuracy in %, {jobs[0].settings.dataset}\n")
+    print(evaluation.summarize(table[table["configuration"].isin(wanted)]).to_string(), end="\n\n")
     for kind, paths in folders.items():
         print(f"{kind + ':':13}{', '.join(map(str, paths))}")
-    for figure in sorted(figure for folder in folders["figures"] for figure in folder.glob("*.png")):
+    for figure in [figure for folder in folders["figures"] for figure in sorted(folder.glob("*.png"))]:
         print(f"{'':13}{figure}")
 
 
 def _grid(arguments: argparse.Namespace) -> list[Settings]:
-    fixed: dict[str, Any] = {name: getattr(arguments, name) for name in ("dataset", "epochs", "device")}
-    fixed["directory"] = str(Path(arguments.directory or REPOSITORY).resolve())
-    known = [field.name for field in dataclasses.fields(Settings)]
+    """All combinations of the command's arguments, checked."""
+    fixed: dict[str, Any] = {}
+    known = list(papermill.inspect_notebook(NOTEBOOKS / "04_finetune_sweep.ipynb"))
     for name, value in arguments.parameters or []:
         if name not in known:
             raise ValueError(f"unknown parameter {name!r}; allowed: {', '.join(known)}.")
         fixed[name] = _literal(value)
-    combinations = product(arguments.seeds, arguments.methods, arguments.params)
-    return [
-        Settings(**{**fixed, "seed": seed, "method": method, "param": param}) for seed, method, param in combinations
-    ]
+    fixed = {name: getattr(arguments, name) for name in ("directory", "dataset", "epochs", "device")} | fixed
+    fixed["directory"] = str(Path(fixed["directory"] or REPOSITORY).resolve())
+    axes = {"seed": arguments.seeds, "method": arguments.methods, "param": arguments.params}
+    axes = {name: [fixed.pop(name)] if name in fixed else values for name, values in axes.items()}
+    grid = [Settings(**fixed, **dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
+    dataset = data.resolve_dataset(grid[0].dataset)
+    return [dataclasses.replace(settings, dataset=dataset) for settings in dict.fromkeys(grid)]
 
 
 def _literal(text: str) -> Any:
@@ -140,7 +150,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         grid = _grid(arguments)
-        grid = [dataclasses.replace(settings, dataset=experiment.resolve(grid[0]).dataset) for settings in grid]
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     return run(grid)

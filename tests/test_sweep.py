@@ -17,9 +17,9 @@ TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200"]
 def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
     arguments = [*TINY, "--directory", str(tmp_path), "--methods", "top_k", "--params", "0.1", "0.3"]
     assert sweep.main(["run", *arguments]) == 0
-    folder = tmp_path / "runs" / "mnist5k" / "seed0_limit=200_epochs=1"
-    assert [path.stem for path in sorted(folder.iterdir())] == [
-        "01_dataset",
+    runs = tmp_path / "runs" / "mnist5k"
+    assert (runs / "seed0_limit=200" / "01_dataset.ipynb").exists()  # it has no parameter of training
+    assert [path.stem for path in sorted((runs / "seed0_limit=200_epochs=1").iterdir())] == [
         "02_erm",
         "03_saliency_masks",
         "04_finetune_sweep_top_k_0.1",
@@ -35,7 +35,7 @@ def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
         report = evaluation.evaluate_checkpoint(settings.checkpoint_path(row.configuration), "mnist5k")
         assert 0 <= report["raw"]["accuracy"] <= 1
     figures = sorted(tmp_path.glob("figures/*/*/*.png"))
-    assert len(figures) >= 10 and all(str(figure) in printed for figure in figures)
+    assert len(figures) == 11 and all(str(figure) in printed for figure in figures)
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
@@ -43,10 +43,13 @@ def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--methods", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
+        (["-p", "method", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
+        (["-p", "param", "7"], "param is 7.0; allowed for method"),
         (["--params", "7"], "param is 7.0; allowed for method"),
         (["--dataset", "cifar"], "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-        (["-p", "metod", "top_k"], "unknown parameter 'metod'; allowed: directory, device"),
+        (["-p", "metod", "top_k"], "unknown parameter 'metod'; allowed: directory, dataset"),
+        (["-p", "momentum", "0.5"], "unknown parameter 'momentum'"),  # a setting, but of no notebook
         (["--epochs", "0"], "epochs is 0; allowed: 1 to"),
         (["--seeds", "x"], "invalid int value: 'x'"),
         (["-p", "limit", "many"], "limit is 'many'"),
@@ -58,6 +61,14 @@ def test_bad_arguments_end_the_command_before_anything_runs(arguments, message, 
         sweep.main(["run", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_single_parameter_takes_the_place_of_the_option(monkeypatch):
+    grids = []
+    monkeypatch.setattr(sweep, "run", lambda grid: grids.append(grid) or 0)
+    assert sweep.main(["run", *TINY, "-p", "method", "mean", "--params", "0.1", "0.1", "-p", "finetune_lr", "1e-3"]) == 0
+    (settings,) = grids[0]
+    assert (settings.method, settings.param, settings.finetune_lr, settings.limit) == ("mean", 0.1, 0.001, 200)
 
 
 def test_a_failing_notebook_is_named_and_ends_the_command_with_1(tmp_path, capsys):
