@@ -66,7 +66,9 @@ def test_bad_arguments_end_the_command_before_anything_runs(arguments, message, 
 def test_a_single_parameter_takes_the_place_of_the_option(monkeypatch):
     grids = []
     monkeypatch.setattr(sweep, "run", lambda grid: grids.append(grid) or 0)
-    assert sweep.main(["run", *TINY, "-p", "method", "mean", "--params", "0.1", "0.1", "-p", "finetune_lr", "1e-3"]) == 0
+    assert (
+        sweep.main(["run", *TINY, "-p", "method", "mean", "--params", "0.1", "0.1", "-p", "finetune_lr", "1e-3"]) == 0
+    )
     (settings,) = grids[0]
     assert (settings.method, settings.param, settings.finetune_lr, settings.limit) == ("mean", 0.1, 0.001, 200)
 
