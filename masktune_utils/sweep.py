@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    run_parser.set_defaults(parser=run_parser)
     option = run_parser.add_argument
     option("--dataset", default=defaults.dataset, help="auto, mnist or mnist5k")
     option("--methods", nargs="+", default=list(masking.METHODS), metavar="METHOD", help="mask methods")
@@ -146,10 +147,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command `masktune`; bad arguments end it with exit code 2 before anything runs."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
         grid = _grid(arguments)
     except (ValueError, TypeError, OSError) as error:
-        parser.error(str(error))
+        arguments.parser.error(str(error))
     return run(grid)

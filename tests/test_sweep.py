@@ -47,7 +47,7 @@ def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
         (["-p", "param", "7"], "param is 7.0; allowed for method"),
         (["--params", "7"], "param is 7.0; allowed for method"),
         (["--dataset", "cifar"], "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--epoch", "3"], "unknown arguments: --epoch 3"),
         (["-p", "metod", "top_k"], "unknown parameter 'metod'; allowed: directory, dataset"),
         (["-p", "momentum", "0.5"], "unknown parameter 'momentum'"),  # a setting, but of no notebook
         (["--epochs", "0"], "epochs is 0; allowed: 1 to"),
