@@ -89,8 +89,8 @@ def rgb(color: str) -> tuple[int, int, int]:
 
 
 def mnist_root() -> Path:
-    """Folder that holds MNIST in torchvision's layout: `MASKTUNE_DATA` if set, else `data/` in the repository."""
-    return Path(os.environ.get("MASKTUNE_DATA") or Path(__file__).parents[1] / "data")
+    """Folder that holds MNIST in torchvision's layout: `MASKTUNE_DATA`, else `data`; counted from the repository."""
+    return Path(__file__).parents[1] / (os.environ.get("MASKTUNE_DATA") or "data")
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,17 @@ def test_auto_falls_back_with_a_warning_that_tells_how_to_get_mnist(monkeypatch,
         assert data.resolve_dataset("auto") == "mnist5k"
     with pytest.raises(FileNotFoundError, match="MASKTUNE_DATA"):
         data.load("mnist")
+
+
+def test_a_relative_folder_counts_from_the_repository(monkeypatch, tmp_path):
+    root = Path(data.__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASKTUNE_DATA", "../digits")
+    assert data.mnist_root().resolve() == root.parent / "digits"
+    monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
+    assert data.mnist_root() == tmp_path
+    monkeypatch.delenv("MASKTUNE_DATA")
+    assert data.mnist_root() == root / "data"
 
 
 @pytest.mark.skipif("MASKTUNE_DATA" not in os.environ, reason="MASKTUNE_DATA does not point at the full MNIST")
