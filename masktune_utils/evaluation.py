@@ -168,7 +168,7 @@ def collect(folder: Path) -> pd.DataFrame:
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies in %, a row a configuration; over several seeds as mean ± standard deviation (of the sample).
+    """Accuracies in %, a row a configuration; where there are several seeds as mean ± standard deviation (of the sample).
 
     Args:
         table: see `collect`.
@@ -178,7 +178,5 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """
     groups = table.groupby("configuration", sort=False)[["raw", "biased", "worst_group"]]
     mean, std, seeds = 100 * groups.mean(), 100 * groups.std(), groups.size()
-    text = mean.map("{:.2f}".format)
-    if seeds.max() > 1:
-        text += " ± " + std.map("{:.2f}".format)
+    text = mean.map("{:.2f}".format) + std.map(" ± {:.2f}".format).where(std.notna(), "")
     return text.assign(seeds=seeds).rename(columns={"worst_group": "worst group"})

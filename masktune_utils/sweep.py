@@ -77,17 +77,17 @@ def run(grid: list[Settings]) -> int:
 
 def report(jobs: list[Job]) -> None:
     """Print the table of finished jobs, and where everything lies."""
-    folders = {
-        kind: list(dict.fromkeys(folder for job in jobs if (folder := job.settings.folder(kind)).exists()))
-        for kind in ("checkpoints", "results", "runs", "figures")
-    }
+    tuned = [job for job in jobs if "method" in job.parameters]
+    leaves = {"checkpoints": tuned, "results": tuned, "runs": jobs, "figures": jobs}
+    folders = {kind: list(dict.fromkeys(job.settings.folder(kind) for job in some)) for kind, some in leaves.items()}
     table = pd.concat([evaluation.collect(folder) for folder in folders["results"]])
-    wanted = {"base"} | {job.settings.configuration for job in jobs if "method" in job.parameters}
+    wanted = {"base"} | {job.settings.configuration for job in tuned}
     print(f"\nAccuracy in %, {jobs[0].settings.dataset}\n")
     print(evaluation.summarize(table[table["configuration"].isin(wanted)]).to_string(), end="\n\n")
     for kind, paths in folders.items():
         print(f"{kind + ':':13}{', '.join(map(str, paths))}")
-    for figure in [figure for folder in folders["figures"] for figure in sorted(folder.glob("*.png"))]:
+    pictures = [(job.settings.folder("figures"), f"{job.notebook.stem[:2]}_*.png") for job in jobs]
+    for figure in dict.fromkeys(path for folder, names in pictures for path in sorted(folder.glob(names))):
         print(f"{'':13}{figure}")
 
 

@@ -2,6 +2,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn import metrics as sk
@@ -87,13 +88,10 @@ def test_results_are_recorded_once_and_collected(model, splits, tmp_path):
 
 
 def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
-    table = evaluation.pd.DataFrame(
-        {"configuration": ["base", "base"], "seed": [0, 1], "raw": [0.5, 0.7], "biased": 0.25, "worst_group": 0.1}
-    )
-    row = evaluation.summarize(table).loc["base"]
-    assert row.to_dict() == {
-        "raw": "60.00 ± 14.14",
-        "biased": "25.00 ± 0.00",
-        "worst group": "10.00 ± 0.00",
-        "seeds": 2,
-    }
+    columns = ["configuration", "seed", "raw", "biased", "worst_group"]
+    rows = [("base", 0, 0.5, 0.25, 0.1), ("base", 1, 0.7, 0.25, 0.1), ("top_k_0.1", 0, 0.9, 0.8, 0.7)]
+    summary = evaluation.summarize(pd.DataFrame(rows, columns=columns))
+    base = {"raw": "60.00 ± 14.14", "biased": "25.00 ± 0.00", "worst group": "10.00 ± 0.00", "seeds": 2}
+    assert summary.loc["base"].to_dict() == base
+    single = {"raw": "90.00", "biased": "80.00", "worst group": "70.00", "seeds": 1}
+    assert summary.loc["top_k_0.1"].to_dict() == single

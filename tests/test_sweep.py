@@ -15,6 +15,8 @@ TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200"]
 
 
 def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
+    other = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200)  # a neighbour that must not be counted in
+    experiment.write_json(other.folder("results") / "base.json", {"configuration": "base"})
     arguments = [*TINY, "--directory", str(tmp_path), "--methods", "top_k", "--params", "0.1", "0.3"]
     assert sweep.main(["run", *arguments]) == 0
     runs = tmp_path / "runs" / "mnist5k"
@@ -26,12 +28,12 @@ def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
         "04_finetune_sweep_top_k_0.3",
         "05_plots",
     ]
-    results = evaluation.collect(tmp_path / "results")
+    settings = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, epochs=1)
+    results = evaluation.collect(settings.folder("results"))
     assert results["configuration"].tolist() == ["base", "top_k_0.1", "top_k_0.3"]
     printed = capsys.readouterr().out
     for row in results.itertuples():
         assert re.search(rf"{row.configuration} +{100 * row.raw:.2f} +{100 * row.biased:.2f}", printed)
-        settings = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, epochs=1)
         report = evaluation.evaluate_checkpoint(settings.checkpoint_path(row.configuration), "mnist5k")
         assert 0 <= report["raw"]["accuracy"] <= 1
     figures = sorted(tmp_path.glob("figures/*/*/*.png"))
