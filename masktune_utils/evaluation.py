@@ -1,13 +1,13 @@
 """How well a model does on the raw and on the biased test set, by class and by group."""
 
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 
 from masktune_utils import data, experiment, training
@@ -38,6 +38,8 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         `confusion_matrix` (rows: true class, columns: predicted class), and macro-averaged `precision`, `recall` and
         `f1`, as in scikit-learn (0 where undefined).
     """
+    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support  # slow to import
+
     classes = list(range(logits.shape[1]))
     labels = labels.cpu()
     predicted = logits.argmax(1)
@@ -116,55 +118,118 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
     return evaluate(model, splits)
 
 
-def record(settings: Settings, model: SmallCNN, splits: data.BiasedMNIST, *, base: bool = False) -> dict[str, Any]:
-    """Evaluate a model of the experiment and write the result as JSON; a result of the same weights is only read.
+def recorded(settings: Settings, *, base: bool = False) -> dict[str, Any] | None:
+    """The saved result of the base model or of the fine-tuned one, if it is still that of these settings.
+
+    Args:
+        settings: the experiment.
+        base: which of the two models.
+
+    Returns:
+        See `record`; None where there is no result, no checkpoint, or one from another base model.
+    """
+    name = "base" if base else settings.configuration
+    result = experiment.read_json(settings.folder("results") / f"{name}.json")
+    if (
+        result is None
+        or not settings.checkpoint_path(name).exists()
+        or result.get("settings") != settings.identity(base=base)
+    ):
+        return None
+    if not base:
+        parent = recorded(settings, base=True)
+        return result if parent and parent["sha256"] == result.get("base_sha256") else None
+    return result
+
+
+def record(
+    settings: Settings,
+    model: SmallCNN,
+    splits: data.BiasedMNIST,
+    history: list[dict[str, float]],
+    base: SmallCNN | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model of the experiment and save the result; where that of the same weights is saved, it is only read.
 
     Args:
         settings: the experiment.
         model: the base model or the fine-tuned one.
         splits: the data.
-        base: whether it is the base model.
+        history: of its training; if it was just trained, its result is made anew in any case.
+        base: the base model of a fine-tuned one.
 
     Returns:
-        See `evaluate`; besides, `configuration`, `seed`, `dataset`, `settings` and the SHA-256 of the weights.
+        See `evaluate`; besides, `experiment`, `configuration`, `dataset`, `seed`, `settings`, `sha256` of the weights and
+        `base_sha256` of the base model's, `seconds` of training (None where it was loaded), `device`, `threads` and
+        `versions`.
     """
-    name = "base" if base else settings.configuration
-    path = settings.folder("results") / f"{name}.json"
-    about = {
+    saved, sha256 = recorded(settings, base=base is None), experiment.weights_sha256(model.state_dict())
+    trained_now = all("seconds" in epoch for epoch in history)
+    if saved and saved["sha256"] == sha256 and not trained_now:
+        return saved
+    name = settings.configuration if base else "base"
+    result = {
+        "experiment": settings.experiment,
         "configuration": name,
         "dataset": splits.dataset,
         "seed": settings.seed,
-        "sha256": experiment.weights_sha256(model.state_dict()),
-        "settings": settings.identity(base=base),
+        "settings": settings.identity(base=base is None),
+        "sha256": sha256,
+        "base_sha256": experiment.weights_sha256(base.state_dict()) if base else sha256,
+        "seconds": sum(epoch["seconds"] for epoch in history) if trained_now else None,
+        "device": training.describe_device(splits.train.labels.device),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "torchcam")},
+        **evaluate(model, splits),
     }
-    saved = experiment.read_json(path)
-    if saved and all(saved.get(key) == value for key, value in about.items()):
-        return saved
-    result = about | evaluate(model, splits)
-    experiment.write_json(path, result)
+    experiment.write_json(settings.folder("results") / f"{name}.json", result)
     return result
 
 
-def collect(folder: Path) -> pd.DataFrame:
-    """One row a saved result of a folder and all below it: configuration, seed, accuracies in [0, 1].
+def collect(directory: str = "", experiment_name: str | None = None) -> pd.DataFrame:
+    """Gather all saved results into a table, and write it as `results/results.csv`.
+
+    A result whose base model has been replaced since is left out.
 
     Args:
-        folder: for example `settings.folder("results")`, or its parent for all seeds.
+        directory: as `Settings.directory`.
+        experiment_name: return the rows of this experiment only, see `Settings.experiment`; the file has them all.
 
     Returns:
-        Columns `configuration`, `dataset`, `seed`, `raw`, `biased`, `worst_group`, and `{raw,biased}_class_{0,1}`; the
-        base model first, then by name.
+        One row a result: `experiment`, `configuration` and `seed`, which tell it from all others; `raw`, `biased`,
+        `worst_group` and `{raw,biased}_class_{0,1}`, accuracies in [0, 1]; `seconds`, `device`, `threads`, `torch`; and
+        its settings. The base models come first.
+
+    Raises:
+        ValueError: a JSON file there is damaged or not a result.
     """
-    columns = ["configuration", "dataset", "seed", "worst_group"]
-    rows = []
-    for result in map(experiment.read_json, sorted(Path(folder).rglob("*.json"))):
-        row = {key: result[key] for key in columns}
-        for test in ("raw", "biased"):
-            row |= {test: result[test]["accuracy"]}
-            row |= {f"{test}_class_{label}": value for label, value in enumerate(result[test]["class_accuracy"])}
-        rows.append(row)
-    table = pd.DataFrame(rows, columns=None if rows else columns)
-    return table.sort_values(["configuration", "seed"], key=lambda c: c.replace("base", ""), ignore_index=True)
+    root = Path(directory or experiment.REPOSITORY) / "results"
+    results = {path: experiment.read_json(path) for path in sorted(root.rglob("*.json"))}
+    for path, result in results.items():
+        if missing := {"experiment", "configuration", "seed", "sha256", "base_sha256", "settings"} - set(result):
+            raise ValueError(
+                f"{path} is not a result of this project: it has no {', '.join(sorted(missing))}. Remove it."
+            )
+    bases = {path.parent: result["sha256"] for path, result in results.items() if path.stem == "base"}
+    rows = [_row(result) for path, result in results.items() if result["base_sha256"] == bases.get(path.parent)]
+    table = pd.DataFrame(rows, columns=None if rows else ["experiment", "configuration", "seed"])
+    table = table.sort_values(["experiment", "configuration", "seed"], key=_base_first, ignore_index=True)
+    with experiment.atomic_write(root / "results.csv") as file:
+        table.to_csv(file, index=False)
+    return table if experiment_name is None else table[table["experiment"] == experiment_name]
+
+
+def _base_first(column: pd.Series) -> pd.Series:
+    return column.replace("base", "") if column.name == "configuration" else column
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    row = {name: result[name] for name in ("experiment", "configuration", "seed")}
+    row |= {test: result[test]["accuracy"] for test in ("raw", "biased")} | {"worst_group": result["worst_group"]}
+    for test in ("raw", "biased"):
+        row |= {f"{test}_class_{label}": value for label, value in enumerate(result[test]["class_accuracy"])}
+    row |= {name: result[name] for name in ("seconds", "device", "threads")} | {"torch": result["versions"]["torch"]}
+    return row | result["settings"]
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,9 +239,11 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         table: see `collect`.
 
     Returns:
-        Columns `raw`, `biased`, `worst group` and `seeds`; text.
+        Columns `raw`, `biased`, `worst group` and `seeds`, as text; the experiment's name is part of the index where
+        there are several.
     """
-    groups = table.groupby("configuration", sort=False)[["raw", "biased", "worst_group"]]
+    names = ["experiment", "configuration"] if table["experiment"].nunique() > 1 else ["configuration"]
+    groups = table.groupby(names, sort=False)[["raw", "biased", "worst_group"]]
     mean, std, seeds = 100 * groups.mean(), 100 * groups.std(), groups.size()
     text = mean.map("{:.2f}".format) + std.map(" ± {:.2f}".format).where(std.notna(), "")
     return text.assign(seeds=seeds).rename(columns={"worst_group": "worst group"})

@@ -114,6 +114,11 @@ class Settings:
         left_out = RUNTIME + FINETUNE if base else RUNTIME
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
+    @property
+    def experiment(self) -> str:
+        """Name of the base model's settings without the seed: the data set and whatever is not the default."""
+        return f"{self.dataset}{self._unusual(tuple(self.identity(base=True)))}"
+
     def _unusual(self, names: tuple[str, ...]) -> str:
         return "".join(
             f"_{field.name}={getattr(self, field.name)}"
@@ -123,7 +128,7 @@ class Settings:
 
     def folder(self, kind: str) -> Path:
         """Folder of this experiment among the `checkpoints`, `figures`, `results` or `runs`."""
-        name = f"seed{self.seed}{self._unusual(tuple(self.identity(base=True)))}"
+        name = f"seed{self.seed}{self.experiment.removeprefix(self.dataset)}"
         return Path(self.directory or REPOSITORY) / kind / self.dataset / name
 
     @property
@@ -202,8 +207,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote, or None where there is no such file."""
-    return json.loads(path.read_bytes()) if path.exists() else None
+    """What `write_json` wrote, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it, and the result is made again.") from error
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:
@@ -219,7 +231,7 @@ def weights_sha256(state_dict: dict[str, Tensor]) -> str:
 def save_checkpoint(path: Path, model: SmallCNN, settings: dict[str, Any], history: list[dict[str, float]]) -> None:
     """Save a model with its settings, its history and the SHA-256 of its weights.
 
-    The file depends on nothing else, so that the same run on the same machine writes the same bytes.
+    The file depends on nothing else, and not on the time it took: the same run on the same machine writes the same bytes.
 
     Args:
         path: the file; it is replaced when all is written.
@@ -228,6 +240,7 @@ def save_checkpoint(path: Path, model: SmallCNN, settings: dict[str, Any], histo
         history: what `training.train` returned.
     """
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    history = [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in history]
     content = {"state_dict": state_dict, "settings": settings, "history": history, "sha256": weights_sha256(state_dict)}
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -307,7 +320,7 @@ def base_model(settings: Settings, train: data.Split, retrain: bool = False) -> 
         retrain: train and save it again in any case.
 
     Returns:
-        The model, in evaluation mode, and its history, see `training.train`.
+        The model, in evaluation mode, and its history, see `training.train`; without `seconds` where it was loaded.
 
     Raises:
         CheckpointError: what is saved is damaged, foreign, or made with other settings.
@@ -360,11 +373,12 @@ def finetuned_model(
 def _saved_or_made(
     path: Path, identity: dict[str, Any], dataset: training.Batches, retrain: bool, make: Callable
 ) -> tuple[SmallCNN, list[dict[str, float]]]:
+    history = None
     if retrain or not path.exists():
         model, history = make()
         save_checkpoint(path, model, identity, history)
     model, checkpoint = load_checkpoint(path, identity, dataset.labels.device)
-    return model, checkpoint["history"]
+    return model, history or checkpoint["history"]
 
 
 def training_saliency(settings: Settings, base: SmallCNN, train: data.Split) -> Tensor:

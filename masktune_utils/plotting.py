@@ -109,7 +109,8 @@ def class_accuracy(table: pd.DataFrame) -> Figure:
     Args:
         table: see `evaluation.collect`; over several seeds the means are drawn, with their standard deviation.
     """
-    groups = table.drop(columns="dataset").groupby("configuration", sort=False)
+    columns = ["raw", "biased", "raw_class_0", "raw_class_1", "biased_class_0", "biased_class_1"]
+    groups = table.groupby("configuration", sort=False)[columns]
     mean, std = groups.mean(), groups.std()
     figure, axes = _axes(2, 1, (max(5.0, 0.75 * len(mean) + 1), 6), sharex=True)
     x = np.arange(len(mean))

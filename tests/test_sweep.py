@@ -1,25 +1,74 @@
 import ast
+import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 import pytest
+from joblib import cpu_count
 
 from masktune_utils import evaluation, experiment, sweep
 from masktune_utils.experiment import Settings
 
 NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
 ORDER = ["data", "models", "training", "saliency", "masking", "experiment", "evaluation", "plotting", "sweep"]
-TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200"]
+TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200", "--methods", "top_k"]
 
 
-def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
-    other = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200)  # a neighbour that must not be counted in
-    experiment.write_json(other.folder("results") / "base.json", {"configuration": "base"})
-    arguments = [*TINY, "--directory", str(tmp_path), "--methods", "top_k", "--params", "0.1", "0.3"]
-    assert sweep.main(["run", *arguments]) == 0
-    runs = tmp_path / "runs" / "mnist5k"
+def tiny(directory: Path, **kwargs) -> Settings:
+    return Settings(directory=str(directory), dataset="mnist5k", limit=200, epochs=1, **kwargs)
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen:
+    """`masktune sweep` in a process group of its own."""
+    command = [sys.executable, "-c", "import sys; from masktune_utils.sweep import main; sys.exit(main())", "sweep"]
+    command += [*TINY, "--directory", str(directory), *arguments]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def results(directory: Path) -> dict[str, dict]:
+    """The results of a directory by configuration, after a look that all that is saved is whole."""
+    for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
+        experiment.load_checkpoint(path)
+    for path in directory.glob("runs/*/*/*.ipynb"):
+        nbformat.read(path, as_version=4)
+    return {path.stem: json.loads(path.read_bytes()) for path in directory.glob("results/*/*/*.json")}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> tuple[Path, str]:
+    """A directory after `masktune run` with two configurations, and what that printed."""
+    directory = tmp_path_factory.mktemp("run")
+    other = Settings(directory=str(directory), dataset="mnist5k", limit=200).folder("results") / "base.json"
+    other_result = {"experiment": "mnist5k_limit=200", "configuration": "base", "seed": 0, "worst_group": 0.0}
+    other_result |= {test: {"accuracy": 0.0, "class_accuracy": [0.0, 0.0]} for test in ("raw", "biased")}
+    other_result |= {"sha256": "", "base_sha256": "", "settings": {}, "seconds": 0, "device": "", "threads": 1}
+    experiment.write_json(other, other_result | {"versions": {"torch": ""}})  # a neighbour, not to be counted in
+    code = "import sys; from masktune_utils.sweep import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "run", *TINY, "--params", "0.1", "0.3", "--directory", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    other.unlink()
+    return directory, done.stdout
+
+
+@pytest.fixture
+def directory(whole_run, tmp_path) -> Path:
+    """A copy of that directory, to do things to."""
+    return shutil.copytree(whole_run[0], tmp_path / "copy")
+
+
+def test_two_configurations_on_a_tiny_subset(whole_run):
+    directory, printed = whole_run
+    runs = directory / "runs" / "mnist5k"
     assert (runs / "seed0_limit=200" / "01_dataset.ipynb").exists()  # it has no parameter of training
     assert [path.stem for path in sorted((runs / "seed0_limit=200_epochs=1").iterdir())] == [
         "02_erm",
@@ -28,17 +77,127 @@ def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
         "04_finetune_sweep_top_k_0.3",
         "05_plots",
     ]
-    settings = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, epochs=1)
-    results = evaluation.collect(settings.folder("results"))
-    assert results["configuration"].tolist() == ["base", "top_k_0.1", "top_k_0.3"]
-    printed = capsys.readouterr().out
-    for row in results.itertuples():
-        assert re.search(rf"{row.configuration} +{100 * row.raw:.2f} +{100 * row.biased:.2f}", printed)
-        report = evaluation.evaluate_checkpoint(settings.checkpoint_path(row.configuration), "mnist5k")
-        assert 0 <= report["raw"]["accuracy"] <= 1
-    figures = sorted(tmp_path.glob("figures/*/*/*.png"))
+    table = evaluation.collect(str(directory))
+    assert table["configuration"].tolist() == ["base", "top_k_0.1", "top_k_0.3"]
+    for row in table.itertuples():
+        assert re.search(rf"{row.configuration} +{100 * row.raw:.2f} +{100 * row.biased:.2f} .* 1\n", printed)
+    figures = sorted(directory.glob("figures/*/*/*.png"))
     assert len(figures) == 11 and all(str(figure) in printed for figure in figures)
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+
+
+def test_kernels_side_by_side_share_the_cores(whole_run):
+    threads = {name: result["threads"] for name, result in results(whole_run[0]).items()}
+    assert threads["base"] == cpu_count()
+    assert threads["top_k_0.1"] == threads["top_k_0.3"] == cpu_count() // min(2, cpu_count())
+
+
+def test_what_is_done_is_skipped_and_force_does_it_again(directory, capsys, monkeypatch):
+    before = results(directory)
+    arguments = ["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]
+    with monkeypatch.context() as patch:
+        patch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("executed"))
+        assert sweep.main(arguments) == 0
+    assert "3 skipped" in capsys.readouterr().err
+    path = tiny(directory).checkpoint_path("top_k_0.1")
+    written = path.stat().st_mtime_ns
+    assert sweep.main([*arguments, "--force"]) == 0
+    assert "2 skipped" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns != written
+    after = results(directory)
+    assert before.keys() == after.keys() and before["base"] == after["base"]
+    assert before["top_k_0.1"]["seconds"] != after["top_k_0.1"]["seconds"]
+
+
+def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(directory, whole_run):
+    for path in [*directory.rglob("*top_k*"), *directory.rglob("base.json"), *directory.rglob("*02_erm*")]:
+        path.unlink()
+    arguments = ["--params", "0.1", "0.3", "--seeds", "0", "1"]
+    for moment in (4, 8, 13):
+        sweeping = start(directory, *arguments)
+        time.sleep(moment)
+        os.killpg(sweeping.pid, signal.SIGKILL)
+        sweeping.wait()
+        results(directory)
+    done = start(directory, *arguments)
+    _, error = done.communicate()
+    assert done.returncode == 0, error
+    table = evaluation.collect(str(directory))
+    assert sorted(zip(table["seed"], table["configuration"], strict=True)) == [
+        (seed, name) for seed in (0, 1) for name in ("base", "top_k_0.1", "top_k_0.3")
+    ]
+    expected = {name: result["sha256"] for name, result in results(whole_run[0]).items()}
+    found = table[table["seed"] == 0].configuration
+    seed_0 = {path.stem: json.loads(path.read_bytes()) for path in directory.glob("results/*/seed0_*/*.json")}
+    assert len(found) == 3 and {name: result["sha256"] for name, result in seed_0.items()} == expected
+
+
+def test_two_sweeps_at_once_do_no_harm(directory):
+    both = [start(directory, "--params", "0.5") for _ in range(2)]
+    for sweeping in both:
+        _, error = sweeping.communicate()
+        assert sweeping.returncode == 0, error
+    assert results(directory).keys() == {"base", "top_k_0.1", "top_k_0.3", "top_k_0.5"}
+
+
+def test_a_failing_configuration_stops_no_other_and_is_named(directory):
+    path = tiny(directory).checkpoint_path("top_k_0.6")
+    path.write_bytes(b"damaged")
+    sweeping = start(directory, "--params", "0.6", "0.8")
+    _, error = sweeping.communicate()
+    assert sweeping.returncode == 1
+    copy = directory / "runs" / "mnist5k" / "seed0_limit=200_epochs=1" / "04_finetune_sweep_top_k_0.6.ipynb"
+    assert f"failed: 04_finetune_sweep_top_k_0.6, seed 0: CheckpointError: {path} is damaged" in error
+    assert str(copy) in error and "CheckpointError" in copy.read_text()
+    assert path.read_bytes() == b"damaged"
+    path.unlink()
+    assert results(directory).keys() == {"base", "top_k_0.1", "top_k_0.3", "top_k_0.8"}
+
+
+def test_configurations_without_a_base_model_are_not_run(directory, capsys, monkeypatch):
+    path = tiny(directory).checkpoint_path("base")
+    path.write_bytes(b"damaged")
+    tiny(directory).folder("results").joinpath("base.json").unlink()
+    assert sweep.main(["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]) == 1
+    error = capsys.readouterr().err
+    assert "failed: 02_erm, seed 0: CheckpointError" in error
+    assert "failed: 04_finetune_sweep_top_k_0.1, seed 0: not run, for want of its base model" in error
+    assert path.read_bytes() == b"damaged"
+
+
+def test_an_interrupt_ends_the_kernels_too(directory):
+    sweeping = start(directory, "--params", "0.5", "0.7", "--force")
+    kernels = []
+    while len(kernels) < 2 and sweeping.poll() is None:
+        time.sleep(0.2)
+        kernels = [
+            p for p in psutil.Process(sweeping.pid).children(True) if "ipykernel_launcher" in " ".join(p.cmdline())
+        ]
+    time.sleep(2)
+    os.killpg(sweeping.pid, signal.SIGINT)
+    _, error = sweeping.communicate(timeout=30)
+    assert sweeping.returncode == 130 and "interrupted" in error
+    _, alive = psutil.wait_procs(kernels, timeout=10)
+    assert not alive
+    results(directory)
+
+
+def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        sweeping = start(directory, "--params", "0.4", "0.5", "0.6", "--dask", cluster.scheduler_address)
+        while not any(client.processing().values()) and sweeping.poll() is None:
+            time.sleep(0.2)
+        time.sleep(4)
+        os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+        _, error = sweeping.communicate()
+        assert sweeping.returncode == 0, error
+    names = {"base", *(f"top_k_0.{tenth}" for tenth in (1, 3, 4, 5, 6))}
+    assert results(directory).keys() == names
+    assert all(results(directory)[f"top_k_0.{tenth}"]["threads"] == 1 for tenth in (4, 5, 6))
 
 
 @pytest.mark.parametrize(
@@ -50,41 +209,41 @@ def test_two_configurations_on_a_tiny_subset(tmp_path, capsys):
         (["--params", "7"], "param is 7.0; allowed for method"),
         (["--dataset", "cifar"], "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
         (["--epoch", "3"], "unknown arguments: --epoch 3"),
-        (["-p", "metod", "top_k"], "unknown parameter 'metod'; allowed: directory, dataset"),
-        (["-p", "momentum", "0.5"], "unknown parameter 'momentum'"),  # a setting, but of no notebook
+        (["-p", "metod", "top_k"], "-p metod top_k: give a name and values; names: directory"),
+        (["-p", "momentum", "0.5"], "-p momentum 0.5: give a name"),  # a setting, but of no notebook
         (["--epochs", "0"], "epochs is 0; allowed: 1 to"),
         (["--seeds", "x"], "invalid int value: 'x'"),
         (["-p", "limit", "many"], "limit is 'many'"),
+        (["-p", "limit"], "-p limit: give a name and values"),
+        (["-p", "upsample", "map", "cubic"], "upsample is 'cubic'; allowed"),  # the last of many configurations
+        (["--jobs", "0"], "--jobs is 0; allowed: 1 and more"),
+        (["--dask", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1"),
     ],
 )
 def test_bad_arguments_end_the_command_before_anything_runs(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "run", lambda grid: pytest.fail("started"))
+    monkeypatch.setattr(sweep, "run", lambda *a, **k: pytest.fail("started"))
     with pytest.raises(SystemExit) as stop:
-        sweep.main(["run", *arguments])
+        sweep.main(["sweep", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
+def test_values_of_a_parameter_are_a_dimension_of_the_grid(monkeypatch):
+    grids = []
+    monkeypatch.setattr(sweep, "run", lambda grid, **_: grids.append(grid) or 0)
+    sweep.main(["sweep", *TINY, "--params", "0.1", "0.3", "--seeds", "0", "1", "-p", "upsample", "map", "nearest"])
+    found = {(settings.param, settings.seed, settings.upsample) for settings in grids[0]}
+    assert len(grids[0]) == 8 and found == {(p, s, u) for p in (0.1, 0.3) for s in (0, 1) for u in ("map", "nearest")}
+
+
 def test_a_single_parameter_takes_the_place_of_the_option(monkeypatch):
     grids = []
-    monkeypatch.setattr(sweep, "run", lambda grid: grids.append(grid) or 0)
+    monkeypatch.setattr(sweep, "run", lambda grid, **_: grids.append(grid) or 0)
     assert (
         sweep.main(["run", *TINY, "-p", "method", "mean", "--params", "0.1", "0.1", "-p", "finetune_lr", "1e-3"]) == 0
     )
     (settings,) = grids[0]
     assert (settings.method, settings.param, settings.finetune_lr, settings.limit) == ("mean", 0.1, 0.001, 200)
-
-
-def test_a_failing_notebook_is_named_and_ends_the_command_with_1(tmp_path, capsys):
-    settings = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, epochs=1)
-    path = settings.checkpoint_path("base")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"damaged")
-    arguments = [*TINY, "--directory", str(tmp_path), "--methods", "mean", "--params", "0.9"]
-    assert sweep.main(["run", *arguments]) == 1
-    error = capsys.readouterr().err
-    assert "02_erm failed: CheckpointError" in error and "02_erm.ipynb" in error
-    assert path.read_bytes() == b"damaged"
 
 
 @pytest.mark.parametrize(
