@@ -22,6 +22,7 @@ from masktune_utils.experiment import REPOSITORY, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PARAMS = (0.1, 0.3, 0.5, 0.7, 0.9)
+FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 @cache
@@ -86,9 +87,6 @@ class Job(NamedTuple):
         return None
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
-
-
 def job(stem: str, settings: Settings) -> Job:
     """The notebook `stem` with those of the settings that are parameters of it; the others at their defaults."""
     known = notebook_parameters(stem)
@@ -141,13 +139,11 @@ def execute(stages: list[list[Job]], jobs: int, force: bool = False) -> dict[Job
     with tqdm(total=sum(map(len, stages)), unit="notebook") as bar:
         for stage in stages:
             broken = {job.settings.folder("checkpoints") for job in errors if job.stem.startswith(("02", "03"))}
-            errors |= {
-                job: "not run, for want of its base model"
-                for job in stage
-                if job.settings.folder("checkpoints") in broken
-            }
-            todo = [job for job in stage if job not in errors and (not job.done() or (force and job.is_configuration))]
-            skipped += len(stage) - len(todo)
+            orphans = [job for job in stage if job.settings.folder("checkpoints") in broken]
+            errors |= dict.fromkeys(orphans, "not run, for want of its base model")
+            done = [job for job in stage if job not in errors and job.done() and not (force and job.is_configuration)]
+            todo = [job for job in stage if job not in errors and job not in done]
+            skipped += len(done)
             bar.update(len(stage) - len(todo))
             bar.set_postfix_str(f"{skipped} skipped" if skipped else "")
             parallel = Parallel(n_jobs=min(jobs, max(1, len(stage))), return_as="generator_unordered")
@@ -197,7 +193,7 @@ def report(jobs: list[Job], grid: list[Settings]) -> None:
     found = table[["experiment", "seed", "configuration"]].itertuples(index=False, name=None)
     table = table[[row in wanted for row in found]]
     if len(table):
-        print(f"\nAccuracy in %, {grid[0].dataset}\n\n{evaluation.summarize(table).to_string()}\n")
+        print(f"\nAccuracy in %\n\n{evaluation.summarize(table).to_string()}\n")
     leaves = {"checkpoints": grid, "runs": [job.settings for job in jobs], "figures": [job.settings for job in jobs]}
     for kind, settings in leaves.items():
         print(f"{kind + ':':13}{', '.join(dict.fromkeys(str(s.folder(kind)) for s in settings))}")
@@ -209,22 +205,18 @@ def report(jobs: list[Job], grid: list[Settings]) -> None:
 
 def _grid(arguments: argparse.Namespace) -> list[Settings]:
     """All combinations of the command's arguments, each of them checked."""
-    values = {name: [getattr(arguments, name)] for name in ("directory", "dataset", "epochs", "device")}
+    fixed = {"directory": str(Path(arguments.directory or REPOSITORY).resolve()), "device": arguments.device}
+    values = {"dataset": [arguments.dataset], "epochs": [arguments.epochs]}
     values |= {"seed": arguments.seeds, "method": arguments.methods, "param": arguments.params}
-    known = [name for name in notebook_parameters("04_finetune_sweep") if name != "retrain"]
+    known = [name for name in notebook_parameters("04_finetune_sweep") if name not in experiment.RUNTIME]
     for name, *texts in arguments.parameters:
         if name not in known or not texts:
             raise ValueError(f"-p {' '.join([name, *texts])}: give a name and values; names: {', '.join(known)}.")
         values[name] = [_literal(text) for text in texts]
-    grid = [Settings(**dict(zip(values, combination, strict=True))) for combination in product(*values.values())]
-    return [
-        dataclasses.replace(
-            settings,
-            dataset=data.resolve_dataset(settings.dataset),
-            directory=str(Path(settings.directory or REPOSITORY).resolve()),
-        )
-        for settings in dict.fromkeys(grid)
-    ]
+    combinations = [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
+    grid = [Settings(**combination, **fixed) for combination in combinations]
+    digits = {name: data.resolve_dataset(name) for name in values["dataset"]}
+    return list(dict.fromkeys(dataclasses.replace(settings, dataset=digits[settings.dataset]) for settings in grid))
 
 
 def _literal(text: str) -> Any:
