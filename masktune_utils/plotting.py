@@ -1,5 +1,7 @@
 """Figures. Every function returns a matplotlib Figure; `show` saves it as PNG and displays that very file."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 from IPython.display import Image, display
@@ -13,9 +15,18 @@ TEST_COLORS = {"raw": "#009E73", "biased": "#D55E00"}
 CLASS_NAMES = ("class 0 (digits 0–4)", "class 1 (digits 5–9)")
 
 
-def show(figure: Figure, settings: Settings, name: str) -> None:
-    """Save a figure as `figures/{dataset}/seed{seed}/{name}.png`, marked with its digits and seed, and display it."""
-    figure.text(1, 0, f"{settings.dataset}, seed {settings.seed}", ha="right", va="top", fontsize=7, color="0.45")
+def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] = ()) -> None:
+    """Save a figure as `figures/{dataset}/seed{seed}/{name}.png`, marked with its digits and seed, and display it.
+
+    Args:
+        figure: the figure.
+        settings: the experiment.
+        name: name of the file, without its suffix.
+        seeds: of what it shows, where that is not the experiment's alone.
+    """
+    seeds = sorted(seeds) or [settings.seed]
+    mark = f"{settings.dataset}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    figure.text(1, 0, mark, ha="right", va="top", fontsize=7, color="0.45")
     path = settings.folder("figures") / f"{name}.png"
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
