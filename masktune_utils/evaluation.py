@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masktune_utils import data, experiment, training
-from masktune_utils.experiment import CheckpointError, Settings
+from masktune_utils.experiment import Settings
 from masktune_utils.models import SmallCNN
 
 
@@ -105,16 +105,11 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
         CheckpointError: the file is damaged, foreign, or made from other digits than those to test on.
         FileNotFoundError: no such file, or no such digits.
     """
-    device = training.resolve_device(device)
-    model, checkpoint = experiment.load_checkpoint(path, device=device)
+    device, dataset = training.resolve_device(device), data.resolve_dataset(dataset)
+    model, checkpoint = experiment.load_checkpoint(path, device=device, dataset=dataset)
     made_with = checkpoint.get("settings", {})
     square = {name: made_with[name] for name in ("square_size", "square_color") if name in made_with}
     splits = data.load(dataset, device=device, **square)
-    if made_with and made_with["dataset"] != splits.dataset:
-        raise CheckpointError(
-            f"{path} was trained on {made_with['dataset']!r}, whose images may be among the test images of "
-            f"{splits.dataset!r}; use dataset={made_with['dataset']!r}."
-        )
     return evaluate(model, splits)
 
 

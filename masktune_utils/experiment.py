@@ -261,7 +261,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: str | Path, settings: dict[str, Any] | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    settings: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dataset: str | None = None,
 ) -> tuple[SmallCNN, dict[str, Any]]:
     """Load a model, and refuse it if anything is wrong; no code in the file is run.
 
@@ -269,14 +272,15 @@ def load_checkpoint(
         path: a file of `save_checkpoint`, or, if `settings` is None, a plain state dict of a SmallCNN.
         settings: what the model must have been made with.
         device: where the model is to lie.
+        dataset: the digits that it is to be used on; one that was made from others is refused.
 
     Returns:
         The model, in evaluation mode, and what else the file holds: `settings`, `history`, `sha256` (of a plain state
         dict the SHA-256 alone).
 
     Raises:
-        CheckpointError: a damaged file, a foreign one, or one made with other settings; the message names the file and
-            what is wrong.
+        CheckpointError: a damaged file, a foreign one, or one made with other settings or from other digits; the
+            message names the file and what is wrong.
         FileNotFoundError: no such file.
     """
     path = Path(path)
@@ -289,6 +293,12 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is not a checkpoint of this project: its state dict holds more than tensors.")
     if weights_sha256(content["state_dict"]) != content["sha256"]:
         raise CheckpointError(f"{path} is damaged: its weights do not have the SHA-256 that it records. Delete it.")
+    made_from = content.get("settings", {}).get("dataset", dataset)
+    if dataset is not None and made_from != dataset:
+        raise CheckpointError(
+            f"{path} was trained on {made_from!r}, whose images may be among the test images of {dataset!r}; use "
+            f"dataset={made_from!r}."
+        )
     for name, value in (settings or {}).items():
         if content["settings"].get(name) != value:
             raise CheckpointError(
