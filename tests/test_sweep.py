@@ -15,6 +15,7 @@ import papermill
 import psutil
 import pytest
 from joblib import cpu_count
+from nbclient.exceptions import DeadKernelError
 
 from masktune_utils import evaluation, experiment, sweep
 from masktune_utils.experiment import Settings
@@ -153,6 +154,15 @@ def test_a_failing_configuration_stops_no_other_and_is_named(directory):
     assert path.read_bytes() == b"damaged"
     path.unlink()
     assert results(directory).keys() == {"base", "top_k_0.1", "top_k_0.3", "top_k_0.8"}
+
+
+def test_a_kernel_that_dies_is_named(directory, capsys, monkeypatch):
+    def die(*_args, **_kwargs):
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(papermill, "execute_notebook", die)
+    assert sweep.main(["sweep", *TINY, "--params", "0.9", "--directory", str(directory)]) == 1
+    assert "failed: 04_finetune_sweep_top_k_0.9, seed 0: DeadKernelError: Kernel died" in capsys.readouterr().err
 
 
 def test_configurations_without_a_base_model_are_not_run(directory, capsys, monkeypatch):
@@ -297,3 +307,13 @@ def test_parameters_are_literals_with_the_defaults_of_the_settings(path):
         name: defaults[name] for name in values if name in defaults
     }
     assert set(values) - set(defaults) <= {"base_model", "finetuned_model"}
+
+
+def test_readme_lists_every_parameter_of_every_notebook():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `.*?` \|(.*)\| .* \|$", (experiment.REPOSITORY / "README.md").read_text(), re.MULTILINE
+    )
+    listed = {
+        (name, stem) for name, dots in rows for stem, dot in zip("12345", dots.split("|"), strict=True) if "●" in dot
+    }
+    assert listed == {(name, path.stem[1]) for path in NOTEBOOKS for name in sweep.notebook_parameters(path.stem)}
