@@ -30,9 +30,10 @@ def tiny(directory: Path, **kwargs) -> Settings:
 
 
 def start(directory: Path, *arguments: str) -> subprocess.Popen:
-    """`masktune sweep` in a process group of its own."""
-    command = [sys.executable, "-c", "import sys; from masktune_utils.sweep import main; sys.exit(main())", "sweep"]
-    command += [*TINY, "--directory", str(directory), *arguments]
+    """`masktune sweep` in a process group of its own, which hears Ctrl-C even where this one was started deaf to it."""
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from masktune_utils.sweep import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "sweep", *TINY, "--directory", str(directory), *arguments]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
