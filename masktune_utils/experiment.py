@@ -45,7 +45,6 @@ CHOICES = {
 }
 RANGES = {
     "seed": (0, 2**32 - 1),
-    "limit": (20, 50_000),
     "square_size": (1, 28),
     "epochs": (1, 10_000),
     "batch_size": (2, 60_000),
@@ -103,8 +102,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; allowed: {low:g} to {high:g}.")
-        if self.limit is not None and self.limit % 10:
-            raise ValueError(f"limit is {self.limit}; allowed: a multiple of 10, for as many images of each digit.")
+        data.check_limit(self.limit, self.dataset)
         data.rgb(self.square_color)
         masking.check_method(self.method, self.param)
         training.resolve_device(self.device)
@@ -289,8 +287,9 @@ def load_checkpoint(
         content = {"state_dict": content, "sha256": weights_sha256(content)}
     elif missing := {"state_dict", "settings", "history", "sha256"} - set(content):
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(missing))}.")
-    if not all(isinstance(value, Tensor) for value in content["state_dict"].values()):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: its state dict holds more than tensors.")
+    state_dict = content["state_dict"]
+    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its state dict is no dict of tensors.")
     if weights_sha256(content["state_dict"]) != content["sha256"]:
         raise CheckpointError(f"{path} is damaged: its weights do not have the SHA-256 that it records. Delete it.")
     made_from = content.get("settings", {}).get("dataset", dataset)

@@ -116,6 +116,8 @@ def test_full_mnist_counts():
     [
         ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
         ({"placement": "left"}, "placement is 'left'; allowed: 'random', 'ordered'"),
+        ({"limit": 4010}, "limit is 4010; allowed: None, or a multiple of 10 from 20 to 4000"),
+        ({"limit": 55}, "limit is 55; allowed"),
         ({"square_color": "blau"}, "square_color is 'blau'"),
     ],
 )

@@ -56,6 +56,7 @@ def test_a_truncated_file_is_refused_by_name(saved):
     [
         {"state_dict": {}, "settings": {}},
         {"state_dict": {"a": 1}, "settings": {}, "history": [], "sha256": ""},
+        {"state_dict": 1, "settings": {}, "history": [], "sha256": ""},
         [1, 2],
         {"backbone.0.weight": torch.zeros(3)},
         {},
@@ -185,7 +186,8 @@ def test_other_settings_never_share_a_file_with_the_defaults():
         ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
         ({"epochs": 0}, "epochs is 0; allowed: 1 to"),
         ({"lr": -1}, "lr is -1.0; allowed"),
-        ({"limit": 33}, "limit is 33; allowed: a multiple of 10"),
+        ({"limit": 33}, "limit is 33; allowed: None, or a multiple of 10"),
+        ({"limit": 10_000, "dataset": "mnist5k"}, "limit is 10000; allowed: .* from 20 to 4000"),
         ({"square_color": "blau"}, "square_color is 'blau'"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"upsample": "cubic"}, "upsample is 'cubic'; allowed"),
