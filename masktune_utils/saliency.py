@@ -1,5 +1,6 @@
 """What the model looks at: class activation maps at the last convolution, from the library torchcam."""
 
+import copy
 import warnings
 
 import torch
@@ -14,12 +15,12 @@ CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "Fine
 
 
 def saliency_maps(
-    model: SmallCNN, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 1000
+    model: SmallCNN, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 500
 ) -> Tensor:
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 
     Args:
-        model: explained in evaluation mode; its mode is restored.
+        model: explained in evaluation mode; itself it is left alone.
         images: N×3×28×28, uint8 or float in [0, 1], on the model's device.
         labels: N; the class whose score is explained, one an image.
         cam: a gradient CAM of torchcam, one of `CAMS`.
@@ -36,20 +37,14 @@ def saliency_maps(
     check_choice("cam", cam, CAMS)
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; give one label an image.")
-    was_training = model.training
-    model.eval()
-    try:
-        with getattr(methods, cam)(model, model.get_grad_cam_target_layer()) as extractor:
-            starts = tqdm(
-                range(0, len(images), batch_size),
-                desc=cam,
-                unit="batch",
-                leave=False,
-                disable=len(images) <= batch_size,
-            )
-            maps = [_maps(extractor, images[i : i + batch_size], labels[i : i + batch_size]) for i in starts]
-    finally:
-        model.train(was_training)
+    explained = copy.deepcopy(model).eval().requires_grad_(False)
+    layer = explained.get_grad_cam_target_layer()
+    layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())  # no graph before this layer
+    with getattr(methods, cam)(explained, layer) as extractor:
+        starts = tqdm(
+            range(0, len(images), batch_size), desc=cam, unit="batch", leave=False, disable=len(images) <= batch_size
+        )
+        maps = [_maps(extractor, images[i : i + batch_size], labels[i : i + batch_size]) for i in starts]
     maps = torch.cat(maps) if maps else images.new_zeros((0, 8, 8), dtype=torch.float32)
     if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
         warnings.warn(f"{empty} of {len(maps)} saliency maps are zero everywhere: they hide nothing.", stacklevel=2)

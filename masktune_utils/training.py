@@ -95,9 +95,9 @@ def train(
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
     step_rule = (
-        optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+        optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
         if optimizer == "sgd"
-        else optim.Adam(model.parameters(), lr, weight_decay=weight_decay)
+        else optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
     )
     decay = optim.lr_scheduler.StepLR(step_rule, lr_decay_epochs, lr_decay_factor)
     generator = torch.Generator().manual_seed(seed)
@@ -108,25 +108,24 @@ def train(
         for epoch in range(1, epochs + 1):
             order = torch.randperm(len(dataset), generator=generator).to(device)
             started, rate = time.perf_counter(), step_rule.param_groups[0]["lr"]
-            loss, accuracy = _train_epoch(
-                model, dataset, order.split(batch_size), step_rule, progress, f"{epoch}/{epochs}"
-            )
+            batches = order.split(batch_size)
+            loss, accuracy = _train_epoch(model, dataset, batches, step_rule, progress, f"{epoch}/{epochs}").tolist()
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate, "seconds": seconds})
             decay.step()
     return history
 
 
-def _train_epoch(model, dataset, batches, step_rule, progress, epoch) -> tuple[float, float]:
-    """One pass; the sums stay on the device, and are read only when the progress bar is drawn."""
+def _train_epoch(model, dataset, batches, step_rule, progress, epoch) -> Tensor:
+    """One pass; returns mean loss and accuracy. The sums stay on the device, and are read only when the bar is drawn."""
     device = dataset.labels.device
-    sums, seen = torch.zeros(2, device=device), 0
+    sums, seen, bfloat16 = torch.zeros(2, device=device), 0, has_bfloat16(device)
     model.train()
     for index in batches:
         if len(index) == 1:  # batch normalisation is undefined for a single image
             continue
         images, labels = dataset.batch(index)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
         step_rule.zero_grad()
@@ -140,5 +139,4 @@ def _train_epoch(model, dataset, batches, step_rule, progress, epoch) -> tuple[f
             progress.set_postfix_str(
                 f"epoch {epoch}, loss {mean_loss:.4f}, accuracy {accuracy:.2%}, lr {rate:g}", refresh=False
             )
-    loss, accuracy = (sums / seen).tolist()
-    return loss, accuracy
+    return sums / seen

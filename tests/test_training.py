@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from tqdm import tqdm
 
-from masktune_utils import models, training
+from masktune_utils import data, masking, models, training
 from masktune_utils.experiment import weights_sha256
 
 
@@ -91,3 +93,20 @@ def test_unknown_names_are_refused(splits):
 def test_a_device_that_is_not_here_is_refused():
     with pytest.raises(ValueError, match="device is 'cuda'"):
         training.resolve_device("cuda")
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_epoch_reads_no_value_from_the_device_unless_the_progress_bar_is_drawn(drawn):
+    with FakeTensorMode():  # tensors without values: whatever would wait for a GPU fails
+        count = torch.zeros(300, dtype=torch.long)
+        split = data.Split(torch.zeros(300, 3, 28, 28, dtype=torch.uint8), count, count, count.bool())
+        masked = masking.mask_dataset(split, torch.zeros(300, 8, 8), "top_k", 0.1)
+        model = models.SmallCNN()
+        batches = torch.arange(300).split(128)
+        sgd = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        bar = tqdm(total=300, disable=not drawn, mininterval=0, miniters=1)
+        if drawn:
+            with pytest.raises(DataDependentOutputException):
+                training._train_epoch(model, masked, batches, sgd, bar, "1/1")
+        else:
+            assert training._train_epoch(model, masked, batches, sgd, bar, "1/1").shape == (2,)
