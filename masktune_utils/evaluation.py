@@ -16,7 +16,7 @@ from masktune_utils.models import SmallCNN
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: data.Split, batch_size: int = 500) -> Tensor:
+def predict(model: nn.Module, split: data.Split, batch_size: int = 200) -> Tensor:
     """Logits, N×classes, float32 on the CPU, in evaluation mode; the model's mode is restored."""
     was_training = model.training
     model.eval()

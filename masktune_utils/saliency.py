@@ -15,7 +15,7 @@ CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "Fine
 
 
 def saliency_maps(
-    model: SmallCNN, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 500
+    model: SmallCNN, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 200
 ) -> Tensor:
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 
@@ -25,7 +25,7 @@ def saliency_maps(
         labels: N; the class whose score is explained, one an image.
         cam: a gradient CAM of torchcam, one of `CAMS`.
         batch_size: images at a time; it changes nothing but the speed (SmoothGradCAMpp apart, which adds noise, drawn
-            from a fixed seed a batch).
+            from a fixed seed).
 
     Returns:
         N×8×8 float32, each map scaled to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
@@ -40,19 +40,21 @@ def saliency_maps(
     explained = copy.deepcopy(model).eval().requires_grad_(False)
     layer = explained.get_grad_cam_target_layer()
     layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())  # no graph before this layer
-    with getattr(methods, cam)(explained, layer) as extractor:
-        starts = tqdm(
-            range(0, len(images), batch_size), desc=cam, unit="batch", leave=False, disable=len(images) <= batch_size
-        )
-        maps = [_maps(extractor, images[i : i + batch_size], labels[i : i + batch_size]) for i in starts]
+    starts = tqdm(
+        range(0, len(images), batch_size), desc=cam, unit="batch", leave=False, disable=len(images) <= batch_size
+    )
+    maps = []
+    with (
+        getattr(methods, cam)(explained, layer) as extractor,
+        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
+        torch.enable_grad(),
+    ):
+        torch.manual_seed(0)  # SmoothGradCAMpp draws noise
+        for start in starts:
+            part = slice(start, start + batch_size)
+            scores = explained(to_float(images[part]))
+            maps += extractor(labels[part].tolist(), scores)
     maps = torch.cat(maps) if maps else images.new_zeros((0, 8, 8), dtype=torch.float32)
     if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
         warnings.warn(f"{empty} of {len(maps)} saliency maps are zero everywhere: they hide nothing.", stacklevel=2)
     return maps
-
-
-def _maps(extractor, images: Tensor, labels: Tensor) -> Tensor:
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.manual_seed(0)  # SmoothGradCAMpp draws noise
-        return extractor(labels.tolist(), extractor.model(to_float(images)))[0]
