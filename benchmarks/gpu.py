@@ -1,0 +1,51 @@
+"""How quick is all of it on a GPU? ERM epochs, saliency, one 04, and the sweep of 15 configurations."""
+
+import argparse
+import time
+
+import pandas as pd
+import torch
+from common import BIN, base_model_alone, machine, measure
+
+from masktune_utils import experiment, models, saliency, training
+from masktune_utils.experiment import REPOSITORY
+
+
+def timed(function) -> float:
+    """Seconds, with all that the device still has to do."""
+    started = time.perf_counter()
+    function()
+    torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cpu is for trying the script")
+    parser.add_argument("--epochs", type=int, default=50)
+    arguments = parser.parse_args()
+    try:
+        settings = experiment.Settings(dataset="mnist", device=arguments.device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    train = experiment.load_data(settings).train
+    model = models.new_model(0, train.labels.device)
+    training.train(model, train[:1280], epochs=1)
+    rows = {f"ERM, {arguments.epochs} epochs": timed(lambda: training.train(model, train, epochs=arguments.epochs))}
+    rows["saliency, 60,000 images"] = timed(lambda: saliency.saliency_maps(model, train.images, train.labels))
+    options = ["--dataset", "mnist", "--device", arguments.device]
+    with base_model_alone() as directory:
+        sweep = [BIN / "masktune", "sweep", *options, "--directory", directory]
+        rows["sweep of 15"] = measure(sweep)[0]
+        notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
+        parameters = f"-p directory {directory} -p dataset mnist -p device {arguments.device} -p retrain True".split()
+        command = [BIN / "papermill", "--cwd", notebook.parent, notebook, f"{directory}/04.ipynb", *parameters]
+        rows["one 04"] = measure(command)[0]
+    print(machine())
+    print(pd.Series(rows, name="seconds").round(1).to_string())
+    if torch.cuda.is_available():
+        print(f"peak GPU memory of ERM and saliency: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
