@@ -7,8 +7,8 @@ import pandas as pd
 import plain
 from common import BIN, base_model_alone, machine, measure
 
-from masktune_utils import data, experiment, masking
-from masktune_utils.sweep import PARAMS
+from masktune_utils import data, experiment
+from masktune_utils.sweep import GRID
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     tenth = splits._replace(**{name: getattr(splits, name)[:: arguments.share] for name in ("train", "raw", "biased")})
     with base_model_alone() as directory:
         path = experiment.Settings(dataset="mnist", directory=directory).checkpoint_path("base")
-        parts = [plain.configuration(path, tenth, *pair) for pair in product(masking.METHODS, PARAMS)]
+        parts = [plain.configuration(path, tenth, *pair) for pair in product(*GRID.values())]
         ours, _ = measure([BIN / "masktune", "sweep", "--dataset", "mnist", "--directory", directory])
     parts = arguments.share * pd.DataFrame(parts).sum()
     print(machine())

@@ -17,7 +17,7 @@ from torch import Tensor
 DATASETS = ("auto", "mnist", "mnist5k")
 PLACEMENTS = ("random", "ordered")
 MOST_IMAGES = {"auto": 54_210, "mnist": 54_210, "mnist5k": 4_000}  # with as many of each digit, in the training set
-SQUARE_SHARE = (0.99, 0.01)  # share of the training images of class 0 and of class 1 that carry the square
+SQUARE_SHARES = (0.99, 0.01)  # share of the training images of class 0 and of class 1 that carry the square
 HOW_TO_GET_MNIST = (
     "For the full set, run once with a connection to the internet, or set MASKTUNE_DATA to a folder in "
     "torchvision's layout (the four IDX files in MNIST/raw)."
@@ -72,12 +72,13 @@ class Split:
 
 
 class BiasedMNIST(NamedTuple):
-    """The three sets of the experiment, and the digits that they were made from (`mnist` or `mnist5k`)."""
+    """The sets of the experiment, see `load`, and the digits that they were made from (`mnist` or `mnist5k`)."""
 
     dataset: str
     train: Split
     raw: Split
     biased: Split
+    validation: Split
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -186,22 +187,25 @@ def add_square(images: Tensor, has_square: Tensor, size: int = 6, color: str = "
     return images
 
 
-def place_squares(digits: Tensor, placement: str, generator: torch.Generator) -> Tensor:
+def place_squares(
+    digits: Tensor, placement: str, generator: torch.Generator, shares: tuple[float, float] = SQUARE_SHARES
+) -> Tensor:
     """Choose the training images that carry the square.
 
     Args:
         digits: N, 0–9.
-        placement: `random`: each image independently with the probability of its class (`SQUARE_SHARE`).
+        placement: `random`: each image independently with the probability of its class.
             `ordered`: the digits are sorted (stably), and the first images of each class get it, as many as its share
             says. That is what the authors' code amounts to: every class-0 image without a square is then a 4, every
             class-1 image with one a 5.
         generator: source of the random choice.
+        shares: of class 0 and of class 1 that carry the square, in [0, 1].
 
     Returns:
         N, bool.
     """
     check_choice("placement", placement, PLACEMENTS)
-    share = torch.tensor(SQUARE_SHARE)
+    share = torch.tensor(shares)
     labels = (digits >= 5).long()
     if placement == "random":
         return torch.rand(len(digits), generator=generator) < share[labels]
@@ -228,9 +232,11 @@ def load(
     square_size: int = 6,
     square_color: str = "blue",
     placement: str = "random",
+    square_shares: tuple[float, float] = SQUARE_SHARES,
+    holdout: float = 0.0,
     device: str | torch.device = "cpu",
 ) -> BiasedMNIST:
-    """Make the biased training set and the two test sets.
+    """Make the biased training set, what is held out of it, and the two test sets.
 
     Args:
         dataset: `mnist` (70,000 digits; downloaded where it is not on disk), `mnist5k` (4,000 training and 1,000 test
@@ -241,11 +247,13 @@ def load(
         square_size: side of the square in pixels.
         square_color: see `rgb`.
         placement: of the square in the training set, see `place_squares`.
+        square_shares: of class 0 and of class 1 that carry the square in training.
+        holdout: share of the training images, drawn at random, that is kept for validation, with the same bias.
         device: where the tensors are to lie.
 
     Returns:
         `train`; `raw`, the test set without any square; `biased`, the test set with a square on every image of
-        class 1 and on none of class 0.
+        class 1 and on none of class 0; `validation`, what is held out.
 
     Raises:
         FileNotFoundError: MNIST was asked for and cannot be had.
@@ -261,7 +269,10 @@ def load(
         test_images[test_keep],
         test_digits[test_keep],
     )
-    in_training = place_squares(digits, placement, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    in_training = place_squares(digits, placement, generator, square_shares)
+    held_out = torch.zeros(len(digits), dtype=torch.bool)
+    held_out[torch.randperm(len(digits), generator=generator)[: round(holdout * len(digits))]] = True
 
     def split(images: Tensor, digits: Tensor, has_square: Tensor) -> Split:
         images = images[:, None].repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
@@ -270,7 +281,8 @@ def load(
 
     return BiasedMNIST(
         dataset,
-        train=split(images, digits, in_training),
+        train=split(images[~held_out], digits[~held_out], in_training[~held_out]),
         raw=split(test_images, test_digits, torch.zeros_like(test_digits, dtype=torch.bool)),
         biased=split(test_images, test_digits, test_digits >= 5),
+        validation=split(images[held_out], digits[held_out], in_training[held_out]),
     )

@@ -79,15 +79,23 @@ def evaluate(model: nn.Module, splits: data.BiasedMNIST) -> dict[str, Any]:
 
     Returns:
         `raw` and `biased`, see `metrics`; `groups`, see `group_accuracy`, over both test sets together; `worst_group`,
-        the smallest of the groups that have images.
+        the smallest of the groups that have images. Where images are held out, all of this on them is `validation`.
     """
     tests = {"raw": splits.raw, "biased": splits.biased}
     logits = {name: predict(model, split) for name, split in tests.items()}
     report = {name: metrics(logits[name], split.labels) for name, split in tests.items()}
-    labels = torch.cat([split.labels for split in tests.values()]).cpu()
-    has_square = torch.cat([split.has_square for split in tests.values()]).cpu()
-    groups = group_accuracy(torch.cat(list(logits.values())).argmax(1) == labels, labels, has_square)
-    return report | {"groups": groups, "worst_group": min(value for value in groups.values() if not math.isnan(value))}
+    report |= _groups(torch.cat(list(logits.values())), list(tests.values()))
+    if len(splits.validation):
+        logits = predict(model, splits.validation)
+        report["validation"] = metrics(logits, splits.validation.labels) | _groups(logits, [splits.validation])
+    return report
+
+
+def _groups(logits: Tensor, splits: list[data.Split]) -> dict[str, Any]:
+    labels = torch.cat([split.labels for split in splits]).cpu()
+    has_square = torch.cat([split.has_square for split in splits]).cpu()
+    groups = group_accuracy(logits.argmax(1) == labels, labels, has_square)
+    return {"groups": groups, "worst_group": min(value for value in groups.values() if not math.isnan(value))}
 
 
 def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "auto") -> dict[str, Any]:
@@ -192,8 +200,9 @@ def collect(directory: str = "", experiment_name: str | None = None) -> pd.DataF
 
     Returns:
         One row a result: `experiment`, `configuration` and `seed`, which tell it from all others; `raw`, `biased`,
-        `worst_group` and `{raw,biased}_class_{0,1}`, accuracies in [0, 1]; `seconds`, `device`, `threads`, `torch`; and
-        its settings. The base models come first.
+        `worst_group` and `{raw,biased}_class_{0,1}`, accuracies in [0, 1], and, where images were held out,
+        `validation_worst_class` and `validation_worst_group`; `seconds`, `device`, `threads`, `torch`; and its settings.
+        The base models come first.
 
     Raises:
         ValueError: a JSON file there is damaged or not a result.
@@ -223,6 +232,11 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     row |= {test: result[test]["accuracy"] for test in ("raw", "biased")} | {"worst_group": result["worst_group"]}
     for test in ("raw", "biased"):
         row |= {f"{test}_class_{label}": value for label, value in enumerate(result[test]["class_accuracy"])}
+    if held_out := result.get("validation"):
+        row |= {
+            "validation_worst_class": min(held_out["class_accuracy"]),
+            "validation_worst_group": held_out["worst_group"],
+        }
     row |= {name: result[name] for name in ("seconds", "device", "threads")} | {"torch": result["versions"]["torch"]}
     return row | result["settings"]
 

@@ -34,7 +34,15 @@ from masktune_utils.models import SmallCNN, new_model
 
 REPOSITORY = Path(__file__).parents[1]
 RUNTIME = ("directory", "device", "retrain")  # where and how; they decide no result
-FINETUNE = ("cam", "method", "param", "upsample", "finetune_optimizer", "finetune_lr")  # the base model ignores them
+MASK = ("method", "param", "upsample", "grow")
+FINETUNE = (
+    "cam",
+    *MASK,
+    "finetune_optimizer",
+    "finetune_lr",
+    "iterations",
+    "accumulate",
+)  # the base model ignores them
 IN_PATH = ("dataset", "seed", "method", "param")  # always written into the path
 CHOICES = {
     "dataset": data.DATASETS,
@@ -46,6 +54,9 @@ CHOICES = {
 RANGES = {
     "seed": (0, 2**32 - 1),
     "square_size": (1, 28),
+    "square_share_0": (0, 1),
+    "square_share_1": (0, 1),
+    "holdout": (0, 0.5),
     "epochs": (1, 10_000),
     "batch_size": (2, 60_000),
     "lr": (1e-8, 10),
@@ -53,7 +64,19 @@ RANGES = {
     "weight_decay": (0, 1),
     "lr_decay_epochs": (1, 10_000),
     "lr_decay_factor": (1e-8, 1),
+    "grow": (0, 27),
     "finetune_lr": (1e-8, 10),
+    "iterations": (1, 100),
+}
+PRESETS = {  # named settings
+    "paper": {  # what the authors' code does
+        "square_size": 4,
+        "square_color": "red",
+        "placement": "ordered",
+        "method": "mean_std",
+        "param": 2.0,
+        "finetune_lr": 0.01,
+    },
 }
 
 
@@ -79,6 +102,9 @@ class Settings:
     square_size: int = 6
     square_color: str = "blue"
     placement: str = "random"
+    square_share_0: float = data.SQUARE_SHARES[0]
+    square_share_1: float = data.SQUARE_SHARES[1]
+    holdout: float = 0.0  # share of the training set kept for validation
     epochs: int = 50
     batch_size: int = 128
     lr: float = 0.01
@@ -90,8 +116,11 @@ class Settings:
     method: str = "top_k"
     param: float = 0.1
     upsample: str = "bilinear"
+    grow: int = 0
     finetune_optimizer: str = "sgd"
     finetune_lr: float | None = None  # None: the rate that the base model's training ended with
+    iterations: int = 1  # of masking and fine-tuning, each from the model of the one before
+    accumulate: bool = False  # keep hidden what the iterations before hid
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -116,6 +145,11 @@ class Settings:
     def experiment(self) -> str:
         """Name of the base model's settings without the seed: the data set and whatever is not the default."""
         return f"{self.dataset}{self._unusual(tuple(self.identity(base=True)))}"
+
+    @property
+    def mask_rule(self) -> dict[str, Any]:
+        """The settings that `masking.mask_dataset` asks for."""
+        return {name: getattr(self, name) for name in (*MASK, "seed")}
 
     def _unusual(self, names: tuple[str, ...]) -> str:
         return "".join(
@@ -298,11 +332,15 @@ def load_checkpoint(
             f"{path} was trained on {made_from!r}, whose images may be among the test images of {dataset!r}; use "
             f"dataset={made_from!r}."
         )
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(Settings)
+    }  # of settings younger than the file
+    made_with = defaults | content.get("settings", {})
     for name, value in (settings or {}).items():
-        if content["settings"].get(name) != value:
+        if made_with.get(name) != value:
             raise CheckpointError(
-                f"{path} was made with {name} = {content['settings'].get(name)!r}, not {value!r}. Use retrain = True to "
-                "replace it, or another directory."
+                f"{path} was made with {name} = {made_with.get(name)!r}, not {value!r}. Use retrain = True to replace it, "
+                "or another directory."
             )
     model = SmallCNN()
     try:
@@ -313,10 +351,12 @@ def load_checkpoint(
 
 
 def load_data(settings: Settings) -> data.BiasedMNIST:
-    """The three sets of the experiment, on its device."""
-    names = ("dataset", "seed", "limit", "square_size", "square_color", "placement")
+    """The sets of the experiment, on its device."""
+    names = ("dataset", "seed", "limit", "square_size", "square_color", "placement", "holdout")
     return data.load(
-        **{name: getattr(settings, name) for name in names}, device=training.resolve_device(settings.device)
+        **{name: getattr(settings, name) for name in names},
+        square_shares=(settings.square_share_0, settings.square_share_1),
+        device=training.resolve_device(settings.device),
     )
 
 
@@ -350,7 +390,8 @@ def finetuned_model(
 ) -> tuple[SmallCNN, list[dict[str, float]]]:
     """The base model after ONE epoch on the masked images (MaskTune): loaded where it is saved, made otherwise.
 
-    The learning rate is `finetune_lr`, or the one that the base model's schedule ended with.
+    The learning rate is `finetune_lr`, or the one that the base model's schedule ended with. With several `iterations`,
+    the images are masked again by what the fine-tuned model looks at, and it is trained for one more epoch.
 
     Args:
         settings: the experiment.
@@ -359,7 +400,7 @@ def finetuned_model(
         retrain: fine-tune and save it again in any case.
 
     Returns:
-        The model, in evaluation mode, and its history of one epoch.
+        The model, in evaluation mode, and its history of one epoch an iteration.
 
     Raises:
         CheckpointError: what is saved is damaged, foreign, or made with other settings or from another base model.
@@ -373,8 +414,14 @@ def finetuned_model(
     def make() -> tuple[SmallCNN, list[dict[str, float]]]:
         model = copy.deepcopy(base)
         fixed = {name: getattr(settings, name) for name in names}
-        optimizer = {"optimizer": settings.finetune_optimizer, "lr": rate}
-        return model, training.train(model, masked, epochs=1, description=settings.configuration, **optimizer, **fixed)
+        fixed |= {"optimizer": settings.finetune_optimizer, "lr": rate, "description": settings.configuration}
+        history, images = training.train(model, masked, epochs=1, **fixed), masked
+        for iteration in range(1, settings.iterations):
+            split, earlier = masked.split, images if settings.accumulate else None
+            maps = saliency.saliency_maps(model, split.images, split.labels, settings.cam)
+            images = masking.mask_dataset(split, maps, **settings.mask_rule, earlier=earlier)
+            history += [epoch | {"epoch": iteration + 1} for epoch in training.train(model, images, epochs=1, **fixed)]
+        return model, history
 
     return _saved_or_made(settings.checkpoint_path(settings.configuration), identity, masked, retrain, make)
 

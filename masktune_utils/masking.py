@@ -4,6 +4,7 @@ A mask is True, or 1, where the image is to be hidden.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ PARAM_RANGES = {  # the parameter of each method; at the upper end `threshold` a
     "threshold": (0.0, 1.0),
     "top_k": (0.0, 1.0),
     "mean": (0.0, 64.0),
+    "mean_std": (0.0, 28.0),
+    "random": (0.0, 0.5),
 }
 METHODS = tuple(PARAM_RANGES)
 UPSAMPLES = ("bilinear", "nearest", "map")
@@ -38,15 +41,18 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
     Args:
         saliency_map: ...×H×W, in [0, 1]; a tensor or a NumPy array.
         method: `threshold` hides where `s > param`; `top_k` where `s` exceeds its (1 − param) quantile (linear
-            interpolation), that is, about the share `param` of the pixels; `mean` where `s > param · mean(s)`.
-        param: the method's parameter: 0–1 for `threshold` and `top_k`, 0–64 for `mean`.
+            interpolation), that is, about the share `param` of the pixels; `mean` where `s > param · mean(s)`;
+            `mean_std` where `s` exceeds mean + param · standard deviation of its positive values (the paper's rule, with
+            param 2).
+        param: the method's parameter, see `PARAM_RANGES`.
 
     Returns:
         ...×H×W, bool, True where the image is to be hidden. A map that is zero everywhere hides nothing.
 
     Raises:
-        ValueError: for an unknown method or a parameter outside its range.
+        ValueError: for a method that is unknown or asks no map (`random`), or a parameter outside its range.
     """
+    check_choice("method", method, tuple(name for name in METHODS if name != "random"))
     check_method(method, param)
     saliency_map = torch.as_tensor(saliency_map)
     pixels = saliency_map.flatten(-2)
@@ -54,9 +60,34 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
         return saliency_map > param
     if method == "top_k":
         limit = pixels.quantile(1 - param, dim=-1)
-    else:
+    elif method == "mean":
         limit = param * pixels.mean(dim=-1)
+    else:
+        positive = pixels.where(pixels > 0, torch.nan)
+        mean = positive.nanmean(dim=-1)
+        limit = mean + param * (positive - mean[..., None]).square().nanmean(dim=-1).sqrt()
     return saliency_map > limit[..., None, None]
+
+
+def random_patches(count: int, share: float, seed: int, size: tuple[int, int] = (28, 28)) -> Tensor:
+    """Masks that ask no map: in each image a square patch of random size and place, as a control.
+
+    Args:
+        count: N.
+        share: of an image that is hidden, on average over the patches; a patch hides from nothing to twice as much.
+        seed: decides sizes and places.
+        size: H, W of the images.
+
+    Returns:
+        N×H×W, bool, True where the image is to be hidden.
+    """
+    area, *places = torch.rand(3, count, 1, generator=torch.Generator().manual_seed(seed))
+    side = (2 * share * area * size[0] * size[1]).sqrt().round()
+    inside = []
+    for place, length in zip(places, size, strict=True):
+        first, pixels = (place * (length - side + 1)).floor(), torch.arange(length)
+        inside.append((first <= pixels) & (pixels < first + side))
+    return inside[0][:, :, None] & inside[1][:, None, :]
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
@@ -85,7 +116,12 @@ def apply_mask(images: Tensor, mask: Tensor, upsample: str = "bilinear") -> Tens
 
 
 def image_masks(
-    saliency_map: Tensor, method: str, param: float, upsample: str = "bilinear", size: tuple[int, int] = (28, 28)
+    saliency_map: Tensor,
+    method: str,
+    param: float,
+    upsample: str = "bilinear",
+    grow: int = 0,
+    size: tuple[int, int] = (28, 28),
 ) -> Tensor:
     """Masks at the size of the images.
 
@@ -95,16 +131,21 @@ def image_masks(
         param: see `create_mask`.
         upsample: how the mask gets from the map's size to the image's. `bilinear`: the mask is resized, its edges are
             soft. `nearest`: the mask is resized, its edges are hard. `map`: the map is resized bilinearly and the rule
-            applied to that, with hard edges (the order of the authors' code).
+            applied to that, with hard edges (the order of the authors' code). `mean_std` is always applied like `map`.
+        grow: pixels by which the mask is dilated, in all eight directions.
         size: H, W of the images.
 
     Returns:
         ...×H×W float32 in [0, 1], 1 where the image is hidden.
     """
     check_choice("upsample", upsample, UPSAMPLES)
-    if upsample == "map":
-        return create_mask(resize(saliency_map, size), method, param).float()
-    return resize(create_mask(saliency_map, method, param), size, upsample)
+    if upsample == "map" or method == "mean_std":
+        mask = create_mask(resize(saliency_map, size), method, param).float()
+    else:
+        mask = resize(create_mask(saliency_map, method, param), size, upsample)
+    if grow:
+        mask = F.max_pool2d(mask.reshape(-1, 1, *size), 2 * grow + 1, stride=1, padding=grow).reshape(mask.shape)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -116,6 +157,8 @@ class MaskedDataset:
     method: str
     param: float
     upsample: str
+    grow: int
+    earlier: Self | None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -126,7 +169,8 @@ class MaskedDataset:
 
     def masks(self, index: Tensor | slice) -> Tensor:
         """B×28×28 float32 in [0, 1], 1 where the image is hidden."""
-        return image_masks(self.saliency_map[index], self.method, self.param, self.upsample)
+        masks = image_masks(self.saliency_map[index], self.method, self.param, self.upsample, self.grow)
+        return masks if self.earlier is None else torch.maximum(masks, self.earlier.masks(index))
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Masked images as float32 in [0, 1], B×3×28×28, and their labels, B."""
@@ -135,16 +179,26 @@ class MaskedDataset:
 
 
 def mask_dataset(
-    split: Split, saliency_map: Tensor, method: str, param: float, upsample: str = "bilinear"
+    split: Split,
+    saliency_map: Tensor,
+    method: str,
+    param: float,
+    upsample: str = "bilinear",
+    grow: int = 0,
+    seed: int = 0,
+    earlier: MaskedDataset | None = None,
 ) -> MaskedDataset:
     """Hide in every image of a split what its saliency map points at.
 
     Args:
         split: the images.
-        saliency_map: N×8×8, one an image.
-        method: see `create_mask`.
-        param: see `create_mask`.
+        saliency_map: N×8×8, one an image; `random` asks none of them.
+        method: see `create_mask`, or `random`, see `random_patches`.
+        param: of the method, see `PARAM_RANGES`.
         upsample: see `image_masks`.
+        grow: see `image_masks`.
+        seed: of `random`.
+        earlier: a masked dataset of the same split; what it hides stays hidden.
 
     Returns:
         A dataset whose `batch(index)` gives masked float images; float images of the whole set never exist.
@@ -156,7 +210,10 @@ def mask_dataset(
     check_choice("upsample", upsample, UPSAMPLES)
     if len(split) != len(saliency_map):
         raise ValueError(f"{len(split)} images and {len(saliency_map)} saliency maps; give one map an image.")
-    return MaskedDataset(split, saliency_map, method, param, upsample)
+    if method == "random":  # patches are maps of the images' size, with nothing between 0 and 1
+        saliency_map = random_patches(len(split), param, seed).to(split.labels.device)
+        method, param = "threshold", 0.0
+    return MaskedDataset(split, saliency_map, method, param, upsample, grow, earlier)
 
 
 def hidden_shares(dataset: MaskedDataset, square_size: int, batch_size: int = 1000) -> dict[str, float]:

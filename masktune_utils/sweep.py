@@ -17,11 +17,11 @@ import papermill
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 
-from masktune_utils import data, evaluation, experiment, masking, training
+from masktune_utils import data, evaluation, experiment, training
 from masktune_utils.experiment import REPOSITORY, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
-PARAMS = (0.1, 0.3, 0.5, 0.7, 0.9)
+GRID = {"method": ["threshold", "top_k", "mean"], "param": [0.1, 0.3, 0.5, 0.7, 0.9]}  # the published configurations
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
@@ -206,8 +206,10 @@ def report(jobs: list[Job], grid: list[Settings]) -> None:
 def _grid(arguments: argparse.Namespace) -> list[Settings]:
     """All combinations of the command's arguments, each of them checked."""
     fixed = {"directory": str(Path(arguments.directory or REPOSITORY).resolve()), "device": arguments.device}
-    values = {"dataset": [arguments.dataset], "epochs": [arguments.epochs]}
-    values |= {"seed": arguments.seeds, "method": arguments.methods, "param": arguments.params}
+    values = GRID | {name: [value] for name, value in experiment.PRESETS.get(arguments.preset, {}).items()}
+    given = {"dataset": [arguments.dataset], "epochs": [arguments.epochs], "seed": arguments.seeds}
+    given |= {"method": arguments.methods, "param": arguments.params}
+    values |= {name: value for name, value in given.items() if value is not None}
     known = [name for name in notebook_parameters("04_finetune_sweep") if name not in experiment.RUNTIME]
     for name, *texts in arguments.parameters:
         if name not in known or not texts:
@@ -233,8 +235,20 @@ def _add_command(commands: argparse._SubParsersAction, name: str, help: str) -> 
     parser.set_defaults(parser=parser, whole=name == "run")
     option = parser.add_argument
     option("--dataset", default=defaults.dataset, help="auto, mnist or mnist5k")
-    option("--methods", nargs="+", default=list(masking.METHODS), metavar="METHOD", help="mask methods")
-    option("--params", nargs="+", type=float, default=list(PARAMS), metavar="PARAM", help="of each method")
+    option("--preset", choices=experiment.PRESETS, help="start from the settings of this name")
+    option(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"mask methods; None: {', '.join(GRID['method'])}, or the preset's",
+    )
+    option(
+        "--params",
+        nargs="+",
+        type=float,
+        metavar="PARAM",
+        help=f"of each method; None: {GRID['param']}, or the preset's",
+    )
     option("--seeds", nargs="+", type=int, default=[defaults.seed], metavar="SEED", help="each with its base model")
     option("--epochs", type=int, default=defaults.epochs, help="of the base model")
     option(

@@ -70,6 +70,26 @@ def test_ordered_placement_is_counted_exactly():
     assert fours.tolist() == [True] * 380 + [False] * 20 and fives.tolist() == [True] * 20 + [False] * 380
 
 
+def test_other_shares_of_the_square():
+    none = data.load("mnist5k", square_shares=(0, 0)).train
+    assert not none.has_square.any()
+    half = data.load("mnist5k", placement="ordered", square_shares=(0.5, 0.25)).train
+    assert [half.has_square[half.labels == label].sum().item() for label in (0, 1)] == [1000, 500]
+
+
+def test_what_is_held_out_is_a_tenth_with_the_same_bias(full):
+    held = data.load("mnist5k", holdout=0.1)
+    assert (len(held.train), len(held.validation), len(full.validation)) == (3600, 400, 0)
+    shares = [held.validation.has_square[held.validation.labels == label].double().mean() for label in (0, 1)]
+    assert shares[0] > 0.95 and shares[1] < 0.05
+    together = torch.cat([held.train.images, held.validation.images]).flatten(1)
+    assert torch.equal(together.unique(dim=0), full.train.images.flatten(1).unique(dim=0))
+    assert torch.equal(held.raw.images, full.raw.images)
+    again, other = data.load("mnist5k", holdout=0.1), data.load("mnist5k", holdout=0.1, seed=1)
+    assert torch.equal(held.validation.digits, again.validation.digits)
+    assert not torch.equal(held.validation.digits, other.validation.digits)
+
+
 def test_limit_takes_as_many_of_each_digit(splits):
     assert splits.train.digits.bincount().tolist() == [20] * 10
     assert splits.raw.digits.bincount().tolist() == [20] * 10

@@ -48,6 +48,16 @@ def test_report_over_both_test_sets(model, splits):
     assert report["worst_group"] == min(v for v in report["groups"].values() if not math.isnan(v))
 
 
+def test_what_is_held_out_is_reported_by_itself(model, splits):
+    held_out = splits.train[torch.arange(0, 200, 3)]
+    report = evaluation.evaluate(model, splits._replace(validation=held_out))["validation"]
+    correct = evaluation.predict(model, held_out).argmax(1) == held_out.labels
+    assert report["accuracy"] == pytest.approx(correct.double().mean().item())
+    groups = evaluation.group_accuracy(correct, held_out.labels, held_out.has_square)
+    assert report["groups"] == pytest.approx(groups, nan_ok=True)
+    assert "validation" not in evaluation.evaluate(model, splits)
+
+
 def test_a_plain_state_dict_can_be_evaluated(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     report = evaluation.evaluate_checkpoint(tmp_path / "theirs.pth", dataset="mnist5k")

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from masktune_utils import experiment, masking
+from masktune_utils import experiment, masking, saliency, training
 from masktune_utils.experiment import CheckpointError, Settings, weights_sha256
 
 
@@ -113,6 +113,37 @@ def test_finetuning_takes_the_rate_that_the_base_model_ended_with(settings, spli
     assert [epoch["lr"] for epoch in history] == [expected]
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_iterations_mask_again_by_what_the_finetuned_model_looks_at(settings, splits, model, accumulate):
+    def masked_by(explained, earlier=None):
+        maps = saliency.saliency_maps(explained, splits.train.images, splits.train.labels)
+        return masking.mask_dataset(splits.train, maps, **settings.mask_rule, earlier=earlier)
+
+    first = masked_by(model)
+    once, _ = experiment.finetuned_model(settings, model, first)
+    again = masked_by(once, first if accumulate else None)
+    training.train(once, again, epochs=1, lr=settings.lr, seed=settings.seed)
+    settings = dataclasses.replace(settings, iterations=2, accumulate=accumulate)
+    twice, history = experiment.finetuned_model(settings, model, first)
+    assert [epoch["epoch"] for epoch in history] == [1, 2]
+    assert weights_sha256(twice.state_dict()) == weights_sha256(once.state_dict())
+
+
+def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(settings, model):
+    path = settings.checkpoint_path("base")
+    made_with = settings.identity(base=True)
+    del made_with["holdout"]
+    experiment.save_checkpoint(path, model, made_with, [])
+    experiment.load_checkpoint(path, settings.identity(base=True))
+    with pytest.raises(CheckpointError, match=r"was made with holdout = 0.0, not 0.1"):
+        experiment.load_checkpoint(path, dataclasses.replace(settings, holdout=0.1).identity(base=True))
+
+
+def test_presets_are_settings():
+    for preset in experiment.PRESETS.values():
+        assert Settings(**preset) != Settings()
+
+
 def test_base_model_is_trained_once(settings, splits):
     first, history = experiment.base_model(settings, splits.train)
     assert history[0].pop("seconds") > 0
@@ -169,7 +200,8 @@ def test_other_settings_never_share_a_file_with_the_defaults():
     other = {"dataset": "mnist5k", "seed": 1, "limit": 100, "square_size": 4, "square_color": "red", "epochs": 2}
     other |= {"placement": "ordered", "batch_size": 64, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
     other |= {"lr_decay_epochs": 5, "lr_decay_factor": 0.1, "cam": "GradCAM", "method": "mean", "param": 0.2}
-    other |= {"upsample": "map", "finetune_optimizer": "adam", "finetune_lr": 0.001}
+    other |= {"upsample": "map", "finetune_optimizer": "adam", "finetune_lr": 0.001, "grow": 1, "iterations": 2}
+    other |= {"square_share_0": 0.5, "square_share_1": 0.5, "holdout": 0.1, "accumulate": True}
     assert other.keys() == Settings().identity(base=False).keys()
     for name, value in other.items():
         default, changed = Settings(dataset="mnist"), dataclasses.replace(Settings(dataset="mnist"), **{name: value})

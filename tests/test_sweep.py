@@ -213,6 +213,23 @@ def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        ([], {}),
+        (["--methods", "top_k", "--params", "0.1"], {"method": "top_k", "param": 0.1}),
+        (["-p", "square_size", "6"], {"square_size": 6}),
+    ],
+)
+def test_a_preset_is_where_a_grid_starts_from(arguments, changed, monkeypatch):
+    grids = []
+    monkeypatch.setattr(sweep, "run", lambda grid, **kwargs: grids.append(grid))
+    sweep.main(["sweep", "--dataset", "mnist5k", "--preset", "paper", *arguments])
+    directory = str(experiment.REPOSITORY)
+    preset = experiment.PRESETS["paper"] | changed
+    assert grids == [[Settings(directory=directory, dataset="mnist5k", **preset)]]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
@@ -224,6 +241,7 @@ def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
         (["-p", "metod", "top_k"], "-p metod top_k: give a name and values; names: dataset, seed"),
         (["-p", "momentum", "0.5"], "-p momentum 0.5: give a name"),  # a setting, but of no notebook
         (["--epochs", "0"], "epochs is 0; allowed: 1 to"),
+        (["--preset", "papers"], "invalid choice: 'papers'"),
         (["--seeds", "x"], "invalid int value: 'x'"),
         (["-p", "limit", "many"], "limit is 'many'"),
         (["-p", "limit"], "-p limit: give a name and values"),
