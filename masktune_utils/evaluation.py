@@ -1,6 +1,7 @@
 """How well a model does on the raw and on the biased test set, by class and by group."""
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masktune_utils import data, experiment, training
+from masktune_utils import data, experiment, masking, training
 from masktune_utils.experiment import Settings
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import SmallCNN
 
 
@@ -151,6 +153,7 @@ def record(
     splits: data.BiasedMNIST,
     history: list[dict[str, float]],
     base: SmallCNN | None = None,
+    masked: MaskedDataset | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model of the experiment and save the result; where that of the same weights is saved, it is only read.
 
@@ -160,11 +163,12 @@ def record(
         splits: the data.
         history: of its training; if it was just trained, its result is made anew in any case.
         base: the base model of a fine-tuned one.
+        masked: what a fine-tuned one was trained on (in the first iteration).
 
     Returns:
         See `evaluate`; besides, `experiment`, `configuration`, `dataset`, `seed`, `settings`, `sha256` of the weights and
-        `base_sha256` of the base model's, `seconds` of training (None where it was loaded), `device`, `threads` and
-        `versions`.
+        `base_sha256` of the base model's, `hidden` (see `masking.hidden_shares`), `seconds` of training (None where it
+        was loaded), `device`, `threads` and `versions`.
     """
     saved, sha256 = recorded(settings, base=base is None), experiment.weights_sha256(model.state_dict())
     trained_now = all("seconds" in epoch for epoch in history)
@@ -185,6 +189,8 @@ def record(
         "versions": {name: version(name) for name in ("torch", "torchvision", "torchcam")},
         **evaluate(model, splits),
     }
+    if masked is not None:
+        result["hidden"] = masking.hidden_shares(masked, settings.square_size)
     experiment.write_json(settings.folder("results") / f"{name}.json", result)
     return result
 
@@ -201,8 +207,8 @@ def collect(directory: str = "", experiment_name: str | None = None) -> pd.DataF
     Returns:
         One row a result: `experiment`, `configuration` and `seed`, which tell it from all others; `raw`, `biased`,
         `worst_group` and `{raw,biased}_class_{0,1}`, accuracies in [0, 1], and, where images were held out,
-        `validation_worst_class` and `validation_worst_group`; `seconds`, `device`, `threads`, `torch`; and its settings.
-        The base models come first.
+        `validation_worst_class` and `validation_worst_group`; the shares hidden, `hidden_{square,square_whole,rest,digit}`;
+        `seconds`, `device`, `threads`, `torch`; and its settings. The base models come first.
 
     Raises:
         ValueError: a JSON file there is damaged or not a result.
@@ -237,22 +243,26 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
             "validation_worst_class": min(held_out["class_accuracy"]),
             "validation_worst_group": held_out["worst_group"],
         }
+    row |= {f"hidden_{part}": share for part, share in result.get("hidden", {}).items()}
     row |= {name: result[name] for name in ("seconds", "device", "threads")} | {"torch": result["versions"]["torch"]}
     return row | result["settings"]
 
 
-def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies in %, a row a configuration; where there are several seeds as mean ± standard deviation (of the sample).
+def summarize(
+    table: pd.DataFrame, by: Sequence[str] = (), columns: Sequence[str] = ("raw", "biased", "worst_group")
+) -> pd.DataFrame:
+    """Shares in %, a row a configuration; where there are several seeds as mean ± standard deviation (of the sample).
 
     Args:
         table: see `collect`.
+        by: columns that tell the rows apart; if empty, the configuration, and the experiment where there are several.
+        columns: what is summarized.
 
     Returns:
-        Columns `raw`, `biased`, `worst group` and `seeds`, as text; the experiment's name is part of the index where
-        there are several.
+        The `columns`, with blanks in their names, and `seeds`, as text.
     """
-    names = ["experiment", "configuration"] if table["experiment"].nunique() > 1 else ["configuration"]
-    groups = table.groupby(names, sort=False)[["raw", "biased", "worst_group"]]
+    by = list(by) or (["experiment", "configuration"] if table["experiment"].nunique() > 1 else ["configuration"])
+    groups = table.groupby(by, sort=False, dropna=False)[list(columns)]
     mean, std, seeds = 100 * groups.mean(), 100 * groups.std(), groups.size()
-    text = mean.map("{:.2f}".format) + std.map(" ± {:.2f}".format).where(std.notna(), "")
-    return text.assign(seeds=seeds).rename(columns={"worst_group": "worst group"})
+    text = mean.map("{:.2f}".format).where(mean.notna(), "") + std.map(" ± {:.2f}".format).where(std.notna(), "")
+    return text.assign(seeds=seeds).rename(columns=lambda name: name.replace("_", " "))

@@ -12,6 +12,7 @@ from masktune_utils.experiment import Settings, atomic_write
 
 CLASS_COLORS = ("#0072B2", "#E69F00")  # Okabe and Ito's blue and orange, told apart by colour-blind readers
 TEST_COLORS = {"raw": "#009E73", "biased": "#D55E00"}
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 CLASS_NAMES = ("class 0 (digits 0–4)", "class 1 (digits 5–9)")
 
 
@@ -114,11 +115,12 @@ def hidden_shares(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def class_accuracy(table: pd.DataFrame) -> Figure:
+def class_accuracy(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Accuracy of each class and their average for every configuration, above on the raw, below on the biased test set.
 
     Args:
         table: see `evaluation.collect`; over several seeds the means are drawn, with their standard deviation.
+        published: averages of others to be marked, in per cent: columns `raw` and `biased`, a row a configuration.
     """
     columns = ["raw", "biased", "raw_class_0", "raw_class_1", "biased_class_0", "biased_class_1"]
     groups = table.groupby("configuration", sort=False)[columns]
@@ -138,12 +140,41 @@ def class_accuracy(table: pd.DataFrame) -> Figure:
                 label=CLASS_NAMES[label],
             )
         ax.scatter(x, 100 * mean[test], color="black", marker="D", s=22, zorder=3, label="average over all images")
+        if published is not None:
+            others = published[test].reindex(mean.index)
+            ax.scatter(
+                x, others, color="#CC79A7", marker="x", s=32, zorder=4, label="average, earlier reproduction, one run"
+            )
         for position, value in zip(x, 100 * mean[test], strict=True):
             ax.annotate(f"{value:.1f}", (position, 102), ha="center", fontsize=8)
         ax.set(ylim=(0, 108), ylabel=f"accuracy, {test} test set (%)", yticks=range(0, 101, 20))
     axes[-1, 0].set_xticks(x, mean.index, rotation=40, ha="right")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside upper center", ncols=3, frameon=False
-    )
+    entries = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    order = sorted(entries, key=lambda label: not label.startswith("class"))
+    figure.legend([entries[label] for label in order], order, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def scatter(table: pd.DataFrame, x: str, y: str, names: dict[str, str]) -> Figure:
+    """One quantity against another: a point a configuration, its mean over the seeds, with the standard deviation.
+
+    Args:
+        table: columns `x` and `y`, in [0, 1]; `group`, the same for all seeds of a point; `kind`, which gives its
+            colour; `label`, which is written beside it.
+        x: a column.
+        y: a column.
+        names: column → what the axis says.
+    """
+    figure, ((ax,),) = _axes(1, 1, (9, 5.5))
+    for k, (kind, rows) in enumerate(table.groupby("kind", sort=False)):
+        groups = rows.groupby("group", sort=False)
+        mean, std = 100 * groups[[x, y]].mean(), 100 * groups[[x, y]].std().fillna(0)
+        style = {"color": COLORS[k % len(COLORS)], "marker": "osD^vPX*"[k % 8]}
+        ax.errorbar(mean[x], mean[y], std[y], std[x], linestyle="", label=kind, elinewidth=0.7, markersize=5, **style)
+        for label, (right, up) in zip(groups["label"].first(), mean.to_numpy(), strict=True):
+            ax.annotate(label, (right, up), xytext=(4, 3), textcoords="offset points", fontsize=7, color="0.3")
+    ax.set(xlabel=names[x], ylabel=names[y])
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure

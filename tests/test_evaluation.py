@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from masktune_utils import evaluation, experiment
+from masktune_utils import evaluation, experiment, masking
 from masktune_utils.experiment import CheckpointError, Settings
 
 
@@ -85,10 +85,11 @@ def experiments(tmp_path, model, splits) -> list[Settings]:
     every = [Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, seed=seed) for seed in (0, 1)]
     for settings in every:
         history = [{"epoch": 1, "loss": 0.1, "accuracy": 1.0, "lr": 0.1, "seconds": 2.5}]
+        masked = masking.mask_dataset(splits.train, torch.zeros(200, 8, 8), **settings.mask_rule)
         for name, base in {"base": None, settings.configuration: model}.items():
             identity = settings.identity(base=base is None)
             experiment.save_checkpoint(settings.checkpoint_path(name), model, identity, history)
-            evaluation.record(settings, model, splits, history, base)
+            evaluation.record(settings, model, splits, history, base, masked if base else None)
     return every
 
 
@@ -136,6 +137,7 @@ def test_results_are_collected_into_a_table_and_a_file(experiments, tmp_path):
         row["worst_group"] == result["worst_group"] and row["biased_class_1"] == result["biased"]["class_accuracy"][1]
     )
     assert row["method"] == "top_k" and row["limit"] == 200 and row["seconds"] == 2.5
+    assert row["hidden_square"] == 0 and math.isnan(table["hidden_square"][0])
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results" / "results.csv"), table, check_dtype=False)
     assert len(evaluation.collect(str(tmp_path), "mnist5k")) == 0
     path = experiments[1].folder("results") / "base.json"
