@@ -83,7 +83,7 @@ class BiasedMNIST(NamedTuple):
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images to float32 in [0, 1]; floating-point images are returned as they are."""
-    return images if images.is_floating_point() else images.float() / 255
+    return images if images.is_floating_point() else images / 255
 
 
 def rgb(color: str) -> tuple[int, int, int]:
