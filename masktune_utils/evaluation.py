@@ -10,15 +10,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from masktune_utils import data, experiment, masking, training
+from masktune_utils import data, experiment, masking, saliency, training
 from masktune_utils.experiment import Settings
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import SmallCNN
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: data.Split, batch_size: int = 200) -> Tensor:
+def predict(model: nn.Module, split: training.Batches, batch_size: int = 200) -> Tensor:
     """Logits, N×classes, float32 on the CPU, in evaluation mode; the model's mode is restored."""
     was_training = model.training
     model.eval()
@@ -121,6 +122,45 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
     square = {name: made_with[name] for name in ("square_size", "square_color") if name in made_with}
     splits = data.load(dataset, device=device, **square)
     return evaluate(model, splits)
+
+
+def masked_validation(settings: Settings, images: int = 2000) -> pd.DataFrame:
+    """Let every fine-tuned model of an experiment be tested on validation images masked by the rules of all of them.
+
+    A model that relies on what one of the rules hides is found out, and no group label is asked.
+
+    Args:
+        settings: the experiment, with `holdout`; those of fine-tuning do not matter.
+        images: of the held-out ones, so many at most.
+
+    Returns:
+        Accuracy of the worse class, in [0, 1]; a row a model, a column a rule, both named by the configuration.
+
+    Raises:
+        CheckpointError: a checkpoint there is damaged, foreign, or made with other settings.
+        FileNotFoundError: there is no base model.
+    """
+    device, folder = training.resolve_device(settings.device), settings.folder("checkpoints")
+    identity = settings.identity(base=True)
+    base, about = experiment.load_checkpoint(settings.checkpoint_path("base"), identity, device)
+    identity |= {"base_sha256": about["sha256"]}
+    split = experiment.load_data(settings).validation[:images]
+    models, rules = {}, {}
+    for path in sorted(folder.glob("CNN_checkpoint_finetuned_*.pth")):
+        model, about = experiment.load_checkpoint(path, identity, device)
+        made_with = {name: value for name, value in about["settings"].items() if name != "base_sha256"}
+        configuration = Settings(**made_with).configuration
+        maps = saliency.saliency_maps(base, split.images, split.labels, made_with["cam"])
+        models[configuration] = model
+        rules[configuration] = masking.mask_dataset(split, maps, **Settings(**made_with).mask_rule)
+    accuracy = {
+        rule: {
+            name: min(metrics(predict(model, masked), masked.labels)["class_accuracy"])
+            for name, model in models.items()
+        }
+        for rule, masked in tqdm(rules.items(), desc="masked validation", unit="rule", leave=False)
+    }
+    return pd.DataFrame(accuracy)
 
 
 def recorded(settings: Settings, *, base: bool = False) -> dict[str, Any] | None:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -8,7 +9,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from masktune_utils import evaluation, experiment, masking
+from masktune_utils import evaluation, experiment, masking, saliency
 from masktune_utils.experiment import CheckpointError, Settings
 
 
@@ -124,6 +125,35 @@ def test_only_what_still_holds_counts_as_recorded(experiments):
     path = second.folder("results") / "base.json"
     experiment.write_json(path, experiment.read_json(path) | {"sha256": "another base model's"})
     assert evaluation.recorded(second) is None
+
+
+def test_masked_validation_tries_every_model_on_the_masks_of_every_rule(tmp_path, model):
+    common = Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, holdout=0.5)
+    experiment.save_checkpoint(common.checkpoint_path("base"), model, common.identity(base=True), [])
+    sha256 = {"base_sha256": experiment.weights_sha256(model.state_dict())}
+    rules = [dataclasses.replace(common, method="top_k", param=param) for param in (0.0, 0.3)]
+    always_0 = copy.deepcopy(model)
+    torch.nn.init.constant_(always_0.linear[3].bias[:1], 1e6)
+    for settings, finetuned in zip(rules, (model, always_0), strict=True):
+        identity = settings.identity(base=False) | sha256
+        experiment.save_checkpoint(settings.checkpoint_path(settings.configuration), finetuned, identity, [])
+    table = evaluation.masked_validation(common, images=80)
+    assert list(table.columns) == list(table.index) == ["top_k_0.0", "top_k_0.3"]
+    assert table.loc["top_k_0.3"].tolist() == [0, 0]  # right on one class alone
+    split = experiment.load_data(common).validation[:80]
+    maps = saliency.saliency_maps(model, split.images, split.labels)
+    hidden = masking.image_masks(maps, "top_k", 0.3)
+    for rule, images in {
+        "top_k_0.0": split.images,
+        "top_k_0.3": masking.apply_mask(split.images / 255, hidden),
+    }.items():
+        correct = evaluation.predict(model, dataclasses.replace(split, images=images)).argmax(1) == split.labels
+        worst = min(correct[split.labels == label].double().mean().item() for label in (0, 1))
+        assert table.loc["top_k_0.0", rule] == pytest.approx(worst)
+    other = dataclasses.replace(common, method="mean").configuration
+    experiment.save_checkpoint(common.checkpoint_path(other), model, identity | {"base_sha256": "another's"}, [])
+    with pytest.raises(CheckpointError, match="base_sha256"):
+        evaluation.masked_validation(common)
 
 
 def test_results_are_collected_into_a_table_and_a_file(experiments, tmp_path):
