@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -145,14 +146,14 @@ def masked_validation(settings: Settings, images: int = 2000) -> pd.DataFrame:
     base, about = experiment.load_checkpoint(settings.checkpoint_path("base"), identity, device)
     identity |= {"base_sha256": about["sha256"]}
     split = experiment.load_data(settings).validation[:images]
+    maps = cache(lambda cam: saliency.saliency_maps(base, split.images, split.labels, cam))
     models, rules = {}, {}
     for path in sorted(folder.glob("CNN_checkpoint_finetuned_*.pth")):
         model, about = experiment.load_checkpoint(path, identity, device)
         made_with = {name: value for name, value in about["settings"].items() if name != "base_sha256"}
         configuration = Settings(**made_with).configuration
-        maps = saliency.saliency_maps(base, split.images, split.labels, made_with["cam"])
         models[configuration] = model
-        rules[configuration] = masking.mask_dataset(split, maps, **Settings(**made_with).mask_rule)
+        rules[configuration] = masking.mask_dataset(split, maps(made_with["cam"]), **Settings(**made_with).mask_rule)
     accuracy = {
         rule: {
             name: min(metrics(predict(model, masked), masked.labels)["class_accuracy"])
