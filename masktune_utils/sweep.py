@@ -234,7 +234,7 @@ def _add_command(commands: argparse._SubParsersAction, name: str, help: str) -> 
     parser = commands.add_parser(name, help=help, description=help, formatter_class=formatter, allow_abbrev=False)
     parser.set_defaults(parser=parser, whole=name == "run")
     option = parser.add_argument
-    option("--dataset", default=defaults.dataset, help="auto, mnist or mnist5k")
+    option("--dataset", default=defaults.dataset, help=", ".join(data.DATASETS))
     option("--preset", choices=experiment.PRESETS, help="start from the settings of this name")
     option(
         "--methods",

