@@ -169,7 +169,8 @@ class MaskedDataset:
 
     def masks(self, index: Tensor | slice) -> Tensor:
         """B×28×28 float32 in [0, 1], 1 where the image is hidden."""
-        masks = image_masks(self.saliency_map[index], self.method, self.param, self.upsample, self.grow)
+        size = tuple(self.split.images.shape[-2:])
+        masks = image_masks(self.saliency_map[index], self.method, self.param, self.upsample, self.grow, size)
         return masks if self.earlier is None else torch.maximum(masks, self.earlier.masks(index))
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ def mask_dataset(
     if len(split) != len(saliency_map):
         raise ValueError(f"{len(split)} images and {len(saliency_map)} saliency maps; give one map an image.")
     if method == "random":  # patches are maps of the images' size, with nothing between 0 and 1
-        saliency_map = random_patches(len(split), param, seed).to(split.labels.device)
+        saliency_map = random_patches(len(split), param, seed, tuple(split.images.shape[-2:])).to(split.labels.device)
         method, param = "threshold", 0.0
     return MaskedDataset(split, saliency_map, method, param, upsample, grow, earlier)
 

@@ -4,23 +4,23 @@ import copy
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchcam import methods
 from tqdm.auto import tqdm
 
 from masktune_utils.data import check_choice, to_float
-from masktune_utils.models import SmallCNN
 
 CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
 
 
 def saliency_maps(
-    model: SmallCNN, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 200
+    model: nn.Module, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 200
 ) -> Tensor:
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 
     Args:
-        model: explained in evaluation mode; itself it is left alone.
+        model: a SmallCNN, or any network with a method `get_grad_cam_target_layer()`, which returns the module whose
+            output is explained; it is explained in evaluation mode, and itself left alone.
         images: N×3×28×28, uint8 or float in [0, 1], on the model's device.
         labels: N; the class whose score is explained, one an image.
         cam: a gradient CAM of torchcam, one of `CAMS`.
@@ -28,7 +28,7 @@ def saliency_maps(
             from a fixed seed).
 
     Returns:
-        N×8×8 float32, each map scaled to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
+        N×8×8 (the size of that output) float32, each map scaled to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
         zeros; a warning says how many there are.
 
     Raises:

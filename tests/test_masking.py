@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from masktune_utils import masking
+from masktune_utils import data, masking
 
 MAPS = (torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.2).clamp(min=0)
 FORMULAS = {
@@ -87,6 +87,15 @@ def test_masked_dataset_masks_batch_by_batch(splits, upsample):
     torch.testing.assert_close(images, splits.train.images[index] / 255 * (1 - mask[:, None]))
     assert torch.equal(labels, splits.train.labels[index]) and len(masked) == 200
     assert torch.equal(masked.labels, splits.train.labels)
+
+
+@pytest.mark.parametrize(("method", "param"), [("mean_std", 1.0), ("random", 0.2)])
+def test_images_of_any_size_are_masked_at_that_size(method, param):
+    images = torch.full((4, 3, 20, 32), 200, dtype=torch.uint8)
+    split = data.Split(images, torch.zeros(4), torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    masked = masking.mask_dataset(split, torch.rand(4, 4, 6), method, param)
+    assert masked.masks(slice(None)).shape == (4, 20, 32)
+    assert masked.batch(slice(None))[0].shape == images.shape
 
 
 def test_hidden_shares_of_known_masks(splits):
