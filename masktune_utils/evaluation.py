@@ -120,8 +120,8 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
     device, dataset = training.resolve_device(device), data.resolve_dataset(dataset)
     model, checkpoint = experiment.load_checkpoint(path, device=device, dataset=dataset)
     made_with = checkpoint.get("settings", {})
-    square = {name: made_with[name] for name in ("square_size", "square_color") if name in made_with}
-    splits = data.load(dataset, device=device, **square)
+    names = ("square_size", "square_color", "train_folder", "test_folder")
+    splits = data.load(dataset, device=device, **{name: made_with[name] for name in names if name in made_with})
     return evaluate(model, splits)
 
 
@@ -179,7 +179,7 @@ def recorded(settings: Settings, *, base: bool = False) -> dict[str, Any] | None
     if (
         result is None
         or not settings.checkpoint_path(name).exists()
-        or result.get("settings") != settings.identity(base=base)
+        or experiment.differences(result.get("settings", {}), settings.identity(base=base))
     ):
         return None
     if not base:

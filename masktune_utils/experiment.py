@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from masktune_utils import data, masking, saliency, training
+from masktune_utils.data import REPOSITORY
 from masktune_utils.models import SmallCNN, new_model
 
-REPOSITORY = Path(__file__).parents[1]
 RUNTIME = ("directory", "device", "retrain")  # where and how; they decide no result
 MASK = ("method", "param", "upsample", "grow")
 FINETUNE = (
@@ -43,7 +43,7 @@ FINETUNE = (
     "iterations",
     "accumulate",
 )  # the base model ignores them
-IN_PATH = ("dataset", "seed", "method", "param")  # always written into the path
+IN_PATH = ("dataset", "train_folder", "test_folder", "seed", "method", "param")  # always written into the path
 CHOICES = {
     "dataset": data.DATASETS,
     "placement": data.PLACEMENTS,
@@ -97,6 +97,8 @@ class Settings:
     device: str = "auto"
     retrain: bool = False  # train again, and replace what is saved, even where a matching checkpoint exists
     dataset: str = "auto"
+    train_folder: str = ""
+    test_folder: str = ""
     seed: int = 0
     limit: int | None = None
     square_size: int = 6
@@ -132,6 +134,7 @@ class Settings:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; allowed: {low:g} to {high:g}.")
         data.check_limit(self.limit, self.dataset)
+        data.check_folders(self.dataset, train_folder=self.train_folder, test_folder=self.test_folder)
         data.rgb(self.square_color)
         masking.check_method(self.method, self.param)
         training.resolve_device(self.device)
@@ -142,9 +145,14 @@ class Settings:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     @property
+    def data_name(self) -> str:
+        """Name of the data set; of a folder the last two parts of its path."""
+        return "-".join([self.dataset, *Path(self.train_folder).parts[-2:]]).replace(os.sep, "")
+
+    @property
     def experiment(self) -> str:
         """Name of the base model's settings without the seed: the data set and whatever is not the default."""
-        return f"{self.dataset}{self._unusual(tuple(self.identity(base=True)))}"
+        return f"{self.data_name}{self._unusual(tuple(self.identity(base=True)))}"
 
     @property
     def mask_rule(self) -> dict[str, Any]:
@@ -160,8 +168,8 @@ class Settings:
 
     def folder(self, kind: str) -> Path:
         """Folder of this experiment among the `checkpoints`, `figures`, `results` or `runs`."""
-        name = f"seed{self.seed}{self.experiment.removeprefix(self.dataset)}"
-        return Path(self.directory or REPOSITORY) / kind / self.dataset / name
+        name = f"seed{self.seed}{self.experiment.removeprefix(self.data_name)}"
+        return Path(self.directory or REPOSITORY) / kind / self.data_name / name
 
     @property
     def configuration(self) -> str:
@@ -250,6 +258,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged ({error}). Delete it, and the result is made again.") from error
 
 
+def differences(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings whose recorded value is not the one asked for: name → both. One younger than the record had its default."""
+    recorded = {field.name: field.default for field in dataclasses.fields(Settings)} | recorded
+    return {name: (recorded.get(name), value) for name, value in settings.items() if recorded.get(name) != value}
+
+
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:
     """SHA-256 over the names, types, shapes and bytes of all tensors."""
     digest = hashlib.sha256()
@@ -332,16 +346,11 @@ def load_checkpoint(
             f"{path} was trained on {made_from!r}, whose images may be among the test images of {dataset!r}; use "
             f"dataset={made_from!r}."
         )
-    defaults = {
-        field.name: field.default for field in dataclasses.fields(Settings)
-    }  # of settings younger than the file
-    made_with = defaults | content.get("settings", {})
-    for name, value in (settings or {}).items():
-        if made_with.get(name) != value:
-            raise CheckpointError(
-                f"{path} was made with {name} = {made_with.get(name)!r}, not {value!r}. Use retrain = True to replace it, "
-                "or another directory."
-            )
+    for name, (made_with, asked) in differences(content.get("settings", {}), settings or {}).items():
+        raise CheckpointError(
+            f"{path} was made with {name} = {made_with!r}, not {asked!r}. Use retrain = True to replace it, "
+            "or another directory."
+        )
     model = SmallCNN()
     try:
         model.load_state_dict(content.pop("state_dict"))
@@ -354,7 +363,7 @@ def load_data(settings: Settings) -> data.BiasedMNIST:
     """The sets of the experiment, on its device."""
     names = ("dataset", "seed", "limit", "square_size", "square_color", "placement", "holdout")
     return data.load(
-        **{name: getattr(settings, name) for name in names},
+        **{name: getattr(settings, name) for name in (*names, "train_folder", "test_folder")},
         square_shares=(settings.square_share_0, settings.square_share_1),
         device=training.resolve_device(settings.device),
     )

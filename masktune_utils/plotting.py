@@ -13,7 +13,6 @@ from masktune_utils.experiment import Settings, atomic_write
 CLASS_COLORS = ("#0072B2", "#E69F00")  # Okabe and Ito's blue and orange, told apart by colour-blind readers
 TEST_COLORS = {"raw": "#009E73", "biased": "#D55E00"}
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-CLASS_NAMES = ("class 0 (digits 0–4)", "class 1 (digits 5–9)")
 
 
 def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] = ()) -> None:
@@ -83,15 +82,17 @@ def digit_accuracy(accuracy: dict[str, list[float]]) -> Figure:
     """Accuracy of each digit.
 
     Args:
-        accuracy: name of a test set → ten accuracies in [0, 1].
+        accuracy: name of a test set → accuracies in [0, 1], first those of class 0, then as many of class 1.
     """
     figure, ((ax,),) = _axes(1, 1, (8, 3))
     width = 0.8 / len(accuracy)
     for k, (name, values) in enumerate(accuracy.items()):
-        x = np.arange(10) + (k - (len(accuracy) - 1) / 2) * width
+        x = np.arange(len(values)) + (k - (len(accuracy) - 1) / 2) * width
         ax.bar(x, 100 * np.array(values), width, color=TEST_COLORS[name], label=name)
-    ax.axvline(4.5, color="0.6", linestyle=":")
-    ax.set(xticks=range(10), xlabel="digit (0–4: class 0, 5–9: class 1)", ylabel="accuracy (%)", ylim=(0, 100))
+    ax.axvline((len(values) - 1) / 2, color="0.6", linestyle=":")
+    ax.set(
+        xticks=range(len(values)), xlabel="digit (left: class 0, right: class 1)", ylabel="accuracy (%)", ylim=(0, 100)
+    )
     figure.legend(loc="outside upper center", ncols=len(accuracy), frameon=False)
     return figure
 
@@ -137,7 +138,7 @@ def class_accuracy(table: pd.DataFrame, published: pd.DataFrame | None = None) -
                 0.38,
                 yerr=errors,
                 color=CLASS_COLORS[label],
-                label=CLASS_NAMES[label],
+                label=f"class {label}",
             )
         ax.scatter(x, 100 * mean[test], color="black", marker="D", s=22, zorder=3, label="average over all images")
         if published is not None:

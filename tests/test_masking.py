@@ -34,6 +34,11 @@ def test_a_map_that_is_zero_everywhere_hides_nothing(method):
     assert masking.image_masks(torch.zeros(3, 8, 8), method, 0.5, "map").sum() == 0
 
 
+@pytest.mark.parametrize("method", FORMULAS)
+def test_no_maps_give_no_masks(method):
+    assert masking.create_mask(torch.zeros(0, 8, 8), method, 0.5).shape == (0, 8, 8)
+
+
 def test_top_k_hides_the_share_that_param_says():
     assert masking.create_mask(MAPS, "top_k", 0.25).flatten(1).sum(1).tolist() == [16] * 50
 

@@ -166,6 +166,15 @@ def test_a_kernel_that_dies_is_named(directory, capsys, monkeypatch):
     assert "failed: 04_finetune_sweep_top_k_0.9, seed 0: DeadKernelError: Kernel died" in capsys.readouterr().err
 
 
+def test_a_notebook_that_failed_is_not_done(directory):
+    job = sweep.job("03_saliency_masks", tiny(directory))
+    assert job.done()
+    copy = experiment.read_json(job.copy)
+    copy["metadata"]["papermill"]["exception"] = True
+    experiment.write_json(job.copy, copy)
+    assert not job.done()
+
+
 def test_configurations_without_a_base_model_are_not_run(directory, capsys, monkeypatch):
     path = tiny(directory).checkpoint_path("base")
     path.write_bytes(b"damaged")
@@ -236,7 +245,10 @@ def test_a_preset_is_where_a_grid_starts_from(arguments, changed, monkeypatch):
         (["-p", "method", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
         (["-p", "param", "7"], "param is 7.0; allowed for method"),
         (["--params", "7"], "param is 7.0; allowed for method"),
-        (["--dataset", "cifar"], "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist'"),
+        (
+            ["--dataset", "cifar"],
+            "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist', 'folder'",
+        ),
         (["--epoch", "3"], "unknown arguments: --epoch 3"),
         (["-p", "metod", "top_k"], "-p metod top_k: give a name and values; names: dataset, seed"),
         (["-p", "momentum", "0.5"], "-p momentum 0.5: give a name"),  # a setting, but of no notebook
