@@ -18,6 +18,9 @@ from masktune_utils.experiment import Settings
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import SmallCNN
 
+KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
+REFERENCE = data.REPOSITORY / "results" / "reference.csv"
+
 
 @torch.no_grad()
 def predict(model: nn.Module, split: training.Batches, batch_size: int = 200) -> Tensor:
@@ -236,7 +239,7 @@ def record(
     return result
 
 
-def collect(directory: str = "", experiment_name: str | None = None) -> pd.DataFrame:
+def collect(directory: str = "", experiment_name: str | None = None, reference: bool = False) -> pd.DataFrame:
     """Gather all saved results into a table, and write it as `results/results.csv`.
 
     A result whose base model has been replaced since is left out.
@@ -244,6 +247,7 @@ def collect(directory: str = "", experiment_name: str | None = None) -> pd.DataF
     Args:
         directory: as `Settings.directory`.
         experiment_name: return the rows of this experiment only, see `Settings.experiment`; the file has them all.
+        reference: return the rows of the committed reference run as well, where the directory has none of its own.
 
     Returns:
         One row a result: `experiment`, `configuration` and `seed`, which tell it from all others; `raw`, `biased`,
@@ -263,10 +267,13 @@ def collect(directory: str = "", experiment_name: str | None = None) -> pd.DataF
             )
     bases = {path.parent: result["sha256"] for path, result in results.items() if path.stem == "base"}
     rows = [_row(result) for path, result in results.items() if result["base_sha256"] == bases.get(path.parent)]
-    table = pd.DataFrame(rows, columns=None if rows else ["experiment", "configuration", "seed"])
-    table = table.sort_values(["experiment", "configuration", "seed"], key=_base_first, ignore_index=True)
+    table = pd.DataFrame(rows, columns=None if rows else KEY)
+    table = table.sort_values(KEY, key=_base_first, ignore_index=True)
     with experiment.atomic_write(root / "results.csv") as file:
         table.to_csv(file, index=False)
+    if reference:
+        table = pd.concat([table, pd.read_csv(REFERENCE)]).drop_duplicates(KEY)
+        table = table.sort_values(KEY, key=_base_first, ignore_index=True)
     return table if experiment_name is None else table[table["experiment"] == experiment_name]
 
 

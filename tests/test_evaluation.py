@@ -176,6 +176,18 @@ def test_results_are_collected_into_a_table_and_a_file(experiments, tmp_path):
     assert evaluation.collect(str(tmp_path))["configuration"].tolist() == ["base", "base", "top_k_0.1"]
 
 
+def test_the_reference_run_fills_up_what_is_missing(experiments, tmp_path, monkeypatch):
+    own = evaluation.collect(str(tmp_path))
+    reference = own.assign(raw=0.5).iloc[[0, 2]].assign(seed=[0, 7])
+    reference.to_csv(tmp_path / "reference.csv", index=False)
+    monkeypatch.setattr(evaluation, "REFERENCE", tmp_path / "reference.csv")
+    table = evaluation.collect(str(tmp_path), reference=True)
+    assert table["configuration"].tolist() == ["base", "base", "top_k_0.1", "top_k_0.1", "top_k_0.1"]
+    assert table["seed"].tolist() == [0, 1, 0, 1, 7]
+    assert table["raw"].tolist() == [*own["raw"], 0.5]
+    pd.testing.assert_frame_equal(evaluation.collect(str(tmp_path)), own)
+
+
 def test_a_foreign_file_among_the_results_is_named(tmp_path):
     experiment.write_json(tmp_path / "results" / "mine.json", {"seed": 0})
     with pytest.raises(ValueError, match=r"mine\.json is not a result of this project: it has no base_sha256"):
