@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import ImageColor
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from masktune_utils import progress
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # name → torchvision's class
 DATASETS = ("auto", "mnist5k", *TORCHVISION, "folder")
@@ -189,7 +190,7 @@ def _folders(train_folder: str, test_folder: str) -> tuple[Tensor, Tensor, Tenso
             f"train_folder {train_folder!r} has the classes {train.classes} and test_folder {test_folder!r} {test.classes}; "
             "allowed: two, with the same names. For more classes see README, 'Your own'."
         )
-    images = [torch.stack([image for image, _ in tqdm(part, desc=part.root, leave=False)]) for part in (train, test)]
+    images = [torch.stack([image for image, _ in progress.bar(part, desc=part.root)]) for part in (train, test)]
     return images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets)
 
 

@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from masktune_utils import data, experiment, masking, saliency, training
+from masktune_utils import data, experiment, masking, progress, saliency, training
 from masktune_utils.experiment import Settings
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import SmallCNN
@@ -162,7 +161,7 @@ def masked_validation(settings: Settings, images: int = 2000) -> pd.DataFrame:
             name: min(metrics(predict(model, masked), masked.labels)["class_accuracy"])
             for name, model in models.items()
         }
-        for rule, masked in tqdm(rules.items(), desc="masked validation", unit="rule", leave=False)
+        for rule, masked in progress.bar(rules.items(), desc="masked validation", unit="rule")
     }
     return pd.DataFrame(accuracy)
 

@@ -6,8 +6,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torchcam import methods
-from tqdm.auto import tqdm
 
+from masktune_utils import progress
 from masktune_utils.data import check_choice, to_float
 
 CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
@@ -40,9 +40,7 @@ def saliency_maps(
     explained = copy.deepcopy(model).eval().requires_grad_(False)
     layer = explained.get_grad_cam_target_layer()
     layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())  # no graph before this layer
-    starts = tqdm(
-        range(0, len(images), batch_size), desc=cam, unit="batch", leave=False, disable=len(images) <= batch_size
-    )
+    starts = progress.bar(range(0, len(images), batch_size), desc=cam, unit="batch", disable=len(images) <= batch_size)
     maps = []
     with (
         getattr(methods, cam)(explained, layer) as extractor,

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
-from tqdm.auto import tqdm
 
+from masktune_utils import progress
 from masktune_utils.data import check_choice
 
 OPTIMIZERS = ("sgd", "adam")
@@ -102,21 +102,21 @@ def train(
     decay = optim.lr_scheduler.StepLR(step_rule, lr_decay_epochs, lr_decay_factor)
     generator = torch.Generator().manual_seed(seed)
     history = []
-    with tqdm(
-        total=epochs * len(dataset), desc=description, unit="image", unit_scale=True, leave=False, mininterval=0.5
-    ) as progress:
+    with progress.bar(
+        total=epochs * len(dataset), desc=description, unit="image", unit_scale=True, mininterval=0.5
+    ) as bar:
         for epoch in range(1, epochs + 1):
             order = torch.randperm(len(dataset), generator=generator).to(device)
             started, rate = time.perf_counter(), step_rule.param_groups[0]["lr"]
             batches = order.split(batch_size)
-            loss, accuracy = _train_epoch(model, dataset, batches, step_rule, progress, f"{epoch}/{epochs}").tolist()
+            loss, accuracy = _train_epoch(model, dataset, batches, step_rule, bar, f"{epoch}/{epochs}").tolist()
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate, "seconds": seconds})
             decay.step()
     return history
 
 
-def _train_epoch(model, dataset, batches, step_rule, progress, epoch) -> Tensor:
+def _train_epoch(model, dataset, batches, step_rule, bar, epoch) -> Tensor:
     """One pass; returns mean loss and accuracy. The sums stay on the device, and are read only when the bar is drawn."""
     device = dataset.labels.device
     sums, seen, bfloat16 = torch.zeros(2, device=device), 0, has_bfloat16(device)
@@ -133,10 +133,10 @@ def _train_epoch(model, dataset, batches, step_rule, progress, epoch) -> Tensor:
         step_rule.step()
         seen += len(index)
         sums += torch.stack([loss.detach() * len(index), (logits.argmax(1) == labels).sum()])
-        if progress.update(len(index)):
+        if bar.update(len(index)):
             mean_loss, accuracy = (sums / seen).tolist()
             rate = step_rule.param_groups[0]["lr"]
-            progress.set_postfix_str(
+            bar.set_postfix_str(
                 f"epoch {epoch}, loss {mean_loss:.4f}, accuracy {accuracy:.2%}, lr {rate:g}", refresh=False
             )
     return sums / seen

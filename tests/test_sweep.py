@@ -21,7 +21,18 @@ from masktune_utils import evaluation, experiment, sweep
 from masktune_utils.experiment import Settings
 
 NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
-ORDER = ["data", "models", "training", "saliency", "masking", "experiment", "evaluation", "plotting", "sweep"]
+ORDER = [
+    "progress",
+    "data",
+    "models",
+    "training",
+    "saliency",
+    "masking",
+    "experiment",
+    "evaluation",
+    "plotting",
+    "sweep",
+]
 TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200", "--methods", "top_k"]
 
 
