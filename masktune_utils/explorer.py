@@ -34,7 +34,7 @@ STARTS = {
     "mean_std": 2.0,
     "random": 0.1,
 }  # `param` of a method just chosen
-WIDTHS = {widgets.IntSlider: "230px", widgets.FloatSlider: "330px", widgets.ColorPicker: "190px"}
+WIDTHS = {widgets.IntSlider: "200px", widgets.FloatSlider: "300px", widgets.ColorPicker: "190px"}
 BOTH = "right or wrong"
 
 
@@ -94,7 +94,8 @@ class Panel:
         places, bars, texts, title = self.rows[row]
         title.set_text(caption)
         for place, picture in zip(places, pictures, strict=True):
-            place.set_data(picture.permute(1, 2, 0).cpu() if picture.ndim == 3 else picture.cpu())
+            array = picture.cpu().numpy()
+            place.set_data(array.transpose(1, 2, 0) if array.ndim == 3 else array)
             place.set_cmap("gray" if len(picture) == 28 else "magma")
         for bar, text, answer in zip(bars, texts, answers.tolist(), strict=True):
             bar.set_width(answer[0])
@@ -162,8 +163,8 @@ class Play:
             "ERM is": widgets.Dropdown(options=[BOTH]),
             "image": widgets.IntSlider(),
         }
-        self.own, chance = self.own_widgets(), widgets.Button(description="at random")
-        chance.on_click(lambda _: setattr(self.choice["image"], "value", random.randrange(len(self.found))))
+        self.own, chance = self.own_widgets(), widgets.Button(description="at random", layout={"width": "auto"})
+        chance.on_click(self.at_random)
         for name, widget in (self.choice | self.own).items():
             widget.description, widget.style.description_width = name, "initial"
             widget.layout.width = WIDTHS.get(type(widget), "auto")
@@ -172,7 +173,12 @@ class Play:
         self.picture.layout.max_width = "100%"
         self.refresh("group")
         rows = [[*self.choice.values(), chance], [*self.own.values()]]
-        return widgets.VBox([*(widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows), self.picture])
+        return widgets.VBox(
+            [
+                *(widgets.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "4px 16px"}) for row in rows),
+                self.picture,
+            ]
+        )
 
     def refresh(self, moved: str) -> None:
         """Draw what a person's move of a widget asks for; once, even if that moves other widgets."""
@@ -186,6 +192,10 @@ class Play:
             self.picture.value = self.panel.png()
         finally:
             self.busy = False
+
+    def at_random(self, _button: object = None) -> None:
+        """Show another of the images chosen from."""
+        self.choice["image"].value = random.randrange(len(self.found))
 
     def follow(self, moved: str) -> None:
         """Move the widgets that hang on the one moved."""
@@ -263,11 +273,12 @@ class Explorer(Play):
             self._set(self.rule(self.own["configuration"].value))
 
     def _set(self, rule: dict[str, Any]) -> None:
-        param = self.own["param"]
-        param.max = min(masking.PARAM_RANGES[rule["method"]][1], max(10.0, rule["param"]))  # more hides next to nothing
-        param.step = 0.01 if param.max <= 1 else 0.1
-        for name, value in rule.items():
-            self.own[name].value = value
+        param, value = self.own["param"], rule["param"]
+        high = min(masking.PARAM_RANGES[rule["method"]][1], max(10.0, value))  # beyond it next to nothing is hidden
+        param.max, param.step, param.value = high, 0.01, value
+        param.step = 0.01 if high <= 1 else 0.05  # last: the browser brings a value that is between steps onto one
+        for name in rule.keys() - {"param"}:
+            self.own[name].value = rule[name]
 
 
 class SquareTest(Play):
@@ -276,6 +287,8 @@ class SquareTest(Play):
     def __init__(self, settings: Settings, raw: data.Split, models: dict[str, SmallCNN]) -> None:
         self.settings, self.models = settings, models
         super().__init__(models["ERM"], {"raw test": raw}, ["image"], list(models))
+        digits = raw.digits.tolist()
+        self.offers = sorted(offer._replace(group=f"digit {digits[offer.index]}") for offer in self.offers)
 
     def view(
         self, one: data.Split, row: int = 0, column: int = 0, size: int = 6, colour: str = "blue"
@@ -286,7 +299,8 @@ class SquareTest(Play):
         return f"{colour} {size}×{size}, row {row}, column {column}" if size else "no square", [*one.images], answers
 
     def own_widgets(self) -> dict[str, widgets.Widget]:
-        """Of the square."""
+        """Of the square; to begin with on a 7."""
+        self.choice["group"].value = "digit 7"
         return {
             "row": widgets.IntSlider(max=27),
             "column": widgets.IntSlider(max=27),
@@ -327,7 +341,7 @@ def square_maps(maps: dict[str, Tensor], stride: int) -> Figure:
     colors = LinearSegmentedColormap.from_list("classes", [plotting.CLASS_COLORS[1], "white", plotting.CLASS_COLORS[0]])
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         end = stride * len(values) - 0.5
-        image = ax.imshow(values, cmap=colors, vmin=0, vmax=1, extent=(-0.5, end, end, -0.5))
+        image = ax.imshow(values.numpy(), cmap=colors, vmin=0, vmax=1, extent=(-0.5, end, end, -0.5))
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("column of the square's top-left pixel", fontsize=9)
     axes[0].set_ylabel("row", fontsize=9)
@@ -383,7 +397,7 @@ def square_test(
     if is_live():
         display(play.start())
     else:
-        offer = next(offer for offer in play.offers if raw.labels[offer.index] == 1)
+        offer = next(offer for offer in play.offers if offer.group == "digit 7")
         size, color = settings.square_size, settings.square_color
         cases = [{"size": 0}, {"size": size, "colour": color}, {"size": size, "colour": color, "column": 28 - size}]
         cases.append({"size": size, "colour": "red" if color != "red" else "blue"})
