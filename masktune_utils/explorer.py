@@ -18,7 +18,6 @@ import torch
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,13 +26,8 @@ from masktune_utils.experiment import Settings
 from masktune_utils.models import SmallCNN
 
 PER_GROUP = 250  # so many images of each group are offered
-STARTS = {
-    "threshold": 0.7,
-    "top_k": 0.1,
-    "mean": 0.9,
-    "mean_std": 2.0,
-    "random": 0.1,
-}  # `param` of a method just chosen
+# `param` of a method just chosen
+STARTS = {"threshold": 0.7, "top_k": 0.1, "mean": 0.9, "mean_std": 2.0, "random": 0.1}
 WIDTHS = {widgets.IntSlider: "200px", widgets.FloatSlider: "300px", widgets.ColorPicker: "190px"}
 BOTH = "right or wrong"
 
@@ -172,13 +166,9 @@ class Play:
         self.picture = widgets.Image(layout={"width": f"{100 * self.panel.figure.get_figwidth():.0f}px"})
         self.picture.layout.max_width = "100%"
         self.refresh("group")
-        rows = [[*self.choice.values(), chance], [*self.own.values()]]
-        return widgets.VBox(
-            [
-                *(widgets.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "4px 16px"}) for row in rows),
-                self.picture,
-            ]
-        )
+        rows, layout = [[*self.choice.values(), chance], [*self.own.values()]], {"flex_flow": "row wrap"}
+        layout["grid_gap"] = "4px 16px"
+        return widgets.VBox([*(widgets.HBox(row, layout=layout) for row in rows), self.picture])
 
     def refresh(self, moved: str) -> None:
         """Draw what a person's move of a widget asks for; once, even if that moves other widgets."""
@@ -256,7 +246,7 @@ class Explorer(Play):
             "method": widgets.Dropdown(options=masking.METHODS),
             "param": widgets.FloatSlider(),
             "upsample": widgets.Dropdown(options=masking.UPSAMPLES),
-            "grow": widgets.IntSlider(max=8),
+            "grow": widgets.IntSlider(max=experiment.RANGES["grow"][1]),
         }
         if self.configurations:
             self.own["configuration"] = widgets.Dropdown(options=self.configurations)
@@ -334,21 +324,6 @@ def square_map(model: SmallCNN, split: data.Split, size: int = 6, color: str = "
     return torch.stack(means).reshape(len(places), len(places))
 
 
-def square_maps(maps: dict[str, Tensor], stride: int) -> Figure:
-    """Where the square turns the answer: what `square_map` gives, by title."""
-    figure = Figure((3.4 * len(maps) + 0.8, 3.5), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
-    colors = LinearSegmentedColormap.from_list("classes", [plotting.CLASS_COLORS[1], "white", plotting.CLASS_COLORS[0]])
-    for ax, (title, values) in zip(axes, maps.items(), strict=True):
-        end = stride * len(values) - 0.5
-        image = ax.imshow(values.numpy(), cmap=colors, vmin=0, vmax=1, extent=(-0.5, end, end, -0.5))
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("column of the square's top-left pixel", fontsize=9)
-    axes[0].set_ylabel("row", fontsize=9)
-    figure.colorbar(image, ax=axes, label="mean probability of class 0")
-    return figure
-
-
 def explore(
     settings: Settings, name: str, splits: data.BiasedMNIST, base: SmallCNN, configurations: Sequence[str] = ()
 ) -> None:
@@ -377,6 +352,8 @@ def square_test(
 ) -> None:
     """Show what both models say when the square is anywhere: a map of all its places, and a panel to put it there.
 
+    Headless, a picture takes the place of the panel: that image of the map's which fools the base model most.
+
     Args:
         settings: of the notebook.
         name: of the pictures' files.
@@ -386,19 +363,19 @@ def square_test(
         stride: pixels from one place of the map to the next.
     """
     model, _ = experiment.load_checkpoint(finetuned, device=raw.labels.device, dataset=settings.dataset)
-    models, some, maps = {"ERM": base, "fine-tuned": model}, raw[data.examples(raw, 50)[0]], {}
-    some = some[some.labels == 1]
+    models, square, maps = {"ERM": base, "fine-tuned": model}, (settings.square_size, settings.square_color), {}
+    index, _ = data.examples(raw, 50)
+    some = raw[index := index[raw.labels[index] == 1]]
     for key, model in models.items():
         without = evaluation.predict(model, some).softmax(1)[:, 0].mean()
-        title = f"{key} (without a square: {without:.2f})"
-        maps[title] = square_map(model, some, settings.square_size, settings.square_color, stride)
-    plotting.show(square_maps(maps, stride), settings, f"{name}_map")
+        maps[f"{key} (without a square: {without:.3f})"] = square_map(model, some, *square, stride)
+    plotting.show(plotting.square_maps(maps, stride), settings, f"{name}_map")
     play = SquareTest(settings, raw, models)
     if is_live():
         display(play.start())
     else:
-        offer = next(offer for offer in play.offers if offer.group == "digit 7")
-        size, color = settings.square_size, settings.square_color
+        fooled = evaluation.predict(base, put_square(some, *square, (0, 0))).softmax(1)[:, 0].argmax()
+        offer, (size, color) = Offer("", "", "raw test", index[fooled].item()), square
         cases = [{"size": 0}, {"size": size, "colour": color}, {"size": size, "colour": color, "column": 28 - size}]
         cases.append({"size": size, "colour": "red" if color != "red" else "blue"})
         plotting.show(play.figure([(offer, case) for case in cases]), settings, name)

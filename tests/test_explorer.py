@@ -37,6 +37,7 @@ def shown(play: explorer.Play) -> tuple[str, list[torch.Tensor], torch.Tensor]:
     return title.get_text(), arrays, torch.tensor([bar.get_width() for bar in bars])
 
 
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 @pytest.mark.parametrize("group", ["training, class 0, square", "biased test, class 1, square"])
 @pytest.mark.parametrize(
     "rule", [{"method": "top_k", "param": 0.2}, {"method": "mean_std", "param": 1.5, "grow": 3}, {"upsample": "map"}]
