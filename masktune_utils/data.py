@@ -215,21 +215,24 @@ def resolve_dataset(dataset: str) -> str:
     return "mnist"
 
 
-def add_square(images: Tensor, has_square: Tensor, size: int = 6, color: str = "blue") -> Tensor:
-    """Put a square into the top-left corner of some of the images.
+def add_square(
+    images: Tensor, has_square: Tensor, size: int = 6, color: str = "blue", position: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Put a square into some of the images.
 
     Args:
         images: N×3×28×28, uint8.
         has_square: N, bool; which images get it.
         size: side in pixels, 1–28.
         color: see `rgb`.
+        position: row and column of the square's top-left pixel; by default it is the image's.
 
     Returns:
-        A changed copy of `images`.
+        A changed copy of `images`; a square that reaches over the edge is cut off there.
     """
-    images = images.clone()
+    images, (row, column) = images.clone(), position
     square = torch.tensor(rgb(color), dtype=torch.uint8, device=images.device)
-    images[has_square, :, :size, :size] = square.view(3, 1, 1)
+    images[has_square, :, row : row + size, column : column + size] = square.view(3, 1, 1)
     return images
 
 

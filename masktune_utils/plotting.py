@@ -5,6 +5,7 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 from IPython.display import Image, display
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -178,4 +179,24 @@ def scatter(table: pd.DataFrame, x: str, y: str, names: dict[str, str]) -> Figur
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
     figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def square_maps(maps: dict[str, Tensor], stride: int) -> Figure:
+    """How much of class 1 is taken for class 0, by where the square is.
+
+    Args:
+        maps: title → H×W mean probabilities of class 0; all have the same scale, from 0 to the largest.
+        stride: pixels from one place of the square to the next.
+    """
+    figure, (axes,) = _axes(1, len(maps), (3.4 * len(maps) + 0.8, 3.5), sharey=True)
+    colors = LinearSegmentedColormap.from_list("class 0", ["white", CLASS_COLORS[0]])
+    most = max(values.max().item() for values in maps.values())
+    for ax, (title, values) in zip(axes, maps.items(), strict=True):
+        end = stride * len(values) - 0.5
+        image = ax.imshow(values.numpy(), cmap=colors, vmin=0, vmax=most, extent=(-0.5, end, end, -0.5))
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("column of the square's top-left pixel", fontsize=9)
+    axes[0].set_ylabel("row", fontsize=9)
+    figure.colorbar(image, ax=axes, label="mean probability of class 0")
     return figure

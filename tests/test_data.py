@@ -70,6 +70,12 @@ def test_square_of_another_size_and_color():
     assert images[0, :, 4:].sum() == 0 and images[0, :, :, 4:].sum() == 0 and images[1].sum() == 0
 
 
+def test_square_at_another_place_is_cut_off_at_the_edge():
+    images = data.add_square(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.tensor([True]), position=(10, 25))
+    assert images[0, 2, 10:16, 25:].unique().tolist() == [255]
+    assert images.sum() == 6 * 3 * 255
+
+
 def test_random_placement_follows_the_shares_and_the_seed(full):
     shares = [full.train.has_square[full.train.labels == label].double().mean().item() for label in (0, 1)]
     assert shares == pytest.approx([0.99, 0.01], abs=0.008)  # 3.6 standard deviations of 2,000 draws

@@ -3,6 +3,9 @@ import re
 import time
 from types import SimpleNamespace
 
+import nbclient
+import nbformat
+
 from masktune_utils import progress
 
 
@@ -18,6 +21,13 @@ def test_a_person_is_there_where_the_front_end_names_the_cell(monkeypatch):
     assert progress.is_live()
     pretend(monkeypatch, {})
     assert not progress.is_live()
+
+
+def test_a_notebook_run_headless_is_not_live(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")  # as where papermill is started from within JupyterLab
+    cell = nbformat.v4.new_code_cell("from masktune_utils import progress\nprint(progress.is_live())")
+    notebook = nbclient.execute(nbformat.v4.new_notebook(cells=[cell]))
+    assert notebook.cells[0].outputs[0].text == "False\n"
 
 
 def test_a_headless_notebook_prints_a_line_every_few_seconds_and_none_for_what_is_quick(monkeypatch):

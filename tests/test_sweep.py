@@ -31,6 +31,7 @@ ORDER = [
     "experiment",
     "evaluation",
     "plotting",
+    "explorer",
     "sweep",
 ]
 TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200", "--methods", "top_k"]
@@ -96,7 +97,7 @@ def test_two_configurations_on_a_tiny_subset(whole_run):
     for row in table.itertuples():
         assert re.search(rf"{row.configuration} +{100 * row.raw:.2f} +{100 * row.biased:.2f} .* 1\n", printed)
     figures = sorted(directory.glob("figures/*/*/*.png"))
-    assert len(figures) == 11 and all(str(figure) in printed for figure in figures)
+    assert len(figures) == 21 and all(str(figure) in printed for figure in figures)
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
