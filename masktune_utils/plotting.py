@@ -30,7 +30,7 @@ def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] =
     figure.text(1, 0, mark, ha="right", va="top", fontsize=7, color="0.45")
     path = settings.folder("figures") / f"{name}.png"
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
+        figure.savefig(file, format="png", dpi=130, bbox_inches="tight", pil_kwargs={"optimize": True})
     display(Image(data=path.read_bytes(), retina=True, alt=name))
 
 
@@ -148,8 +148,8 @@ def class_accuracy(table: pd.DataFrame, published: pd.DataFrame | None = None) -
                 x, others, color="#CC79A7", marker="x", s=32, zorder=4, label="average, earlier reproduction, one run"
             )
         for position, value in zip(x, 100 * mean[test], strict=True):
-            ax.annotate(f"{value:.1f}", (position, 102), ha="center", fontsize=8)
-        ax.set(ylim=(0, 108), ylabel=f"accuracy, {test} test set (%)", yticks=range(0, 101, 20))
+            ax.annotate(f"{value:.1f}", (position, 109), ha="center", fontsize=8)
+        ax.set(ylim=(0, 116), ylabel=f"accuracy, {test} test set (%)", yticks=range(0, 101, 20))
     axes[-1, 0].set_xticks(x, mean.index, rotation=40, ha="right")
     entries = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
     order = sorted(entries, key=lambda label: not label.startswith("class"))
@@ -174,7 +174,9 @@ def scatter(table: pd.DataFrame, x: str, y: str, names: dict[str, str]) -> Figur
         style = {"color": COLORS[k % len(COLORS)], "marker": "osD^vPX*"[k % 8]}
         ax.errorbar(mean[x], mean[y], std[y], std[x], linestyle="", label=kind, elinewidth=0.7, markersize=5, **style)
         for label, (right, up) in zip(groups["label"].first(), mean.to_numpy(), strict=True):
-            ax.annotate(label, (right, up), xytext=(4, 3), textcoords="offset points", fontsize=7, color="0.3")
+            side = {"ha": "right", "xytext": (-4, 4)} if right > 50 else {"ha": "left", "xytext": (4, 4)}
+            text = ax.annotate(label, (right, up), textcoords="offset points", fontsize=8, color="0.3", **side)
+            text.set_in_layout(False)
     ax.set(xlabel=names[x], ylabel=names[y])
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
