@@ -1,9 +1,11 @@
 """Figures. Every function returns a matplotlib Figure; `show` saves it as PNG and displays that very file."""
 
 from collections.abc import Collection
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 from IPython.display import Image, display
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -29,8 +31,10 @@ def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] =
     mark = f"{settings.dataset}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     figure.text(1, 0, mark, ha="right", va="top", fontsize=7, color="0.45")
     path = settings.folder("figures") / f"{name}.png"
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130, bbox_inches="tight", pil_kwargs={"optimize": True})
+    with BytesIO() as full, atomic_write(path) as file:
+        figure.savefig(full, format="png", dpi=160, bbox_inches="tight")
+        few_colors = PIL.Image.open(full).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+        few_colors.save(file, format="png", optimize=True)  # half the size
     display(Image(data=path.read_bytes(), retina=True, alt=name))
 
 
