@@ -238,14 +238,13 @@ def record(
     return result
 
 
-def collect(directory: str = "", experiment_name: str | None = None, reference: bool = False) -> pd.DataFrame:
+def collect(directory: str = "", reference: bool = False) -> pd.DataFrame:
     """Gather all saved results into a table, and write it as `results/results.csv`.
 
     A result whose base model has been replaced since is left out.
 
     Args:
         directory: as `Settings.directory`.
-        experiment_name: return the rows of this experiment only, see `Settings.experiment`; the file has them all.
         reference: return the rows of the committed reference run as well, where the directory has none of its own.
 
     Returns:
@@ -273,7 +272,7 @@ def collect(directory: str = "", experiment_name: str | None = None, reference: 
     if reference:
         table = pd.concat([table, pd.read_csv(REFERENCE)]).drop_duplicates(KEY)
         table = table.sort_values(KEY, key=_base_first, ignore_index=True)
-    return table if experiment_name is None else table[table["experiment"] == experiment_name]
+    return table
 
 
 def _base_first(column: pd.Series) -> pd.Series:

@@ -361,9 +361,10 @@ def load_checkpoint(
 
 def load_data(settings: Settings) -> data.BiasedMNIST:
     """The sets of the experiment, on its device."""
-    names = ("dataset", "seed", "limit", "square_size", "square_color", "placement", "holdout")
+    names = ("dataset", "train_folder", "test_folder", "seed", "limit")
+    names += ("square_size", "square_color", "placement", "holdout")
     return data.load(
-        **{name: getattr(settings, name) for name in (*names, "train_folder", "test_folder")},
+        **{name: getattr(settings, name) for name in names},
         square_shares=(settings.square_share_0, settings.square_share_1),
         device=training.resolve_device(settings.device),
     )
