@@ -1,7 +1,7 @@
 """Biased MNIST: digits 0–4 are class 0, digits 5–9 class 1, and a coloured square gives the class away.
 
 FashionMNIST and KMNIST serve as well: wherever it says digit, read one of their ten kinds of clothes or characters. So
-do folders of images of two classes, which get no square: what shortcut there is, is in them.
+do folders of images, one for each class, which get no square: what shortcut there is, is in them.
 
 Every image is RGB, uint8 in memory and in [0, 1] once it is in a batch; nothing is normalised.
 """
@@ -30,6 +30,7 @@ MOST_IMAGES = {  # with as many of each digit, in the training set
     "fashion_mnist": 60_000,
     "kmnist": 60_000,
 }
+MOST_CLASSES = 10  # of a folder; the figures have no colours for more
 SQUARE_SHARES = (0.99, 0.01)  # share of the training images of class 0 and of class 1 that carry the square
 HOW_TO_GET_THEM = (
     "For the full set, run once with a connection to the internet, or set MASKTUNE_DATA to a folder in "
@@ -70,7 +71,7 @@ def check_folders(dataset: str, **folders: str) -> None:
             raise ValueError(f"{name} is {folder!r}; allowed: '', unless dataset is 'folder'.")
         if dataset == "folder" and not (folder and (REPOSITORY / folder).is_dir()):
             raise ValueError(
-                f"{name} is {folder!r}; allowed with dataset='folder': a folder with two folders of images."
+                f"{name} is {folder!r}; allowed with dataset='folder': a folder with a folder of images for each class."
             )
 
 
@@ -80,7 +81,7 @@ class Split:
 
     Attributes:
         images: N×3×28×28, uint8.
-        labels: N, int64, 0 for digits 0–4 and 1 for digits 5–9.
+        labels: N, int64, 0 for digits 0–4 and 1 for digits 5–9; of a folder 0, 1, …, its classes by name.
         digits: N, int64, 0–9; of a folder the labels.
         has_square: N, bool.
     """
@@ -135,8 +136,23 @@ def data_root() -> Path:
     return REPOSITORY / (os.environ.get("MASKTUNE_DATA") or "data")
 
 
+def groups(labels: Tensor, has_square: Tensor) -> dict[str, Tensor]:
+    """Index of the images of each group class × square, by its name; groups without images are left out.
+
+    Args:
+        labels: N.
+        has_square: N, bool.
+    """
+    members = {
+        f"class {label}, {name}": ((labels == label) & (has_square == square)).nonzero()[:, 0]
+        for label in labels.unique().tolist()
+        for name, square in {"square": True, "no square": False}.items()
+    }
+    return {name: index for name, index in members.items() if len(index)}
+
+
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
-    """Some images of each of the four groups class × square, for pictures.
+    """Some images of each group class × square, for pictures.
 
     Args:
         split: the images.
@@ -146,12 +162,9 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
         Their index, and a title for each.
     """
     index, titles = [], []
-    for label in (0, 1):
-        for square in (True, False):
-            members = ((split.labels == label) & (split.has_square == square)).nonzero()[:, 0]
-            members = members[:: max(1, len(members) // per_group)][:per_group]
-            index.append(members)
-            titles += [f"class {label}\n{'square' if square else 'no square'}"] * len(members)
+    for name, members in groups(split.labels, split.has_square).items():
+        index.append(members[:: max(1, len(members) // per_group)][:per_group])
+        titles += [name.replace(", ", "\n")] * len(index[-1])
     return torch.cat(index), titles
 
 
@@ -185,10 +198,10 @@ def _folders(train_folder: str, test_folder: str) -> tuple[Tensor, Tensor, Tenso
 
     small = v2.Compose([v2.Resize((28, 28)), v2.PILToTensor()])
     train, test = (ImageFolder(str(REPOSITORY / folder), small) for folder in (train_folder, test_folder))
-    if train.classes != test.classes or len(train.classes) != 2:
+    if train.classes != test.classes or not 2 <= len(train.classes) <= MOST_CLASSES:
         raise ValueError(
             f"train_folder {train_folder!r} has the classes {train.classes} and test_folder {test_folder!r} {test.classes}; "
-            "allowed: two, with the same names. For more classes see README, 'Your own'."
+            f"allowed: 2 to {MOST_CLASSES}, with the same names. For more see README, 'Your own'."
         )
     images = [torch.stack([image for image, _ in progress.bar(part, desc=part.root)]) for part in (train, test)]
     return images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets)
@@ -301,8 +314,8 @@ def load(
         placement: of the square in the training set, see `place_squares`.
         square_shares: of class 0 and of class 1 that carry the square in training.
         holdout: share of the training images, drawn at random, that is kept for validation, with the same bias.
-        train_folder: of `folder`: two folders of images, one a class, as torchvision's ImageFolder reads them; they are
-            resized to 28×28 and get no square. A relative path counts from the repository.
+        train_folder: of `folder`: a folder of images for each class, two to ten, as torchvision's ImageFolder reads
+            them; they are resized to 28×28 and get no square. A relative path counts from the repository.
         test_folder: the same, to test on; both test sets are then this one.
         device: where the tensors are to lie.
 
@@ -312,18 +325,18 @@ def load(
 
     Raises:
         FileNotFoundError: the data set was asked for and cannot be had.
-        ValueError: for an unknown name, a limit that cannot be met, or folders that do not fit.
+        ValueError: for an unknown name, a limit that cannot be met, folders that do not fit, or so much held out that
+            a class is left without training images.
     """
     dataset = resolve_dataset(dataset)
     check_limit(limit, dataset)
     check_folders(dataset, train_folder=train_folder, test_folder=test_folder)
     if dataset == "folder":
         images, digits, test_images, test_digits = _folders(train_folder, test_folder)
-        square_shares, first_of_class_1 = (0.0, 0.0), 1
+        square_shares = (0.0, 0.0)
     else:
         images, digits, test_images, test_digits = _torchvision(dataset) if dataset in TORCHVISION else _mnist5k()
         images, test_images = (gray[:, None].repeat(1, 3, 1, 1) for gray in (images, test_images))
-        first_of_class_1 = 5
     keep, test_keep = _limited(digits, limit), _limited(test_digits, limit)
     images, digits, test_images, test_digits = (
         images[keep],
@@ -335,16 +348,20 @@ def load(
     in_training = place_squares(digits, placement, generator, square_shares)
     held_out = torch.zeros(len(digits), dtype=torch.bool)
     held_out[torch.randperm(len(digits), generator=generator)[: round(holdout * len(digits))]] = True
+    if len(digits[~held_out].unique()) < len(digits.unique()):
+        raise ValueError(f"holdout is {holdout}; allowed: less, so that each class keeps an image to train on.")
 
     def split(images: Tensor, digits: Tensor, has_square: Tensor) -> Split:
+        labels = digits if dataset == "folder" else (digits >= 5).long()
         images = images.contiguous(memory_format=torch.channels_last)
         images = add_square(images, has_square, square_size, square_color)
-        return Split(*(t.to(device) for t in (images, (digits >= first_of_class_1).long(), digits, has_square)))
+        return Split(*(t.to(device) for t in (images, labels, digits, has_square)))
 
+    no_square = torch.zeros(len(test_digits), dtype=torch.bool)
     return BiasedMNIST(
         dataset,
         train=split(images[~held_out], digits[~held_out], in_training[~held_out]),
-        raw=split(test_images, test_digits, torch.zeros_like(test_digits, dtype=torch.bool)),
-        biased=split(test_images, test_digits, test_digits >= 5),
+        raw=split(test_images, test_digits, no_square),
+        biased=split(test_images, test_digits, no_square if dataset == "folder" else test_digits >= 5),
         validation=split(images[held_out], digits[held_out], in_training[held_out]),
     )

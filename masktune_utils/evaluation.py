@@ -65,19 +65,15 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def group_accuracy(correct: Tensor, labels: Tensor, has_square: Tensor) -> dict[str, float]:
-    """Accuracy of each of the four groups class × square, NaN for an empty one.
+    """Accuracy of each group class × square that has images, see `data.groups`.
 
     Args:
         correct: N, bool.
         labels: N.
         has_square: N, bool.
     """
-    groups = {}
-    for label in (0, 1):
-        for square in (False, True):
-            members = (labels == label) & (has_square == square)
-            groups[f"class {label}, {'square' if square else 'no square'}"] = correct[members].double().mean().item()
-    return groups
+    groups = data.groups(labels, has_square)
+    return {name: correct[index].double().mean().item() for name, index in groups.items()}
 
 
 def evaluate(model: nn.Module, splits: data.BiasedMNIST) -> dict[str, Any]:
@@ -85,7 +81,7 @@ def evaluate(model: nn.Module, splits: data.BiasedMNIST) -> dict[str, Any]:
 
     Returns:
         `raw` and `biased`, see `metrics`; `groups`, see `group_accuracy`, over both test sets together; `worst_group`,
-        the smallest of the groups that have images. Where images are held out, all of this on them is `validation`.
+        the smallest of them. Where images are held out, all of this on them is `validation`.
     """
     tests = {"raw": splits.raw, "biased": splits.biased}
     logits = {name: predict(model, split) for name, split in tests.items()}
@@ -101,7 +97,7 @@ def _groups(logits: Tensor, splits: list[data.Split]) -> dict[str, Any]:
     labels = torch.cat([split.labels for split in splits]).cpu()
     has_square = torch.cat([split.has_square for split in splits]).cpu()
     groups = group_accuracy(logits.argmax(1) == labels, labels, has_square)
-    return {"groups": groups, "worst_group": min(value for value in groups.values() if not math.isnan(value))}
+    return {"groups": groups, "worst_group": min(groups.values())}
 
 
 def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "auto") -> dict[str, Any]:
@@ -249,7 +245,7 @@ def collect(directory: str = "", reference: bool = False) -> pd.DataFrame:
 
     Returns:
         One row a result: `experiment`, `configuration` and `seed`, which tell it from all others; `raw`, `biased`,
-        `worst_group` and `{raw,biased}_class_{0,1}`, accuracies in [0, 1], and, where images were held out,
+        `worst_group` and `{raw,biased}_class_{0,1,…}`, accuracies in [0, 1], and, where images were held out,
         `validation_worst_class` and `validation_worst_group`; the shares hidden, `hidden_{square,square_whole,rest,digit}`;
         `seconds`, `device`, `threads`, `torch`; and its settings. The base models come first.
 

@@ -351,7 +351,7 @@ def load_checkpoint(
             f"{path} was made with {name} = {made_with!r}, not {asked!r}. Use retrain = True to replace it, "
             "or another directory."
         )
-    model = SmallCNN()
+    model = SmallCNN(len(state_dict.get("linear.3.bias", ())) if made_from == "folder" else 2)
     try:
         model.load_state_dict(content.pop("state_dict"))
     except RuntimeError as error:
@@ -387,7 +387,7 @@ def base_model(settings: Settings, train: data.Split, retrain: bool = False) -> 
     names = ("epochs", "batch_size", "lr", "momentum", "weight_decay", "lr_decay_epochs", "lr_decay_factor", "seed")
 
     def make() -> tuple[SmallCNN, list[dict[str, float]]]:
-        model = new_model(settings.seed, train.labels.device)
+        model = new_model(settings.seed, train.labels.device, num_classes=int(train.labels.max()) + 1)
         return model, training.train(
             model, train, description="ERM", **{name: getattr(settings, name) for name in names}
         )

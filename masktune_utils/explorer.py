@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +38,11 @@ class Panel:
     Args:
         pictures: title of each picture of a row.
         answers: name of each bar of a row.
+        classes: how many; a bar has a part for the probability of each.
         rows: how many.
     """
 
-    def __init__(self, pictures: Sequence[str], answers: Sequence[str], rows: int = 1) -> None:
+    def __init__(self, pictures: Sequence[str], answers: Sequence[str], classes: int = 2, rows: int = 1) -> None:
         widths = [1] * len(pictures) + [2.9]
         self.figure = Figure((1.3 * sum(widths) + 0.6, 1.4 * rows + 0.3), dpi=120, layout="constrained")
         axes = self.figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
@@ -51,18 +53,17 @@ class Panel:
             ax.set_axis_off()
         for ax, title in zip(axes[0], pictures, strict=False):
             ax.set_title(title, fontsize=9)
-        self.rows = [self._row(row, answers) for row in axes]
+        self.rows = [self._row(row, answers, classes) for row in axes]
         self.canvas = FigureCanvasAgg(self.figure)
         self.canvas.draw()
         self.figure.set_layout_engine("none")
 
     @staticmethod
-    def _row(axes: np.ndarray, answers: Sequence[str]) -> tuple:
+    def _row(axes: np.ndarray, answers: Sequence[str], classes: int) -> tuple:
         *places, ax = axes
         pictures = [place.imshow(np.zeros((28, 28)), vmin=0, vmax=1, extent=(0, 28, 28, 0)) for place in places]
         y = range(len(answers))
-        ax.barh(y, 1, color=plotting.CLASS_COLORS[1])
-        bars = ax.barh(y, 0.5, color=plotting.CLASS_COLORS[0])
+        bars = [ax.barh(y, 0, color=plotting.COLORS[label]) for label in range(classes)]
         texts = [ax.text(1.03, place, "class 0: 100 %", fontsize=8, va="center_baseline") for place in y]
         ax.set_yticks(y, answers, fontsize=8)
         ax.tick_params(length=0)
@@ -76,7 +77,7 @@ class Panel:
             row: counted from 0.
             caption: two lines.
             pictures: 3×28×28 images, 28×28 masks (white: hidden), 8×8 maps (bright: salient), uint8 or in [0, 1].
-            answers: probabilities of the two classes, a row a bar.
+            answers: probabilities of the classes, a row a bar.
         """
         places, bars, texts, title = self.rows[row]
         title.set_text(caption)
@@ -84,8 +85,11 @@ class Panel:
             array = picture.cpu().numpy()
             place.set_data(array.transpose(1, 2, 0) if array.ndim == 3 else array)
             place.set_cmap("gray" if len(picture) == 28 else "magma")
-        for bar, text, answer in zip(bars, texts, answers.tolist(), strict=True):
-            bar.set_width(answer[0])
+        ends = answers.cumsum(1)
+        for parts, start, width in zip(bars, (ends - answers).T.tolist(), answers.T.tolist(), strict=True):
+            for part, x, length in zip(parts, start, width, strict=True):
+                part.set(x=x, width=length)
+        for text, answer in zip(texts, answers.tolist(), strict=True):
             text.set_text(f"class {answer.index(max(answer))}: {100 * max(answer):.0f} %")
 
     def png(self) -> bytes:
@@ -120,17 +124,19 @@ class Play:
     def __init__(
         self, base: SmallCNN, sets: dict[str, data.Split], pictures: Sequence[str], answers: Sequence[str]
     ) -> None:
-        self.sets, self.titles, self.offers = sets, (pictures, answers), []
+        self.sets, self.offers = sets, []
         for name, split in sets.items():
             index, groups = data.examples(split, PER_GROUP)
-            right = evaluation.predict(base, split[index]).argmax(1) == split.labels[index].cpu()
+            logits = evaluation.predict(base, split[index])
+            right = logits.argmax(1) == split.labels[index].cpu()
             for i, group, answer in zip(index.tolist(), groups, right.tolist(), strict=True):
                 group = f"{name}, " + group.replace("\n", ", ")
                 self.offers.append(Offer(group, "right" if answer else "wrong", name, i))
+        self.titles = pictures, answers, logits.shape[1]
 
     def figure(self, cases: Sequence[tuple[Offer, dict[str, Any]]]) -> Figure:
         """A row for each image and the values to view it with."""
-        panel = Panel(*self.titles, len(cases))
+        panel = Panel(*self.titles, rows=len(cases))
         for row, (offer, values) in enumerate(cases):
             self.show(panel, row, offer, values)
         return panel.figure
@@ -282,8 +288,8 @@ class SquareTest(Play):
         return f"{colour} {size}×{size}, row {row}, column {column}" if size else "no square", [*one.images], answers
 
     def own_widgets(self) -> dict[str, widgets.Widget]:
-        """Of the square; to begin with on a 7."""
-        self.choice["group"].value = "digit 7"
+        """Of the square; to begin with on a 7, where there is one."""
+        self.choice["group"].value = self.choice["group"].options[-3:][0]
         return {
             "row": widgets.IntSlider(max=27),
             "column": widgets.IntSlider(max=27),
@@ -312,8 +318,11 @@ def square_map(model: SmallCNN, split: data.Split, size: int = 6, color: str = "
         H×W float32: rows and columns 0, `stride`, 2·`stride`, … of the square's top-left pixel, wholly in the image.
     """
     places = range(0, 29 - size, stride)
-    squares = (put_square(split, size, color, (row, column)) for row in places for column in places)
-    means = [evaluation.predict(model, images).softmax(1)[:, 0].mean() for images in squares]
+    positions = list(product(places, repeat=2))
+    means = []
+    for position in progress.bar(positions, desc="square anywhere", unit="place"):
+        images = put_square(split, size, color, position)
+        means.append(evaluation.predict(model, images).softmax(1)[:, 0].mean())
     return torch.stack(means).reshape(len(places), len(places))
 
 

@@ -37,9 +37,9 @@ def _conv(channels: int, out_channels: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, out_channels, 3), nn.BatchNorm2d(out_channels), nn.ReLU()
 
 
-def new_model(seed: int, device: str | torch.device = "cpu") -> SmallCNN:
+def new_model(seed: int, device: str | torch.device = "cpu", num_classes: int = 2) -> SmallCNN:
     """A SmallCNN whose initial weights depend on the seed alone, on any device; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmallCNN()
+        model = SmallCNN(num_classes)
     return model.to(device, memory_format=torch.channels_last)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from masktune_utils.experiment import Settings, atomic_write
 
-CLASS_COLORS = ("#0072B2", "#E69F00")  # Okabe and Ito's blue and orange, told apart by colour-blind readers
 TEST_COLORS = {"raw": "#009E73", "biased": "#D55E00"}
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+# Okabe and Ito's, told apart by colour-blind readers; the first are those of the classes
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999", "#F0E442", "#882255")
 
 
 def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] = ()) -> None:
@@ -28,7 +28,7 @@ def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] =
         seeds: of what it shows, where that is not the experiment's alone.
     """
     seeds = sorted(seeds) or [settings.seed]
-    mark = f"{settings.dataset}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    mark = f"{settings.data_name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     figure.text(1, 0, mark, ha="right", va="top", fontsize=7, color="0.45")
     path = settings.folder("figures") / f"{name}.png"
     with BytesIO() as full, atomic_write(path) as file:
@@ -83,21 +83,22 @@ def history(epochs: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def digit_accuracy(accuracy: dict[str, list[float]]) -> Figure:
+def digit_accuracy(accuracy: dict[str, list[float]], classes: list[int]) -> Figure:
     """Accuracy of each digit.
 
     Args:
-        accuracy: name of a test set → accuracies in [0, 1], first those of class 0, then as many of class 1.
+        accuracy: name of a test set → accuracies in [0, 1].
+        classes: the class of each digit, ascending; of a folder, whose digits are its classes, 0, 1, ….
     """
     figure, ((ax,),) = _axes(1, 1, (8, 3))
     width = 0.8 / len(accuracy)
     for k, (name, values) in enumerate(accuracy.items()):
         x = np.arange(len(values)) + (k - (len(accuracy) - 1) / 2) * width
         ax.bar(x, 100 * np.array(values), width, color=TEST_COLORS[name], label=name)
-    ax.axvline((len(values) - 1) / 2, color="0.6", linestyle=":")
-    ax.set(
-        xticks=range(len(values)), xlabel="digit (left: class 0, right: class 1)", ylabel="accuracy (%)", ylim=(0, 100)
-    )
+    for border in np.diff(classes).nonzero()[0]:
+        ax.axvline(border + 0.5, color="0.6", linestyle=":")
+    xlabel = "class" if len(set(classes)) == len(classes) else "digit (left: class 0, right: class 1)"
+    ax.set(xticks=range(len(values)), xlabel=xlabel, ylabel="accuracy (%)", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=len(accuracy), frameon=False)
     return figure
 
@@ -128,21 +129,21 @@ def class_accuracy(table: pd.DataFrame, published: pd.DataFrame | None = None) -
         table: see `evaluation.collect`; over several seeds the means are drawn, with their standard deviation.
         published: averages of others to be marked, in per cent: columns `raw` and `biased`, a row a configuration.
     """
-    columns = ["raw", "biased", "raw_class_0", "raw_class_1", "biased_class_0", "biased_class_1"]
+    columns = [name for name in table if name in TEST_COLORS or "_class_" in name]
     groups = table.groupby("configuration", sort=False)[columns]
     mean, std = groups.mean(), groups.std()
     figure, axes = _axes(2, 1, (max(5.0, 0.75 * len(mean) + 1), 6), sharex=True)
     x = np.arange(len(mean))
     for ax, test in zip(axes[:, 0], ("raw", "biased"), strict=True):
-        for label in (0, 1):
-            column = f"{test}_class_{label}"
+        bars = [column for column in columns if column.startswith(f"{test}_class_") and mean[column].notna().any()]
+        for label, column in enumerate(bars):
             errors = None if std[column].isna().all() else 100 * std[column]
             ax.bar(
-                x + 0.4 * label - 0.2,
+                x + 0.8 * ((label + 0.5) / len(bars) - 0.5),
                 100 * mean[column],
-                0.38,
+                0.76 / len(bars),
                 yerr=errors,
-                color=CLASS_COLORS[label],
+                color=COLORS[label],
                 label=f"class {label}",
             )
         ax.scatter(x, 100 * mean[test], color="black", marker="D", s=22, zorder=3, label="average over all images")
@@ -196,7 +197,7 @@ def square_maps(maps: dict[str, Tensor], stride: int) -> Figure:
         stride: pixels from one place of the square to the next.
     """
     figure, (axes,) = _axes(1, len(maps), (3.4 * len(maps) + 0.8, 3.5), sharey=True)
-    colors = LinearSegmentedColormap.from_list("class 0", ["white", CLASS_COLORS[0]])
+    colors = LinearSegmentedColormap.from_list("class 0", ["white", COLORS[0]])
     most = max(values.max().item() for values in maps.values())
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         end = stride * len(values) - 0.5

@@ -4,8 +4,10 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -44,6 +46,11 @@ class Job(NamedTuple):
         return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
 
     @property
+    def log(self) -> Path:
+        """What it prints while it runs."""
+        return self.copy.with_suffix(".log")
+
+    @property
     def is_configuration(self) -> bool:
         """Whether it is one configuration of the grid (04)."""
         return "method" in notebook_parameters(self.stem)
@@ -79,12 +86,15 @@ class Job(NamedTuple):
             unfinished = Path(folder) / self.copy.name
             try:
                 parameters |= {"retrain": True} if force else {}
-                papermill.execute_notebook(NOTEBOOKS / f"{self.stem}.ipynb", unfinished, parameters, **options)
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "w") as options["stdout_file"]:
+                    papermill.execute_notebook(NOTEBOOKS / f"{self.stem}.ipynb", unfinished, parameters, **options)
             except papermill.PapermillExecutionError as error:
                 return f"{error.ename}: {error.evalue}".splitlines()[0]
             except (RuntimeError, OSError) as error:  # a kernel that died, a full disk
                 return f"{type(error).__name__}: {error}".splitlines()[0]
             finally:
+                self.log.unlink(missing_ok=True)
                 if unfinished.exists():
                     with experiment.atomic_write(self.copy) as file:
                         file.write(unfinished.read_bytes())
@@ -151,11 +161,36 @@ def execute(stages: list[list[Job]], jobs: int, force: bool = False) -> dict[Job
             bar.update(len(stage) - len(todo))
             bar.set_postfix_str(f"{skipped} skipped" if skipped else "")
             parallel = Parallel(n_jobs=min(jobs, max(1, len(stage))), return_as="generator_unordered")
-            for current, error in parallel(delayed(_run)(job, force) for job in todo):
-                errors |= {current: error} if error else {}
-                bar.set_description(f"{current.copy.stem}, seed {current.settings.seed}", refresh=False)
-                bar.update()
+            with _watching(bar, todo):
+                for current, error in parallel(delayed(_run)(job, force) for job in todo):
+                    errors |= {current: error} if error else {}
+                    bar.set_description(f"{current.copy.stem}, seed {current.settings.seed}", refresh=False)
+                    bar.update()
     return errors
+
+
+@contextlib.contextmanager
+def _watching(bar: tqdm, jobs: list[Job], seconds: float = 3) -> Iterator[None]:
+    """Every few seconds, show beside the bar how far the notebooks that run are: what their own bars print last."""
+    stop, before = threading.Event(), bar.postfix or ""
+
+    def watch() -> None:
+        while not stop.wait(seconds):
+            last = {}
+            for job in jobs:
+                with contextlib.suppress(OSError):
+                    last[job] = re.search(r"(.*%).*<([\d:]+)", job.log.read_text().rpartition("\n")[2])
+            said = [f"seed {job.settings.seed} {line[1]}, {line[2]} left" for job, line in last.items() if line]
+            bar.set_postfix_str("; ".join(filter(None, [before, *said])))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        bar.set_postfix_str(before, refresh=False)
 
 
 def _run(job: Job, force: bool) -> tuple[Job, str | None]:

@@ -153,19 +153,27 @@ def test_other_sets_of_the_same_shape_are_read_from_torchvisions_layout(dataset,
     np.testing.assert_array_equal(splits.raw.images[:, 0], images)
 
 
-def test_folders_of_two_classes_are_resized_and_get_no_square(tmp_path):
-    for number, name in enumerate(["train/cat", "train/dog", "test/cat", "test/dog"]):
+@pytest.mark.parametrize("classes", [2, 10])
+def test_folders_of_classes_are_resized_and_get_no_square(classes, tmp_path):
+    names = "abcdefghij"[:classes]
+    for number, name in enumerate([f"{part}/{name}" for part in ("train", "test") for name in names]):
         (tmp_path / name).mkdir(parents=True)
-        Image.new("RGB", (40, 20), (50 * number, 0, 9)).save(tmp_path / name / "a.png")
-    Image.new("L", (8, 8), 77).save(tmp_path / "train" / "dog" / "b.jpg", quality=100)
-    splits = data.load("folder", train_folder=str(tmp_path / "train"), test_folder=str(tmp_path / "test"))
-    assert splits.train.images.shape == (3, 3, 28, 28) and splits.train.labels.tolist() == [0, 1, 1]
-    assert splits.train.images[:, 0, 3, 3].tolist() == [0, 50, 77]
-    assert splits.raw.images[:, 0, 3, 3].tolist() == [100, 150] and torch.equal(splits.raw.images, splits.biased.images)
+        Image.new("RGB", (40, 20), (10 * number, 0, 9)).save(tmp_path / name / "a.png")
+    Image.new("L", (8, 8), 77).save(tmp_path / "train" / "b" / "b.jpg", quality=100)
+    folders = {"train_folder": str(tmp_path / "train"), "test_folder": str(tmp_path / "test")}
+    splits = data.load("folder", **folders)
+    assert splits.train.images.shape == (classes + 1, 3, 28, 28)
+    assert splits.train.labels.tolist() == sorted([*range(classes), 1])
+    assert splits.train.images[:3, 0, 3, 3].tolist() == [0, 10, 77]
+    reds = splits.raw.images[:, 0, 3, 3].tolist()
+    assert reds == [10 * (classes + label) for label in range(classes)]
+    assert torch.equal(splits.raw.images, splits.biased.images)
     assert not any(split.has_square.any() for split in (splits.train, splits.raw, splits.biased))
-    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
-    with pytest.raises(ValueError, match=r"test_folder .*'cat', 'wolf'.*; allowed: two, with the same names"):
-        data.load("folder", train_folder=str(tmp_path / "train"), test_folder=str(tmp_path / "test"))
+    with pytest.raises(ValueError, match=r"holdout is 0.5; allowed: less"):
+        data.load("folder", **folders, holdout=0.5)
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "wolf")
+    with pytest.raises(ValueError, match=r"test_folder .*'wolf'.*; allowed: 2 to 10, with the same names"):
+        data.load("folder", **folders)
 
 
 def test_the_code_of_the_readme_for_your_own_data_runs(tmp_path):

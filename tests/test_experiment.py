@@ -229,7 +229,7 @@ def test_other_settings_never_share_a_file_with_the_defaults():
         ({"train_folder": "pets"}, "train_folder is 'pets'; allowed: '', unless dataset is 'folder'"),
         (
             {"dataset": "folder"},
-            "train_folder is ''; allowed with dataset='folder': a folder with two folders of images",
+            "train_folder is ''; allowed with dataset='folder': a folder with a folder of images for each class",
         ),
         ({"cam": "ScoreCAM"}, "cam is 'ScoreCAM'; allowed"),
     ],

@@ -28,7 +28,7 @@ def play(settings, splits, model) -> explorer.Explorer:
 
 def shown(play: explorer.Play) -> tuple[str, list[torch.Tensor], torch.Tensor]:
     """Caption, pictures and probabilities of class 0, read from the figure itself."""
-    pictures, bars, _, title = play.panel.rows[0]
+    pictures, (bars, *_), _, title = play.panel.rows[0]
     arrays = [torch.as_tensor(picture.get_array().filled()) for picture in pictures]
     return title.get_text(), arrays, torch.tensor([bar.get_width() for bar in bars])
 

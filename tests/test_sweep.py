@@ -1,5 +1,6 @@
 import ast
 import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from joblib import cpu_count
 from nbclient.exceptions import DeadKernelError
+from PIL import Image
 
 from masktune_utils import evaluation, experiment, sweep
 from masktune_utils.experiment import Settings
@@ -99,6 +101,33 @@ def test_two_configurations_on_a_tiny_subset(whole_run):
     figures = sorted(directory.glob("figures/*/*/*.png"))
     assert len(figures) == 21 and all(str(figure) in printed for figure in figures)
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+
+
+def test_folders_of_three_classes_go_through_all_notebooks(tmp_path):
+    for part, count in {"train": 20, "test": 5}.items():
+        for name, color in {"a": "red", "b": "lime", "c": "blue"}.items():
+            (tmp_path / part / name).mkdir(parents=True)
+            for k in range(count):
+                Image.new("RGB", (30 + k, 30), color).save(tmp_path / part / name / f"{k}.png")
+    folders = ["-p", "train_folder", str(tmp_path / "train"), "-p", "test_folder", str(tmp_path / "test")]
+    arguments = ["--epochs", "2", "-p", "batch_size", "8", "--methods", "top_k", "--params", "0.1"]
+    assert sweep.main(["run", "--dataset", "folder", *folders, *arguments, "--directory", str(tmp_path)]) == 0
+    for result in results(tmp_path).values():
+        assert len(result["raw"]["class_accuracy"]) == 3 and result["raw"] == result["biased"]
+    assert len(results(tmp_path)) == 2 and not list(tmp_path.glob("runs/*/*/*.log"))
+
+
+def test_the_bar_says_how_far_the_running_notebooks_are(tmp_path):
+    job = sweep.job("02_erm", tiny(tmp_path))
+    job.log.parent.mkdir(parents=True)
+    line = "\rERM:  {}%|##   | 43.6k/180k [00:05<00:{}, 8.71kimage/s, loss 0.1, accuracy 99.00%]"
+    job.log.write_text("Digits: mnist.\n" + line.format(1, 59) + line.format(24, 15))
+    with sweep.tqdm(total=1, file=io.StringIO(), postfix="1 skipped") as bar:
+        with sweep._watching(bar, [job, sweep.job("03_saliency_masks", tiny(tmp_path))], seconds=0.01):
+            while "ERM" not in bar.postfix:
+                time.sleep(0.01)
+            assert bar.postfix == "1 skipped; seed 0 ERM:  24%, 00:15 left"
+        assert bar.postfix == "1 skipped"
 
 
 def test_kernels_side_by_side_share_the_cores(whole_run):
