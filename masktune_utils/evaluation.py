@@ -18,6 +18,8 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import SmallCNN
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
+RESULT = {*KEY, "sha256", "base_sha256", "settings", "raw", "biased", "worst_group", "seconds", "device", "threads"}
+RESULT |= {"versions"}
 REFERENCE = data.REPOSITORY / "results" / "reference.csv"
 
 
@@ -43,11 +45,20 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         `loss` (mean cross-entropy), `accuracy`, `class_accuracy` (one a class, NaN for a class without images),
         `confusion_matrix` (rows: true class, columns: predicted class), and macro-averaged `precision`, `recall` and
         `f1`, as in scikit-learn (0 where undefined).
+
+    Raises:
+        ValueError: for no images, another number of labels, or a label without a logit.
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support  # slow to import
 
     classes = list(range(logits.shape[1]))
     labels = labels.cpu()
+    if len(logits) != len(labels) or not len(labels):
+        raise ValueError(
+            f"{len(logits)} predictions and {len(labels)} labels; allowed: one an image, of 1 image or more."
+        )
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(f"labels are {labels.min()} to {labels.max()}; allowed: 0 to {len(classes) - 1}.")
     predicted = logits.argmax(1)
     confusion = confusion_matrix(labels, predicted, labels=classes)
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -182,7 +193,7 @@ def recorded(settings: Settings, *, base: bool = False) -> dict[str, Any] | None
         return None
     if not base:
         parent = recorded(settings, base=True)
-        return result if parent and parent["sha256"] == result.get("base_sha256") else None
+        return result if parent and parent.get("sha256") == result.get("base_sha256") else None
     return result
 
 
@@ -211,7 +222,7 @@ def record(
     """
     saved, sha256 = recorded(settings, base=base is None), experiment.weights_sha256(model.state_dict())
     trained_now = all("seconds" in epoch for epoch in history)
-    if saved and saved["sha256"] == sha256 and not trained_now:
+    if saved and saved.get("sha256") == sha256 and not trained_now:
         return saved
     name = settings.configuration if base else "base"
     result = {
@@ -252,10 +263,10 @@ def collect(directory: str = "", reference: bool = False) -> pd.DataFrame:
     Raises:
         ValueError: a JSON file there is damaged or not a result.
     """
-    root = Path(directory or experiment.REPOSITORY) / "results"
+    root = data.REPOSITORY / directory / "results"
     results = {path: experiment.read_json(path) for path in sorted(root.rglob("*.json"))}
     for path, result in results.items():
-        if missing := {"experiment", "configuration", "seed", "sha256", "base_sha256", "settings"} - set(result):
+        if missing := RESULT - set(result):
             raise ValueError(
                 f"{path} is not a result of this project: it has no {', '.join(sorted(missing))}. Remove it."
             )

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -51,23 +52,8 @@ CHOICES = {
     "upsample": masking.UPSAMPLES,
     "finetune_optimizer": training.OPTIMIZERS,
 }
-RANGES = {
-    "seed": (0, 2**32 - 1),
-    "square_size": (1, 28),
-    "square_share_0": (0, 1),
-    "square_share_1": (0, 1),
-    "holdout": (0, 0.5),
-    "epochs": (1, 10_000),
-    "batch_size": (2, 60_000),
-    "lr": (1e-8, 10),
-    "momentum": (0, 1),
-    "weight_decay": (0, 1),
-    "lr_decay_epochs": (1, 10_000),
-    "lr_decay_factor": (1e-8, 1),
-    "grow": (0, 27),
-    "finetune_lr": (1e-8, 10),
-    "iterations": (1, 100),
-}
+RANGES = {"seed": (0, 2**32 - 1), **data.RANGES, **training.RANGES}
+RANGES |= {"grow": (0, masking.MOST_GROWTH), "finetune_lr": training.RANGES["lr"], "iterations": (1, 100)}
 PRESETS = {  # named settings
     "paper": {  # what the authors' code does
         "square_size": 4,
@@ -129,10 +115,9 @@ class Settings:
             object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         for name, allowed in CHOICES.items():
             data.check_choice(name, getattr(self, name), allowed)
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; allowed: {low:g} to {high:g}.")
+        for name, limits in RANGES.items():
+            if (value := getattr(self, name)) is not None:
+                data.check_range(name, value, *limits)
         data.check_limit(self.limit, self.dataset)
         data.check_folders(self.dataset, train_folder=self.train_folder, test_folder=self.test_folder)
         data.rgb(self.square_color)
@@ -169,7 +154,7 @@ class Settings:
     def folder(self, kind: str) -> Path:
         """Folder of this experiment among the `checkpoints`, `figures`, `results` or `runs`."""
         name = f"seed{self.seed}{self.experiment.removeprefix(self.data_name)}"
-        return Path(self.directory or REPOSITORY) / kind / self.data_name / name
+        return REPOSITORY / self.directory / kind / self.data_name / name
 
     @property
     def configuration(self) -> str:
@@ -194,6 +179,21 @@ def _typed(name: str, value: object, kind: Any) -> Any:
     return value
 
 
+def check_directory(directory: str) -> None:
+    """Refuse a `directory` that nothing can be written to, before anything is computed.
+
+    Raises:
+        ValueError: names it and what is allowed.
+    """
+    path = REPOSITORY / directory
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise ValueError(
+            f"directory is {directory!r}; allowed: a folder to write to, or a new one ({nearest} {reason})."
+        )
+
+
 def from_notebook(namespace: dict[str, Any]) -> Settings:
     """Check a notebook's parameters and make them into settings, right after its cell of parameters.
 
@@ -214,6 +214,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
             raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has: {', '.join(known)}.")
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: namespace[name] for name in names if name in namespace})
+    check_directory(settings.directory)
     settings = dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
     print(f"Digits: {settings.dataset}. Seed: {settings.seed}. Device: {training.resolve_device(settings.device)}.")
     return settings
@@ -253,9 +254,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         ValueError: the file is damaged.
     """
     try:
-        return json.loads(path.read_bytes()) if path.exists() else None
+        content = json.loads(path.read_bytes()) if path.exists() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it, and the result is made again.") from error
+        raise ValueError(f"{path} is damaged ({error}). Delete it, and it is made again.") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path} is damaged (no dict). Delete it, and it is made again.")  # noqa: TRY004 - of a file
+    return content
 
 
 def differences(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -288,8 +292,14 @@ def save_checkpoint(path: Path, model: SmallCNN, settings: dict[str, Any], histo
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     history = [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in history]
     content = {"state_dict": state_dict, "settings": settings, "history": history, "sha256": weights_sha256(state_dict)}
-    with atomic_write(path) as file:
-        torch.save(content, file)
+    _write(path, content)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Save by torch.save; by way of memory, since it hides a full disk behind an error of its own."""
+    with io.BytesIO() as buffer, atomic_write(path) as file:
+        torch.save(content, buffer)
+        file.write(buffer.getbuffer())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -330,23 +340,31 @@ def load_checkpoint(
         FileNotFoundError: no such file.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; give the path of a checkpoint.")
     content = _read(path)
     if settings is None and content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"state_dict": content, "sha256": weights_sha256(content)}
     elif missing := {"state_dict", "settings", "history", "sha256"} - set(content):
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(missing))}.")
-    state_dict = content["state_dict"]
+    state_dict, recorded = content["state_dict"], content.get("settings", {})
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its state dict is no dict of tensors.")
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its settings are no dict.")
     if weights_sha256(content["state_dict"]) != content["sha256"]:
         raise CheckpointError(f"{path} is damaged: its weights do not have the SHA-256 that it records. Delete it.")
-    made_from = content.get("settings", {}).get("dataset", dataset)
+    if unknown := recorded.keys() - {field.name for field in dataclasses.fields(Settings)} - {"base_sha256"}:
+        raise CheckpointError(
+            f"{path} was written by a newer version: it has the setting {', '.join(sorted(unknown))}. Update this one."
+        )
+    made_from = recorded.get("dataset", dataset)
     if dataset is not None and made_from != dataset:
         raise CheckpointError(
             f"{path} was trained on {made_from!r}, whose images may be among the test images of {dataset!r}; use "
             f"dataset={made_from!r}."
         )
-    for name, (made_with, asked) in differences(content.get("settings", {}), settings or {}).items():
+    for name, (made_with, asked) in differences(recorded, settings or {}).items():
         raise CheckpointError(
             f"{path} was made with {name} = {made_with!r}, not {asked!r}. Use retrain = True to replace it, "
             "or another directory."
@@ -459,10 +477,12 @@ def training_saliency(settings: Settings, base: SmallCNN, train: data.Split) -> 
     path = settings.saliency_path
     with contextlib.suppress(FileNotFoundError, CheckpointError):
         cached = _read(path)
-        if cached.get("made_from") == made_from and cached["sha256"] == weights_sha256({"maps": cached["maps"]}):
+        whole = isinstance(cached.get("maps"), Tensor) and cached.get("sha256") == weights_sha256(
+            {"maps": cached["maps"]}
+        )
+        if whole and cached.get("made_from") == made_from:
             return cached["maps"].to(train.labels.device)
     maps = saliency.saliency_maps(base, train.images, train.labels, settings.cam)
     kept = maps.cpu()
-    with atomic_write(path) as file:
-        torch.save({"maps": kept, "made_from": made_from, "sha256": weights_sha256({"maps": kept})}, file)
+    _write(path, {"maps": kept, "made_from": made_from, "sha256": weights_sha256({"maps": kept})})
     return maps

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masktune_utils.data import Split, check_choice
+from masktune_utils.data import Split, check_choice, check_range
 
 PARAM_RANGES = {  # the parameter of each method; at the upper end `threshold` and `mean` hide nothing
     "threshold": (0.0, 1.0),
@@ -21,18 +21,18 @@ PARAM_RANGES = {  # the parameter of each method; at the upper end `threshold` a
 }
 METHODS = tuple(PARAM_RANGES)
 UPSAMPLES = ("bilinear", "nearest", "map")
+MOST_GROWTH = 27  # pixels; it covers any image here
 
 
 def check_method(method: str, param: float) -> None:
     """Refuse an unknown method, or a parameter outside its range.
 
     Raises:
-        ValueError: names the value and what is allowed.
+        TypeError: for a parameter that is no number.
+        ValueError: both name the value and what is allowed.
     """
     check_choice("method", method, METHODS)
-    low, high = PARAM_RANGES[method]
-    if not low <= param <= high:
-        raise ValueError(f"param is {param!r}; allowed for method {method!r}: {low:g} to {high:g}.")
+    check_range("param", param, *PARAM_RANGES[method], f" for method {method!r}")
 
 
 def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
@@ -50,11 +50,16 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
         ...×H×W, bool, True where the image is to be hidden. A map that is zero everywhere hides nothing.
 
     Raises:
-        ValueError: for a method that is unknown or asks no map (`random`), or a parameter outside its range.
+        TypeError: for maps that are neither floating point nor bool, or a parameter that is no number.
+        ValueError: for a method that is unknown or asks no map (`random`), a parameter outside its range, or no map.
     """
     check_choice("method", method, tuple(name for name in METHODS if name != "random"))
     check_method(method, param)
     saliency_map = torch.as_tensor(saliency_map)
+    if not saliency_map.is_floating_point() and saliency_map.dtype != torch.bool:
+        raise TypeError(f"saliency maps are {saliency_map.dtype}; allowed: floating point, or bool.")
+    if saliency_map.ndim < 2:
+        raise ValueError(f"a saliency map has {saliency_map.ndim} dimensions; allowed: ...×H×W.")
     pixels = saliency_map.flatten(-2)
     if method == "threshold" or not len(pixels):  # quantile refuses an empty batch
         return saliency_map > param
@@ -139,6 +144,7 @@ def image_masks(
         ...×H×W float32 in [0, 1], 1 where the image is hidden.
     """
     check_choice("upsample", upsample, UPSAMPLES)
+    check_range("grow", grow, 0, MOST_GROWTH)
     if upsample == "map" or method == "mean_std":
         mask = create_mask(resize(saliency_map, size), method, param).float()
     else:
@@ -209,6 +215,7 @@ def mask_dataset(
     """
     check_method(method, param)
     check_choice("upsample", upsample, UPSAMPLES)
+    check_range("grow", grow, 0, MOST_GROWTH)
     if len(split) != len(saliency_map):
         raise ValueError(f"{len(split)} images and {len(saliency_map)} saliency maps; give one map an image.")
     if method == "random":  # patches are maps of the images' size, with nothing between 0 and 1

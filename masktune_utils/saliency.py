@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchcam import methods
 
 from masktune_utils import progress
-from masktune_utils.data import check_choice, to_float
+from masktune_utils.data import check_choice, check_images, to_float
 
 CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
 
@@ -32,13 +32,18 @@ def saliency_maps(
         zeros; a warning says how many there are.
 
     Raises:
-        ValueError: for an unknown CAM, or when images and labels differ in number.
+        TypeError: for a model without such a method, and as `data.check_images`.
+        ValueError: for an unknown CAM, a label that the model has no logit for, and as `data.check_images`.
     """
     check_choice("cam", cam, CAMS)
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels; give one label an image.")
+    check_images(images, labels)
     explained = copy.deepcopy(model).eval().requires_grad_(False)
-    layer = explained.get_grad_cam_target_layer()
+    layer = getattr(explained, "get_grad_cam_target_layer", lambda: None)()
+    if not isinstance(layer, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} does not say which layer is to be explained: give it a method "
+            "get_grad_cam_target_layer() that returns one of its modules, such as the last convolution."
+        )
     layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())  # no graph before this layer
     starts = progress.bar(range(0, len(images), batch_size), desc=cam, unit="batch", disable=len(images) <= batch_size)
     maps = []
@@ -51,6 +56,10 @@ def saliency_maps(
         for start in starts:
             part = slice(start, start + batch_size)
             scores = explained(to_float(images[part]))
+            if start == 0 and labels.max() >= scores.shape[1]:
+                raise ValueError(
+                    f"a label is {labels.max()}; allowed: less than {scores.shape[1]}, the model's classes."
+                )
             maps += extractor(labels[part].tolist(), scores)
     maps = torch.cat(maps) if maps else images.new_zeros((0, 8, 8), dtype=torch.float32)
     if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):

@@ -57,15 +57,17 @@ class Job(NamedTuple):
 
     def done(self) -> bool:
         """Whether what it makes is there and matches its settings; 01 and 05 make only pictures, and never are."""
-        if self.is_configuration:
-            return evaluation.recorded(self.settings) is not None
-        if self.stem.startswith("02"):
-            return self._went_through() and evaluation.recorded(self.settings, base=True) is not None
-        return self.stem.startswith("03") and self._went_through() and self.settings.saliency_path.exists()
+        with contextlib.suppress(ValueError):  # a damaged file: the notebook makes it again, or names it
+            if self.is_configuration:
+                return evaluation.recorded(self.settings) is not None
+            if self.stem.startswith("02"):
+                return self._went_through() and evaluation.recorded(self.settings, base=True) is not None
+            return self.stem.startswith("03") and self._went_through() and self.settings.saliency_path.exists()
+        return False
 
     def _went_through(self) -> bool:
-        copy = experiment.read_json(self.copy)
-        return copy is not None and not copy["metadata"]["papermill"]["exception"]
+        about = (experiment.read_json(self.copy) or {}).get("metadata", {})
+        return about.get("papermill", {}).get("exception", True) is False
 
     def run(self, force: bool = False) -> str | None:
         """Execute the notebook in a kernel of its own, unless it is done.
@@ -79,6 +81,15 @@ class Job(NamedTuple):
         force = force and self.is_configuration
         if self.done() and not force:
             return None
+        try:
+            self._execute(force)
+        except papermill.PapermillExecutionError as error:
+            return f"{error.ename}: {error.evalue}".splitlines()[0]
+        except Exception as error:  # noqa: BLE001 - a kernel that died, a full disk: it stops no other notebook
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+    def _execute(self, force: bool) -> None:
         parameters = {name: getattr(self.settings, name) for name in notebook_parameters(self.stem) if name in FIELDS}
         options = {"cwd": NOTEBOOKS, "progress_bar": False, "shutdown_kernel": "immediate"}
         options["extra_arguments"] = ["--IPKernelApp.log_level=CRITICAL"]  # else it warns of every local TCP port
@@ -89,16 +100,11 @@ class Job(NamedTuple):
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.log, "w") as options["stdout_file"]:
                     papermill.execute_notebook(NOTEBOOKS / f"{self.stem}.ipynb", unfinished, parameters, **options)
-            except papermill.PapermillExecutionError as error:
-                return f"{error.ename}: {error.evalue}".splitlines()[0]
-            except (RuntimeError, OSError) as error:  # a kernel that died, a full disk
-                return f"{type(error).__name__}: {error}".splitlines()[0]
             finally:
                 self.log.unlink(missing_ok=True)
                 if unfinished.exists():
                     with experiment.atomic_write(self.copy) as file:
                         file.write(unfinished.read_bytes())
-        return None
 
 
 def job(stem: str, settings: Settings) -> Job:
@@ -216,13 +222,18 @@ def run(grid: list[Settings], *, jobs: int, whole: bool, force: bool = False) ->
     ]
     print(f"{len(grid)} configurations, digits: {grid[0].dataset}, device: {training.resolve_device(grid[0].device)}")
     errors = execute(stages, jobs, force)
-    report([job for stage in stages for job in stage], grid)
+    code = 1 if errors else 0
+    try:
+        report([job for stage in stages for job in stage], grid)
+    except (ValueError, OSError) as error:  # a damaged result, perhaps of another experiment; a full disk
+        print(f"masktune: no table: {error}", file=sys.stderr)
+        code = 1
     print(f"\n{len(grid)} configurations in {time.perf_counter() - started:.0f} s, {len(errors)} notebooks failed")
     for failed, error in errors.items():
         print(
             f"failed: {failed.copy.stem}, seed {failed.settings.seed}: {error}\n        {failed.copy}", file=sys.stderr
         )
-    return 1 if errors else 0
+    return code
 
 
 def report(jobs: list[Job], grid: list[Settings]) -> None:
@@ -256,6 +267,7 @@ def _grid(arguments: argparse.Namespace) -> list[Settings]:
         values[name] = [_literal(text) for text in texts]
     combinations = [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
     grid = [Settings(**combination, **fixed) for combination in combinations]
+    experiment.check_directory(grid[0].directory)
     digits = {name: data.resolve_dataset(name) for name in values["dataset"]}
     return list(dict.fromkeys(dataclasses.replace(settings, dataset=digits[settings.dataset]) for settings in grid))
 

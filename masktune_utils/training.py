@@ -8,9 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from masktune_utils import progress
-from masktune_utils.data import check_choice
+from masktune_utils.data import check_choice, check_range
 
 OPTIMIZERS = ("sgd", "adam")
+RANGES = {
+    "epochs": (1, 10_000),
+    "batch_size": (2, 60_000),
+    "lr": (1e-8, 10),
+    "momentum": (0, 1),
+    "weight_decay": (0, 1),
+    "lr_decay_epochs": (1, 10_000),
+    "lr_decay_factor": (1e-8, 1),
+}
 
 
 class Batches(Protocol):
@@ -89,9 +98,16 @@ def train(
         training mode), `lr` and `seconds`.
 
     Raises:
-        ValueError: for an unknown optimizer.
+        TypeError: for something else than a number.
+        ValueError: for an unknown optimizer, a number outside its range, too few images, or a label that the model has
+            no logit for.
     """
     check_choice("optimizer", optimizer, OPTIMIZERS)
+    numbers = (epochs, batch_size, lr, momentum, weight_decay, lr_decay_epochs, lr_decay_factor)
+    for (name, limits), value in zip(RANGES.items(), numbers, strict=True):
+        check_range(name, value, *limits)
+    if len(dataset) < 2:
+        raise ValueError(f"{len(dataset)} images to train on; allowed: 2 and more.")
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
     step_rule = (
@@ -101,7 +117,7 @@ def train(
     )
     decay = optim.lr_scheduler.StepLR(step_rule, lr_decay_epochs, lr_decay_factor)
     generator = torch.Generator().manual_seed(seed)
-    history = []
+    history, highest = [], int(dataset.labels.max())
     with progress.bar(
         total=epochs * len(dataset), desc=description, unit="image", unit_scale=True, mininterval=0.5
     ) as bar:
@@ -109,14 +125,16 @@ def train(
             order = torch.randperm(len(dataset), generator=generator).to(device)
             started, rate = time.perf_counter(), step_rule.param_groups[0]["lr"]
             batches = order.split(batch_size)
-            loss, accuracy = _train_epoch(model, dataset, batches, step_rule, bar, f"{epoch}/{epochs}").tolist()
+            loss, accuracy = _train_epoch(
+                model, dataset, batches, step_rule, highest, bar, f"{epoch}/{epochs}"
+            ).tolist()
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate, "seconds": seconds})
             decay.step()
     return history
 
 
-def _train_epoch(model, dataset, batches, step_rule, bar, epoch) -> Tensor:
+def _train_epoch(model, dataset, batches, step_rule, highest, bar, epoch) -> Tensor:
     """One pass; returns mean loss and accuracy. The sums stay on the device, and are read only when the bar is drawn."""
     device = dataset.labels.device
     sums, seen, bfloat16 = torch.zeros(2, device=device), 0, has_bfloat16(device)
@@ -127,6 +145,10 @@ def _train_epoch(model, dataset, batches, step_rule, bar, epoch) -> Tensor:
         images, labels = dataset.batch(index)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
+        if highest >= logits.shape[1]:
+            raise ValueError(
+                f"a label is {highest}; allowed: less than {logits.shape[1]}, the model's number of classes."
+            )
         loss = F.cross_entropy(logits.float(), labels)
         step_rule.zero_grad()
         loss.backward()

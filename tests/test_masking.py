@@ -97,7 +97,7 @@ def test_masked_dataset_masks_batch_by_batch(splits, upsample):
 @pytest.mark.parametrize(("method", "param"), [("mean_std", 1.0), ("random", 0.2)])
 def test_images_of_any_size_are_masked_at_that_size(method, param):
     images = torch.full((4, 3, 20, 32), 200, dtype=torch.uint8)
-    split = data.Split(images, torch.zeros(4), torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    split = data.Split(images, torch.zeros(4, dtype=torch.long), torch.zeros(4), torch.zeros(4, dtype=torch.bool))
     masked = masking.mask_dataset(split, torch.rand(4, 4, 6), method, param)
     assert masked.masks(slice(None)).shape == (4, 20, 32)
     assert masked.batch(slice(None))[0].shape == images.shape
