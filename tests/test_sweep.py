@@ -279,38 +279,6 @@ def test_a_preset_is_where_a_grid_starts_from(arguments, changed, monkeypatch):
     assert grids == [[Settings(directory=directory, dataset="mnist5k", **preset)]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
-        (["-p", "method", "foo"], "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
-        (["-p", "param", "7"], "param is 7.0; allowed for method"),
-        (["--params", "7"], "param is 7.0; allowed for method"),
-        (
-            ["--dataset", "cifar"],
-            "dataset is 'cifar'; allowed: 'auto', 'mnist5k', 'mnist', 'fashion_mnist', 'kmnist', 'folder'",
-        ),
-        (["--epoch", "3"], "unknown arguments: --epoch 3"),
-        (["-p", "metod", "top_k"], "-p metod top_k: give a name and values; names: dataset, train_folder"),
-        (["-p", "momentum", "0.5"], "-p momentum 0.5: give a name"),  # a setting, but of no notebook
-        (["--epochs", "0"], "epochs is 0; allowed: 1 to"),
-        (["--preset", "papers"], "invalid choice: 'papers'"),
-        (["--seeds", "x"], "invalid int value: 'x'"),
-        (["-p", "limit", "many"], "limit is 'many'"),
-        (["-p", "limit"], "-p limit: give a name and values"),
-        (["-p", "upsample", "map", "cubic"], "upsample is 'cubic'; allowed"),  # the last of many configurations
-        (["--jobs", "0"], "--jobs is 0; allowed: 1 and more"),
-        (["--dask", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1"),
-    ],
-)
-def test_bad_arguments_end_the_command_before_anything_runs(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "run", lambda *a, **k: pytest.fail("started"))
-    with pytest.raises(SystemExit) as stop:
-        sweep.main(["sweep", "--dataset", "mnist5k", *arguments])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_values_of_a_parameter_are_a_dimension_of_the_grid(monkeypatch):
     grids = []
     monkeypatch.setattr(sweep, "run", lambda grid, **_: grids.append(grid) or 0)
@@ -327,24 +295,6 @@ def test_a_single_parameter_takes_the_place_of_the_option(monkeypatch):
     )
     (settings,) = grids[0]
     assert (settings.method, settings.param, settings.finetune_lr, settings.limit) == ("mean", 0.1, 0.001, 200)
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"methd": "top_k"}, "unknown parameter methd; this notebook has: directory, dataset"),
-        ({"method": "foo"}, "method is 'foo'; allowed: 'threshold', 'top_k', 'mean'"),
-    ],
-)
-def test_papermill_alone_stops_at_bad_parameters(parameters, message, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match=message):
-        papermill.execute_notebook(
-            sweep.NOTEBOOKS / "04_finetune_sweep.ipynb",
-            tmp_path / "out.ipynb",
-            {"directory": str(tmp_path), "dataset": "mnist5k", **parameters},
-            progress_bar=False,
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
 def test_no_module_imports_one_that_comes_after_it():
