@@ -297,9 +297,9 @@ def save_checkpoint(path: Path, model: SmallCNN, settings: dict[str, Any], histo
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Save by torch.save; by way of memory, since it hides a full disk behind an error of its own."""
-    with io.BytesIO() as buffer, atomic_write(path) as file:
-        torch.save(content, buffer)
-        file.write(buffer.getbuffer())
+    torch.save(content, buffer := io.BytesIO())
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Job(NamedTuple):
 
     def _went_through(self) -> bool:
         about = (experiment.read_json(self.copy) or {}).get("metadata", {})
-        return about.get("papermill", {}).get("exception", True) is False
+        return not about.get("papermill", {}).get("exception", True)  # None, where all went well
 
     def run(self, force: bool = False) -> str | None:
         """Execute the notebook in a kernel of its own, unless it is done.
