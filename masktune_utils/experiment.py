@@ -22,6 +22,7 @@ import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,10 +305,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The dict in a file of torch.save; no code in it is run."""
+    file = io.BytesIO(path.read_bytes())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch.load checks no CRC
+            raise zipfile.BadZipFile(f"its part {damaged} has another CRC")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error class of its own for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}).") from error

@@ -1,8 +1,10 @@
 import copy
+import json
 import struct
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from masktune_utils import data, models, training
@@ -17,6 +19,20 @@ def write_idx_files(folder: Path, labels: list[int], test_labels: list[int] | No
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(digits)) + bytes(digits))
     return images
+
+
+def outcome(directory: Path) -> dict[str, object]:
+    """What a run leaves: bytes of the checkpoints, maps and pictures, and the results but for their seconds."""
+    found = {}
+    for path in sorted(directory.rglob("*.*")):
+        if path.suffix in (".pth", ".png") and not path.name.startswith("."):
+            found[path.name] = path.read_bytes()
+        elif path.suffix == ".json":
+            found[path.name] = {
+                name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"
+            }
+    table = directory / "results" / "results.csv"
+    return found | ({"results.csv": pd.read_csv(table).drop(columns="seconds").to_csv()} if table.exists() else {})
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs the packag
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 TINY = {"dataset": "mnist5k", "epochs": 1, "limit": 200}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
 
 
@@ -41,7 +42,10 @@ def lab(tmp_path):
     options += [f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1", "--allow-root"]
     options.append("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
     environment = os.environ | {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME")}
-    environment |= {"IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
+    environment |= ONE_THREAD | {
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+    }
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -75,7 +79,7 @@ def end(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def test_the_explorer_follows_its_slider(lab, tmp_path):
+def test_the_explorer_follows_its_slider_and_the_models_are_those_of_papermill(lab, tmp_path):
     with playwright.sync_playwright() as driver:
         flags = [*FLAGS.split(), "--disable-sync", *["--no-sandbox"] * (os.geteuid() == 0)]
         browser = driver.chromium.launch_persistent_context(
@@ -95,3 +99,12 @@ def test_the_explorer_follows_its_slider(lab, tmp_path):
         playwright.expect(picture).not_to_have_attribute("src", before, timeout=10_000)
         assert picture.evaluate("image => image.complete && image.naturalWidth > 500")
         browser.close()
+    source, directory = sweep.NOTEBOOKS / "03_saliency_masks.ipynb", tmp_path / "headless"
+    command = [sys.executable, "-m", "papermill", str(source), os.devnull]
+    for name, value in (TINY | {"directory": str(directory)}).items():
+        command += ["-p", name, str(value)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | ONE_THREAD)
+    headless = {path: path.read_bytes() for path in directory.glob("checkpoints/*/*/*")}
+    assert len(headless) == 2
+    for path, content in headless.items():
+        assert (tmp_path / path.relative_to(directory)).read_bytes() == content

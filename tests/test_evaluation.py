@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -97,7 +98,7 @@ def test_a_result_says_what_made_it(experiments, model, splits):
     result = evaluation.recorded(experiments[1])
     assert result["configuration"] == "top_k_0.1" and result["experiment"] == "mnist5k_limit=200"
     assert result["seed"] == 1 and result["seconds"] == 2.5 and result["device"] == "cpu"
-    assert result["versions"]["torch"] == torch.__version__ and result["threads"] == torch.get_num_threads()
+    assert result["versions"]["torch"] == version("torch") and result["threads"] == torch.get_num_threads()
     assert result["settings"] == experiments[1].identity(base=False)
     assert result["raw"] == evaluation.evaluate(model, splits)["raw"]
 

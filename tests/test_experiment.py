@@ -1,10 +1,12 @@
 import dataclasses
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 
-from masktune_utils import experiment, masking, saliency, training
+from masktune_utils import experiment, masking, models, saliency, training
 from masktune_utils.experiment import CheckpointError, Settings, weights_sha256
 
 
@@ -45,10 +47,61 @@ def test_a_flipped_bit_in_a_weight_is_found(settings, saved):
         experiment.load_checkpoint(saved, settings.identity(base=True))
 
 
-def test_a_truncated_file_is_refused_by_name(saved):
-    saved.write_bytes(saved.read_bytes()[:-1000])
+def same(value: object, other: object) -> bool:
+    """Equal in type, value and, of tensors, every bit."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(same(value[name], other[name]) for name in value)
+    if isinstance(value, torch.Tensor):
+        return torch.equal(value, other)
+    return type(value) is type(other) and value == other
+
+
+def test_random_damage_is_refused_by_name_or_touches_nothing(settings, saved):
+    """At 200 offsets a byte is changed, another 200 times the file is cut off, of both the half near its ends."""
+    whole, random = saved.read_bytes(), np.random.default_rng(0)
+    model, about = experiment.load_checkpoint(saved, settings.identity(base=True))
+    offsets = random.integers(len(whole), size=(2, 100))
+    near_the_ends = random.integers(-4000, 4000, size=(2, 100)) % len(whole)
+    refused = 0
+    for cut, places in enumerate(np.concatenate([offsets, near_the_ends], axis=1).tolist()):
+        for offset in places:
+            changed = bytes([whole[offset] ^ random.integers(1, 256)])
+            saved.write_bytes(whole[:offset] + (b"" if cut else changed + whole[offset + 1 :]))
+            try:
+                loaded, other = experiment.load_checkpoint(saved, settings.identity(base=True))
+            except CheckpointError as error:
+                assert str(saved) in str(error)
+                refused += 1
+            else:  # a byte of padding
+                assert not cut and same(other, about) and same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert refused > 350
+
+
+def test_an_empty_file_is_refused_by_name(saved):
+    saved.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"CNN_checkpoint_base.pth is damaged or not a checkpoint"):
         experiment.load_checkpoint(saved)
+
+
+def test_what_is_refused_harms_no_good_file_beside_it(settings, splits, model, saved):
+    """A fine-tuned model's checkpoint is damaged; the base model's, its own and the folder stay as they are."""
+    bad = settings.checkpoint_path(settings.configuration)
+    bad.write_bytes(saved.read_bytes()[:-5])
+    before = {path.name: path.read_bytes() for path in saved.parent.iterdir()}
+    masked = masking.mask_dataset(splits.train, torch.zeros(200, 8, 8), "top_k", 0.1)
+    with pytest.raises(CheckpointError, match=re.escape(f"{bad} is damaged")):
+        experiment.finetuned_model(settings, model, masked)
+    assert {path.name: path.read_bytes() for path in saved.parent.iterdir()} == before
+
+
+def test_a_file_of_a_newer_version_is_refused_by_name(settings, model):
+    path = settings.checkpoint_path("base")
+    experiment.save_checkpoint(path, model, settings.identity(base=True) | {"dropout": 0.5}, [])
+    for asked in (None, settings.identity(base=True)):
+        with pytest.raises(
+            CheckpointError, match=r"base.pth was written by a newer version: it has the setting dropout"
+        ):
+            experiment.load_checkpoint(path, asked)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +111,11 @@ def test_a_truncated_file_is_refused_by_name(saved):
         {"state_dict": {"a": 1}, "settings": {}, "history": [], "sha256": ""},
         {"state_dict": 1, "settings": {}, "history": [], "sha256": ""},
         [1, 2],
+        {"state_dict": {}, "settings": [], "history": [], "sha256": weights_sha256({})},
         {"backbone.0.weight": torch.zeros(3)},
+        torch.nn.Linear(2, 2).state_dict(),
+        {name: weights.half() for name, weights in models.new_model(0).state_dict().items() if "bias" in name},
+        models.new_model(0, num_classes=10).state_dict(),
         {},
     ],
 )

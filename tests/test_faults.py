@@ -1,7 +1,6 @@
 """Faults while it runs, in real processes: afterwards, the next run ends with the results of an undisturbed one."""
 
 import errno
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import outcome
 
 from masktune_utils import evaluation, experiment, masking, plotting, training
 from masktune_utils.experiment import Settings
@@ -84,22 +84,6 @@ def in_process(target, *arguments: object) -> int:
     process.start()
     process.join()
     return process.exitcode
-
-
-def outcome(directory: Path) -> dict[str, object]:
-    """What a run leaves: bytes of the checkpoints, maps and pictures, and the results but for their seconds."""
-    found = {}
-    for path in sorted(directory.rglob("*.*")):
-        if path.suffix in (".pth", ".png") and not path.name.startswith("."):
-            found[path.name] = path.read_bytes()
-        elif path.suffix == ".json":
-            found[path.name] = {
-                name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"
-            }
-    table = directory / "results" / "results.csv"
-    return found | (
-        {"results.csv": evaluation.pd.read_csv(table).drop(columns="seconds").to_csv()} if table.exists() else {}
-    )
 
 
 @pytest.fixture(scope="module")
