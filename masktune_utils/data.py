@@ -12,6 +12,7 @@ import socket
 import tempfile
 import warnings
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -66,7 +67,7 @@ def check_range(name: str, value: float, low: float, high: float, context: str =
         TypeError: for something else than a number.
         ValueError: both name the parameter, the value and what is allowed.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; allowed{context}: a number from {low:g} to {high:g}.")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; allowed{context}: {low:g} to {high:g}.")
@@ -79,6 +80,9 @@ def check_images(images: Tensor, labels: Tensor) -> None:
         TypeError: for tensors of another type.
         ValueError: for another shape or range; both say what is allowed.
     """
+    for name, tensor in {"images": images, "labels": labels}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} are a {type(tensor).__name__}; allowed: a tensor, see torch.as_tensor.")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images are {images.dtype}; allowed: uint8, or floating point in [0, 1].")
     if images.ndim != 4:

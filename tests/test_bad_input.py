@@ -325,6 +325,8 @@ class WrongLayer(models.SmallCNN):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: split(IMAGES.numpy()), TypeError, "images are a ndarray; allowed: a tensor"),
+        (lambda: split(labels=[0, 1, 0, 1]), TypeError, "labels are a list; allowed: a tensor"),
         (lambda: split(IMAGES[:, 0]), ValueError, "images are 4×28×28; allowed: N×C×H×W"),
         (lambda: split(IMAGES.int()), TypeError, "images are torch.int32; allowed: uint8, or floating point in [0, 1]"),
         (lambda: split(IMAGES + 255), ValueError, "images are from 255 to 255; allowed: 0 to 1, or uint8"),
