@@ -25,6 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO, get_type_hints
 
@@ -173,8 +174,8 @@ class Settings:
 
 
 def _typed(name: str, value: object, kind: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool) and isinstance(0.0, kind):
-        value = float(value)
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers too
+        value = int(value) if isinstance(value, Integral) and not isinstance(0.0, kind) else float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} is {value!r}; allowed: {getattr(kind, '__name__', kind)}.")
     return value

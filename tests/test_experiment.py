@@ -196,6 +196,14 @@ def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(settings, m
         experiment.load_checkpoint(path, dataclasses.replace(settings, holdout=0.1).identity(base=True))
 
 
+def test_numbers_of_numpy_are_numbers():
+    settings = Settings(seed=np.int64(3), lr=np.float32(0.5), param=np.int32(1), limit=np.int64(20))
+    assert settings == Settings(seed=3, lr=0.5, param=1.0, limit=20)
+    assert [type(getattr(settings, name)) for name in ("seed", "lr", "param", "limit")] == [int, float, float, int]
+    with pytest.raises(TypeError, match=r"seed is 3.0; allowed: int"):
+        Settings(seed=np.float64(3))
+
+
 def test_presets_are_settings():
     for preset in experiment.PRESETS.values():
         assert Settings(**preset) != Settings()
