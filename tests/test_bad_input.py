@@ -8,8 +8,6 @@ import re
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -437,16 +435,3 @@ class WrongLayer(models.SmallCNN):
 def test_arguments_of_functions(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
-
-
-def test_a_damaged_result_is_named_and_costs_the_command_its_table_alone(tmp_path):
-    settings = experiment.Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, epochs=1)
-    other = tmp_path / "results" / "mnist5k" / "seed7" / "base.json"
-    other.parent.mkdir(parents=True)
-    other.write_text('{"raw": ')
-    command = [sys.executable, "-c", "import sys; from masktune_utils.sweep import main; sys.exit(main())", "sweep"]
-    command += ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200", "--methods", "top_k", "--params", "0.1"]
-    done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and f"masktune: no table: {other} is damaged" in done.stderr
-    assert "Traceback" not in done.stderr and other.read_text() == '{"raw": '
-    assert evaluation.recorded(settings)["raw"]["accuracy"] > 0

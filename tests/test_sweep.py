@@ -216,6 +216,25 @@ def test_a_notebook_that_failed_is_not_done(directory):
     assert not job.done()
 
 
+def test_a_damaged_result_is_named_and_costs_the_table_alone(directory, capsys):
+    other = directory / "results" / "mnist5k" / "seed7" / "base.json"
+    other.parent.mkdir()
+    other.write_text('{"raw": ')
+    assert sweep.main(["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]) == 1
+    printed = capsys.readouterr()
+    assert f"masktune: no table: {other} is damaged" in printed.err and "0 notebooks failed" in printed.out
+    assert other.read_text() == '{"raw": '
+
+
+def test_a_result_that_is_damaged_is_named_and_not_replaced(directory, capsys):
+    path = tiny(directory).folder("results") / "top_k_0.1.json"
+    path.write_text("[]")
+    assert sweep.main(["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]) == 1
+    error = capsys.readouterr().err
+    assert f"failed: 04_finetune_sweep_top_k_0.1, seed 0: ValueError: {path} is damaged (no dict). Delete it" in error
+    assert path.read_text() == "[]"
+
+
 def test_configurations_without_a_base_model_are_not_run(directory, capsys, monkeypatch):
     path = tiny(directory).checkpoint_path("base")
     path.write_bytes(b"damaged")
