@@ -97,7 +97,8 @@ def test_the_explorer_follows_its_slider_and_the_models_are_those_of_papermill(l
         for _ in range(10):  # one step need not be enough for another cell
             slider.press("ArrowRight")
         playwright.expect(picture).not_to_have_attribute("src", before, timeout=10_000)
-        assert picture.evaluate("image => image.complete && image.naturalWidth > 500")
+        wide = "image => image.complete && image.naturalWidth > 500"
+        wait(lambda: picture.evaluate(wide), tmp_path / "log", seconds=10)  # the browser reads it in its own time
         browser.close()
     source, directory = sweep.NOTEBOOKS / "03_saliency_masks.ipynb", tmp_path / "headless"
     command = [sys.executable, "-m", "papermill", str(source), os.devnull]
