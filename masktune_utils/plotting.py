@@ -11,11 +11,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from masktune_utils import masking
 from masktune_utils.experiment import Settings, atomic_write
 
 TEST_COLORS = {"raw": "#009E73", "biased": "#D55E00"}
 # Okabe and Ito's, told apart by colour-blind readers; the first are those of the classes
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999", "#F0E442", "#882255")
+KINDS = ("ERM", *masking.METHODS)  # have the same colour and mark in every figure
 
 
 def show(figure: Figure, settings: Settings, name: str, seeds: Collection[int] = ()) -> None:
@@ -167,16 +169,19 @@ def scatter(table: pd.DataFrame, x: str, y: str, names: dict[str, str]) -> Figur
 
     Args:
         table: columns `x` and `y`, in [0, 1]; `group`, the same for all seeds of a point; `kind`, which gives its
-            colour; `label`, which is written beside it.
+            colour and mark; `label`, which is written beside it.
         x: a column.
         y: a column.
         names: column → what the axis says.
     """
     figure, ((ax,),) = _axes(1, 1, (9, 5.5))
-    for k, (kind, rows) in enumerate(table.groupby("kind", sort=False)):
+    order = list(dict.fromkeys([*KINDS, *table["kind"]] if table["kind"].isin(KINDS).any() else table["kind"]))
+    for kind, rows in table.groupby("kind", sort=False):
         groups = rows.groupby("group", sort=False)
         mean, std = 100 * groups[[x, y]].mean(), 100 * groups[[x, y]].std().fillna(0)
+        k = order.index(kind)
         style = {"color": COLORS[k % len(COLORS)], "marker": "osD^vPX*"[k % 8]}
+        style["zorder"] = 2 if kind in masking.METHODS else 3  # what they are compared with is not to be covered
         ax.errorbar(mean[x], mean[y], std[y], std[x], linestyle="", label=kind, elinewidth=0.7, markersize=5, **style)
         for label, (right, up) in zip(groups["label"].first(), mean.to_numpy(), strict=True):
             side = {"ha": "right", "xytext": (-4, 4)} if right > 50 else {"ha": "left", "xytext": (4, 4)}
