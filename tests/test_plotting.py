@@ -1,3 +1,5 @@
+import itertools
+
 import pandas as pd
 
 from masktune_utils import plotting
@@ -25,5 +27,5 @@ def test_bars_of_three_classes_stand_side_by_side():
     top, _ = plotting.class_accuracy(table).axes
     bars = [container for container in top.containers if len(container) == 2 and hasattr(container, "patches")]
     places = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for container in bars for bar in container)
-    assert len(places) == 6 and all(left[1] <= right[0] for left, right in zip(places, places[1:], strict=False))
+    assert len(places) == 6 and all(left[1] <= right[0] for left, right in itertools.pairwise(places))
     assert [round(container[0].get_height(), 6) for container in bars] == [10, 20, 30]
