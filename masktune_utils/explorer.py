@@ -230,7 +230,7 @@ class Explorer(Play):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of maps that are zero everywhere: here one sees them
             before, *after = (saliency.saliency_maps(each, one.images, one.labels, made_with.cam) for each in models)
-        masked = masking.mask_dataset(one, before, **rule)
+        masked = masking.mask_dataset(one, before, **rule, seed=int(one.images.sum()))  # a random patch for each image
         pictures = [one.images, before, masked.masks(slice(None)), masked.batch(slice(None))[0], *after]
         answers = torch.cat([evaluation.predict(each, images) for each in models for images in (one, masked)])
         marked = dataclasses.replace(one, has_square=torch.ones_like(one.has_square))  # else it gives no shares

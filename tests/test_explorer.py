@@ -86,6 +86,16 @@ def test_every_control_changes_the_picture_in_one_drawing(play, monkeypatch, nam
     assert drawn == [name]
 
 
+def test_a_random_patch_is_another_one_for_another_image_and_the_same_for_the_same(play):
+    play.own["method"].value, play.own["param"].value = "random", 0.3
+    masks = []
+    for image in (0, 1, 2, 0):
+        play.choice["image"].value = image
+        masks.append(shown(play)[1][2])
+    assert torch.equal(masks[0], masks[3])
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+
+
 def test_the_slider_follows_the_method_and_the_rule_the_configuration(play):
     own = play.own
     assert [own[name].value for name in experiment.MASK] == ["mean", 0.9, "nearest", 2]
