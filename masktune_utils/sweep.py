@@ -98,7 +98,7 @@ class Job(NamedTuple):
             try:
                 parameters |= {"retrain": True} if force else {}
                 self.log.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.log, "w") as options["stdout_file"]:
+                with open(self.log, "w", encoding="utf-8") as options["stdout_file"]:
                     papermill.execute_notebook(NOTEBOOKS / f"{self.stem}.ipynb", unfinished, parameters, **options)
             finally:
                 self.log.unlink(missing_ok=True)
@@ -185,7 +185,8 @@ def _watching(bar: tqdm, jobs: list[Job], seconds: float = 3) -> Iterator[None]:
             last = {}
             for job in jobs:
                 with contextlib.suppress(OSError):
-                    last[job] = re.search(r"(.*%).*<([\d:]+)", job.log.read_text().rpartition("\n")[2])
+                    printed = job.log.read_text(encoding="utf-8", errors="replace")
+                    last[job] = re.search(r"(.*%).*<([\d:]+)", printed.rpartition("\n")[2])
             said = [f"seed {job.settings.seed} {line[1]}, {line[2]} left" for job, line in last.items() if line]
             bar.set_postfix_str("; ".join(filter(None, [before, *said])))
 

@@ -121,7 +121,8 @@ def test_the_bar_says_how_far_the_running_notebooks_are(tmp_path):
     job = sweep.job("02_erm", tiny(tmp_path))
     job.log.parent.mkdir(parents=True)
     line = "\rERM:  {}%|##   | 43.6k/180k [00:05<00:{}, 8.71kimage/s, loss 0.1, accuracy 99.00%]"
-    job.log.write_text("Digits: mnist.\n" + line.format(1, 59) + line.format(24, 15))
+    printed = "Digits: mnist.\n" + line.format(1, 59) + line.format(24, 15)
+    job.log.write_bytes(b"\xff" + printed.encode())  # read in the middle of a character, perhaps
     with sweep.tqdm(total=1, file=io.StringIO(), postfix="1 skipped") as bar:
         with sweep._watching(bar, [job, sweep.job("03_saliency_masks", tiny(tmp_path))], seconds=0.01):
             while "ERM" not in bar.postfix:
