@@ -253,14 +253,16 @@ def _torchvision(dataset: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ) from error
     try:
         for file in files:
-            if dataset == "mnist" and hashlib.md5(file.read_bytes()).hexdigest() != MNIST_MD5[file.name]:
+            if (
+                dataset == "mnist"
+                and hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != MNIST_MD5[file.name]
+            ):
                 raise ValueError(f"{file.name} has another MD5 than MNIST's")
         train, test = (kind(root, train=train) for train in (True, False))
         for part in (train, test):
             if len(part.data) != len(part.targets) or part.data.shape[1:] != (28, 28) or part.targets.max() > 9:
-                raise ValueError(
-                    f"images {tuple(part.data.shape)}, labels {tuple(part.targets.shape)} up to 9 are meant"
-                )
+                shape, labels = tuple(part.data.shape), part.targets
+                raise ValueError(f"images {shape}, {len(labels)} labels up to {labels.max()}, not N×28×28, N up to 9")
     except Exception as error:  # torchvision has no error class of its own for a damaged file
         raise ValueError(
             f"{raw} holds damaged files ({error}). Delete them, and put or download them again."
@@ -324,24 +326,21 @@ def resolve_dataset(dataset: str) -> str:
     """Turn `auto` into `mnist`, where it is on disk or can be downloaded, else `mnist5k`, with a warning.
 
     Raises:
-        FileNotFoundError: a set of torchvision's is neither on disk nor can it be downloaded.
-        ValueError: for a name that is not in `DATASETS`, or damaged files.
+        ValueError: for a name that is not in `DATASETS`, or damaged files of MNIST.
     """
     check_choice("dataset", dataset, DATASETS)
-    if dataset in ("folder", "mnist5k"):
+    if dataset != "auto":
         return dataset
     try:
-        _torchvision("mnist" if dataset == "auto" else dataset)
+        _torchvision("mnist")
     except FileNotFoundError:
-        if dataset != "auto":
-            raise
         warnings.warn(
             "MNIST is neither on disk nor can it be downloaded, so dataset='auto' uses 'mnist5k': 5,000 real MNIST "
             f"digits, 4,000 to train on and 1,000 to test on. {HOW_TO_GET_THEM}",
             stacklevel=2,
         )
         return "mnist5k"
-    return "mnist" if dataset == "auto" else dataset
+    return "mnist"
 
 
 def add_square(
@@ -444,8 +443,7 @@ def load(
         ValueError: for an unknown name, a limit that cannot be met, folders that do not fit, or so much held out that
             a class is left without training images.
     """
-    dataset = resolve_dataset(dataset) if dataset == "auto" else dataset
-    check_choice("dataset", dataset, DATASETS)
+    dataset = resolve_dataset(dataset)
     for (name, limits), value in zip(RANGES.items(), (square_size, *square_shares, holdout), strict=True):
         check_range(name, value, *limits)
     check_limit(limit, dataset)

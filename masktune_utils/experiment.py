@@ -217,8 +217,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: namespace[name] for name in names if name in namespace})
     check_directory(settings.directory)
-    if settings.dataset == "auto":
-        settings = dataclasses.replace(settings, dataset=data.resolve_dataset("auto"))
+    settings = dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
     print(f"Digits: {settings.dataset}. Seed: {settings.seed}. Device: {training.resolve_device(settings.device)}.")
     return settings
 

@@ -42,7 +42,7 @@ class Panel:
         rows: how many.
     """
 
-    def __init__(self, pictures: Sequence[str], answers: Sequence[str], classes: int = 2, rows: int = 1) -> None:
+    def __init__(self, pictures: Sequence[str], answers: Sequence[str], classes: int, rows: int = 1) -> None:
         widths = [1] * len(pictures) + [2.9]
         self.figure = Figure((1.3 * sum(widths) + 0.6, 1.4 * rows + 0.3), dpi=120, layout="constrained")
         axes = self.figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)

@@ -270,7 +270,10 @@ def _grid(arguments: argparse.Namespace) -> list[Settings]:
     grid = [Settings(**combination, **fixed) for combination in combinations]
     experiment.check_directory(grid[0].directory)
     digits = {name: data.resolve_dataset(name) for name in values["dataset"]}
-    return list(dict.fromkeys(dataclasses.replace(settings, dataset=digits[settings.dataset]) for settings in grid))
+    grid = list(dict.fromkeys(dataclasses.replace(settings, dataset=digits[settings.dataset]) for settings in grid))
+    for dataset, *folders in {(settings.dataset, settings.train_folder, settings.test_folder) for settings in grid}:
+        data.load(dataset, train_folder=folders[0], test_folder=folders[1])  # downloaded once; refused now, if at all
+    return grid
 
 
 def _literal(text: str) -> Any:

@@ -1,6 +1,7 @@
 import copy
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pandas as pd
 import pytest
 
 from masktune_utils import data, models, training
+
+MASKTUNE = str(Path(sys.executable).with_name("masktune"))  # the command, as it is installed
 
 
 def write_idx_files(folder: Path, labels: list[int], test_labels: list[int] | None = None) -> np.ndarray:

@@ -220,10 +220,9 @@ def test_damaged_files_of_other_sets(name, content, root, capsys):
         ([], [], "holds damaged files"),
     ],
 )
-def test_one_class_only_and_no_images_at_all(labels, test_labels, message, root):
+def test_one_class_only_and_no_images_at_all(labels, test_labels, message, root, capsys):
     write_idx_files(root / "KMNIST" / "raw", labels, test_labels)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        data.load("kmnist")
+    refused(["--dataset", "kmnist", "--directory", str(root)], message, capsys, root)
 
 
 def test_a_server_that_never_answers_is_given_up(root, monkeypatch):
@@ -295,13 +294,14 @@ def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch, tmp_path_fac
         (lambda root: shutil.rmtree(root / "test"), "test_folder is '{root}/test'; allowed with dataset='folder'"),
     ],
 )
-def test_folders_of_images(change, message, tmp_path):
+def test_folders_of_images(change, message, capsys, tmp_path):
     for name in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (40, 40), "red").save(tmp_path / name / "0.png")
     change(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(message.replace("{root}", str(tmp_path)))):
-        data.load("folder", train_folder=str(tmp_path / "train"), test_folder=str(tmp_path / "test"))
+    folders = ["-p", "train_folder", str(tmp_path / "train"), "-p", "test_folder", str(tmp_path / "test")]
+    arguments = ["--dataset", "folder", *folders, "--directory", str(tmp_path)]
+    refused(arguments, message.replace("{root}", str(tmp_path)), capsys, tmp_path)
 
 
 # --- the package's own functions ---

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import outcome
+from conftest import MASKTUNE, outcome
 
-from masktune_utils import evaluation, experiment, masking, plotting, training
+from masktune_utils import evaluation, experiment, masking, models, plotting, training
 from masktune_utils.experiment import Settings
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -24,10 +24,10 @@ WRITES = ("CNN_checkpoint_base.pth", "base.json", "CNN_saliency_XGradCAM.pth", "
 WRITES += ("top_k_0.1.json", "picture.png", "results.csv")
 
 
-def pipeline(directory: Path, device: str = "cpu") -> None:
+def pipeline(directory: Path) -> None:
     """All that the notebooks write, in their order."""
     torch.set_num_threads(1)
-    settings = Settings(directory=str(directory), dataset="mnist5k", limit=200, epochs=1, device=device)
+    settings = Settings(directory=str(directory), dataset="mnist5k", limit=200, epochs=1)
     splits = experiment.load_data(settings)
     base, history = experiment.base_model(settings, splits.train)
     evaluation.record(settings, base, splits, history)
@@ -166,7 +166,7 @@ def test_the_clock_is_set_back(undisturbed, tmp_path, monkeypatch):
     backwards = iter(range(10**9, 0, -1))
     monkeypatch.setattr("tqdm.std.time", lambda: next(backwards))
     splits = experiment.load_data(Settings(dataset="mnist5k", limit=200))
-    assert len(training.train(experiment.new_model(0), splits.train, epochs=2)) == 2
+    assert len(training.train(models.new_model(0), splits.train, epochs=2)) == 2
     assert next(backwards) < 10**9 - 3  # the bar did look at the clock
 
 
@@ -181,10 +181,9 @@ def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
 
 
 def sweep(directory: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", "import sys; from masktune_utils.sweep import main; sys.exit(main())", "sweep"]
-    command += ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200", "--methods", "top_k", "--params", "0.1"]
+    arguments = "--dataset mnist5k --epochs 1 -p limit 200 --methods top_k --params 0.1"
     options = {"stderr": subprocess.PIPE, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    return subprocess.Popen([*command, "--directory", str(directory)], **options)
+    return subprocess.Popen([MASKTUNE, "sweep", *arguments.split(), "--directory", str(directory)], **options)
 
 
 def test_a_kernel_is_killed(undisturbed, tmp_path):

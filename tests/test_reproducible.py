@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import outcome
+from conftest import MASKTUNE, outcome
 
 from masktune_utils import sweep
 from masktune_utils.experiment import Settings
@@ -15,8 +15,8 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def masktune(directory: Path, *arguments: str) -> dict[str, object]:
-    command = [sys.executable, "-c", "import sys; from masktune_utils.sweep import main; sys.exit(main())", *arguments]
-    command += ["--directory", str(directory), "--dataset", "mnist5k", "--epochs", "2", "-p", "limit", "200"]
+    tiny = ["--dataset", "mnist5k", "--epochs", "2", "-p", "limit", "200"]
+    command = [MASKTUNE, *arguments, *tiny, "--directory", str(directory)]
     subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD)
     return outcome(directory)
 

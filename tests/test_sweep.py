@@ -15,6 +15,7 @@ import nbformat
 import papermill
 import psutil
 import pytest
+from conftest import MASKTUNE
 from joblib import cpu_count
 from nbclient.exceptions import DeadKernelError
 from PIL import Image
@@ -69,8 +70,7 @@ def whole_run(tmp_path_factory) -> tuple[Path, str]:
     other_result |= {test: {"accuracy": 0.0, "class_accuracy": [0.0, 0.0]} for test in ("raw", "biased")}
     other_result |= {"sha256": "", "base_sha256": "", "settings": {}, "seconds": 0, "device": "", "threads": 1}
     experiment.write_json(other, other_result | {"versions": {"torch": ""}})  # a neighbour, not to be counted in
-    code = "import sys; from masktune_utils.sweep import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "run", *TINY, "--params", "0.1", "0.3", "--directory", str(directory)]
+    command = [MASKTUNE, "run", *TINY, "--params", "0.1", "0.3", "--directory", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     other.unlink()
