@@ -1,7 +1,7 @@
-"""MaskTune on a biased MNIST, one module per stage of the data's way.
+"""The package under the MaskTune notebooks, one module for each stage.
 
-data → models → training → saliency → masking → evaluation → plotting; beside them `experiment` (settings,
-artefacts, loading and saving), `explorer` (the panels of the notebooks) and `sweep` (the command `masktune`).
+progress, models, settings → data, shortcuts → training → saliency → masking → store, evaluation → experiment
+→ plotting, explorer → sweep. A module imports only from those before it.
 
 Paper: Asgari Taghanaki et al., "MaskTune: Mitigating Spurious Correlations by Forcing to Explore", NeurIPS 2022.
 """

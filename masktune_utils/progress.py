@@ -1,5 +1,6 @@
-"""Progress with the time left, for people who look on and for logs."""
+"""Progress bars, for people who look on and for logs."""
 
+import io
 import sys
 from typing import Any
 
@@ -8,21 +9,29 @@ from tqdm import auto, std
 
 
 def is_live() -> bool:
-    """Whether a person runs this cell: JupyterLab names the cell to the kernel; papermill, nbval, nbconvert do not."""
+    """Whether a person runs this cell. JupyterLab sends the cell's ID; papermill, nbval and nbconvert do not."""
     shell = get_ipython()
     return hasattr(shell, "kernel") and "cellId" in shell.get_parent().get("metadata", {})
 
 
 def bar(*args: Any, **options: Any) -> std.tqdm:
-    """A progress bar of tqdm: a widget in JupyterLab, a line in a terminal; neither is left behind.
+    """A tqdm progress bar: a widget in JupyterLab, a line in a terminal. It goes away when it is done.
 
-    In a notebook that no one looks at it is a line of output every five seconds, for papermill's log; what takes less
-    than that prints none.
+    In a notebook that runs headless, it prints a line every five seconds, and nothing for shorter work.
 
     Args:
-        *args: as of tqdm.
-        **options: as of tqdm.
+        *args: see tqdm.
+        **options: see tqdm.
     """
     if hasattr(get_ipython(), "kernel") and not is_live():
-        return std.tqdm(*args, **options | {"file": sys.stdout, "mininterval": 5, "delay": 5, "ncols": 120})
+        headless = {"file": sys.stdout, "mininterval": 5, "delay": 5, "ncols": 110}
+        return std.tqdm(*args, **options | headless)
     return auto.tqdm(*args, leave=False, **options)
+
+
+class Bars(io.TextIOBase):
+    """Passes on the bars that a headless notebook prints, and nothing else."""
+
+    def write(self, text: str) -> int:
+        """Write to stderr."""
+        return sys.stderr.write(text) if text.startswith("\r") else 0

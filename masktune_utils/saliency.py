@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchcam import methods
 
-from masktune_utils import progress
-from masktune_utils.data import check_choice, check_images, to_float
-
-CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
+from masktune_utils import data, models, progress
 
 
 def saliency_maps(
@@ -19,33 +16,30 @@ def saliency_maps(
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 
     Args:
-        model: a SmallCNN, or any network with a method `get_grad_cam_target_layer()`, which returns the module whose
-            output is explained; it is explained in evaluation mode, and itself left alone.
-        images: N×3×28×28, uint8 or float in [0, 1], on the model's device.
-        labels: N; the class whose score is explained, one an image.
-        cam: a gradient CAM of torchcam, one of `CAMS`.
-        batch_size: images at a time; it changes nothing but the speed (SmoothGradCAMpp apart, which adds noise, drawn
-            from a fixed seed).
+        model: a SmallCNN, or any network that `models.target_layer` accepts. It is explained in
+            evaluation mode, and is itself left as it is.
+        images: N×C×H×W, uint8 or float in [0, 1], on the model's device.
+        labels: N; the class whose score is explained, one per image.
+        cam: a gradient CAM of torchcam, by the name of its class.
+        batch_size: images at a time. It only changes the speed, except for SmoothGradCAMpp, which
+            adds noise from a fixed seed.
 
     Returns:
-        N×8×8 (the size of that output) float32, each map scaled to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
-        zeros; a warning says how many there are.
+        N×h×w float32, the size of the layer's output (SmallCNN: 8×8), each map scaled to [0, 1] by
+        its minimum and maximum. A map that is the same everywhere gives zeros; a warning says how
+        many there are.
 
     Raises:
-        TypeError: for a model without such a method, and as `data.check_images`.
-        ValueError: for an unknown CAM, a label that the model has no logit for, and as `data.check_images`.
+        TypeError: the model does not say which layer to explain.
+        ValueError: an unknown CAM.
     """
-    check_choice("cam", cam, CAMS)
-    check_images(images, labels)
+    if not hasattr(methods, cam):
+        raise ValueError(f"cam is {cam!r}; allowed: {', '.join(methods.gradient.__all__)}.")
     explained = copy.deepcopy(model).eval().requires_grad_(False)
-    layer = getattr(explained, "get_grad_cam_target_layer", lambda: None)()
-    if not isinstance(layer, nn.Module):
-        raise TypeError(
-            f"{type(model).__name__} does not say which layer is to be explained: give it a method "
-            "get_grad_cam_target_layer() that returns one of its modules, such as the last convolution."
-        )
-    layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())  # no graph before this layer
-    starts = progress.bar(range(0, len(images), batch_size), desc=cam, unit="batch", disable=len(images) <= batch_size)
+    layer = models.target_layer(explained)
+    # The gradient starts at this layer; the layers before it need no graph.
+    layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    starts = range(0, len(images), batch_size)
     maps = []
     with (
         getattr(methods, cam)(explained, layer) as extractor,
@@ -53,15 +47,10 @@ def saliency_maps(
         torch.enable_grad(),
     ):
         torch.manual_seed(0)  # SmoothGradCAMpp draws noise
-        for start in starts:
+        for start in progress.bar(starts, desc=cam, unit="batch", disable=len(starts) <= 1):
             part = slice(start, start + batch_size)
-            scores = explained(to_float(images[part]))
-            if start == 0 and labels.max() >= scores.shape[1]:
-                raise ValueError(
-                    f"a label is {labels.max()}; allowed: less than {scores.shape[1]}, the model's classes."
-                )
-            maps += extractor(labels[part].tolist(), scores)
-    maps = torch.cat(maps) if maps else images.new_zeros((0, 8, 8), dtype=torch.float32)
+            maps += extractor(labels[part].tolist(), explained(data.to_float(images[part])))
+    maps = torch.cat(maps)
     if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
-        warnings.warn(f"{empty} of {len(maps)} saliency maps are zero everywhere: they hide nothing.", stacklevel=2)
+        warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)
     return maps

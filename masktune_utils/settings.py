@@ -1,0 +1,197 @@
+"""Every setting of an experiment: its type, range, default and one line of documentation, in one place.
+
+The classes add to each other: where to run → what the images depend on → what the base model depends on → what
+fine-tuning depends on. Under `directory` (default: the repository) lie
+
+    checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
+    checkpoints/{experiment}/seed{seed}/CNN_checkpoint_finetuned_{configuration}.pth
+    checkpoints/{experiment}/seed{seed}/CNN_saliency_{cam}.pth
+    figures/…/*.png, results/…/*.json, runs/…/*.ipynb, in the same way
+
+`experiment` is the data set and `configuration` is `{method}_{param}`, each with every other setting
+that is not the default, so that different settings never share a file.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from matplotlib.colors import is_color_like
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
+
+REPOSITORY = Path(__file__).parents[1]
+PARAM_RANGES = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28, "random": 0.5}  # from 0
+RUNTIME = ("directory", "device", "retrain")  # no result depends on them
+IN_PATH = {"dataset", "train_folder", "test_folder", "seed", "method", "param"}  # always there
+
+Dataset = Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist", "folder"]
+Cam = Literal["XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM"]
+Method = Literal["threshold", "top_k", "mean", "mean_std", "random"]
+Upsample = Literal["bilinear", "nearest", "map"]
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def _settings(cls: type) -> type:
+    """Make a frozen pydantic dataclass that refuses a bad value in one line."""
+    cls = dataclass(frozen=True, config=STRICT)(cls)
+    validate = cls.__init__
+
+    def __init__(self: object, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise ValueError(_line(error.errors()[0])) from None
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _line(problem: Mapping[str, Any]) -> str:
+    """Setting, value, and what is allowed."""
+    name = problem["loc"][0]
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{name} is not a setting; allowed: {', '.join(DEFAULTS)}."
+    allowed = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{name} is {problem['input']!r}; allowed: {allowed}."
+
+
+def _field(default: Any, description: str, **limits: float) -> Any:
+    return Field(default, description=description, **limits)
+
+
+@_settings
+class Runtime:
+    """Where and how to run. No result depends on it."""
+
+    directory: str = _field("", "where files go; empty: the repository")
+    device: str = _field("auto", "auto, cpu, cuda or mps")
+    retrain: bool = _field(False, "train again even if a matching checkpoint is saved")
+
+    @field_validator("directory")
+    @classmethod
+    def _writable(cls, directory: str) -> str:
+        path = REPOSITORY / directory
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ValueError(f"a folder to write to, or a new one ({nearest} is not one)")
+        return directory
+
+
+@_settings
+class DataSettings(Runtime):
+    """What the images depend on."""
+
+    dataset: Dataset = _field("auto", "mnist, mnist5k, fashion_mnist, kmnist, folder or auto")
+    train_folder: str = _field("", "for dataset folder: one folder of images per class")
+    test_folder: str = _field("", "for dataset folder: the same, to test on")
+    seed: int = _field(0, "of every random choice", ge=0, le=2**32 - 1)
+    limit: int | None = _field(None, "number of training images; None: all", ge=20, multiple_of=10)
+    square_size: int = _field(6, "side of the square in pixels", ge=1, le=28)
+    square_color: str = _field("blue", "name of a colour, or #rrggbb")
+    placement: Literal["random", "ordered"] = _field("random", "of the square: random or ordered")
+    shortcut: Literal["square", "none"] = _field("square", "in training: square or none")
+    conflicting_share: float = _field(0.01, "share of each class against the shortcut", ge=0, le=1)
+    validation_share: float = _field(0.0, "share of training images held out", ge=0, le=0.5)
+
+    @field_validator("train_folder", "test_folder")
+    @classmethod
+    def _has_images(cls, folder: str, info: ValidationInfo) -> str:
+        needed = info.data.get("dataset") == "folder"
+        if needed != bool(folder) or not (REPOSITORY / folder).is_dir():
+            raise ValueError("'', or with dataset 'folder' a folder that has one folder per class")
+        return folder
+
+    @field_validator("square_color")
+    @classmethod
+    def _known_color(cls, color: str) -> str:
+        if not is_color_like(color):
+            raise ValueError("name of a colour, such as 'blue', or '#rrggbb'")
+        return color
+
+
+@_settings
+class BaseSettings(DataSettings):
+    """What the base model (ERM) depends on."""
+
+    epochs: int = _field(50, "of the base model", ge=1, le=10_000)
+    batch_size: int = _field(128, "images per step", ge=2, le=60_000)
+    lr: float = _field(0.01, "first learning rate of the base model", ge=1e-8, le=10)
+    momentum: float = _field(0.9, "of SGD", ge=0, le=1)
+    weight_decay: float = _field(1e-4, "L2 penalty", ge=0, le=1)
+    lr_decay_epochs: int = _field(25, "epochs between two decays of lr", ge=1, le=10_000)
+    lr_decay_factor: float = _field(0.5, "factor of each decay", ge=1e-8, le=1)
+
+
+@_settings
+class Settings(BaseSettings):
+    """What a fine-tuned model depends on: every setting there is."""
+
+    cam: Cam = _field("XGradCAM", f"one of {', '.join(get_args(Cam))}")
+    method: Method = _field("top_k", "threshold, top_k, mean, mean_std (paper) or random (control)")
+    param: float = _field(0.1, "of the method; top_k, random: larger hides more", ge=0)
+    upsample: Upsample = _field("bilinear", "mask to 28×28: bilinear, nearest, or map (first)")
+    dilation: int = _field(0, "pixels by which the mask is dilated", ge=0, le=27)
+    finetune_optimizer: Literal["sgd", "adam"] = _field("sgd", "sgd or adam")
+    finetune_lr: float | None = _field(None, "None: last lr of the base model", ge=1e-8, le=10)
+    iterations: int = _field(1, "rounds of masking, with one epoch each", ge=1, le=100)
+    accumulate: bool = _field(False, "later rounds also hide what earlier rounds hid")
+
+    @field_validator("param")
+    @classmethod
+    def _in_range(cls, param: float, info: ValidationInfo) -> float:
+        method = info.data.get("method", "mean")
+        if param > PARAM_RANGES[method]:
+            raise ValueError(f"0 to {PARAM_RANGES[method]} for method {method!r}")
+        return param
+
+    def identity(self, *, base: bool) -> dict[str, Any]:
+        """The settings that the base model, or else the fine-tuned model, depends on."""
+        names = (BaseSettings if base else Settings).__pydantic_fields__.keys()
+        return {name: getattr(self, name) for name in names if name not in RUNTIME}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The arguments of `training.train` for the base model."""
+        return {name: getattr(self, name) for name in ("seed", *BaseSettings.__annotations__)}
+
+    @property
+    def last_lr(self) -> float:
+        """Learning rate of fine-tuning: `finetune_lr`, or what the base model's schedule ended with."""
+        decays = self.epochs // self.lr_decay_epochs
+        return self.finetune_lr or self.lr * self.lr_decay_factor**decays
+
+    @property
+    def mask_rule(self) -> dict[str, Any]:
+        """The arguments of `masking.mask_dataset`."""
+        names = ("method", "param", "upsample", "dilation", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def _unusual(self, names: Iterable[str]) -> str:
+        found = {name: getattr(self, name) for name in names if name not in IN_PATH}
+        return "".join(f"_{name}={found[name]}" for name in found if found[name] != DEFAULTS[name])
+
+    @property
+    def experiment(self) -> str:
+        """Name of the base model without its seed: the data set and what is not the default."""
+        folder = "".join(f"-{part}" for part in Path(self.train_folder).parts[-2:])
+        return self.dataset + folder.replace(os.sep, "") + self._unusual(self.identity(base=True))
+
+    @property
+    def configuration(self) -> str:
+        """Name of the fine-tuned model: `{method}_{param}` and what is not the default."""
+        return f"{self.method}_{self.param}{self._unusual(Settings.__annotations__)}"
+
+    def folder(self, kind: str) -> Path:
+        """Folder of this experiment under `checkpoints`, `figures`, `results` or `runs`."""
+        return REPOSITORY / self.directory / kind / self.experiment / f"seed{self.seed}"
+
+    def checkpoint_path(self, configuration: str) -> Path:
+        """The checkpoint of a `configuration`, or of `base`."""
+        name = configuration if configuration == "base" else f"finetuned_{configuration}"
+        return self.folder("checkpoints") / f"CNN_checkpoint_{name}.pth"
+
+
+DEFAULTS = dataclasses.asdict(Settings())
