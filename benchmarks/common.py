@@ -14,7 +14,8 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from masktune_utils import experiment, models, training
+from masktune_utils import experiment, models, shortcuts
+from masktune_utils.settings import Settings
 
 BIN = Path(sys.executable).parent  # where masktune and papermill are installed
 
@@ -22,15 +23,19 @@ BIN = Path(sys.executable).parent  # where masktune and papermill are installed
 def machine() -> str:
     """Processor, cores, memory, bfloat16, accelerator, versions, in a line."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")]
-    device = training.resolve_device()
+    names = [
+        line.split(": ")[1]
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    device = models.resolve_device()
     hardware = [
         names[0] if names else platform.processor(),
         f"{torch.get_num_threads()} threads",
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         f"AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}",
         f"AVX-512 BF16 {'yes' if torch.cpu._is_avx512_bf16_supported() else 'no'}",
-        f"accelerator {'none' if device.type == 'cpu' else training.describe_device(device)}",
+        f"accelerator {'none' if device.type == 'cpu' else models.describe_device(device)}",
         f"torch {torch.__version__.split('+')[0]}",
     ]
     return f"\n{', '.join(hardware)}\n"
@@ -104,12 +109,12 @@ def work(backward: bool) -> tuple[float, float]:
 @contextlib.contextmanager
 def base_model_alone():
     """A new directory with nothing but the base model of seed 0; where it is not saved, it is trained first."""
-    settings = experiment.Settings(dataset="mnist")
+    settings = Settings(dataset="mnist")
     saved = settings.checkpoint_path("base")
     if not saved.exists():
-        experiment.base_model(settings, experiment.load_data(settings).train)
+        experiment.base_model(settings, shortcuts.load(settings).train)
     with tempfile.TemporaryDirectory() as directory:
-        path = experiment.Settings(dataset="mnist", directory=directory).checkpoint_path("base")
+        path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
         path.parent.mkdir(parents=True)
         path.write_bytes(saved.read_bytes())
         yield directory

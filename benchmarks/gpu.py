@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from common import BIN, base_model_alone, machine, measure
 
-from masktune_utils import experiment, models, saliency, training
-from masktune_utils.experiment import REPOSITORY
+from masktune_utils import models, saliency, shortcuts, training
+from masktune_utils.settings import REPOSITORY, Settings
 
 
 def timed(function) -> float:
@@ -25,26 +25,40 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     arguments = parser.parse_args()
     try:
-        settings = experiment.Settings(dataset="mnist", device=arguments.device)
+        settings = Settings(dataset="mnist", device=arguments.device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    train = experiment.load_data(settings).train
+    train = shortcuts.load(settings).train
     model = models.new_model(0, train.labels.device)
     training.train(model, train[:1280], epochs=1)
-    rows = {f"ERM, {arguments.epochs} epochs": timed(lambda: training.train(model, train, epochs=arguments.epochs))}
-    rows["saliency, 60,000 images"] = timed(lambda: saliency.saliency_maps(model, train.images, train.labels))
+    epochs = arguments.epochs
+    rows = {f"ERM, {epochs} epochs": timed(lambda: training.train(model, train, epochs=epochs))}
+    rows["saliency, 60,000 images"] = timed(
+        lambda: saliency.saliency_maps(model, train.images, train.labels)
+    )
     options = ["--dataset", "mnist", "--device", arguments.device]
     with base_model_alone() as directory:
         sweep = [BIN / "masktune", "sweep", *options, "--directory", directory]
         rows["sweep of 15"] = measure(sweep)[0]
         notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
-        parameters = f"-p directory {directory} -p dataset mnist -p device {arguments.device} -p retrain True".split()
-        command = [BIN / "papermill", "--cwd", notebook.parent, notebook, f"{directory}/04.ipynb", *parameters]
+        values = {"directory": directory, "dataset": "mnist", "retrain": True}
+        values["device"] = arguments.device
+        parameters = [word for name, value in values.items() for word in ("-p", name, str(value))]
+        command = [
+            BIN / "papermill",
+            "--cwd",
+            notebook.parent,
+            notebook,
+            f"{directory}/04.ipynb",
+            *parameters,
+        ]
         rows["one 04"] = measure(command)[0]
     print(machine())
     print(pd.Series(rows, name="seconds").round(1).to_string())
     if torch.cuda.is_available():
-        print(f"peak GPU memory of ERM and saliency: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+        print(
+            f"peak GPU memory of ERM and saliency: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do time and memory grow in straight lines, with the images of notebook 04 and with the configurations of a sweep?"""
+"""Do time and memory grow in straight lines, with the images of 04 and the configurations of a sweep?"""
 
 import tempfile
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from common import BIN, machine, measure
 
-from masktune_utils.experiment import REPOSITORY
+from masktune_utils.settings import REPOSITORY
 
 BASE = ["--dataset", "mnist", "--epochs", "1", "--jobs", "1"]
 NOTEBOOK = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
@@ -29,12 +29,22 @@ def main() -> None:
         images = {}
         for count in (4_000, 15_000, 60_000):
             limit = "None" if count == 60_000 else str(count)
-            measure([*sweep, "--methods", "top_k", "--params", "0.1", "-p", "limit", limit])  # makes the base model
-            command = [BIN / "papermill", "--cwd", NOTEBOOK.parent, NOTEBOOK, f"{directory}/04.ipynb", *parameters]
+            makes_base = [*sweep, "--method", "top_k", "--param", "0.1", "--limit", limit]
+            measure(makes_base)
+            command = [
+                BIN / "papermill",
+                "--cwd",
+                NOTEBOOK.parent,
+                NOTEBOOK,
+                f"{directory}/04.ipynb",
+                *parameters,
+            ]
             images[count] = measure([*command, "-p", "limit", limit])
         configurations = {}
-        for count, grid in {1: "top_k --params 0.1", 5: "top_k", 15: "threshold top_k mean"}.items():
-            configurations[count] = measure([*sweep, "--force", "-p", "limit", "15000", "--methods", *grid.split()])
+        grids = {1: "top_k --param 0.1", 5: "top_k", 15: "threshold top_k mean"}
+        for count, grid in grids.items():
+            options = ["--force", "--limit", "15000", "--method", *grid.split()]
+            configurations[count] = measure([*sweep, *options])
     print(machine())
     print("notebook 04, by images")
     report(pd.DataFrame(images, index=columns).T, "image")

@@ -12,12 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchcam.methods import XGradCAM
 
-from masktune_utils import data, experiment, models
+from masktune_utils import data, models, shortcuts
+from masktune_utils.settings import Settings
 
 
 def materialise(split: data.Split) -> list[tuple[torch.Tensor, int]]:
     """Every image as a float tensor of its own, with its label."""
-    return [(image.contiguous() / 255, int(label)) for image, label in zip(split.images, split.labels, strict=True)]
+    return [
+        (image.contiguous() / 255, int(label))
+        for image, label in zip(split.images, split.labels, strict=True)
+    ]
 
 
 def train(model: nn.Module, images: list, lr: float = 0.01) -> float:
@@ -55,7 +59,9 @@ def mask(images: list, maps: list[torch.Tensor], method: str, param: float) -> l
             limit = torch.quantile(saliency_map, 1 - param)
         else:
             limit = param * saliency_map.mean()
-        hidden = F.interpolate((saliency_map > limit).float()[None, None], size=(28, 28), mode="bilinear")
+        hidden = F.interpolate(
+            (saliency_map > limit).float()[None, None], size=(28, 28), mode="bilinear"
+        )
         masked.append((image * (1 - hidden[0]), label))
     return masked
 
@@ -70,7 +76,9 @@ def accuracy(model: nn.Module, images: list) -> float:
     return correct / len(images)
 
 
-def configuration(checkpoint: str, splits: data.BiasedMNIST, method: str, param: float) -> dict[str, float]:
+def configuration(
+    checkpoint: str, splits: shortcuts.BiasedSets, method: str, param: float
+) -> dict[str, float]:
     """Mask, fine-tune and test; returns the seconds of each part."""
     seconds, started = {}, time.perf_counter()
 
@@ -99,7 +107,9 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="top_k")
     parser.add_argument("--param", type=float, default=0.1)
     arguments = parser.parse_args()
-    splits = data.load("mnist", limit=arguments.limit)
-    checkpoint = experiment.Settings(dataset="mnist").checkpoint_path("base")
-    for part, seconds in configuration(checkpoint, splits, arguments.method, arguments.param).items():
+    splits = shortcuts.load(Settings(dataset="mnist", limit=arguments.limit))
+    checkpoint = Settings(dataset="mnist").checkpoint_path("base")
+    for part, seconds in configuration(
+        checkpoint, splits, arguments.method, arguments.param
+    ).items():
         print(f"{part:12}{seconds:8.2f} s")

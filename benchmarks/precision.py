@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 from common import machine
 
-from masktune_utils import evaluation, experiment, training
+from masktune_utils import experiment, shortcuts, training
+from masktune_utils.settings import REPOSITORY, Settings
 
 FLOAT32 = mock.patch.object(training, "has_bfloat16", lambda device: False)
 
@@ -23,16 +24,22 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         for precision, switch in {"bfloat16": nullcontext(), "float32": FLOAT32}.items():
-            directory = experiment.REPOSITORY / "runs" / "precision" / precision
-            settings = experiment.Settings(
-                directory=str(directory), device="cpu", dataset="mnist", seed=seed, epochs=arguments.epochs
+            directory = REPOSITORY / "runs" / "precision" / precision
+            settings = Settings(
+                directory=str(directory),
+                device="cpu",
+                dataset="mnist",
+                seed=seed,
+                epochs=arguments.epochs,
             )
-            splits = experiment.load_data(settings)
+            splits = shortcuts.load(settings)
             with switch:
-                model, history = experiment.base_model(settings, splits.train)
-            result = evaluation.record(settings, model, splits, history)
-            rows.append({"precision": precision, "seed": seed, "loss": history[-1]["loss"]})
-            rows[-1] |= {name: 100 * result[name]["accuracy"] for name in ("raw", "biased")}
+                model, about = experiment.base_model(settings, splits.train)
+            result = experiment.record(settings, model, about, splits)
+            rows.append(
+                {"precision": precision, "seed": seed, "loss": about["history"][-1]["loss"]}
+            )
+            rows[-1] |= {name: 100 * result[name] for name in ("raw", "biased")}
             print(rows[-1], flush=True)
     print(machine())
     groups = pd.DataFrame(rows).groupby("precision")[["raw", "biased", "loss"]]

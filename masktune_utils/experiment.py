@@ -161,9 +161,10 @@ def record(
     """
     name = settings.configuration if masked else "base"
     path = settings.folder("results") / f"{name}.json"
-    before, seconds = store.read_result(path) if path.exists() else about, about["seconds"]
-    if before["sha256"] == about["sha256"]:
-        seconds = seconds or before["seconds"]
+    before = store.read_result(path) if path.exists() else {"sha256": ""}
+    seconds = about["seconds"]
+    if seconds is None and before["sha256"] == about["sha256"]:
+        seconds = before["seconds"]
     report = evaluation.evaluate(model, sets)
     row = {"experiment": settings.experiment, "configuration": name}
     row |= settings.identity(base=not masked)

@@ -41,7 +41,9 @@ def explain(
         maps = [saliency.saliency_maps(m, some.images, some.labels, cam) for m in models.values()]
     masked = masking.mask_dataset(some, maps[0], **rule, seed=int(some.images.sum()))
     pictures = {"image": some.images, "map": maps[0], "mask": masked.masks(slice(None))}
-    pictures |= {"masked": masked.batch(slice(None))[0], "map after": maps[-1]}
+    pictures["masked"] = masked.batch(slice(None))[0]
+    if len(maps) > 1:
+        pictures["map after"] = maps[1]
     table = {"digit": some.digits.tolist(), "class": some.labels.tolist()}
     for kind, images in {"image": some, "masked image": masked}.items():
         for name, model in models.items():
@@ -68,7 +70,7 @@ def offered_images(sets: BiasedSets, *how: Any, **rule: Any) -> dict[str, data.S
         for title, rows in differ.groupby(titles, sort=False):
             name = f"{part}, {title}: {rows.sum()} of {len(rows)} differ".replace("\n", ", ")
             order = rows.sort_values(ascending=False, kind="stable").index
-            found.append((rows.sum(), name, some[order.to_numpy()]))
+            found.append((rows.sum(), name, some[order.tolist()]))
     return {name: some for _, name, some in sorted(found, key=lambda row: -row[0])}
 
 

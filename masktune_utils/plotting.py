@@ -55,11 +55,8 @@ def grid(columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
         for ax, pixels in zip(column, pictures.cpu(), strict=False):
-            if pixels.ndim == 3:
-                ax.imshow(pixels.permute(1, 2, 0))
-            else:
-                colors = "magma" if len(pixels) < 28 else "gray"
-                ax.imshow(pixels, cmap=colors, vmin=0, vmax=1)
+            shown = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
+            ax.imshow(shown, cmap="magma" if len(pixels) < 28 else "gray", vmin=0, vmax=1)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     return figure

@@ -39,8 +39,7 @@ def saliency_maps(
     layer = models.target_layer(explained)
     # The gradient starts at this layer; the layers before it need no graph.
     layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    starts = range(0, len(images), batch_size)
-    maps = []
+    maps, starts = [], range(0, len(images), batch_size)
     with (
         getattr(methods, cam)(explained, layer) as extractor,
         torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),

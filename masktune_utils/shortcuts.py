@@ -113,8 +113,7 @@ def load(settings: DataSettings) -> BiasedSets:
     generator = torch.Generator().manual_seed(settings.seed)
     has_square = torch.zeros(len(train), dtype=torch.bool)
     if plants and settings.shortcut == "square":
-        how = settings.placement, settings.conflicting_share
-        has_square = place_squares(train, *how, generator)
+        has_square = place_squares(train, settings.placement, settings.conflicting_share, generator)
     held_out = torch.zeros(len(train), dtype=torch.bool)
     count = round(settings.validation_share * len(train))
     held_out[torch.randperm(len(train), generator=generator)[:count]] = True

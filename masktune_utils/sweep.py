@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import papermill
 import yaml
 from joblib import Parallel, cpu_count, delayed, parallel_config
+from pydantic import TypeAdapter
 from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
@@ -113,9 +114,9 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     errors, directory = {}, stages[0][0].settings.directory
     with tqdm(total=sum(map(len, stages)), unit="notebook", ncols=110) as bar:
         for stage in stages:
-            broken = {job.settings.folder("runs") for job in errors if job.stem in BASE}
-            reason = "not run, because its base model is missing"
-            errors |= {job: reason for job in stage if job.settings.folder("runs") in broken}
+            bad = {job.settings.folder("runs") for job in errors if job.stem in BASE}
+            orphans = [job for job in stage if job.settings.folder("runs") in bad]
+            errors |= dict.fromkeys(orphans, "not run, because its base model is missing")
             again, finished = force and stage[0].stem == FINETUNE, store.finished_results(directory)
             todo = [job for job in stage if job not in errors and (again or not job.done(finished))]
             bar.update(len(stage) - len(todo))
@@ -156,10 +157,10 @@ def read_grid(file: Path, given: dict[str, list]) -> list[Settings]:
     """
     grid = []
     try:
-        for block in yaml.safe_load(file.read_text(encoding="utf-8")):
+        for block in TypeAdapter(list[dict]).validate_python(yaml.safe_load(file.read_bytes())):
             values = {key: v if isinstance(v, list) else [v] for key, v in block.items()}
             grid += [Settings(**combination) for combination in ParameterGrid(values | given)]
-    except (AttributeError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(reason if reason.split()[0] in given else f"{file}: {reason}") from error
     names = {name: data.resolve_dataset(name) for name in {one.dataset for one in grid}}
@@ -180,13 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--dry-run", action="store_true", help="print the configurations, and run nothing")
     for name, field in Settings.__pydantic_fields__.items():
         about = f"{field.description} (default: {field.default!r})"
-        kind = str if isinstance(field.default, str) else _literal
-        option(f"--{name}", nargs="+", type=kind, metavar="VALUE", help=about)
+        option(f"--{name}", nargs="+", type=_literal, metavar="VALUE", help=about)
     return parser
 
 
 def _literal(text: str) -> Any:
-    """A number, None, True or False as Python writes it; else the text, which settings refuse."""
+    """A number, None, True or False as Python writes it; else the text itself."""
     with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
     return text
