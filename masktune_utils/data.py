@@ -37,7 +37,7 @@ class Split:
         has_square: N, bool; by default none has one.
 
     Raises:
-        ValueError: another shape, type or range; the message says what is allowed.
+        ValueError: another shape, type or range; the message tells what is allowed.
     """
 
     images: Tensor

@@ -47,8 +47,8 @@ def explain(
     table = {"digit": some.digits.tolist(), "class": some.labels.tolist()}
     for kind, images in {"image": some, "masked image": masked}.items():
         for name, model in models.items():
-            answers = zip(*evaluation.predict(model, images).softmax(1).max(1), strict=True)
-            table[f"{name}, {kind}"] = [f"class {label}, {share:.0%}" for share, label in answers]
+            predicted = zip(*evaluation.predict(model, images).softmax(1).max(1), strict=True)
+            table[f"{name}, {kind}"] = [f"class {label}, {share:.0%}" for share, label in predicted]
     return pictures, pd.DataFrame(table)
 
 

@@ -26,11 +26,11 @@ def saliency_maps(
 
     Returns:
         N×h×w float32, the size of the layer's output (SmallCNN: 8×8), each map scaled to [0, 1] by
-        its minimum and maximum. A map that is the same everywhere gives zeros; a warning says how
-        many there are.
+        its minimum and maximum. A map that is the same everywhere gives zeros; a warning counts
+        these.
 
     Raises:
-        TypeError: the model does not say which layer to explain.
+        TypeError: the model does not name a layer to explain.
         ValueError: an unknown CAM.
     """
     if not hasattr(methods, cam):
