@@ -51,7 +51,8 @@ class Split:
             object.__setattr__(self, "digits", labels)
         if self.has_square is None:
             object.__setattr__(self, "has_square", torch.zeros_like(labels, dtype=torch.bool))
-        is_image = images.dtype == torch.uint8 or 0 <= images.min() <= images.max() <= 1
+        floating = images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
+        is_image = floating or images.dtype == torch.uint8
         lengths = {len(part) for part in vars(self).values()}
         if images.ndim != 4 or not is_image or labels.dtype != torch.int64 or len(lengths) > 1:
             found = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}, labels {labels}"

@@ -161,14 +161,12 @@ def record(
     """
     name = settings.configuration if masked else "base"
     path = settings.folder("results") / f"{name}.json"
-    before = store.read_result(path) if path.exists() else {"sha256": ""}
-    seconds = about["seconds"]
-    if seconds is None and before["sha256"] == about["sha256"]:
-        seconds = before["seconds"]
+    before = store.read_result(path) if path.exists() else about
+    known = before["seconds"] if before["sha256"] == about["sha256"] else None
     report = evaluation.evaluate(model, sets)
     row = {"experiment": settings.experiment, "configuration": name}
     row |= settings.identity(base=not masked)
-    row |= {"sha256": about["sha256"], "seconds": seconds}
+    row |= {"sha256": about["sha256"], "seconds": about["seconds"] or known}
     row["base_sha256"] = about["settings"].get("base_sha256", about["sha256"])
     row |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     row["device"] = models.describe_device(sets.train.labels.device)

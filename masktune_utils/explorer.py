@@ -96,7 +96,7 @@ def explore(
         models, made_with = {"ERM": base, "MaskTune": model}, about["settings"]
         return (models, made_with["cam"]), {key: made_with[key] for key in RULE}
 
-    def show(group: str, image: int, configuration: str | None, **rule: Any) -> None:
+    def show(group: str, configuration: str | None, image: int = 0, **rule: Any) -> None:
         some = groups[group][[image % len(groups[group])]]
         pictures, table = explain(some, *load(configuration)[0], **rule)
         display(Image(data=plotting.png(plotting.grid(pictures)), retina=True), table)
@@ -111,22 +111,21 @@ def explore(
         plotting.show(plotting.grid(pictures), settings, name)
         display(table)
         return
-    lists = {"group": [*groups], "configuration": configurations}
-    lists |= {"method": [*get_args(Method)], "upsample": [*get_args(Upsample)]}
+    names = [(name or "none", name) for name in configurations]
+    lists = {"group": [*groups], "configuration": names, "method": [*get_args(Method)]}
     ranges = {"image": (0, PER_GROUP - 1), "param": (0.0, 1.0, 0.01), "dilation": (0, 27)}
-    panel = widgets.interactive(show, **lists, **ranges)
+    panel = widgets.interactive(show, **lists, upsample=[*get_args(Upsample)], **ranges)
     controls = {control.description: control for control in panel.children[:-1]}
+    for control in controls.values():
+        control.layout.width, control.style.description_width = "480px", "90px"
 
     def follow(_change: object) -> None:
         """A configuration brings its own mask."""
         for key, value in load(controls["configuration"].value)[1].items():
             controls[key].value = value
 
-    def fit(_change: object) -> None:
-        """A method has its own range."""
-        controls["param"].max = min(PARAM_RANGES[controls["method"].value], 10)
-
-    controls["method"].observe(fit, "value")
+    most = {method: min(value, 10) for method, value in PARAM_RANGES.items()}
+    widgets.dlink((controls["method"], "value"), (controls["param"], "max"), most.get)
     controls["configuration"].observe(follow, "value")
     follow(None)
     display(panel)

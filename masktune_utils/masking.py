@@ -32,7 +32,7 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
     """
     saliency_map = torch.as_tensor(saliency_map)
     pixels = saliency_map.flatten(-2)
-    if method == "threshold":
+    if method == "threshold" or not len(pixels):  # quantile refuses an empty batch
         return saliency_map > param
     if method == "top_k":
         limit = pixels.quantile(1 - param, dim=-1)

@@ -56,7 +56,7 @@ def grid(columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float
         column[0].set_title(title, fontsize=9)
         for ax, pixels in zip(column, pictures.cpu(), strict=False):
             shown = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
-            ax.imshow(shown, cmap="magma" if len(pixels) < 28 else "gray", vmin=0, vmax=1)
+            ax.imshow(shown.numpy(), cmap="magma" if len(pixels) < 28 else "gray", vmin=0, vmax=1)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     return figure

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchcam import methods
 
 from masktune_utils import data, models, progress
+from masktune_utils.settings import Settings
 
 
 def saliency_maps(
@@ -33,8 +34,7 @@ def saliency_maps(
         TypeError: the model does not name a layer to explain.
         ValueError: an unknown CAM.
     """
-    if not hasattr(methods, cam):
-        raise ValueError(f"cam is {cam!r}; allowed: {', '.join(methods.gradient.__all__)}.")
+    Settings(cam=cam)  # refuses an unknown name
     explained = copy.deepcopy(model).eval().requires_grad_(False)
     layer = models.target_layer(explained)
     # The gradient starts at this layer; the layers before it need no graph.

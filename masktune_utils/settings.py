@@ -12,6 +12,8 @@ fine-tuning depends on. Under `directory` (default: the repository) lie
 that is not the default, so that different settings never share a file.
 """
 
+import ast
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
@@ -32,6 +34,13 @@ Cam = Literal["XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM",
 Method = Literal["threshold", "top_k", "mean", "mean_std", "random"]
 Upsample = Literal["bilinear", "nearest", "map"]
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def from_text(text: str) -> Any:
+    """A number, None, True or False as Python writes it; else the text itself."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _settings(cls: type) -> type:
@@ -101,7 +110,7 @@ class DataSettings(Runtime):
     def _has_images(cls, folder: str, info: ValidationInfo) -> str:
         needed = info.data.get("dataset") == "folder"
         if needed != bool(folder) or not (REPOSITORY / folder).is_dir():
-            raise ValueError("'', or with dataset 'folder' a folder that has one folder per class")
+            raise ValueError("with dataset 'folder', a folder with one folder per class; else ''")
         return folder
 
     @field_validator("square_color")

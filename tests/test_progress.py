@@ -1,49 +1,54 @@
-import io
+"""Progress: for a person in JupyterLab or at a terminal, and for whoever reads a log.
+
+That the command shows the bar of a running notebook is in `test_sweep.py`.
+"""
+
 import re
 import time
 from types import SimpleNamespace
 
-import nbclient
-import nbformat
+import pytest
 
 from masktune_utils import progress
 
 
-def pretend(monkeypatch, metadata):
-    """Let this process look like a kernel whose front end sent that metadata with the cell."""
+@pytest.fixture
+def kernel(monkeypatch) -> dict[str, str]:
+    """Let this process look like a kernel; what the front end sends with the cell."""
+    metadata = {}
     shell = SimpleNamespace(kernel=None, get_parent=lambda: {"metadata": metadata})
     monkeypatch.setattr(progress, "get_ipython", lambda: shell)
+    return metadata
 
 
-def test_a_person_is_there_where_the_front_end_names_the_cell(monkeypatch):
-    assert not progress.is_live()  # no notebook at all
-    pretend(monkeypatch, {"cellId": "03-13"})
-    assert progress.is_live()
-    pretend(monkeypatch, {})
+def test_nobody_looks_on_outside_a_notebook():
     assert not progress.is_live()
 
 
-def test_a_notebook_run_headless_is_not_live(monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")  # as where papermill is started from within JupyterLab
-    cell = nbformat.v4.new_code_cell("from masktune_utils import progress\nprint(progress.is_live())")
-    notebook = nbclient.execute(nbformat.v4.new_notebook(cells=[cell]))
-    assert notebook.cells[0].outputs[0].text == "False\n"
+def test_a_person_looks_on_if_the_front_end_names_the_cell(kernel):
+    assert not progress.is_live()
+    kernel["cellId"] = "03-13"
+    assert progress.is_live()
 
 
-def test_a_headless_notebook_prints_a_line_every_few_seconds_and_none_for_what_is_quick(monkeypatch):
-    pretend(monkeypatch, {})
-    printed = io.StringIO()
-    monkeypatch.setattr("sys.stdout", printed)
+def test_a_headless_notebook_prints_a_line_every_five_seconds_and_none_for_short_work(
+    kernel, capsys
+):
     assert list(progress.bar(range(1000))) == list(range(1000))
-    assert printed.getvalue() == ""
+    assert capsys.readouterr().out == ""
     started = time.time()
     with progress.bar(total=100, desc="ERM") as bar:
         for second in range(20):
-            now = started + second
-            bar._time = lambda now=now: now  # the bar's clock
+            bar._time = lambda now=started + second: now  # the bar's clock
             bar.update(5)
-    lines = [line for line in printed.getvalue().split("\r") if line.strip()]
+    lines = [line for line in capsys.readouterr().out.split("\r") if line.strip()]
     assert 3 <= len(lines) <= 5 and lines[-1].startswith("ERM: 100%")
+
+
+def test_of_what_a_headless_notebook_prints_the_command_shows_the_bars_alone(capsys):
+    for text in ("Images: mnist.\n", "\rERM:  24%|##   |", "epoch 3\n"):
+        progress.Bars().write(text)
+    assert capsys.readouterr() == ("", "\rERM:  24%|##   |")
 
 
 def test_a_terminal_gets_one_line_that_goes_away(capsys):

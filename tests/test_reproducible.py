@@ -1,47 +1,44 @@
-"""Same seed, machine and number of threads: the same bytes, however and in whatever order they are made."""
+"""Same seed, machine and number of threads: the same bytes, however and in whatever order."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
+import time
 
+import papermill
 import pytest
-from conftest import MASKTUNE, outcome
+from tiny_runs import TINY, contents, masktune, start
 
 from masktune_utils import sweep
-from masktune_utils.experiment import Settings
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def masktune(directory: Path, *arguments: str) -> dict[str, object]:
-    tiny = ["--dataset", "mnist5k", "--epochs", "2", "-p", "limit", "200"]
-    command = [MASKTUNE, *arguments, *tiny, "--directory", str(directory)]
-    subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD)
-    return outcome(directory)
+pytest_plugins = ["tiny_runs"]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> dict[str, object]:
-    """All notebooks, one after the other."""
-    options = ["--jobs", "1", "--methods", "top_k", "random", "--params", "0.1"]
-    return masktune(tmp_path_factory.mktemp("reference"), "run", *options)
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_in_another_order_and_side_by_side(reference, tmp_path):
-    options = ["--jobs", "4", "--methods", "random", "top_k", "--params", "0.1"]
-    again = masktune(tmp_path, "run", *options)
-    assert again.keys() == reference.keys() and len(again) > 25
-    assert [name for name in again if again[name] != reference[name]] == []
+def test_a_sweep_killed_again_and_again_goes_on_to_the_same_bytes(whole_run, tmp_path):
+    """In another order than the run it is compared with, and without notebooks 01 and 05."""
+    for moment in ("base", "finetuned_*"):
+        sweeping = start(tmp_path, "--param", "0.3", "0.1")
+        while not list(tmp_path.glob(f"checkpoints/*/*/CNN_checkpoint_{moment}.pth")):
+            assert sweeping.poll() is None, sweeping.stderr.read()
+            time.sleep(0.05)
+        os.killpg(sweeping.pid, signal.SIGKILL)
+        sweeping.wait()
+    assert masktune(tmp_path, "--param", "0.3", "0.1") == 0
+    expected, found = contents(whole_run.directory), contents(tmp_path)
+    assert sum(map(len, found.values())) > 10
+    for folder, files in found.items():
+        assert [name for name in files if files[name] != expected[folder][name]] == []
 
 
-def test_one_notebook_alone_by_papermill(reference, tmp_path):
-    parameters = {"method": "random", "param": 0.1, "dataset": "mnist5k", "epochs": 2, "limit": 200}
-    command = [sys.executable, "-m", "papermill", str(sweep.NOTEBOOKS / "04_finetune_sweep.ipynb"), os.devnull]
-    for name, value in (parameters | {"directory": str(tmp_path)}).items():
-        command += ["-p", name, str(value)]
-    subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD, cwd=tmp_path)
-    settings = Settings(directory=str(tmp_path), **parameters)
-    again = outcome(tmp_path)
-    assert {settings.checkpoint_path(name).name for name in ("base", "random_0.1")} < again.keys()
-    assert [name for name in again if again[name] != reference[name]] == []
+def test_one_notebook_alone_by_papermill(whole_run, tmp_path):
+    source, values = sweep.NOTEBOOKS / "04_finetune_sweep.ipynb", {"param": 0.3, **TINY}
+    options = {"parameters": values | {"directory": str(tmp_path)}, "progress_bar": False}
+    papermill.execute_notebook(source, None, cwd=tmp_path, **options)
+    expected, found = contents(whole_run.directory), contents(tmp_path)
+    assert sorted(len(files) for files in found.values()) == [1, 2, 3]
+    for folder, files in found.items():
+        assert [name for name in files if files[name] != expected[folder][name]] == []

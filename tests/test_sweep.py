@@ -1,362 +1,236 @@
+"""The command `masktune`, and the notebooks that it executes."""
+
 import ast
-import contextlib
-import io
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import nbformat
-import papermill
 import psutil
 import pytest
-from conftest import MASKTUNE
 from joblib import cpu_count
-from nbclient.exceptions import DeadKernelError
-from PIL import Image
+from tiny_runs import OPTIONS, kernels, masktune, start, tiny
 
-from masktune_utils import evaluation, experiment, sweep
-from masktune_utils.experiment import Settings
+from masktune_utils import store, sweep
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
+pytest_plugins = ["tiny_runs"]
 NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
-ORDER = [
-    "progress",
-    "data",
-    "models",
-    "training",
-    "saliency",
-    "masking",
-    "experiment",
-    "evaluation",
-    "plotting",
-    "explorer",
-    "sweep",
-]
-TINY = ["--dataset", "mnist5k", "--epochs", "1", "-p", "limit", "200", "--methods", "top_k"]
-
-
-def tiny(directory: Path, **kwargs) -> Settings:
-    return Settings(directory=str(directory), dataset="mnist5k", limit=200, epochs=1, **kwargs)
-
-
-def start(directory: Path, *arguments: str) -> subprocess.Popen:
-    """`masktune sweep` in a process group of its own, which hears Ctrl-C even where this one was started deaf to it."""
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from masktune_utils.sweep import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "sweep", *TINY, "--directory", str(directory), *arguments]
-    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+ORDER = "progress models settings data shortcuts training saliency masking store evaluation "
+ORDER += "experiment plotting explorer sweep"
 
 
 def results(directory: Path) -> dict[str, dict]:
-    """The results of a directory by configuration, after a look that all that is saved is whole."""
+    """The results of the digits with seed 0, after a look that all that is saved is whole."""
     for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
-        experiment.load_checkpoint(path)
+        store.load_checkpoint(path)
     for path in directory.glob("runs/*/*/*.ipynb"):
         nbformat.read(path, as_version=4)
-    return {path.stem: json.loads(path.read_bytes()) for path in directory.glob("results/*/*/*.json")}
+    found = directory.glob("results/mnist5k*/seed0/*.json")
+    return {path.stem: json.loads(path.read_bytes()) for path in found}
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> tuple[Path, str]:
-    """A directory after `masktune run` with two configurations, and what that printed."""
-    directory = tmp_path_factory.mktemp("run")
-    other = Settings(directory=str(directory), dataset="mnist5k", limit=200).folder("results") / "base.json"
-    other_result = {"experiment": "mnist5k_limit=200", "configuration": "base", "seed": 0, "worst_group": 0.0}
-    other_result |= {test: {"accuracy": 0.0, "class_accuracy": [0.0, 0.0]} for test in ("raw", "biased")}
-    other_result |= {"sha256": "", "base_sha256": "", "settings": {}, "seconds": 0, "device": "", "threads": 1}
-    experiment.write_json(other, other_result | {"versions": {"torch": ""}})  # a neighbour, not to be counted in
-    command = [MASKTUNE, "run", *TINY, "--params", "0.1", "0.3", "--directory", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    other.unlink()
-    return directory, done.stdout
+def changes(directory: Path) -> dict[Path, int]:
+    """When each file was written, without the table that every run writes."""
+    files = (path for path in directory.rglob("*.*") if path.name != "results.csv")
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
-@pytest.fixture
-def directory(whole_run, tmp_path) -> Path:
-    """A copy of that directory, to do things to."""
-    return shutil.copytree(whole_run[0], tmp_path / "copy")
+def dry_run(capsys, *arguments: str) -> str:
+    assert sweep.main(["sweep", *arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
 
 
-def test_two_configurations_on_a_tiny_subset(whole_run):
-    directory, printed = whole_run
-    runs = directory / "runs" / "mnist5k"
-    assert (runs / "seed0_limit=200" / "01_dataset.ipynb").exists()  # it has no parameter of training
-    assert [path.stem for path in sorted((runs / "seed0_limit=200_epochs=1").iterdir())] == [
-        "02_erm",
-        "03_saliency_masks",
-        "04_finetune_sweep_top_k_0.1",
-        "04_finetune_sweep_top_k_0.3",
-        "05_plots",
-    ]
-    table = evaluation.collect(str(directory))
-    assert table["configuration"].tolist() == ["base", "top_k_0.1", "top_k_0.3"]
+def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
+    directory, code, printed, error = whole_run
+    assert code == 0, error
+    runs = directory / "runs"
+    assert (runs / "mnist5k_limit=200" / "seed0" / "01_dataset.ipynb").exists()
+    names = [path.stem for path in sorted(tiny(directory).folder("runs").iterdir())]
+    assert [name[:2] for name in names] == ["02", "03", "04", "04", "05"]
+    table = store.collect(str(directory))
+    names = [path.stem for path in sorted(directory.glob("results/mnist5k*/seed0/*.json"))]
+    assert table["configuration"].tolist() == ["base", "top_k_0.1", *names] and len(names) == 3
     for row in table.itertuples():
-        assert re.search(rf"{row.configuration} +{100 * row.raw:.2f} +{100 * row.biased:.2f} .* 1\n", printed)
-    figures = sorted(directory.glob("figures/*/*/*.png"))
-    assert len(figures) == 21 and all(str(figure) in printed for figure in figures)
-    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+        numbers = f"{100 * row.raw:.2f} +{100 * row.biased:.2f} +{100 * row.worst_group:.2f} +1\n"
+        assert re.search(rf"{row.configuration} +{numbers}", printed)
+    assert table["raw"].nunique() > 2  # so that a row with the numbers of another one is seen
+    for kind in ("checkpoints", "results", "runs", "figures"):
+        assert str(tiny(directory).folder(kind)) in printed
+    figures = {path.name[:2] for path in directory.glob("figures/*/*/*.png")}
+    assert figures == {"01", "02", "03", "04", "05"}
+    assert not [path for path in runs.rglob("*.ipynb") if "widget-view" in path.read_text()]
 
 
-def test_folders_of_three_classes_go_through_all_notebooks(tmp_path):
-    for part, count in {"train": 20, "test": 5}.items():
-        for name, color in {"a": "red", "b": "lime", "c": "blue"}.items():
-            (tmp_path / part / name).mkdir(parents=True)
-            for k in range(count):
-                Image.new("RGB", (30 + k, 30), color).save(tmp_path / part / name / f"{k}.png")
-    folders = ["-p", "train_folder", str(tmp_path / "train"), "-p", "test_folder", str(tmp_path / "test")]
-    arguments = ["--epochs", "2", "-p", "batch_size", "8", "--methods", "top_k", "--params", "0.1"]
-    assert sweep.main(["run", "--dataset", "folder", *folders, *arguments, "--directory", str(tmp_path)]) == 0
-    for result in results(tmp_path).values():
-        assert len(result["raw"]["class_accuracy"]) == 3 and result["raw"] == result["biased"]
-    assert len(results(tmp_path)) == 2 and not list(tmp_path.glob("runs/*/*/*.log"))
+def test_folders_of_three_classes_go_through_all_notebooks(whole_run):
+    table = store.collect(str(whole_run.directory)).set_index("dataset").loc[["folder"]]
+    assert table["configuration"].tolist() == ["base", "top_k_0.1"]
+    assert table["raw_class_2"].between(0, 1).all() and (table["raw"] == table["biased"]).all()
+    assert len(list(whole_run.directory.glob("runs/folder*/seed0/*.ipynb"))) == 5
 
 
-def test_the_bar_says_how_far_the_running_notebooks_are(tmp_path):
-    job = sweep.job("02_erm", tiny(tmp_path))
-    job.log.parent.mkdir(parents=True)
-    line = "\rERM:  {}%|##   | 43.6k/180k [00:05<00:{}, 8.71kimage/s, loss 0.1, accuracy 99.00%]"
-    printed = "Digits: mnist.\n" + line.format(1, 59) + line.format(24, 15)
-    job.log.write_bytes(b"\xff" + printed.encode())  # read in the middle of a character, perhaps
-    with sweep.tqdm(total=1, file=io.StringIO(), postfix="1 skipped") as bar:
-        with sweep._watching(bar, [job, sweep.job("03_saliency_masks", tiny(tmp_path))], seconds=0.01):
-            while "ERM" not in bar.postfix:
-                time.sleep(0.01)
-            assert bar.postfix == "1 skipped; seed 0 ERM:  24%, 00:15 left"
-        assert bar.postfix == "1 skipped"
+def test_what_is_done_is_skipped_and_force_does_a_configuration_again(directory, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = changes(directory)
+    assert masktune(directory, "--param", "0.1", "0.3") == 0
+    assert changes(directory) == before
+    assert masktune(directory, "--param", "0.1", "--force") == 0
+    after = changes(directory)
+    again = {path.name for path in before if before[path] != after[path]}
+    assert before.keys() == after.keys() and "04_finetune_sweep_top_k_0.1.ipynb" in again
+    trained = [name for name in again if name.endswith(".pth")]
+    assert trained == [tiny(directory).checkpoint_path("top_k_0.1").name]
+    assert results(directory)["top_k_0.1"]["threads"] == cpu_count()  # it had all cores
 
 
-def test_kernels_side_by_side_share_the_cores(whole_run):
-    threads = {name: result["threads"] for name, result in results(whole_run[0]).items()}
-    assert threads["base"] == cpu_count()
-    assert threads["top_k_0.1"] == threads["top_k_0.3"] == cpu_count() // min(2, cpu_count())
+def test_a_dry_run_shows_what_is_done_and_runs_nothing(directory, capsys):
+    before = changes(directory)
+    options = [*OPTIONS, "--directory", str(directory), "--param", "0.3", "0.5"]
+    printed = dry_run(capsys, *options)
+    assert changes(directory) == before
+    assert printed.startswith("2 configurations, images: mnist5k, device: ")
+    assert re.search("done .*=20 seed0 top_k_0.3\n     .*=20 seed0 top_k_0.5\n", printed)
+    assert printed.endswith("1 of them are done\n")
 
 
-def test_what_is_done_is_skipped_and_force_does_it_again(directory, capsys, monkeypatch):
-    before = results(directory)
-    arguments = ["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]
-    with monkeypatch.context() as patch:
-        patch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("executed"))
-        assert sweep.main(arguments) == 0
-    assert "3 skipped" in capsys.readouterr().err
-    path = tiny(directory).checkpoint_path("top_k_0.1")
-    written = path.stat().st_mtime_ns
-    assert sweep.main([*arguments, "--force"]) == 0
-    assert "2 skipped" in capsys.readouterr().err
-    assert path.stat().st_mtime_ns != written
-    after = results(directory)
-    assert before.keys() == after.keys() and before["base"] == after["base"]
-    assert before["top_k_0.1"]["seconds"] != after["top_k_0.1"]["seconds"]
+def test_options_win_over_the_blocks_of_a_grid_file(tmp_path, capsys):
+    file = tmp_path / "grid.yaml"
+    first, second = "{method: [mean, top_k], param: 0.5, epochs: 7}", "{dilation: 2, epochs: 9}"
+    file.write_text(f"- {first}\n- {second}\n")
+    given = ["--dataset", "mnist5k", "--param", "0.1", "0.3", "--seed", "0", "1", "--epochs", "3"]
+    printed = dry_run(capsys, str(file), *given, "--directory", str(tmp_path))
+    names = [f"{method}_{param}" for param in (0.1, 0.3) for method in ("mean", "top_k")]
+    names += ["top_k_0.1_dilation=2", "top_k_0.3_dilation=2"]
+    expected = {f"mnist5k_epochs=3 seed{seed} {name}" for seed in (0, 1) for name in names}
+    assert {line.strip() for line in printed.splitlines()[1:-1]} == expected
+    assert printed.endswith("\n0 of them are done\n") and len(expected) == 12
 
 
-def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(directory, whole_run):
-    for path in [*directory.rglob("*top_k*"), *directory.rglob("base.json"), *directory.rglob("*02_erm*")]:
+def test_the_grids_of_the_repository_are_valid(tmp_path, capsys):
+    given = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
+    files = sorted(REPOSITORY.glob("sweeps/*.yaml"))
+    counts = {path.stem: int(dry_run(capsys, str(path), *given).split()[0]) for path in files}
+    assert counts["published"] == 15 and counts["paper"] == 1
+
+
+def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="0"):
+        sweep.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.__pydantic_fields__.items():
+        about = f"{field.description} (default: {DEFAULTS[name]!r})"
+        assert f" --{name} VALUE [VALUE ...] {about}" in printed
+
+
+def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    settings = {"top_k_0.6": tiny(directory), "base": tiny(directory, seed=1)}
+    bad = [settings[name].checkpoint_path(name) for name in settings]
+    for path in bad:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"damaged")
+    arguments = ["--param", "0.6", "0.8", "--seed", "0", "1"]
+    assert masktune(directory, *arguments) == 1
+    printed, error = capsys.readouterr()
+    missing = "not run, because its base model is missing"
+    for line in (
+        f"failed: 04_finetune_sweep_top_k_0.6, seed 0: CheckpointError: {bad[0]} is damaged",
+        f"failed: 02_erm, seed 1: CheckpointError: {bad[1]} is damaged",
+        f"failed: 03_saliency_masks, seed 1: {missing}",
+        f"failed: 04_finetune_sweep_top_k_0.8, seed 1: {missing}",
+    ):
+        assert line in error
+    assert "\n5 notebooks failed" in printed and "Traceback" not in error
+    copies = {
+        (path.parent.name, path.stem): path for path in directory.glob("runs/mnist5k*/*/*_failed*")
+    }
+    expected = {("seed0", "04_finetune_sweep_top_k_0.6_failed"), ("seed1", "02_erm_failed")}
+    assert copies.keys() == expected
+    assert all("CheckpointError" in path.read_text() for path in copies.values())
+    assert all(path.read_bytes() == b"damaged" for path in bad)
+    for path in bad:
         path.unlink()
-    arguments = ["--params", "0.1", "0.3", "--seeds", "0", "1"]
-    for moment in (4, 8, 13):
-        sweeping = start(directory, *arguments)
-        time.sleep(moment)
-        os.killpg(sweeping.pid, signal.SIGKILL)
-        sweeping.wait()
-        results(directory)
-    done = start(directory, *arguments)
-    _, error = done.communicate()
-    assert done.returncode == 0, error
-    table = evaluation.collect(str(directory))
-    assert sorted(zip(table["seed"], table["configuration"], strict=True)) == [
-        (seed, name) for seed in (0, 1) for name in ("base", "top_k_0.1", "top_k_0.3")
-    ]
-    expected = {name: result["sha256"] for name, result in results(whole_run[0]).items()}
-    found = table[table["seed"] == 0].configuration
-    seed_0 = {path.stem: json.loads(path.read_bytes()) for path in directory.glob("results/*/seed0_*/*.json")}
-    assert len(found) == 3 and {name: result["sha256"] for name, result in seed_0.items()} == expected
-
-
-def test_two_sweeps_at_once_do_no_harm(directory):
-    both = [start(directory, "--params", "0.5") for _ in range(2)]
-    for sweeping in both:
-        _, error = sweeping.communicate()
-        assert sweeping.returncode == 0, error
-    assert results(directory).keys() == {"base", "top_k_0.1", "top_k_0.3", "top_k_0.5"}
-
-
-def test_a_failing_configuration_stops_no_other_and_is_named(directory):
-    path = tiny(directory).checkpoint_path("top_k_0.6")
-    path.write_bytes(b"damaged")
-    sweeping = start(directory, "--params", "0.6", "0.8")
-    _, error = sweeping.communicate()
-    assert sweeping.returncode == 1
-    copy = directory / "runs" / "mnist5k" / "seed0_limit=200_epochs=1" / "04_finetune_sweep_top_k_0.6.ipynb"
-    assert f"failed: 04_finetune_sweep_top_k_0.6, seed 0: CheckpointError: {path} is damaged" in error
-    assert str(copy) in error and "CheckpointError" in copy.read_text()
-    assert path.read_bytes() == b"damaged"
-    path.unlink()
     assert results(directory).keys() == {"base", "top_k_0.1", "top_k_0.3", "top_k_0.8"}
+    assert results(directory)["top_k_0.8"]["threads"] == max(1, cpu_count() // 2)  # two at once
+    shown = dry_run(capsys, *OPTIONS, "--directory", str(directory), *arguments)
+    assert re.findall("done .* (seed.*)", shown) == ["seed0 top_k_0.8"]
 
 
-def test_a_kernel_that_dies_is_named(directory, capsys, monkeypatch):
-    def die(*_args, **_kwargs):
-        raise DeadKernelError("Kernel died")
-
-    monkeypatch.setattr(papermill, "execute_notebook", die)
-    assert sweep.main(["sweep", *TINY, "--params", "0.9", "--directory", str(directory)]) == 1
-    assert "failed: 04_finetune_sweep_top_k_0.9, seed 0: DeadKernelError: Kernel died" in capsys.readouterr().err
-
-
-def test_a_notebook_that_failed_is_not_done(directory):
-    job = sweep.job("03_saliency_masks", tiny(directory))
-    assert job.done()
-    copy = experiment.read_json(job.copy)
-    copy["metadata"]["papermill"]["exception"] = True
-    experiment.write_json(job.copy, copy)
-    assert not job.done()
-
-
-def test_a_damaged_result_is_named_and_costs_the_table_alone(directory, capsys):
-    other = directory / "results" / "mnist5k" / "seed7" / "base.json"
-    other.parent.mkdir()
-    other.write_text('{"raw": ')
-    assert sweep.main(["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]) == 1
-    printed = capsys.readouterr()
-    assert f"masktune: no table: {other} is damaged" in printed.err and "0 notebooks failed" in printed.out
-    assert other.read_text() == '{"raw": '
-
-
-def test_a_result_that_is_damaged_is_named_and_not_replaced(directory, capsys):
-    path = tiny(directory).folder("results") / "top_k_0.1.json"
-    path.write_text("[]")
-    assert sweep.main(["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]) == 1
-    error = capsys.readouterr().err
-    assert f"failed: 04_finetune_sweep_top_k_0.1, seed 0: ValueError: {path} is damaged (no dict). Delete it" in error
-    assert path.read_text() == "[]"
-
-
-def test_configurations_without_a_base_model_are_not_run(directory, capsys, monkeypatch):
-    path = tiny(directory).checkpoint_path("base")
-    path.write_bytes(b"damaged")
-    tiny(directory).folder("results").joinpath("base.json").unlink()
-    assert sweep.main(["sweep", *TINY, "--params", "0.1", "--directory", str(directory)]) == 1
-    error = capsys.readouterr().err
-    assert "failed: 02_erm, seed 0: CheckpointError" in error
-    assert "failed: 04_finetune_sweep_top_k_0.1, seed 0: not run, for want of its base model" in error
-    assert path.read_bytes() == b"damaged"
-
-
-def test_an_interrupt_ends_the_kernels_too(directory):
-    sweeping = start(directory, "--params", *(f"0.{tenth}" for tenth in range(4, 10)))
-    kernels = []
-    while not kernels and sweeping.poll() is None:
-        time.sleep(0.2)
-        with contextlib.suppress(psutil.Error):
-            children = psutil.Process(sweeping.pid).children(recursive=True)
-            kernels = [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
-    time.sleep(2)
+def test_an_interrupt_ends_the_kernels_too_and_progress_is_seen_before(directory):
+    sweeping = start(directory, "--epochs", "10000", "--param", "0.1")
+    seen = ""
+    while not re.search(r"ERM, epoch \d+/10000: +\d+%", seen):
+        assert sweeping.poll() is None, seen
+        seen += sweeping.stderr.read(1)
+    running = kernels(sweeping)
     os.killpg(sweeping.pid, signal.SIGINT)
     _, error = sweeping.communicate(timeout=30)
-    assert sweeping.returncode == 130 and "interrupted" in error
-    _, alive = psutil.wait_procs(kernels, timeout=10)
-    assert kernels and not alive
-    assert len(results(directory)) < 9
+    assert sweeping.returncode == 130 and "masktune: interrupted" in error
+    assert len(running) == 1 and not psutil.wait_procs(running, timeout=10)[1]
 
 
 def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
     distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        sweeping = start(directory, "--params", "0.4", "0.5", "0.6", "--dask", cluster.scheduler_address)
-        while not any(client.processing().values()) and sweeping.poll() is None:
-            time.sleep(0.2)
-        time.sleep(4)
-        os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        sweeping = start(directory, "--param", "0.4", "0.5", "--dask", cluster.scheduler_address)
+        while not (busy := [worker for worker, tasks in client.processing().items() if tasks]):
+            assert sweeping.poll() is None, sweeping.stderr.read()
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(client.run(os.getpid, workers=busy[:1])[busy[0]], signal.SIGKILL)
         _, error = sweeping.communicate()
         assert sweeping.returncode == 0, error
-    names = {"base", *(f"top_k_0.{tenth}" for tenth in (1, 3, 4, 5, 6))}
-    assert results(directory).keys() == names
-    assert all(results(directory)[f"top_k_0.{tenth}"]["threads"] == 1 for tenth in (4, 5, 6))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "changed"),
-    [
-        ([], {}),
-        (["--methods", "top_k", "--params", "0.1"], {"method": "top_k", "param": 0.1}),
-        (["-p", "square_size", "6"], {"square_size": 6}),
-    ],
-)
-def test_a_preset_is_where_a_grid_starts_from(arguments, changed, monkeypatch):
-    grids = []
-    monkeypatch.setattr(sweep, "run", lambda grid, **kwargs: grids.append(grid))
-    sweep.main(["sweep", "--dataset", "mnist5k", "--preset", "paper", *arguments])
-    directory = str(experiment.REPOSITORY)
-    preset = experiment.PRESETS["paper"] | changed
-    assert grids == [[Settings(directory=directory, dataset="mnist5k", **preset)]]
-
-
-def test_values_of_a_parameter_are_a_dimension_of_the_grid(monkeypatch):
-    grids = []
-    monkeypatch.setattr(sweep, "run", lambda grid, **_: grids.append(grid) or 0)
-    sweep.main(["sweep", *TINY, "--params", "0.1", "0.3", "--seeds", "0", "1", "-p", "upsample", "map", "nearest"])
-    found = {(settings.param, settings.seed, settings.upsample) for settings in grids[0]}
-    assert len(grids[0]) == 8 and found == {(p, s, u) for p in (0.1, 0.3) for s in (0, 1) for u in ("map", "nearest")}
-
-
-def test_a_single_parameter_takes_the_place_of_the_option(monkeypatch):
-    grids = []
-    monkeypatch.setattr(sweep, "run", lambda grid, **_: grids.append(grid) or 0)
-    assert (
-        sweep.main(["run", *TINY, "-p", "method", "mean", "--params", "0.1", "0.1", "-p", "finetune_lr", "1e-3"]) == 0
-    )
-    (settings,) = grids[0]
-    assert (settings.method, settings.param, settings.finetune_lr, settings.limit) == ("mean", 0.1, 0.001, 200)
+    assert {"top_k_0.4", "top_k_0.5"} < results(directory).keys()
 
 
 def test_no_module_imports_one_that_comes_after_it():
-    package = Path(sweep.__file__).parent
-    assert {path.stem for path in package.glob("*.py")} == {*ORDER, "__init__"}
-    for position, name in enumerate(ORDER):
+    package, order = Path(sweep.__file__).parent, ORDER.split()
+    assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}
+    for position, name in enumerate(order):
         for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("masktune_utils"):
+            assert not isinstance(node, ast.Import) or "masktune_utils" not in ast.unparse(node)
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("masktune_utils"):
                 parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
-                assert all(ORDER.index(part) < position for part in parts), f"{name} imports {parts}"
+                assert set(parts) <= set(order[:position]), name
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_committed_as_executed_top_to_bottom(path):
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert str(experiment.REPOSITORY) not in path.read_text()
-    assert path.stat().st_size < 1_000_000
-    long = [cell for cell in code if len(cell.source.splitlines()) > 25]
-    assert all("parameters" in cell.metadata.get("tags", []) for cell in long)
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request) -> nbformat.NotebookNode:
+    """A notebook; `code` are its cells of code, the parameters first."""
+    notebook = nbformat.read(request.param, as_version=4)
+    notebook.path = request.param
+    notebook.code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.code[0].metadata.tags == ["parameters"]
+    return notebook
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_parameters_are_literals_with_the_defaults_of_the_settings(path):
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
-    values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body}
-    defaults = vars(Settings())
-    assert len(cells) == 1
-    assert {name: value for name, value in values.items() if name in defaults} == {
-        name: defaults[name] for name in values if name in defaults
-    }
-    assert set(values) - set(defaults) <= {"base_model", "finetuned_model"}
+def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
+    counts = [cell.execution_count for cell in notebook.code]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = [output for cell in notebook.code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not re.search("/(work|tmp|root|home)/", notebook.path.read_text())
+    assert notebook.path.stat().st_size < 1_000_000
 
 
-def test_readme_lists_every_parameter_of_every_notebook():
-    rows = re.findall(
-        r"^\| `(\w+)` \| `.*?` \|(.*)\| .* \|$", (experiment.REPOSITORY / "README.md").read_text(), re.MULTILINE
-    )
-    listed = {
-        (name, stem) for name, dots in rows for stem, dot in zip("12345", dots.split("|"), strict=True) if "●" in dot
-    }
-    assert listed == {(name, path.stem[1]) for path in NOTEBOOKS for name in sweep.notebook_parameters(path.stem)}
+def test_notebooks_are_short(notebook):
+    assert len(notebook.cells) <= (20 if notebook.path.stem == "05_plots" else 25)
+    assert [c.source for c in notebook.code[1:] if len(c.source.splitlines()) > 20] == []
+
+
+def test_parameters_are_literals_with_default_and_comment_of_the_settings(notebook):
+    lines = [line for line in notebook.code[0].source.splitlines() if not line.startswith("# ")]
+    found = {name: line for name, _, line in (line.partition(" = ") for line in lines)}
+    if notebook.path.stem == "05_plots":
+        for name in ("base_model", "finetuned_model"):
+            assert found.pop(name).startswith('""  # path of a checkpoint; empty: ')
+    assert notebook.path.stem != "06_study" or found.keys() == {"directory"}
+    for name, line in found.items():
+        value, _, comment = line.partition("  # ")
+        assert repr(ast.literal_eval(value)) == repr(DEFAULTS[name])
+        assert comment == Settings.__pydantic_fields__[name].description

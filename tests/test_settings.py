@@ -1,0 +1,53 @@
+"""Settings: what is allowed, and where files go. Most bad values are in test_bad_input.py."""
+
+import os
+import re
+
+import pytest
+
+from masktune_utils import experiment
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
+
+
+def test_names_of_files_tell_what_is_not_the_default(tmp_path):
+    settings = Settings(directory=str(tmp_path), dataset="mnist")
+    folder = tmp_path / "checkpoints/mnist/seed0"
+    assert settings.checkpoint_path("base") == folder / "CNN_checkpoint_base.pth"
+    path = settings.checkpoint_path(settings.configuration)
+    assert path == folder / "CNN_checkpoint_finetuned_top_k_0.1.pth"
+    settings = Settings(dataset="mnist5k", limit=200, epochs=1, seed=2, method="mean", dilation=1)
+    assert settings.folder("runs") == REPOSITORY / "runs/mnist5k_limit=200_epochs=1/seed2"
+    assert settings.configuration == "mean_0.1_dilation=1"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": "0"}, "seed is '0'; allowed: a valid integer."),
+        ({"seed": 3.0}, "seed is 3.0; allowed: a valid integer."),
+        ({"lr": float("nan")}, "lr is nan; allowed: a finite number."),
+        ({"method": "random", "param": 1}, "param is 1; allowed: 0 to 0.5 for method 'random'."),
+        ({"foo": 1}, f"foo is not a setting; allowed: {', '.join(DEFAULTS)}."),
+    ],
+)
+def test_a_bad_value_is_refused_and_named_with_what_is_allowed(values, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Settings(**values)
+
+
+def test_a_directory_that_is_a_file_or_cannot_be_written_to_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^directory is .*; allowed: a folder to write to, or a"):
+        Settings(directory=str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=re.escape(f"a new one ({tmp_path} is not one).")):
+        Settings(directory=str(tmp_path / "new"))
+
+
+def test_settings_of_a_notebook_and_unknown_parameters():
+    cells = ["", 'dataset = "auto"\nseed = 0  # of every random choice', "# Parameters\nseed = 3\n"]
+    namespace = {"In": cells, "dataset": "mnist5k", "seed": 3, "lrs": [1]}
+    assert experiment.from_notebook(namespace) == Settings(dataset="mnist5k", seed=3)
+    cells[2] = "# Parameters\nsede = 3\n"
+    with pytest.raises(ValueError, match="sede is not a parameter; allowed: dataset, seed"):
+        experiment.from_notebook(namespace)
