@@ -162,8 +162,8 @@ def read_grid(file: Path, given: dict[str, list]) -> list[Settings]:
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"{file}: allowed: a list of blocks of settings ({reason}).") from error
     except ValueError as error:
-        is_own = f"{error}".split()[0] in block.keys() - given
-        raise ValueError(f"{file}: {error}" if is_own else f"{error}") from error
+        elsewhere = f"{error}".split()[0] in DEFAULTS.keys() - block | given.keys()
+        raise ValueError(f"{error}" if elsewhere else f"{file}: {error}") from error
     names = {name: data.resolve_dataset(name) for name in {one.dataset for one in grid}}
     grid = [dataclasses.replace(one, dataset=names[one.dataset]) for one in grid]
     for one in {(s.dataset, s.train_folder, s.test_folder, s.limit): s for s in grid}.values():
