@@ -3,17 +3,17 @@
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from masktune_utils import sweep
 
@@ -22,68 +22,44 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
-TINY = {"dataset": "mnist5k", "epochs": 1, "limit": 200}
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs apt-get install chromium")
 
 
 @pytest.fixture
 def lab(tmp_path):
-    """Address of a JupyterLab over a copy of notebook 03 with tiny parameters."""
-    folder, token = tmp_path / "notebooks", os.urandom(16).hex()
-    folder.mkdir()
-    notebook = nbformat.read(sweep.NOTEBOOKS / "03_saliency_masks.ipynb", as_version=4)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    for name, value in (TINY | {"directory": str(tmp_path)}).items():
-        line = f"{name} = {value!r}"
-        cell.source = re.sub(rf"^{name} = .*$", line, cell.source, flags=re.MULTILINE)
-    nbformat.write(notebook, folder / "03.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--allow-root"]
-    options += [f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}"]
+    """Address of notebook 03, with tiny parameters, in a JupyterLab."""
+    values = {"dataset": "mnist5k", "epochs": 1, "limit": 200, "directory": str(tmp_path)}
+    notebook = load_notebook_node(str(sweep.NOTEBOOKS / "03_saliency_masks.ipynb"))
+    nbformat.write(parameterize_notebook(notebook, values), tmp_path / "03.ipynb")
+    options = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={tmp_path}"]
     options.append("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
     kinds = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment |= {kind: str(tmp_path / kind) for kind in kinds}
+    environment = os.environ | {kind: str(tmp_path / kind) for kind in kinds}
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    address = re.compile(r"(http://127.0.0.1:\d+/lab)(\?token=\w+)")
     try:
-        wait(lambda: answers(f"http://127.0.0.1:{port}/api/status?token={token}"), tmp_path / "log")
-        yield f"http://127.0.0.1:{port}/lab/tree/03.ipynb?token={token}"
+        wait(lambda: address.search((tmp_path / "log").read_text()), tmp_path / "log")
+        yield address.search((tmp_path / "log").read_text()).expand(r"\1/tree/03.ipynb\2")
     finally:
-        end(server)
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        server.terminate()  # and its kernels with it
+        for left in psutil.wait_procs(family, timeout=10)[1]:
+            left.kill()
 
 
-def wait(ready, log: Path, seconds: float = 60) -> None:
+def wait(ready: Callable, log: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
 
 
-def answers(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(address, timeout=5).status == 200
-    except OSError:
-        return False
-
-
-def end(server: subprocess.Popen) -> None:
-    """Ask the server to end with its kernels, and kill what is left after ten seconds."""
-    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    server.send_signal(signal.SIGTERM)
-    for left in psutil.wait_procs(family, timeout=10)[1]:
-        left.kill()
-    server.wait()
-
-
 def test_the_picture_follows_the_slider(lab, tmp_path):
     with playwright.sync_playwright() as driver:
         flags = [*FLAGS.split(), *["--no-sandbox"] * (os.geteuid() == 0)]
         options = {"executable_path": BROWSER, "args": flags}
-        options |= {"viewport": {"width": 1400, "height": 1000}}
         browser = driver.chromium.launch_persistent_context(tmp_path / "profile", **options)
         page = browser.pages[0]
         page.goto(lab)

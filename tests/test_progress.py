@@ -1,7 +1,4 @@
-"""Progress: for a person in JupyterLab or at a terminal, and for whoever reads a log.
-
-That the command shows the bar of a running notebook is in `test_sweep.py`.
-"""
+"""Progress bars, for people and for logs; `test_sweep.py` has that of a running notebook."""
 
 import re
 import time
@@ -19,10 +16,6 @@ def kernel(monkeypatch) -> dict[str, str]:
     shell = SimpleNamespace(kernel=None, get_parent=lambda: {"metadata": metadata})
     monkeypatch.setattr(progress, "get_ipython", lambda: shell)
     return metadata
-
-
-def test_nobody_looks_on_outside_a_notebook():
-    assert not progress.is_live()
 
 
 def test_a_person_looks_on_if_the_front_end_names_the_cell(kernel):

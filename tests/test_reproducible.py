@@ -3,10 +3,12 @@
 import os
 import signal
 import time
+from collections.abc import Callable
+from subprocess import Popen
 
 import papermill
 import pytest
-from tiny_runs import TINY, contents, masktune, start
+from tiny_runs import TINY, contents, kernels, masktune, start
 
 from masktune_utils import sweep
 
@@ -18,16 +20,28 @@ def _one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+def wait(sweeping: Popen, ready: Callable) -> None:
+    while not ready():
+        assert sweeping.poll() is None, sweeping.stderr.read()
+        time.sleep(0.05)
+
+
 def test_a_sweep_killed_again_and_again_goes_on_to_the_same_bytes(whole_run, tmp_path):
     """In another order than the run it is compared with, and without notebooks 01 and 05."""
-    for moment in ("base", "finetuned_*"):
-        sweeping = start(tmp_path, "--param", "0.3", "0.1")
-        while not list(tmp_path.glob(f"checkpoints/*/*/CNN_checkpoint_{moment}.pth")):
-            assert sweeping.poll() is None, sweeping.stderr.read()
-            time.sleep(0.05)
+    arguments = "--param", "0.3", "0.1"
+    sweeping = start(tmp_path, *arguments)
+    wait(sweeping, lambda: kernels(sweeping))
+    time.sleep(1)
+    kernels(sweeping)[0].kill()
+    _, error = sweeping.communicate()
+    assert sweeping.returncode == 1 and "Traceback" not in error
+    assert "failed: 02_erm, seed 0: DeadKernelError: Kernel died" in error
+    for moment in ("CNN_checkpoint_base.pth", "CNN_saliency_*.pth"):
+        sweeping = start(tmp_path, *arguments)
+        wait(sweeping, lambda name=moment: list(tmp_path.glob(f"checkpoints/*/*/{name}")))
         os.killpg(sweeping.pid, signal.SIGKILL)
         sweeping.wait()
-    assert masktune(tmp_path, "--param", "0.3", "0.1") == 0
+    assert masktune(tmp_path, *arguments) == 0
     expected, found = contents(whole_run.directory), contents(tmp_path)
     assert sum(map(len, found.values())) > 10
     for folder, files in found.items():
