@@ -26,8 +26,7 @@ def predict(model: nn.Module, dataset: Any, batch_size: int = 200) -> Tensor:
     """
     was_training = model.training
     model.eval()
-    batches = torch.arange(len(dataset)).split(batch_size)
-    logits = [model(dataset.batch(index)[0]) for index in batches]
+    logits = [model(dataset.batch(i)[0]) for i in torch.arange(len(dataset)).split(batch_size)]
     model.train(was_training)
     return torch.cat(logits).cpu()
 

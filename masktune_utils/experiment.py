@@ -33,8 +33,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     Raises:
         ValueError: see `Settings`; or an unknown parameter.
     """
-    cells = [source for source in namespace["In"] if source]
-    for cell, injected in itertools.pairwise(cells):
+    for cell, injected in itertools.pairwise(filter(None, namespace["In"])):
         known, given = (re.findall(r"^(\w+) =", text, re.MULTILINE) for text in (cell, injected))
         unknown = [name for name in given if name not in known]
         if injected.startswith("# Parameters\n") and unknown:

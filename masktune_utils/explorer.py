@@ -98,6 +98,7 @@ def explore(
 
     def show(group: str, configuration: str | None, image: int = 0, **rule: Any) -> None:
         some = groups[group][[image % len(groups[group])]]
+        rule["param"] = min(rule["param"], PARAM_RANGES[rule["method"]])  # the slider comes later
         pictures, table = explain(some, *load(configuration)[0], **rule)
         display(Image(data=plotting.png(plotting.grid(pictures)), retina=True), table)
 

@@ -46,7 +46,7 @@ def grid(columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float
         row_titles: B titles.
         size: of a picture, in inches.
     """
-    rows = max(map(len, columns.values()))
+    rows = max(1, *map(len, columns.values()))
     figure = Figure((size * len(columns) + 0.6, size * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for ax in axes.flat:

@@ -39,16 +39,15 @@ def saliency_maps(
     layer = models.target_layer(explained)
     # The gradient starts at this layer; the layers before it need no graph.
     layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    maps, starts = [], range(0, len(images), batch_size)
+    maps, batches = [], [*zip(images.split(batch_size), labels.split(batch_size), strict=True)]
     with (
         getattr(methods, cam)(explained, layer) as extractor,
         torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
         torch.enable_grad(),
     ):
         torch.manual_seed(0)  # SmoothGradCAMpp draws noise
-        for start in progress.bar(starts, desc=cam, unit="batch", disable=len(starts) <= 1):
-            part = slice(start, start + batch_size)
-            maps += extractor(labels[part].tolist(), explained(data.to_float(images[part])))
+        for some, classes in progress.bar(batches, desc=cam, disable=len(batches) <= 1):
+            maps += extractor(classes.tolist(), explained(data.to_float(some)))
     maps = torch.cat(maps)
     if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)

@@ -1,6 +1,7 @@
 """The command `masktune`: a grid of settings → notebooks, run by papermill, side by side by joblib."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -77,12 +78,12 @@ class Job(NamedTuple):
             copy, error = Path(folder) / "copy.ipynb", None
             try:
                 papermill.execute_notebook(source, copy, values, **options)
+                store.write_bytes(target, copy.read_bytes())
             except Exception as failure:  # noqa: BLE001 - any failure: the other notebooks go on
                 kind = getattr(failure, "ename", type(failure).__name__)
                 error = f"{kind}: {getattr(failure, 'evalue', failure)}".splitlines()[0]
-                target = target.with_stem(f"{target.stem}_failed")
-            if copy.exists():
-                store.write_bytes(target, copy.read_bytes())
+                with contextlib.suppress(OSError):
+                    store.write_bytes(target.with_stem(f"{target.stem}_failed"), copy.read_bytes())
         return self, error
 
 
@@ -133,7 +134,8 @@ def report(stages: list[list[Job]]) -> None:
     store.write_bytes(root / "results.csv", table.to_csv(index=False).encode())
     wanted = {(job.settings.experiment, job.name, job.settings.seed) for job in jobs}
     table = table[[key in wanted for key in table[store.KEY].itertuples(index=False, name=None)]]
-    print(f"\nAccuracy in %\n\n{evaluation.summarize(table, store.KEY[:2]).to_string()}\n")
+    if len(table):
+        print(f"\nAccuracy in %\n\n{evaluation.summarize(table, store.KEY[:2]).to_string()}\n")
     for kind in ("checkpoints", "results", "runs", "figures"):
         folders = dict.fromkeys(str(job.settings.folder(kind)) for job in jobs)
         print(f"{kind}:", *folders, sep="\n  ")
@@ -215,9 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         errors = execute(stages, count, arguments.force)
         report(stages)
-    except KeyboardInterrupt:
-        print("\nmasktune: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, OSError) as error:
+        print("\nmasktune:", f"{error}" or "interrupted; the same command goes on", file=sys.stderr)
+        return 1 if isinstance(error, OSError) else 130
     for job, error in errors.items():
         print(f"failed: {job.copy.stem}, seed {job.settings.seed}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} notebooks failed")

@@ -46,10 +46,13 @@ def kernels(process: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())]
 
 
-def contents(directory: Path) -> dict[Path, dict[str, object]]:
-    """What `masktune` left of the digits with seed 0, by folder, see `outcome`."""
-    folders = sorted(directory.glob("*/mnist5k*/seed0"))
-    return {folder.relative_to(directory): outcome(folder) for folder in folders}
+def contents(directory: Path) -> dict[tuple[Path, str], object]:
+    """What `masktune` left of the digits with seed 0, by folder and name, see `outcome`."""
+    return {
+        (folder.relative_to(directory), name): content
+        for folder in directory.glob("*/mnist5k*/seed0")
+        for name, content in outcome(folder).items()
+    }
 
 
 class Run(NamedTuple):
