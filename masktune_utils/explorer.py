@@ -66,7 +66,8 @@ def offered_images(sets: BiasedSets, *how: Any, **rule: Any) -> dict[str, data.S
         index, titles = examples(getattr(sets, part), PER_GROUP)
         some = getattr(sets, part)[index]
         one, other = explain(some, *how, **rule)[1].iloc[:, 2:4].T.to_numpy()
-        differ = pd.Series([a[:7] != b[:7] for a, b in zip(one, other, strict=True)])
+        pairs = zip(one, other, strict=True)
+        differ = pd.Series([a.partition(",")[0] != b.partition(",")[0] for a, b in pairs])
         for title, rows in differ.groupby(titles, sort=False):
             name = f"{part}, {title}: {rows.sum()} of {len(rows)} differ".replace("\n", ", ")
             order = rows.sort_values(ascending=False, kind="stable").index
@@ -125,8 +126,8 @@ def explore(
         for key, value in load(controls["configuration"].value)[1].items():
             controls[key].value = value
 
-    most = {method: min(value, 10) for method, value in PARAM_RANGES.items()}
-    widgets.dlink((controls["method"], "value"), (controls["param"], "max"), most.get)
+    # a method has its own range
+    widgets.dlink((controls["method"], "value"), (controls["param"], "max"), PARAM_RANGES.get)
     controls["configuration"].observe(follow, "value")
     follow(None)
     display(panel)
