@@ -77,5 +77,5 @@ def target_layer(model: nn.Module) -> nn.Module:
     layer = getattr(model, "get_grad_cam_target_layer", lambda: None)()
     if not isinstance(layer, nn.Module):
         needed = "get_grad_cam_target_layer(), which returns the module to explain"
-        raise TypeError(f"{type(model).__name__} is not explained; it needs a method {needed}.")
+        raise TypeError(f"{type(model).__name__} names no layer; it needs a method {needed}.")
     return layer

@@ -191,16 +191,16 @@ def answer_by_half(server: socket.socket) -> None:
         connection.close()
 
 
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_server_that_is_silent_or_stops_halfway_is_given_up(answers, root, monkeypatch):
+@pytest.mark.parametrize("replies", [False, True])
+def test_a_server_that_is_silent_or_stops_halfway_is_given_up(replies, root, monkeypatch):
     monkeypatch.setattr(data, "SILENCE", 0.3)
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        if answers:
+        if replies:
             threading.Thread(target=answer_by_half, args=(server,), daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
         monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [url])
-        reason = r"nor can it be downloaded" + ("" if answers else r".* \(.*timed out")
+        reason = r"nor can it be downloaded" + ("" if replies else r".* \(.*timed out")
         with pytest.raises(FileNotFoundError, match=reason):
             data.load(Settings(dataset="mnist"))
         with pytest.warns(UserWarning, match="'mnist5k'"):

@@ -83,7 +83,7 @@ def test_limit_takes_equally_many_of_each_digit(splits):
         load(limit=4010)
 
 
-def test_offline_the_default_is_mnist5k_with_a_warning_that_says_how_to_get_mnist(
+def test_offline_the_default_is_mnist5k_with_a_warning_that_tells_how_to_get_mnist(
     monkeypatch, tmp_path
 ):
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))

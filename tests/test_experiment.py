@@ -28,7 +28,7 @@ def sha256(model: torch.nn.Module) -> str:
 
 
 def change(model: torch.nn.Module) -> None:
-    """Make it another model, which always answers class 0."""
+    """Make it another model, which always predicts class 0."""
     with torch.no_grad():
         model.linear[3].bias += torch.tensor([1e6, 0.0])
 
@@ -126,7 +126,7 @@ def test_saliency_is_computed_once_per_base_model(settings, splits, model, monke
     assert not experiment.training_saliency(settings, model, splits.train).any()
 
 
-def test_a_result_says_what_made_it_and_how_good_it_is(settings, splits, masked):
+def test_a_result_tells_what_made_it_and_how_good_it_is(settings, splits, masked):
     base, base_about = experiment.base_model(settings, splits.train)
     tuned, about = experiment.finetuned_model(settings, base, masked)
     experiment.record(settings, base, base_about, splits)

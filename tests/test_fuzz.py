@@ -131,14 +131,14 @@ def test_a_square_changes_what_it_covers_and_nothing_else(size, row, column, col
 
 @given(integers(1, 60), SEEDS)
 def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
-    has_square, answers = torch.rand(2, len(labels), generator=generator(seed)) < 0.5
+    has_square, replies = torch.rand(2, len(labels), generator=generator(seed)) < 0.5
     groups = shortcuts.groups(labels, has_square)
     everyone = torch.cat(list(groups.values())).sort().values
     assert everyone.tolist() == list(range(len(labels)))
-    logits, split = torch.eye(2)[answers.long()], one_by_one(labels, has_square=has_square)
+    logits, split = torch.eye(2)[replies.long()], one_by_one(labels, has_square=has_square)
     accuracy = evaluation.group_accuracy(logits, split)
     hits = sum(accuracy[name] * len(index) for name, index in groups.items())
-    assert hits == pytest.approx((answers == labels).sum().item())
+    assert hits == pytest.approx((replies == labels).sum().item())
 
 
 @given(integers(1, 60), SEEDS, st.integers(2, 5))

@@ -77,7 +77,7 @@ class WrongLayer(models.SmallCNN):
 
 @pytest.mark.parametrize("kind", [torch.nn.Flatten, WrongLayer])
 def test_a_model_that_does_not_say_which_layer_to_explain_is_refused(kind, few):
-    message = f"{kind.__name__} is not explained; it needs a method get_grad_cam_target_layer"
+    message = f"{kind.__name__} names no layer; it needs a method get_grad_cam_target_layer"
     with pytest.raises(TypeError, match=message):
         saliency.saliency_maps(kind(), few.images, few.labels)
 
