@@ -23,7 +23,7 @@ from masktune_utils.settings import REPOSITORY, DataSettings
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 MD5 = "017998840fb0ba3336e2cca627621f8d"  # of the four unpacked files of MNIST together
 SILENCE = 15  # seconds without an answer after which a download is given up
-REMEDY = "Go online once, or set MASKTUNE_DATA to a folder that has them (README, Your own images)."
+REMEDY = "Go online once, or set MASKTUNE_DATA to a folder that has them (README, Start)."
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def record(
     Returns:
         A row of the table of results: `experiment`, `configuration` and `seed`, which tell it from
         all others; the settings; `sha256` of the weights and `base_sha256` of the base model's;
-        `seconds` of the training that made them, if known; `threads`, `device`, `torch`; `raw`,
+        `seconds`, `threads`, `device`, `torch` of the training that made them, if known; `raw`,
         `biased`, `worst_group` and `{raw,biased}_class_{0,1,…}`, accuracies in [0, 1]; if images
         are held out, `validation_worst_class` and `validation_worst_group`; for a fine-tuned model
         `hidden_{square,square_whole,rest,digit}`, see `masking.hidden_shares`. All of
@@ -160,16 +160,17 @@ def record(
     """
     name = settings.configuration if masked else "base"
     path = settings.folder("results") / f"{name}.json"
-    before = store.read_result(path) if path.exists() else about
-    known = before["seconds"] if before["sha256"] == about["sha256"] else None
+    how = {"seconds": about["seconds"], "threads": torch.get_num_threads()}
+    how |= {"torch": torch.__version__, "device": models.describe_device(sets.train.labels.device)}
+    before = store.read_result(path) if path.exists() else {"sha256": ""}
+    if how["seconds"] is None and before["sha256"] == about["sha256"]:
+        how = {name: before.get(name) for name in how}  # of the training that made these weights
     report = evaluation.evaluate(model, sets)
     row = {"experiment": settings.experiment, "configuration": name}
     row |= settings.identity(base=not masked)
-    row |= {"sha256": about["sha256"], "seconds": about["seconds"] or known}
+    row |= how | {"sha256": about["sha256"]}
     row["base_sha256"] = about["settings"].get("base_sha256", about["sha256"])
-    row |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    row["device"] = models.describe_device(sets.train.labels.device)
-    row["worst_group"] = report["worst_group"]
+    row |= {"worst_group": report["worst_group"], "metrics": report}
     for test in ("raw", "biased"):
         row[test] = report[test]["accuracy"]
         for label, share in enumerate(report[test]["class_accuracy"]):
@@ -180,6 +181,5 @@ def record(
     if masked:
         hidden = masking.hidden_shares(masked, settings.square_size)
         row |= {f"hidden_{part}": share for part, share in hidden.items()}
-    row["metrics"] = report
     store.write_bytes(path, json.dumps(row, indent=1).encode())
     return row

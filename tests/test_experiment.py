@@ -158,3 +158,13 @@ def test_a_result_keeps_its_seconds_as_long_as_the_weights_are_the_same(settings
     row = experiment.record(settings, model, loaded | {"sha256": sha256(model)}, splits)
     assert row["seconds"] is None
     assert (row["raw_class_0"], row["raw_class_1"], row["worst_group"]) == (1, 0, 0)
+
+
+def test_a_result_keeps_how_its_weights_were_trained(settings, splits, monkeypatch):
+    base, about = experiment.base_model(settings, splits.train)
+    first = experiment.record(settings, base, about, splits)
+    _, loaded = experiment.base_model(settings, splits.train)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    again = experiment.record(settings, base, loaded, splits)
+    names = ("seconds", "threads", "torch", "device")
+    assert loaded["seconds"] is None and [again[n] for n in names] == [first[n] for n in names]
