@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masktune_utils import data, evaluation, masking, models, saliency, store, training
+from masktune_utils import data, evaluation, masking, models, saliency, shortcuts, store, training
 from masktune_utils.models import SmallCNN
 from masktune_utils.settings import DEFAULTS, Settings
 from masktune_utils.shortcuts import BiasedSets
@@ -70,40 +70,39 @@ def finetuned_model(
 ) -> Made:
     """The base model after ONE epoch on the masked images (MaskTune).
 
-    The learning rate is `finetune_lr`, or the one that the base model's schedule ended with. With
-    several `iterations`, the images are masked again by the maps of the fine-tuned model, and it is
-    trained for one more epoch.
+    With several `iterations`, there is one epoch for each. The images of a later one are masked by
+    the maps of the model before it. That model is trained on, or with `restart`, the base model.
 
     Args:
         settings: the experiment.
         base: the ERM model; it is left as it is.
-        masked: the masked training set.
+        masked: the masked training set, of the first iteration.
         retrain: fine-tune and save it again in any case.
 
     Returns:
-        See `base_model`; the history has one epoch per iteration.
+        See `base_model`; and `masked`, the masked training set of the last iteration.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings or from
             another base model.
     """
-    options = settings.training | {"epochs": 1, "description": settings.configuration}
-    options |= {"optimizer": settings.finetune_optimizer, "lr": settings.last_lr}
-    model, path = copy.deepcopy(base), settings.checkpoint_path(settings.configuration)
-
-    def make() -> list[dict[str, float]]:
-        images, history = masked, []
-        for iteration in range(1, settings.iterations + 1):
-            if iteration > 1:
-                split, earlier = masked.split, images if settings.accumulate else None
-                maps = saliency.saliency_maps(model, split.images, split.labels, settings.cam)
-                images = masking.mask_dataset(split, maps, **settings.mask_rule, earlier=earlier)
-            (epoch,) = training.train(model, images, **options)
-            history.append(epoch | {"epoch": iteration})
-        return history
-
-    sha256 = {"base_sha256": store.weights_sha256(base.state_dict())}
-    return _load_or_make(path, settings.identity(base=False) | sha256, model, make, retrain)
+    start, path = base, settings.checkpoint_path(settings.configuration)
+    if settings.iterations > 1:
+        split, several = masked.split, settings.iterations > 2  # a first one has none before it
+        kept = {name: getattr(settings, name) and several for name in ("accumulate", "restart")}
+        before = dataclasses.replace(settings, iterations=settings.iterations - 1, **kept)
+        earlier, about = finetuned_model(before, base, masked, retrain)
+        explained = about["masked"] if settings.restart else split
+        maps = saliency.saliency_maps(earlier, explained.images, split.labels, settings.cam)
+        hidden = about["masked"] if settings.accumulate else None
+        masked = masking.mask_dataset(split, maps, **settings.mask_rule, earlier=hidden)
+        start = base if settings.restart else earlier
+    model, name = copy.deepcopy(start), settings.configuration
+    make = partial(training.train, model, masked, **settings.finetuning, description=name)
+    identity = settings.identity(base=False)
+    identity |= {"base_sha256": store.weights_sha256(base.state_dict())}
+    model, about = _load_or_make(path, identity, model, make, retrain)
+    return model, about | {"masked": masked}
 
 
 def _load_or_make(
@@ -137,9 +136,7 @@ def training_saliency(settings: Settings, base: SmallCNN, train: data.Split) -> 
     return maps
 
 
-def record(
-    settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets, masked: Any = None
-) -> dict[str, Any]:
+def record(settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets) -> dict[str, Any]:
     """Evaluate a model of the experiment, and save the result.
 
     Args:
@@ -147,7 +144,6 @@ def record(
         model: the base model or the fine-tuned one.
         about: what `base_model` or `finetuned_model` returned with it.
         sets: the images.
-        masked: what a fine-tuned model was trained on (in the first iteration).
 
     Returns:
         A row of the table of results: `experiment`, `configuration` and `seed`, which tell it from
@@ -158,6 +154,7 @@ def record(
         `hidden_{square,square_whole,rest,digit}`, see `masking.hidden_shares`. All of
         `evaluation.evaluate` is in `metrics`.
     """
+    masked = about.get("masked")  # of a fine-tuned model
     name = settings.configuration if masked else "base"
     path = settings.folder("results") / f"{name}.json"
     how = {"seconds": about["seconds"], "threads": torch.get_num_threads()}
@@ -179,7 +176,7 @@ def record(
         row["validation_worst_class"] = min(held_out["class_accuracy"])
         row["validation_worst_group"] = held_out["worst_group"]
     if masked:
-        hidden = masking.hidden_shares(masked, settings.square_size)
+        hidden = masking.hidden_shares(masked, shortcuts.square_area(settings))
         row |= {f"hidden_{part}": share for part, share in hidden.items()}
     store.write_bytes(path, json.dumps(row, indent=1).encode())
     return row

@@ -145,6 +145,12 @@ class MaskedDataset:
     def __len__(self) -> int:
         return len(self.split)
 
+    @property
+    def images(self) -> Tensor:
+        """The masked images, N×C×H×W, of the type of the images."""
+        parts = torch.arange(len(self)).split(1000)
+        return torch.cat([apply_mask(self.split.images[i], self.masks(i)) for i in parts])
+
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
         images, labels = self.split.batch(index)
@@ -190,12 +196,12 @@ def mask_dataset(
     return MaskedDataset(split, split.labels, masks)
 
 
-def hidden_shares(dataset: MaskedDataset, square_size: int) -> dict[str, float]:
+def hidden_shares(dataset: MaskedDataset, area: Tensor) -> dict[str, float]:
     """How much of the square and of the rest is hidden, over the images that carry the square.
 
     Args:
         dataset: the masked images.
-        square_size: side of the square in pixels.
+        area: H×W, bool, True where the square is, or the two squares are.
 
     Returns:
         `square`: mean share of the square's area that is hidden; `square_whole`: share of the
@@ -206,8 +212,7 @@ def hidden_shares(dataset: MaskedDataset, square_size: int) -> dict[str, float]:
     shares = [dict.fromkeys(("square", "rest", "digit", "square_whole"), torch.zeros(0))]
     for index in dataset.split.has_square.nonzero()[:, 0].split(1000):
         hidden, images = dataset.masks(index), dataset.split.batch(index)[0]
-        inside = torch.zeros_like(hidden)
-        inside[:, :square_size, :square_size] = 1
+        inside = area.to(hidden).expand_as(hidden)
         places = {"square": inside, "rest": 1 - inside, "digit": images.mean(1) * (1 - inside)}
         part = {name: (hidden * w).sum((1, 2)) / w.sum((1, 2)) for name, w in places.items()}
         part["square_whole"] = (part["square"] > 0.99).float()

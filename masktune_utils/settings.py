@@ -101,7 +101,9 @@ class DataSettings(Runtime):
     square_size: int = _field(6, "side of the square in pixels", ge=1, le=28)
     square_color: str = _field("blue", "name of a colour, or #rrggbb")
     placement: Literal["random", "ordered"] = _field("random", "of the square: random or ordered")
-    shortcut: Literal["square", "none"] = _field("square", "in training: square or none")
+    shortcut: Literal["square", "two_squares", "none"] = _field(
+        "square", "in training: square, two_squares (the other red, bottom right) or none"
+    )
     conflicting_share: float = _field(0.01, "share of each class against the shortcut", ge=0, le=1)
     validation_share: float = _field(0.0, "share of training images held out", ge=0, le=0.5)
 
@@ -145,8 +147,13 @@ class Settings(BaseSettings):
     dilation: int = _field(0, "pixels by which the mask is dilated", ge=0, le=27)
     finetune_optimizer: Literal["sgd", "adam"] = _field("sgd", "sgd or adam")
     finetune_lr: float | None = _field(None, "None: last lr of the base model", ge=1e-8, le=10)
+    finetune_schedule: Literal["constant", "linear"] = _field(
+        "constant", "constant, or linear (to 0)"
+    )
+    finetune_batch_size: int | None = _field(None, "None: batch_size", ge=2, le=60_000)
     iterations: int = _field(1, "rounds of masking, with one epoch each", ge=1, le=100)
     accumulate: bool = _field(False, "later rounds also hide what earlier rounds hid")
+    restart: bool = _field(False, "later rounds start from the base model again")
 
     @field_validator("param")
     @classmethod
@@ -171,6 +178,13 @@ class Settings(BaseSettings):
         """Learning rate of fine-tuning: `finetune_lr`, or what the base model's schedule ended with."""
         decays = self.epochs // self.lr_decay_epochs
         return self.finetune_lr or self.lr * self.lr_decay_factor**decays
+
+    @property
+    def finetuning(self) -> dict[str, Any]:
+        """The arguments of `training.train` for fine-tuning."""
+        options = self.training | {"epochs": 1, "lr": self.last_lr}
+        options |= {"optimizer": self.finetune_optimizer, "schedule": self.finetune_schedule}
+        return options | {"batch_size": self.finetune_batch_size or self.batch_size}
 
     @property
     def mask_rule(self) -> dict[str, Any]:

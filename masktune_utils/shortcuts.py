@@ -68,6 +68,15 @@ def add_square(
     return images
 
 
+def square_area(settings: DataSettings) -> Tensor:
+    """Where the square is, or the two squares are: 28×28, bool."""
+    area, size = torch.zeros(28, 28, dtype=torch.bool), settings.square_size
+    area[:size, :size] = True
+    if settings.shortcut == "two_squares":
+        area[-size:, -size:] = True
+    return area
+
+
 def place_squares(
     split: Split, placement: str, conflicting_share: float, generator: torch.Generator
 ) -> Tensor:
@@ -111,7 +120,7 @@ def load(settings: DataSettings) -> BiasedSets:
     plants = settings.dataset != "folder"
     generator = torch.Generator().manual_seed(settings.seed)
     has_square = torch.zeros(len(train), dtype=torch.bool)
-    if plants and settings.shortcut == "square":
+    if plants and settings.shortcut != "none":
         has_square = place_squares(train, settings.placement, settings.conflicting_share, generator)
     held_out = torch.zeros(len(train), dtype=torch.bool)
     count = round(settings.validation_share * len(train))
@@ -121,7 +130,10 @@ def load(settings: DataSettings) -> BiasedSets:
 
     def planted(split: Split, has_square: Tensor) -> Split:
         images = split.images.contiguous(memory_format=torch.channels_last)
-        images = add_square(images, has_square, settings.square_size, settings.square_color)
+        size = settings.square_size
+        images = add_square(images, has_square, size, settings.square_color)
+        if settings.shortcut == "two_squares":
+            images = add_square(images, has_square, size, "red", (28 - size, 28 - size))
         parts = (images, split.labels, split.digits, has_square)
         return Split(*(part.to(models.resolve_device(settings.device)) for part in parts))
 

@@ -18,6 +18,7 @@ from masktune_utils.settings import DEFAULTS, REPOSITORY
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 RESULT = {*KEY, "sha256", "base_sha256", "seconds", "raw", "biased", "worst_group", "metrics"}
+CHOICE = {"configuration", "scores", "others", "doubt", "base_sha256"}
 
 
 class CheckpointError(ValueError):
@@ -41,14 +42,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A saved result.
+    """A saved result; or, if the file's name is `chosen.json`, a choice, see `selection.choose`.
 
     Raises:
         ValueError: the file is damaged, or not a result.
     """
     try:
         result = json.loads(path.read_bytes())
-        if missing := RESULT - set(result):
+        if missing := (CHOICE if path.stem == "chosen" else RESULT) - set(result):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a result ({error}). Delete it.") from error
@@ -156,14 +157,25 @@ def collect(directory: str = "") -> pd.DataFrame:
 
     Returns:
         One row per result, base models first; without `metrics`, what `experiment.record` returns.
+        Where there is a choice, also its `score`, and for candidates, whether it is the `chosen`.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
     """
     found = sorted((REPOSITORY / directory / "results").rglob("*.json"))
     results = {path: read_result(path) for path in found}
+    choices = {path.parent: results.pop(path) for path in found if path.stem == "chosen"}
     bases = {path.parent: row["sha256"] for path, row in results.items() if path.stem == "base"}
-    rows = [row for path, row in results.items() if row["base_sha256"] == bases.get(path.parent)]
+    rows = []
+    for path, row in results.items():
+        if row["base_sha256"] == bases.get(path.parent):
+            choice, name = choices.get(path.parent, {}), row["configuration"]
+            if choice.get("base_sha256") == row["base_sha256"]:
+                row["score"] = (choice["scores"] | choice["others"]).get(name)
+                row["chosen"] = (
+                    name == choice["configuration"] if name in choice["scores"] else None
+                )
+            rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else [*KEY, "metrics"]).drop(columns="metrics")
     return table.sort_values(KEY, key=lambda column: column.replace("base", ""), ignore_index=True)
 

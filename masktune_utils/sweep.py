@@ -1,27 +1,23 @@
-"""The command `masktune`: a grid of settings → notebooks, run by papermill, side by side by joblib."""
+"""A grid of settings → notebooks, run by papermill, side by side by joblib."""
 
-import argparse
 import contextlib
 import dataclasses
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import papermill
 import yaml
-from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib import Parallel, delayed
 from pydantic import TypeAdapter, ValidationError, conlist
 from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
-from masktune_utils import data, evaluation, models, progress, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, from_text
+from masktune_utils import data, evaluation, progress, store
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
-NOTEBOOKS, PUBLISHED = REPOSITORY / "notebooks", REPOSITORY / "sweeps" / "published.yaml"
+NOTEBOOKS = REPOSITORY / "notebooks"
 BASE, FINETUNE = ("02_erm", "03_saliency_masks"), "04_finetune_sweep"
-STAGES = {"run": ("01_dataset", *BASE, FINETUNE, "05_plots"), "sweep": (*BASE, FINETUNE)}
-USAGE = "masktune run|sweep [GRID] [--SETTING VALUE …] [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"
 
 
 def notebook_settings(stem: str) -> list[str]:
@@ -58,7 +54,7 @@ class Job(NamedTuple):
         one = self.settings
         saved = (one.experiment, self.name, one.seed, one.test_folder) in finished
         files = self.copy, one.checkpoint_path(self.name)
-        return saved and all(file.exists() for file in files) and self.stem in STAGES["sweep"]
+        return saved and all(file.exists() for file in files) and self.stem in (*BASE, FINETUNE)
 
     def run(self, force: bool = False) -> tuple["Job", str | None]:
         """Execute the notebook in a kernel of its own.
@@ -126,15 +122,20 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     return errors
 
 
-def report(stages: list[list[Job]]) -> None:
-    """Print the table of a grid, over its seeds, and where everything is; save the whole table."""
+def report(stages: list[list[Job]], summary: bool = True) -> None:
+    """Save the table of all results, and print where everything is.
+
+    Args:
+        stages: what was run.
+        summary: print the results of these notebooks first, over their seeds.
+    """
     jobs = [job for stage in stages for job in stage]
     directory = jobs[0].settings.directory
     table, root = store.collect(directory), REPOSITORY / directory / "results"
     store.write_bytes(root / "results.csv", table.to_csv(index=False).encode())
     wanted = {(job.settings.experiment, job.name, job.settings.seed) for job in jobs}
     table = table[[key in wanted for key in table[store.KEY].itertuples(index=False, name=None)]]
-    if len(table):
+    if len(table) and summary:
         print(f"\nAccuracy in %\n\n{evaluation.summarize(table, store.KEY[:2]).to_string()}\n")
     for kind in ("checkpoints", "results", "runs", "figures"):
         folders = dict.fromkeys(str(job.settings.folder(kind)) for job in jobs)
@@ -171,56 +172,3 @@ def read_grid(file: Path, given: dict[str, list]) -> list[Settings]:
     for one in {(s.dataset, s.train_folder, s.test_folder, s.limit): s for s in grid}.values():
         data.load(one)
     return list(dict.fromkeys(grid))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    option = parser.add_argument
-    option("command", choices=STAGES, help="run: all notebooks; sweep: 02, 03 and 04")
-    option("grid", nargs="?", type=Path, default=PUBLISHED, help="YAML file, see sweeps/")
-    option("--jobs", type=int, choices=range(1, 65), metavar="N", help="notebooks at once")
-    option("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster that shares the files")
-    option("--force", action="store_true", help="do configurations again that are done")
-    option("--dry-run", action="store_true", help="print the configurations, and run nothing")
-    for name, field in Settings.__pydantic_fields__.items():
-        about = f"{field.description} (default: {field.default!r})"
-        count = 1 if name in RUNTIME else "+"
-        option(f"--{name}", nargs=count, type=from_text, metavar="VALUE", help=about)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the command. Bad arguments end it with exit code 2 before anything runs."""
-    arguments = _parser().parse_intermixed_args(argv)
-    given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS and value}
-    try:
-        grid = read_grid(arguments.grid, given)
-        device = models.resolve_device(grid[0].device)
-        finished = store.finished_results(grid[0].directory)
-        if arguments.dask:
-            from distributed import Client
-
-            Client(arguments.dask, timeout=5)
-            parallel_config(backend="dask")
-    except (ValueError, OSError) as error:
-        print(f"masktune: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(grid)} configurations, images: {grid[0].dataset}, device: {device}")
-    if arguments.dry_run:
-        states = {job: job.done(finished) for job in make_stage(FINETUNE, grid)}
-        for job, done in states.items():
-            print("done" if done else "    ", *job.settings.folder("runs").parts[-2:], job.name)
-        print(f"{sum(states.values())} of them are done")
-        return 0
-    stages = [make_stage(stem, grid) for stem in STAGES[arguments.command]]
-    count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
-    try:
-        errors = execute(stages, count, arguments.force)
-        report(stages)
-    except (KeyboardInterrupt, OSError) as error:
-        print("\nmasktune:", f"{error}" or "interrupted; the same command goes on", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 130
-    for job, error in errors.items():
-        print(f"failed: {job.copy.stem}, seed {job.settings.seed}: {error}", file=sys.stderr)
-    print(f"\n{len(errors)} notebooks failed")
-    return 1 if errors else 0

@@ -1,5 +1,6 @@
 """One training loop, for ERM and for MaskTune's single epoch of fine-tuning."""
 
+import math
 import time
 from functools import partial
 from typing import Any
@@ -20,7 +21,12 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def train(
-    model: nn.Module, dataset: Any, optimizer: str = "sgd", description: str = "ERM", **options: Any
+    model: nn.Module,
+    dataset: Any,
+    optimizer: str = "sgd",
+    schedule: str = "constant",
+    description: str = "ERM",
+    **options: Any,
 ) -> list[dict[str, float]]:
     """Train the model in place with cross-entropy.
 
@@ -28,6 +34,8 @@ def train(
         model: is left in training mode, on its device.
         dataset: a `data.Split` or a `masking.MaskedDataset`, on the model's device.
         optimizer: `sgd`, with momentum, or `adam`; both with weight decay.
+        schedule: of the learning rate. `constant`: it only decays every `lr_decay_epochs`.
+            `linear`: it falls step by step, to 0 at the end of the last epoch.
         description: name of the progress bar.
         **options: `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `lr_decay_epochs`,
             `lr_decay_factor` and `seed` (of the order of the images), with the defaults of
@@ -38,15 +46,20 @@ def train(
         in training mode), `lr` and `seconds`.
 
     Raises:
-        ValueError: an unknown optimizer, or a bad option.
+        ValueError: an unknown optimizer or schedule, or a bad option.
     """
-    one = Settings(**options, finetune_optimizer=optimizer)
+    one = Settings(**options, finetune_optimizer=optimizer, finetune_schedule=schedule)
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
     kinds = {"sgd": partial(optim.SGD, momentum=one.momentum), "adam": optim.Adam}
     shared = {"lr": one.lr, "weight_decay": one.weight_decay, "fused": True}
     torch_optimizer = kinds[optimizer](model.parameters(), **shared)
-    scheduler = optim.lr_scheduler.StepLR(torch_optimizer, one.lr_decay_epochs, one.lr_decay_factor)
+    steps = math.ceil((len(dataset) - 1) / one.batch_size)  # a last batch of one is left out
+    if schedule == "linear":
+        scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, one.epochs * steps)
+    else:
+        interval = one.lr_decay_epochs * steps
+        scheduler = optim.lr_scheduler.StepLR(torch_optimizer, interval, one.lr_decay_factor)
     generator = torch.Generator().manual_seed(one.seed)
     history, total = [], one.epochs * len(dataset)
     with progress.bar(total=total, unit="image", unit_scale=True, mininterval=0.5) as bar:
@@ -55,14 +68,13 @@ def train(
             started, rate = time.perf_counter(), torch_optimizer.param_groups[0]["lr"]
             order = torch.randperm(len(dataset), generator=generator).to(device)
             batches = order.split(one.batch_size)
-            loss, accuracy = _train_epoch(model, dataset, batches, torch_optimizer, bar).tolist()
-            scheduler.step()
+            loss, accuracy = _train_epoch(model, dataset, batches, scheduler, bar).tolist()
             row = {"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate}
             history.append(row | {"seconds": time.perf_counter() - started})
     return history
 
 
-def _train_epoch(model, dataset, batches, optimizer, bar) -> Tensor:
+def _train_epoch(model, dataset, batches, scheduler, bar) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device until the bar is drawn."""
     device = dataset.labels.device
     sums, seen, bfloat16 = torch.zeros(2, device=device), 0, has_bfloat16(device)
@@ -74,9 +86,10 @@ def _train_epoch(model, dataset, batches, optimizer, bar) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
+        scheduler.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        scheduler.optimizer.step()
+        scheduler.step()
         seen += len(index)
         sums += torch.stack([loss.detach() * len(index), (logits.argmax(1) == labels).sum()])
         if bar.update(len(index)):

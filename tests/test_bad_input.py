@@ -17,7 +17,7 @@ import pytest
 from conftest import write_idx_files
 from PIL import Image
 
-from masktune_utils import data, sweep
+from masktune_utils import command, data
 from masktune_utils.settings import REPOSITORY, Settings
 
 
@@ -28,9 +28,9 @@ def refused(capsys, tmp_path):
     def run(message: str, *arguments: str) -> None:
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         try:
-            code, usage = sweep.main(["sweep", *arguments, f"--directory={tmp_path}/new"]), []
+            code, usage = command.main(["sweep", *arguments, f"--directory={tmp_path}/new"]), []
         except SystemExit as stop:  # argparse's own
-            code, usage = stop.code, [f"usage: {sweep.USAGE}"]
+            code, usage = stop.code, [f"usage: {command.USAGE}"]
         printed = capsys.readouterr()
         *first, last = printed.err.split("\r")[-1].splitlines()  # after a progress bar
         assert (code, printed.out, first) == (2, "", usage)
@@ -56,6 +56,10 @@ def refused(capsys, tmp_path):
         ("--train_folder pets", "train_folder is 'pets'; allowed: with dataset 'folder', a"),
         ("--seed x", "seed is 'x'; allowed: a valid integer."),
         ("--seed 99999999999", "seed is 99999999999; allowed: less than or equal to 4294967295."),
+        ("--shortcut circle", "shortcut is 'circle'; allowed: 'square', 'two_squares' or 'none'."),
+        ("--finetune_schedule cosine", "finetune_schedule is 'cosine'; allowed: 'constant' or 'li"),
+        ("--finetune_batch_size 1", "finetune_batch_size is 1; allowed: greater than or equal to"),
+        ("--restart 1", "restart is 1; allowed: a valid boolean."),
         ("--limit 33", "limit is 33; allowed: a multiple of 10."),
         ("--limit 0", "limit is 0; allowed: greater than or equal to 20."),
         ("--limit 5000", "limit is 5000; allowed: at most 4000 here."),

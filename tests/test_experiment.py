@@ -1,5 +1,6 @@
 """Models, maps and results are loaded if they are saved, else made."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -7,7 +8,7 @@ import re
 import pytest
 import torch
 
-from masktune_utils import evaluation, experiment, masking, saliency, store, training
+from masktune_utils import evaluation, experiment, masking, saliency, shortcuts, store, training
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError, weights_sha256
 
@@ -91,24 +92,33 @@ def test_finetuning_is_one_epoch_at_the_rate_the_base_model_ended_with_or_the_gi
     assert [epoch["lr"] for epoch in about["history"]] == [expected]
 
 
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_iterations_mask_again_by_what_the_finetuned_model_looks_at(
-    settings, splits, model, accumulate
+    settings, splits, model, accumulate, restart
 ):
     settings = dataclasses.replace(settings, method="mean", param=2, upsample="map", dilation=1)
+    settings = dataclasses.replace(settings, finetune_schedule="linear", finetune_batch_size=50)
+    finetuning = {"epochs": 1, "lr": settings.lr, "schedule": "linear", "batch_size": 50}
 
-    def masked_by(explained, earlier=None):
-        maps = saliency.saliency_maps(explained, splits.train.images, splits.train.labels)
+    def mask(explained, images, earlier=None):
+        maps = saliency.saliency_maps(explained, images, splits.train.labels)
         return masking.mask_dataset(splits.train, maps, "mean", 2, "map", 1, earlier=earlier)
 
-    first = masked_by(model)
-    once, _ = experiment.finetuned_model(settings, model, first)
-    again = masked_by(once, first if accumulate else None)
-    training.train(once, again, epochs=1, lr=settings.lr, seed=settings.seed)
-    settings = dataclasses.replace(settings, iterations=2, accumulate=accumulate)
-    twice, about = experiment.finetuned_model(settings, model, first)
-    assert [epoch["epoch"] for epoch in about["history"]] == [1, 2]
-    assert sha256(twice) == sha256(once)
+    expected, masked = copy.deepcopy(model), mask(model, splits.train.images)
+    first = masked
+    for iteration in range(3):
+        if iteration:
+            images = masked.images if restart else splits.train.images
+            masked = mask(expected, images, masked if accumulate else None)
+        expected = copy.deepcopy(model) if restart else expected
+        training.train(expected, masked, seed=settings.seed, **finetuning)
+    settings = dataclasses.replace(settings, iterations=3, accumulate=accumulate, restart=restart)
+    tuned, about = experiment.finetuned_model(settings, model, first)
+    assert sha256(tuned) == sha256(expected)
+    assert torch.equal(about["masked"].images, masked.images)
+    _, again = experiment.finetuned_model(settings, model, first)
+    assert torch.equal(again["masked"].images, masked.images) and again["seconds"] is None
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
@@ -130,7 +140,7 @@ def test_a_result_tells_what_made_it_and_how_good_it_is(settings, splits, masked
     base, base_about = experiment.base_model(settings, splits.train)
     tuned, about = experiment.finetuned_model(settings, base, masked)
     experiment.record(settings, base, base_about, splits)
-    row = experiment.record(settings, tuned, about, splits, masked)
+    row = experiment.record(settings, tuned, about, splits)
     assert row["experiment"] == "mnist5k_limit=200_epochs=1" and row["configuration"] == "top_k_0.1"
     assert row.items() >= settings.identity(base=False).items()
     assert row["sha256"] == sha256(tuned) and row["base_sha256"] == sha256(base)
@@ -138,7 +148,10 @@ def test_a_result_tells_what_made_it_and_how_good_it_is(settings, splits, masked
     assert row["metrics"] == evaluation.evaluate(tuned, splits)
     assert row["biased"] == row["metrics"]["biased"]["accuracy"]
     assert row["biased_class_1"] == row["metrics"]["biased"]["class_accuracy"][1]
-    assert row["hidden_square"] == masking.hidden_shares(masked, 6)["square"]
+    assert (
+        row["hidden_square"]
+        == masking.hidden_shares(masked, shortcuts.square_area(settings))["square"]
+    )
     path = settings.folder("results") / "top_k_0.1.json"
     assert json.loads(path.read_text()) == row
     table = store.collect(settings.directory)

@@ -36,7 +36,7 @@ def pipeline(directory: Path) -> None:
     maps = experiment.training_saliency(settings, base, sets.train)
     masked = masking.mask_dataset(sets.train, maps, **settings.mask_rule)
     finetuned, about = experiment.finetuned_model(settings, base, masked)
-    experiment.record(settings, finetuned, about, sets, masked)
+    experiment.record(settings, finetuned, about, sets)
     plotting.show(plotting.grid({"masked": masked.batch(slice(0, 2))[0]}), settings, "picture")
 
 
@@ -97,10 +97,10 @@ def undisturbed(whole) -> dict[str, object]:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 16 MB."""
+    """A disk of 64 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs: run the tests as root of a container")
     yield disk

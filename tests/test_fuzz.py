@@ -157,12 +157,17 @@ def test_metrics_do_not_depend_on_the_order(labels, seed, classes):
 
 VALUES = {"dataset": ["mnist", "mnist5k"], "seed": [1, 11], "limit": [20, 200]}
 VALUES |= {"square_size": [1, 16], "square_color": ["red", "#0000ff"], "placement": ["ordered"]}
-VALUES |= {"shortcut": ["none"], "conflicting_share": [0.0, 0.1], "validation_share": [0.1]}
+VALUES |= {
+    "shortcut": ["none", "two_squares"],
+    "conflicting_share": [0.0, 0.1],
+    "validation_share": [0.1],
+}
 VALUES |= {"epochs": [1, 10], "batch_size": [2], "lr": [0.1], "momentum": [0.0, 0.1]}
 VALUES |= {"weight_decay": [0.0], "lr_decay_epochs": [1, 10], "lr_decay_factor": [0.1]}
 VALUES |= {"cam": ["GradCAM"], "method": ["mean", "mean_std"], "param": [0.11, 1e-7, 1]}
 VALUES |= {"upsample": ["map"], "dilation": [1, 11], "finetune_optimizer": ["adam"]}
 VALUES |= {"finetune_lr": [0.01, 0.1], "iterations": [2, 12], "accumulate": [True]}
+VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32], "restart": [True]}
 FIELDS = {name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()}
 SETTINGS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda some: Settings(**some))
 

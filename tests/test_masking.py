@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from masktune_utils import data, masking
-from masktune_utils.settings import Upsample
+from masktune_utils import data, masking, shortcuts
+from masktune_utils.settings import Settings, Upsample
 
 MAPS = (torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.2).clamp(min=0)
 MORE = torch.rand(2, 200, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -85,7 +85,7 @@ def test_hidden_shares_of_known_masks(splits):
     maps = torch.zeros(200, 8, 8)
     maps[:, :4] = 1  # the upper half of the image
     masked = masking.mask_dataset(splits.train, maps, "threshold", 0.5, "nearest")
-    shares = masking.hidden_shares(masked, square_size=6)
+    shares = masking.hidden_shares(masked, shortcuts.square_area(Settings()))
     assert shares["square"] == shares["square_whole"] == 1
     assert shares["rest"] == pytest.approx((14 * 28 - 36) / (28 * 28 - 36))
     ink = splits.train.images[splits.train.has_square].double().mean(1)
@@ -97,7 +97,9 @@ def test_hidden_shares_of_known_masks(splits):
 @pytest.mark.parametrize("method", [*FORMULAS, "random"])
 def test_hidden_shares_are_nan_where_no_image_has_a_square(splits, method):
     masked = masking.mask_dataset(splits.raw, MORE[0], method, 0.1)
-    assert np.isnan([*masking.hidden_shares(masked, square_size=6).values()]).all()
+    assert np.isnan(
+        [*masking.hidden_shares(masked, shortcuts.square_area(Settings())).values()]
+    ).all()
 
 
 def test_an_unknown_method_and_too_few_maps_are_refused(splits):

@@ -14,13 +14,13 @@ import pytest
 from joblib import cpu_count
 from tiny_runs import OPTIONS, kernels, masktune, start, tiny
 
-from masktune_utils import store, sweep
+from masktune_utils import command, selection, store, sweep
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
 NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
 ORDER = "progress models settings data shortcuts training saliency masking store evaluation "
-ORDER += "experiment plotting explorer sweep"
+ORDER += "experiment selection plotting explorer sweep command"
 
 
 def results(directory: Path) -> dict[str, dict]:
@@ -40,7 +40,7 @@ def changes(directory: Path) -> dict[Path, int]:
 
 
 def dry_run(capsys, *arguments: str) -> str:
-    assert sweep.main(["sweep", *arguments, "--dry-run"]) == 0
+    assert command.main(["sweep", *arguments, "--dry-run"]) == 0
     return capsys.readouterr().out
 
 
@@ -50,14 +50,22 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
     runs = directory / "runs"
     assert (runs / "mnist5k_limit=200" / "seed0" / "01_dataset.ipynb").exists()
     names = [path.stem for path in sorted(tiny(directory).folder("runs").iterdir())]
-    assert [name[:2] for name in names] == ["02", "03", "04", "04", "05"]
+    assert [name[:2] for name in names] == ["02", "03", "04", "04", "04", "05"]
+    choice = store.read_result(tiny(directory).folder("results") / "chosen.json")
     table = store.collect(str(directory))
-    names = [path.stem for path in sorted(directory.glob("results/mnist5k*/seed0/*.json"))]
-    assert table["configuration"].tolist() == ["base", "top_k_0.1", *names] and len(names) == 3
-    for row in table.itertuples():
+    table = table[table["dataset"] == "mnist5k"].set_index("configuration")
+    assert [*table.index] == sorted([*choice["scores"], *choice["others"]], key=str.lower)
+    published = table.loc[["top_k_0.1", "top_k_0.3"], "score"].idxmax()
+    rows = {"ERM": "base", "MaskTune, best published": published}
+    for name, configuration in (rows | {selection.SELF_TUNED: choice["configuration"]}).items():
+        row = table.loc[configuration]
         numbers = f"{100 * row.raw:.2f} +{100 * row.biased:.2f} +{100 * row.worst_group:.2f} +1\n"
-        assert re.search(rf"{row.configuration} +{numbers}", printed)
-    assert table["raw"].nunique() > 2  # so that a row with the numbers of another one is seen
+        assert re.search(rf"{name} +{numbers}", printed)
+    sentence = (
+        "In its worst group, ERM is right on {:.1%} of the images; with the mask that it chose"
+    )
+    assert sentence.format(table.loc["base", "worst_group"]) in printed
+    assert (tiny(directory).folder("figures") / "05_self_tuned.png").exists()
     for kind in ("checkpoints", "results", "runs", "figures"):
         assert str(tiny(directory).folder(kind)) in printed
     figures = {path.name[:2] for path in directory.glob("figures/*/*/*.png")}
@@ -67,9 +75,9 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
 
 def test_folders_of_three_classes_go_through_all_notebooks(whole_run):
     table = store.collect(str(whole_run.directory)).set_index("dataset").loc[["folder"]]
-    assert table["configuration"].tolist() == ["base", "top_k_0.1"]
+    assert {"base", "top_k_0.1"} < {*table["configuration"]} and table["chosen"].eq(True).sum() == 1
     assert table["raw_class_2"].between(0, 1).all() and (table["raw"] == table["biased"]).all()
-    assert len(list(whole_run.directory.glob("runs/folder*/seed0/*.ipynb"))) == 5
+    assert len(list(whole_run.directory.glob("runs/folder*/seed0/*.ipynb"))) == 6
 
 
 def test_what_is_done_is_skipped_and_force_does_a_configuration_again(directory, monkeypatch):
@@ -113,13 +121,13 @@ def test_the_grids_of_the_repository_are_valid(tmp_path, capsys):
     given = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
     files = sorted(REPOSITORY.glob("sweeps/*.yaml"))
     counts = {path.stem: int(dry_run(capsys, str(path), *given).split()[0]) for path in files}
-    assert counts["published"] == 15 and counts["paper"] == 1
+    assert (counts["published"], counts["paper"], counts["self_tuned"]) == (15, 1, 25)
 
 
 def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
-        sweep.main(["--help"])
+        command.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, field in Settings.__pydantic_fields__.items():
         about = f"{field.description} (default: {DEFAULTS[name]!r})"
@@ -151,7 +159,8 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, monk
     assert all(path.read_bytes() == b"damaged" for path in bad)
     for path in bad:
         path.unlink()
-    assert results(directory).keys() == {"base", "top_k_0.1", "top_k_0.3", "top_k_0.8"}
+    found = results(directory)
+    assert {"top_k_0.1", "top_k_0.3", "top_k_0.8"} < found.keys() and "top_k_0.6" not in found
     assert results(directory)["top_k_0.8"]["threads"] == max(1, cpu_count() // 2)  # two at once
     shown = dry_run(capsys, *OPTIONS, "--directory", str(directory), *arguments)
     assert re.findall("done .* (seed.*)", shown) == ["seed0 top_k_0.8"]
@@ -215,7 +224,7 @@ def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
 
 
 def test_notebooks_are_short(notebook):
-    assert len(notebook.cells) <= (20 if notebook.path.stem == "05_plots" else 25)
+    assert len(notebook.cells) <= 25
     assert [c.source for c in notebook.code[1:] if len(c.source.splitlines()) > 20] == []
 
 

@@ -38,8 +38,26 @@ def test_rate_is_decayed_by_steps(splits):
     assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
 
 
+def test_a_linear_schedule_ends_at_0_after_the_last_step(splits, monkeypatch):
+    rates, step = [], torch.optim.SGD.step
+    record = lambda self, *given: rates.append(self.param_groups[0]["lr"]) or step(self, *given)
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    for batch_size, steps in {50: 4, 199: 1, 200: 1, 60: 4}.items():
+        rates.clear()
+        _, history = train(splits, epochs=2, lr=0.4, schedule="linear", batch_size=batch_size)
+        assert rates == pytest.approx([0.4 * (1 - k / steps / 2) for k in range(2 * steps)])
+        assert [epoch["lr"] for epoch in history] == pytest.approx([0.4, 0.2])
+
+
 def test_each_option_of_the_optimizer_matters(splits):
-    options = ({}, {"optimizer": "adam"}, {"momentum": 0.0}, {"weight_decay": 0.1}, {"lr": 0.02})
+    options = (
+        {},
+        {"optimizer": "adam"},
+        {"schedule": "linear"},
+        {"momentum": 0.0},
+        {"weight_decay": 0.1},
+        {"lr": 0.02},
+    )
     assert len({train(splits, epochs=1, **one)[0] for one in options}) == len(options)
 
 
@@ -59,6 +77,8 @@ def test_history_counts_every_image(splits):
 def test_bad_options_are_refused(splits):
     with pytest.raises(ValueError, match="optimizer is 'lion'; allowed: 'sgd' or 'adam'"):
         train(splits, optimizer="lion")
+    with pytest.raises(ValueError, match="schedule is 'cosine'; allowed: 'constant' or 'linear'"):
+        train(splits, schedule="cosine")
     with pytest.raises(ValueError, match="epoch is not a setting; allowed: "):
         train(splits, epoch=1)
 
@@ -73,9 +93,10 @@ def test_an_epoch_waits_for_the_device_only_where_the_progress_bar_is_drawn(meth
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without values: to wait fails
         model = models.SmallCNN()
         sgd = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        scheduler = torch.optim.lr_scheduler.LinearLR(sgd, 1, 0, 2)
         batches = torch.arange(200).split(128)
         bar = tqdm(disable=True)
-        assert training._train_epoch(model, masked, batches, sgd, bar).shape == (2,)
+        assert training._train_epoch(model, masked, batches, scheduler, bar).shape == (2,)
         bar = tqdm(total=200, mininterval=0, miniters=1)
         with pytest.raises(DataDependentOutputException):
-            training._train_epoch(model, masked, batches, sgd, bar)
+            training._train_epoch(model, masked, batches, scheduler, bar)

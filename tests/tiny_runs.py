@@ -12,7 +12,7 @@ import pytest
 from conftest import MASKTUNE, outcome
 from PIL import Image
 
-from masktune_utils import sweep
+from masktune_utils import command
 from masktune_utils.settings import Settings
 
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
@@ -27,17 +27,17 @@ def tiny(directory: Path, **settings: object) -> Settings:
 
 def masktune(directory: Path, *arguments: str) -> int:
     """Exit code of `masktune sweep` in this process."""
-    return sweep.main(["sweep", *OPTIONS, "--directory", str(directory), *arguments])
+    return command.main(["sweep", *OPTIONS, "--directory", str(directory), *arguments])
 
 
 def start(directory: Path, *arguments: str) -> subprocess.Popen:
     """`masktune sweep`, in a process group that hears Ctrl-C even if pytest does not."""
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from masktune_utils.sweep import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "sweep", *OPTIONS, "--directory", str(directory)]
+    code += "from masktune_utils.command import main; sys.exit(main())"
+    process = [sys.executable, "-c", code, "sweep", *OPTIONS, "--directory", str(directory)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     options |= {"start_new_session": True, "env": os.environ | ONE_THREAD}
-    return subprocess.Popen([*command, *arguments], **options)
+    return subprocess.Popen([*process, *arguments], **options)
 
 
 def kernels(process: subprocess.Popen) -> list[psutil.Process]:
@@ -75,9 +75,9 @@ def whole_run(tmp_path_factory) -> Run:
     blocks = "{dataset: mnist5k, limit: 200, param: [0.1, 0.3]}", f"{{dataset: folder, {folders}}}"
     (directory / "grid.yaml").write_text("".join(f"- {block}\n" for block in blocks))
     given = ["--epochs", "2", "--batch_size", "20", "--directory", directory, "--jobs", "2"]
-    command = [MASKTUNE, "run", directory / "grid.yaml", *given]
+    run = [MASKTUNE, "run", directory / "grid.yaml", *given]
     options = {"capture_output": True, "text": True, "env": os.environ | ONE_THREAD}
-    done = subprocess.run(command, check=False, **options)
+    done = subprocess.run(run, check=False, **options)
     return Run(directory, done.returncode, done.stdout, done.stderr)
 
 

@@ -1,0 +1,159 @@
+"""Choosing among candidates without groups and test sets."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from masktune_utils import evaluation, experiment, selection, shortcuts, store
+from masktune_utils.data import Split
+from masktune_utils.settings import Settings
+
+COMMON = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20, "param": 2.0}
+COMMON |= {"method": "mean_std", "finetune_schedule": "linear"}
+
+
+@pytest.fixture
+def candidates(tmp_path, splits) -> list[Settings]:
+    """Two masks of one and two rounds, and no mask; their base model is saved."""
+    first = Settings(**COMMON, directory=str(tmp_path), dilation=2)
+    several = {"iterations": 2, "accumulate": True, "restart": True}
+    masks = [dataclasses.replace(first, param=param, **kept) for param in (2.0, 3.0)
+             for kept in ({}, several)]  # fmt: skip
+    base, about = experiment.base_model(first, splits.train)
+    experiment.record(first, base, about, splits)
+    return [*masks, dataclasses.replace(first, method="threshold", param=1.0)]
+
+
+def test_a_mask_weighs_what_the_best_candidate_gains_on_it_over_the_base_model():
+    accuracy = pd.DataFrame(
+        {"a": [0.9, 0.5, 0.2, 0.3], "b": [0.7, 0.8, 0.6, 0.1], "c": [0.1, 0.1, 0.5, 0.1]},
+        index=["a", "b", "c", "base"],
+    )
+    accuracy.loc["other"] = [1.0, 1.0, 1.0]  # is judged, but is no candidate: it has no say
+    weights = {"a": 0.6, "b": 0.7, "c": 0.4}
+    expected = (accuracy * weights).sum(axis=1) / 1.7
+    assert selection.scores(accuracy).to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
+    accuracy["c"] = [0.2, 0.3, 0.1, 0.9, 1.0]  # hides what nobody but the base model relies on
+    expected = (accuracy * {"a": 0.6, "b": 0.7, "c": 0}).sum(axis=1) / 1.3
+    assert selection.scores(accuracy).to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
+    assert selection.gains(accuracy).tolist() == pytest.approx([0.6, 0.7, 0])
+
+
+def test_without_any_gain_all_masks_weigh_the_same():
+    accuracy = pd.DataFrame({"a": [0.2, 0.4, 0.9], "b": [0.4, 0.4, 0.9]}, index=["a", "b", "base"])
+    assert selection.scores(accuracy).tolist() == pytest.approx([0.3, 0.4, 0.9])
+
+
+def test_the_worst_class_is_that_of_the_metrics(splits, model):
+    metrics = evaluation.metrics(evaluation.predict(model, splits.train), splits.train.labels)
+    worst = selection.worst_class(model, splits.train)
+    assert worst == pytest.approx(min(metrics["class_accuracy"]))
+
+
+def test_candidates_that_differ_in_their_rounds_alone_form_a_chain(candidates):
+    chains = selection.chains(candidates[::-1])
+    assert sorted(map(len, chains)) == [1, 2, 2]
+    for chain in chains:
+        assert [one.iterations for one in chain] == [1, 2][: len(chain)]
+        assert len({(one.method, one.param) for one in chain}) == 1
+
+
+def test_the_choice_has_the_best_score_of_the_accuracies_on_all_masks(candidates, splits):
+    choice = selection.choose(candidates)
+    judging = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    base, _ = experiment.base_model(candidates[0], splits.train)
+    maps = experiment.training_saliency(candidates[0], base, splits.train)
+    models, masked = {"base": base}, {}
+    for one in candidates:
+        first = experiment.masking.mask_dataset(splits.train, maps, **one.mask_rule)
+        models[one.configuration], about = experiment.finetuned_model(one, base, first)
+        images = about["masked"].images[judging]
+        masked[one.configuration] = Split(images, splits.train.labels[judging])
+    accuracy = pd.DataFrame(
+        {
+            mask: {name: selection.worst_class(model, some) for name, model in models.items()}
+            for mask, some in masked.items()
+        }
+    )
+    scores = selection.scores(accuracy)
+    assert choice["scores"] | choice["others"] == pytest.approx(scores.to_dict())
+    best, second = scores.drop("base").nlargest(2).index
+    assert choice["configuration"] == best and choice["doubt"]["second"] == second
+    assert choice["doubt"]["lead"] == pytest.approx(scores[best] - scores[second])
+    gain = selection.gains(accuracy).mean()
+    assert choice["doubt"]["gain"] == pytest.approx(gain)
+    assert bool(choice["doubt"]["warning"]) == (gain < selection.LITTLE)
+    path = candidates[0].folder("results") / "chosen.json"
+    assert json.loads(path.read_text()) == choice
+
+
+def test_neither_test_images_nor_squares_are_known_to_the_choice(candidates, splits, monkeypatch):
+    expected = selection.choose(candidates)
+    train = dataclasses.replace(splits.train, has_square=torch.rand(200) < 0.5)
+    noise = Split(torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8), torch.arange(50) % 2)
+    other = splits._replace(train=train, raw=noise, biased=noise)
+    monkeypatch.setattr(shortcuts, "load", lambda settings: other)
+    assert selection.choose(candidates, retrain=True) == expected
+
+
+def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(candidates, monkeypatch):
+    first, calls, finetune = selection.choose(candidates), [], selection.finetune
+    monkeypatch.setattr(selection, "finetune", lambda *a: calls.append(1) or finetune(*a))
+    assert selection.choose(candidates) == first and not calls
+    few = selection.choose(candidates[:3], others=candidates[3:])
+    assert len(calls) == 2 and [*few["scores"]] == [one.configuration for one in candidates[:3]]
+    assert [*few["others"]] == ["base", *(one.configuration for one in candidates[3:])]
+    table = store.collect(candidates[0].directory).set_index("configuration")
+    assert table["score"].to_dict() == few["scores"] | few["others"]
+    assert table.loc[few["configuration"], "chosen"] and table["chosen"].count() == 3
+    path = candidates[0].folder("results") / "base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "other"}))
+    assert "chosen" not in store.collect(candidates[0].directory)
+    selection.choose(candidates[:3])
+    assert len(calls) == 4
+
+
+def test_a_damaged_choice_is_refused_by_name(candidates):
+    path = candidates[0].folder("results") / "chosen.json"
+    for content in ('{"configuration": "base"}', "[", "[1]"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"{path} is damaged or not a result"):
+            store.collect(candidates[0].directory)
+
+
+def test_what_a_choice_is_worth_is_told_by_four_rows():
+    settings = Settings(dataset="mnist")
+    oracle = dataclasses.replace(settings, shortcut="none").experiment
+    rows = [
+        ("mnist", "base", 0, 0.3, None),
+        ("mnist", "top_k_0.1", 0, 0.6, None),
+        ("mnist", "top_k_0.3", 0, 0.7, None),
+        ("mnist", "mean_0.1", 0, None, None),
+        ("mnist", "mean_std_2.0", 0, 0.8, False),
+        ("mnist", "mean_std_3.0", 0, 0.9, True),
+        ("mnist_epochs=2", "base", 0, 0.3, None),
+        (oracle, "base", 0, None, None),
+    ]
+    table = pd.DataFrame(rows, columns=[*store.KEY, "score", "chosen"])
+    compared = selection.compare(table, settings).set_index("model")["configuration"]
+    assert compared.to_dict() == {
+        "ERM": "base",
+        "MaskTune, best published": "top_k_0.3",
+        "MaskTune, self-tuned": "mean_std_3.0",
+        "oracle: ERM without the shortcut": "base",
+    }
+
+
+def test_a_choice_in_words():
+    long = (
+        "mean_std_3.5_dilation=3_finetune_lr=0.02_finetune_schedule=linear_finetune_batch_size=32"
+    )
+    assert selection.short(long) == "mean_std_3.5_dilation=3"
+    later = f"{long}_iterations=2_accumulate=True_restart=True"
+    assert selection.short(later) == "mean_std_3.5_dilation=3_iterations=2"
+    doubt = {"second": later, "lead": 0.015, "gain": 0.1, "warning": "Doubt."}
+    text = selection.describe({"configuration": long, "scores": {long: 0.96}, "doubt": doubt})
+    assert text.startswith("mean_std_3.5_dilation=3 has the best score, 96.0%") and "Doubt." in text
