@@ -9,10 +9,12 @@ import dataclasses
 import io
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
@@ -23,7 +25,7 @@ from masktune_utils import evaluation, experiment, masking, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.settings import Settings
 
-IMAGES = 800  # training images that judge the candidates, at most
+IMAGES = 800  # at most this many training images are judged with each mask
 SELF_TUNED = "MaskTune, self-tuned"
 LITTLE = 0.2  # a mean gain below this one raises doubt
 WARNING = (
@@ -45,7 +47,7 @@ def worst_class(model: nn.Module, images: Split) -> float:
 
 
 def scores(accuracy: pd.DataFrame) -> pd.Series:
-    """Mean over the masks, where a mask weighs what the best candidate gains on it over the base model.
+    """Geometric mean over the masks; a mask weighs what the best candidate gains on it over ERM.
 
     A mask that hides nothing the base model relies on has no weight, and neither has one that hides
     all there is.
@@ -57,8 +59,8 @@ def scores(accuracy: pd.DataFrame) -> pd.Series:
     Returns:
         In [0, 1], one per model.
     """
-    weights = gains(accuracy) + 1e-6
-    return accuracy @ weights / weights.sum()
+    weights = gains(accuracy) + 1e-6  # so that they never are all zero
+    return np.exp(np.log(accuracy.clip(lower=0.01)) @ weights / weights.sum())
 
 
 def gains(accuracy: pd.DataFrame) -> pd.Series:
@@ -85,10 +87,9 @@ def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, Spli
         retrain: see `experiment.finetuned_model`.
 
     Returns:
-        The images that judge, masked as by each candidate, by its configuration.
+        `IMAGES` training images at random, masked as by the candidate, by its configuration.
     """
     masked, sets = {}, shortcuts.load(chain[0])
-    judging = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(0))[:IMAGES]
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes
         base, _ = experiment.base_model(chain[0], sets.train)
         maps = experiment.training_saliency(chain[0], base, sets.train)
@@ -96,9 +97,10 @@ def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, Spli
         for one in chain:
             model, about = experiment.finetuned_model(one, base, first, retrain)
             experiment.record(one, model, about, sets)
-            some, masks = sets.train[judging], about["masked"].masks(judging)
-            images = masking.apply_mask(some.images, masks)
-            masked[one.configuration] = dataclasses.replace(some, images=images)
+            generator = torch.Generator().manual_seed(zlib.crc32(one.configuration.encode()))
+            index = torch.randperm(len(sets.train), generator=generator)[:IMAGES]
+            images = masking.apply_mask(sets.train.images[index], about["masked"].masks(index))
+            masked[one.configuration] = Split(images, sets.train.labels[index])
     return masked
 
 

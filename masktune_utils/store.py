@@ -157,7 +157,7 @@ def collect(directory: str = "") -> pd.DataFrame:
 
     Returns:
         One row per result, base models first; without `metrics`, what `experiment.record` returns.
-        Where there is a choice, also its `score`, and for candidates, whether it is the `chosen`.
+        Also its `score` in a choice, and for candidates, whether it is `chosen`; else None.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
@@ -170,6 +170,7 @@ def collect(directory: str = "") -> pd.DataFrame:
     for path, row in results.items():
         if row["base_sha256"] == bases.get(path.parent):
             choice, name = choices.get(path.parent, {}), row["configuration"]
+            row |= {"score": None, "chosen": None}
             if choice.get("base_sha256") == row["base_sha256"]:
                 row["score"] = (choice["scores"] | choice["others"]).get(name)
                 row["chosen"] = (
