@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import sys
+from collections import Counter
 from pathlib import Path
 
 from joblib import cpu_count, parallel_config
@@ -97,6 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         default = "self_tuned" if arguments.command == "choose" else "published"
         grid = read_grid(arguments.grid or GRIDS[default], given)
+        if arguments.command == "choose":
+            few = min(Counter(one.folder("runs") for one in grid).values())
+            if few < 2:
+                raise ValueError("1 candidate for a base model; allowed: 2 or more.")
         device = models.resolve_device(grid[0].device)
         finished = store.finished_results(grid[0].directory)
         if arguments.dask:

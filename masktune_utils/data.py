@@ -65,6 +65,10 @@ class Split:
     def __getitem__(self, index: Tensor | slice) -> Self:
         return type(self)(*(part[index] for part in vars(self).values()))
 
+    def to(self, device: torch.device) -> Self:
+        """The same images on another device."""
+        return type(self)(*(part.to(device) for part in vars(self).values()))
+
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images as floating point in [0, 1], B×C×H×W, and their labels, B."""
         return to_float(self.images[index]), self.labels[index]

@@ -1,7 +1,7 @@
 """Choosing among candidates by training images and their classes alone, without groups and test sets.
 
-A model that relies on what some mask hides is found out on images with that mask. So every
-candidate is judged on training images masked by all of the candidates.
+A model that relies on what a mask hides is found out on images where that is hidden, or exchanged
+with that of an image of another class. So every candidate is judged by the masks of all of them.
 """
 
 import contextlib
@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from torch import nn
 from tqdm import tqdm
 
-from masktune_utils import evaluation, experiment, masking, shortcuts, store
+from masktune_utils import evaluation, experiment, masking, models, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.settings import Settings
 
-IMAGES = 800  # at most this many training images are judged with each mask
+IMAGES = 400  # at most this many training images are masked, or exchanged, with each mask
 SELF_TUNED = "MaskTune, self-tuned"
 LITTLE = 0.2  # a mean gain below this one raises doubt
 WARNING = (
@@ -39,34 +38,59 @@ def worst_class(model: nn.Module, images: Split) -> float:
 
     Args:
         model: a candidate.
-        images: masked as by a candidate.
+        images: masked or exchanged.
     """
     labels = images.labels.cpu()
     correct = (evaluation.predict(model, images).argmax(1) == labels).double()
     return min(correct[labels == label].mean().item() for label in labels.unique())
 
 
-def scores(accuracy: pd.DataFrame) -> pd.Series:
-    """Geometric mean over the masks; a mask weighs what the best candidate gains on it over ERM.
+def scores(accuracy: pd.DataFrame, hidden: pd.Series, candidates: Sequence[str]) -> pd.Series:
+    """Weighted mean of accuracies, in [0, 1], one per model.
 
-    A mask that hides nothing the base model relies on has no weight, and neither has one that hides
-    all there is.
+    A set of images weighs the square of what the best candidate gains on it over the base model,
+    per share of the image that is hidden. So masks that hide nothing the base model relies on, or
+    all there is, count little, and most do those that make a difference by hiding little.
 
     Args:
-        accuracy: see `worst_class`; one row per model, `base` among them, and one column per
-            candidate, whose mask hides. The rows of the candidates have the same names.
+        accuracy: see `worst_class`; a row per model, `base` among them, and a column per set.
+        hidden: mean share of the images that is hidden, or exchanged, for each set.
+        candidates: names of their rows.
+    """
+    weights = gains(accuracy, candidates) ** 2 / hidden.clip(lower=1e-3) + 1e-9  # not all zero
+    return accuracy @ weights / weights.sum()
+
+
+def gains(accuracy: pd.DataFrame, candidates: Sequence[str]) -> pd.Series:
+    """What the best candidate gains over the base model on each set, see `scores`."""
+    return (accuracy.loc[candidates].max() - accuracy.loc["base"]).clip(lower=0)
+
+
+def masked_and_exchanged(masked: masking.MaskedDataset, seed: int) -> list[tuple[Split, float]]:
+    """Images without what their mask hides; and images with what a mask hides in one of another class.
+
+    Args:
+        masked: the masked training set.
+        seed: decides which `IMAGES` images are taken, and with which others they are paired.
 
     Returns:
-        In [0, 1], one per model.
+        Both sets, on the CPU, each with the mean share of the images that is hidden or exchanged.
     """
-    weights = gains(accuracy) + 1e-6  # so that they never are all zero
-    return np.exp(np.log(accuracy.clip(lower=0.01)) @ weights / weights.sum())
-
-
-def gains(accuracy: pd.DataFrame) -> pd.Series:
-    """What the best candidate gains over the base model on each mask, see `scores`."""
-    candidates = accuracy.loc[accuracy.columns]
-    return (candidates.max() - accuracy.loc["base"]).clip(lower=0)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(masked), generator=generator)[:IMAGES]
+    labels, others = masked.labels.cpu(), index.clone()
+    for label in labels.unique():
+        pool, own = (labels != label).nonzero()[:, 0], labels[index] == label
+        others[own] = pool[torch.randint(len(pool), (int(own.sum()),), generator=generator)]
+    images, donors = (masked.split.images[i].float() for i in (index, others))
+    found = []
+    for into, mask in (
+        (torch.zeros_like(images), masked.masks(index)),
+        (donors, masked.masks(others)),
+    ):
+        pixels = torch.lerp(images, into, mask[:, None]).round().to("cpu", torch.uint8)
+        found.append((Split(pixels, labels[index]), mask.mean().item()))
+    return found
 
 
 def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
@@ -79,7 +103,7 @@ def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
     return [list(chain) for _, chain in groupby(ordered, first)]
 
 
-def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, Split]:
+def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, list]:
     """Fine-tune candidates that differ only in their iterations, and record their results.
 
     Args:
@@ -87,21 +111,19 @@ def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, Spli
         retrain: see `experiment.finetuned_model`.
 
     Returns:
-        `IMAGES` training images at random, masked as by the candidate, by its configuration.
+        See `masked_and_exchanged`; by configuration.
     """
-    masked, sets = {}, shortcuts.load(chain[0])
+    judging, sets = {}, shortcuts.load(chain[0])
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes
         base, _ = experiment.base_model(chain[0], sets.train)
         maps = experiment.training_saliency(chain[0], base, sets.train)
         first = masking.mask_dataset(sets.train, maps, **chain[0].mask_rule)
         for one in chain:
+            name, seed = one.configuration, zlib.crc32(one.configuration.encode())
             model, about = experiment.finetuned_model(one, base, first, retrain)
             experiment.record(one, model, about, sets)
-            generator = torch.Generator().manual_seed(zlib.crc32(one.configuration.encode()))
-            index = torch.randperm(len(sets.train), generator=generator)[:IMAGES]
-            images = masking.apply_mask(sets.train.images[index], about["masked"].masks(index))
-            masked[one.configuration] = Split(images, sets.train.labels[index])
-    return masked
+            judging[name] = masked_and_exchanged(about["masked"], seed)
+    return judging
 
 
 def choose(
@@ -132,18 +154,19 @@ def choose(
         choice = store.read_result(path)
         if choice["base_sha256"] == base_sha256 and names == [*choice["scores"], *choice["others"]]:
             return choice
-    masked = {}
+    judging, rows = {}, {}
     parallel = Parallel(jobs, return_as="generator_unordered")
     with tqdm(total=len(candidates), unit="candidate", ncols=110) as bar:
         for part in parallel(delayed(finetune)(chain, retrain) for chain in chains(candidates)):
-            masked |= part
+            judging |= part
             bar.update(len(part))
-    accuracy = pd.DataFrame(index=names, columns=own, dtype=float)
+    device = models.resolve_device(candidates[0].device)
+    sets = [(images.to(device), share) for name in own for images, share in judging[name]]
     for name in names:
-        checkpoint = candidates[0].checkpoint_path(name)
-        model, _ = store.load_checkpoint(checkpoint, device=masked[own[0]].labels.device)
-        accuracy.loc[name] = [worst_class(model, masked[mask]) for mask in own]
-    result, gain = scores(accuracy), gains(accuracy).mean()
+        model, _ = store.load_checkpoint(candidates[0].checkpoint_path(name), device=device)
+        rows[name] = [worst_class(model, images) for images, _ in sets]
+    accuracy, hidden = pd.DataFrame(rows).T, pd.Series([share for _, share in sets])
+    result, gain = scores(accuracy, hidden, own), gains(accuracy, own).mean()
     first, second, *_ = result[own].sort_values(ascending=False).index
     choice = {"configuration": first, "scores": result[own].to_dict()}
     choice["others"] = result.drop(own).to_dict()

@@ -134,8 +134,8 @@ def load(settings: DataSettings) -> BiasedSets:
         images = add_square(images, has_square, size, settings.square_color)
         if settings.shortcut == "two_squares":
             images = add_square(images, has_square, size, "red", (28 - size, 28 - size))
-        parts = (images, split.labels, split.digits, has_square)
-        return Split(*(part.to(models.resolve_device(settings.device)) for part in parts))
+        device = models.resolve_device(settings.device)
+        return Split(images, split.labels, split.digits, has_square).to(device)
 
     return BiasedSets(
         train=planted(train[~held_out], has_square[~held_out]),

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import zlib
 
 import pandas as pd
 import pytest
 import torch
 
-from masktune_utils import evaluation, experiment, selection, shortcuts, store
+from masktune_utils import evaluation, experiment, masking, selection, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.settings import Settings
 
@@ -27,26 +28,42 @@ def candidates(tmp_path, splits) -> list[Settings]:
     return [*masks, dataclasses.replace(first, method="threshold", param=1.0)]
 
 
-def test_a_mask_weighs_what_the_best_candidate_gains_on_it_over_the_base_model():
+def test_a_set_weighs_the_squared_gain_of_the_best_candidate_per_share_hidden():
     accuracy = pd.DataFrame(
-        {"a": [0.9, 0.5, 0.2, 0.3], "b": [0.7, 0.8, 0.6, 0.1], "c": [0.1, 0.1, 0.5, 0.1]},
-        index=["a", "b", "c", "base"],
+        [[0.9, 0.7, 0.1], [0.5, 0.8, 0.1], [0.2, 0.6, 0.5], [0.3, 0.1, 0.1], [1.0, 1.0, 1.0]],
+        index=["a", "b", "c", "base", "other"],  # other is judged, but is no candidate
     )
-    accuracy.loc["other"] = [1.0, 1.0, 1.0]  # is judged, but is no candidate: it has no say
-    weights = {"a": 0.6, "b": 0.7, "c": 0.4}
-    expected = accuracy.pow(pd.Series(weights), axis=1).prod(axis=1) ** (1 / 1.7)
-    assert selection.scores(accuracy).to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
-    accuracy["c"] = [0.2, 0.3, 0.1, 0.9, 1.0]  # hides what nobody but the base model relies on
-    expected = accuracy.pow(pd.Series({"a": 0.6, "b": 0.7, "c": 0}), axis=1).prod(axis=1) ** (
-        1 / 1.3
-    )
-    assert selection.scores(accuracy).to_dict() == pytest.approx(expected.to_dict(), abs=1e-5)
-    assert selection.gains(accuracy).tolist() == pytest.approx([0.6, 0.7, 0])
+    hidden, own = pd.Series([0.1, 0.2, 0.5]), ["a", "b", "c"]
+    assert selection.gains(accuracy, own).tolist() == pytest.approx([0.6, 0.7, 0.4])
+    weights = pd.Series([0.36 / 0.1, 0.49 / 0.2, 0.16 / 0.5])
+    expected = (accuracy * weights).sum(axis=1) / weights.sum()
+    assert selection.scores(accuracy, hidden, own).tolist() == pytest.approx(expected.tolist())
+    accuracy[2] = [0.2, 0.3, 0.1, 0.9, 1.0]  # nobody gains: no weight
+    expected = (accuracy * weights)[[0, 1]].sum(axis=1) / weights[:2].sum()
+    assert selection.scores(accuracy, hidden, own).tolist() == pytest.approx(expected.tolist())
 
 
-def test_without_any_gain_all_masks_weigh_the_same():
-    accuracy = pd.DataFrame({"a": [0.2, 0.4, 0.9], "b": [0.4, 0.4, 0.9]}, index=["a", "b", "base"])
-    assert selection.scores(accuracy).tolist() == pytest.approx([0.08**0.5, 0.4, 0.9])
+def test_without_any_gain_all_sets_weigh_the_same():
+    accuracy = pd.DataFrame([[0.2, 0.4], [0.4, 0.4], [0.9, 0.9]], index=["a", "b", "base"])
+    scores = selection.scores(accuracy, pd.Series([0.0, 0.3]), ["a", "b"])
+    assert scores.tolist() == pytest.approx([0.3, 0.4, 0.9])
+
+
+def test_what_a_mask_hides_is_removed_or_exchanged_with_that_of_another_class(splits):
+    maps = torch.zeros(200, 8, 8)
+    maps[:, :, :4] = 1  # the left half
+    dataset = masking.mask_dataset(splits.train, maps, "threshold", 0.5, "nearest")
+    (hidden, share), (exchanged, other_share) = selection.masked_and_exchanged(dataset, seed=5)
+    assert share == other_share == 0.5 and len(hidden) == len(exchanged) == 200
+    index = torch.randperm(200, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(hidden.images, dataset.images[index])
+    assert torch.equal(hidden.labels, splits.train.labels[index])
+    assert torch.equal(exchanged.labels, hidden.labels)
+    assert torch.equal(exchanged.images[..., 14:], hidden.images[..., 14:])
+    halves = splits.train.images[..., :14].flatten(1)
+    for label, half in zip(exchanged.labels, exchanged.images[..., :14].flatten(1), strict=True):
+        donors = splits.train.labels[(halves == half).all(1)]
+        assert len(donors) and (donors != label).any()
 
 
 def test_the_worst_class_is_that_of_the_metrics(splits, model):
@@ -67,23 +84,21 @@ def test_the_choice_has_the_best_score_of_the_accuracies_on_all_masks(candidates
     choice = selection.choose(candidates)
     base, _ = experiment.base_model(candidates[0], splits.train)
     maps = experiment.training_saliency(candidates[0], base, splits.train)
-    models, masked = {"base": base}, {}
+    models, sets = {"base": base}, []
     for one in candidates:
-        first = experiment.masking.mask_dataset(splits.train, maps, **one.mask_rule)
-        models[one.configuration], about = experiment.finetuned_model(one, base, first)
-        masked[one.configuration] = Split(about["masked"].images, splits.train.labels)
-    accuracy = pd.DataFrame(
-        {
-            mask: {name: selection.worst_class(model, some) for name, model in models.items()}
-            for mask, some in masked.items()
-        }
-    )
-    scores = selection.scores(accuracy)
+        first = masking.mask_dataset(splits.train, maps, **one.mask_rule)
+        name = one.configuration
+        models[name], about = experiment.finetuned_model(one, base, first)
+        sets += selection.masked_and_exchanged(about["masked"], zlib.crc32(name.encode()))
+    rows = [[selection.worst_class(m, images) for images, _ in sets] for m in models.values()]
+    accuracy = pd.DataFrame(rows, index=[*models])
+    own = [one.configuration for one in candidates]
+    scores = selection.scores(accuracy, pd.Series([share for _, share in sets]), own)
     assert choice["scores"] | choice["others"] == pytest.approx(scores.to_dict())
     best, second = scores.drop("base").nlargest(2).index
     assert choice["configuration"] == best and choice["doubt"]["second"] == second
     assert choice["doubt"]["lead"] == pytest.approx(scores[best] - scores[second])
-    gain = selection.gains(accuracy).mean()
+    gain = selection.gains(accuracy, own).mean()
     assert choice["doubt"]["gain"] == pytest.approx(gain)
     assert bool(choice["doubt"]["warning"]) == (gain < selection.LITTLE)
     path = candidates[0].folder("results") / "chosen.json"
@@ -109,8 +124,8 @@ def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(candidates, 
     table = store.collect(candidates[0].directory).set_index("configuration")
     assert table["score"].to_dict() == few["scores"] | few["others"]
     assert table.loc[few["configuration"], "chosen"] and table["chosen"].count() == 3
-    path = candidates[0].folder("results") / "base.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "other"}))
+    path = candidates[0].folder("results") / "chosen.json"
+    path.write_text(json.dumps(few | {"base_sha256": "of another base model"}))
     assert store.collect(candidates[0].directory)["chosen"].isna().all()
     selection.choose(candidates[:3])
     assert len(calls) == 4
