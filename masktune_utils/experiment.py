@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,8 @@ def finetuned_model(
         before = dataclasses.replace(settings, iterations=settings.iterations - 1, **kept)
         earlier, about = finetuned_model(before, base, masked, retrain)
         explained = about["masked"] if settings.restart else split
-        maps = saliency.saliency_maps(earlier, explained.images, split.labels, settings.cam)
+        with warnings.catch_warnings(action="ignore"):  # of maps that are zero
+            maps = saliency.saliency_maps(earlier, explained.images, split.labels, settings.cam)
         hidden = about["masked"] if settings.accumulate else None
         masked = masking.mask_dataset(split, maps, **settings.mask_rule, earlier=hidden)
         start = base if settings.restart else earlier

@@ -26,6 +26,7 @@ from masktune_utils.settings import Settings
 
 IMAGES = 400  # at most this many training images are masked, or exchanged, with each mask
 SELF_TUNED = "MaskTune, self-tuned"
+NEAR = 0.01  # scores that differ by less are taken as equal
 LITTLE = 1.5  # gain per share hidden; where masks find the shortcut, it is 2 to 8
 WARNING = (
     "Doubt: masks make little difference here. They may not hide the shortcut, or there is none."
@@ -131,7 +132,9 @@ def choose(
     jobs: int = 1,
     retrain: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tune candidates, choose the one with the best score, and save the choice.
+    """Fine-tune candidates, choose one, and save the choice.
+
+    Of the candidates whose score is next to the best (`NEAR`), the one that hides least is chosen.
 
     Args:
         candidates: of one base model.
@@ -141,9 +144,9 @@ def choose(
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one; `scores` of the candidates;
-        `others`, the scores of the base model and of `others`; `base_sha256`; and `doubt`:
-        `second`, the second best candidate; `lead`, by how much the score of the chosen one is
-        better; `gain`, the mean of `gains` per share hidden; and a `warning`, if that is small.
+        `others`, the scores of the base model and of `others`; `base_sha256`; and `doubt`: `near`,
+        how many candidates are next to the best; `lead`, from the best score to the second; `gain`,
+        the mean of `gains` per share hidden; and a `warning`, if that is small.
     """
     own = [one.configuration for one in candidates]
     names = [*own, "base", *(one.configuration for one in others)]
@@ -167,10 +170,11 @@ def choose(
     accuracy, hidden = pd.DataFrame(rows).T, pd.Series([share for _, share in sets])
     result = scores(accuracy, hidden, own)
     gain = (gains(accuracy, own) / hidden.clip(lower=1e-3)).mean()
-    first, second, *_ = result[own].sort_values(ascending=False).index
-    choice = {"configuration": first, "scores": result[own].to_dict()}
-    choice["others"] = result.drop(own).to_dict()
-    choice["doubt"] = {"second": second, "lead": result[first] - result[second], "gain": gain}
+    best = result[own].nlargest(len(own))
+    near = [name for name in own if result[name] >= best.iloc[0] - NEAR]
+    choice = {"configuration": min(near, key=lambda name: judging[name][0][1])}
+    choice |= {"scores": result[own].to_dict(), "others": result.drop(own).to_dict()}
+    choice["doubt"] = {"near": len(near), "lead": best.iloc[0] - best.iloc[1], "gain": gain}
     choice["doubt"]["warning"] = WARNING if gain < LITTLE else ""
     choice["base_sha256"] = base_sha256
     store.write_bytes(path, json.dumps(choice, indent=1).encode())
@@ -179,11 +183,9 @@ def choose(
 
 def describe(choice: dict[str, Any]) -> str:
     """A choice in words."""
-    name, doubt = choice["configuration"], choice["doubt"]
-    text = f"{short(name)} has the best score, {choice['scores'][name]:.1%}"
-    return (
-        f"{text}; the next, {short(doubt['second'])}, {doubt['lead']:.1%} less. {doubt['warning']}"
-    )
+    best, doubt = max(choice["scores"].values()), choice["doubt"]
+    text = f"{short(choice['configuration'])} hides least of the {doubt['near']} candidates"
+    return f"{text} within a point of the best score, {best:.1%}. {doubt['warning']}".strip()
 
 
 def short(configuration: str) -> str:
