@@ -37,7 +37,8 @@ def conclude(bases: list[Settings]) -> None:
         worst = rows.groupby("model")["worst_group"].mean()
         print(f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images;", end=" ")
         print(f"with the mask that it chose itself, MaskTune on {worst[selection.SELF_TUNED]:.1%}.")
-        print(f"See {chosen[0].folder('figures') / '05_self_tuned.png'}")
+        if (picture := chosen[0].folder("figures") / "05_self_tuned.png").exists():
+            print(f"See {picture}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,11 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         errors = execute(stages, count, arguments.force)
         if arguments.command != "sweep":
-            stages.append(choose(arguments.command, grid, count, arguments.force, errors))
-            errors |= execute(stages[-1:], count)
-        if arguments.command == "run":
-            stages.append(make_stage("05_plots", grid))
-            errors |= execute(stages[-1:], count)
+            chosen = choose(arguments.command, grid, count, arguments.force, errors)
+            last = make_stage("05_plots", grid) if arguments.command == "run" else []
+            later = [stage for stage in (chosen, last) if stage]
+            errors |= execute(later, count)
+            stages += later
         report(stages, summary=arguments.command == "sweep")
     except (KeyboardInterrupt, OSError) as error:
         print("\nmasktune:", f"{error}" or "interrupted; the same command goes on", file=sys.stderr)

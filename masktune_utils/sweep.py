@@ -105,9 +105,10 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     Returns:
         The error of each job that failed or could not be run.
     """
-    errors, directory = {}, stages[0][0].settings.directory
+    errors = {}
     with tqdm(total=sum(map(len, stages)), unit="notebook", ncols=110) as bar:
         for stage in stages:
+            directory = stage[0].settings.directory
             bad = {job.settings.folder("runs") for job in errors if job.stem in BASE}
             orphans = [job for job in stage if job.settings.folder("runs") in bad]
             errors |= dict.fromkeys(orphans, "not run, because its base model is missing")

@@ -50,6 +50,18 @@ def test_test_sets_differ_by_the_square_on_class_1_alone(size, name, rgb):
     assert torch.equal(sets.biased.has_square, sets.biased.labels == 1)
 
 
+@pytest.mark.parametrize("size", [1, 6, 28])
+def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(size):
+    pairs = zip(load(square_size=size), load(square_size=size, shortcut="two_squares"), strict=True)
+    for one, two in pairs:
+        assert torch.equal(two.has_square, one.has_square)
+        corner = 28 - size, 28 - size
+        expected = shortcuts.add_square(one.images, one.has_square, size, "red", corner)
+        assert torch.equal(two.images, expected)
+    area = shortcuts.square_area(Settings(shortcut="two_squares", square_size=size))
+    assert area.sum() == min(2 * size**2, 784) and area[0, 0] and area[27, 27]
+
+
 def test_random_placement_follows_the_share_and_the_seed(full):
     assert squares(full.train) == pytest.approx([0.99, 0.01], abs=0.008)  # 3.6 standard deviations
     assert torch.equal(full.train.has_square, load().train.has_square)

@@ -166,6 +166,29 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, monk
     assert re.findall("done .* (seed.*)", shown) == ["seed0 top_k_0.8"]
 
 
+def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(directory, capsys):
+    file, path = directory / "two.yaml", tiny(directory).checkpoint_path("top_k_0.3")
+    file.write_text("- param: [0.1, 0.3]\n")
+    arguments = ["choose", str(file), *OPTIONS, "--directory", str(directory), "--jobs", "1"]
+    content, before = path.read_bytes(), changes(directory)
+    path.write_bytes(b"damaged")
+    assert command.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"failed: choice, seed 0: CheckpointError: {path} is damaged" in error
+    saved = tiny(directory).folder("results") / "chosen.json"
+    assert "Traceback" not in error and changes(directory)[saved] == before[saved]
+    path.write_bytes(content)
+    assert command.main(arguments) == 0
+    printed, choice = capsys.readouterr().out, results(directory)["chosen"]
+    assert [*choice["scores"]] == ["top_k_0.1", "top_k_0.3"] and [*choice["others"]] == ["base"]
+    assert f"seed 0: {selection.describe(choice)}" in printed
+    assert re.search(rf"{selection.SELF_TUNED} +\d", printed)
+    file.write_text("- param: 0.1\n")
+    assert command.main(arguments) == 2
+    message = "masktune: 1 candidate for a base model; allowed: 2 or more.\n"
+    assert capsys.readouterr() == ("", message)
+
+
 def test_an_interrupt_ends_the_kernels_too_and_progress_is_seen_before(directory):
     sweeping = start(directory, "--epochs", "10000", "--param", "0.1")
     seen = ""
