@@ -26,7 +26,7 @@ from masktune_utils.settings import Settings
 
 IMAGES = 400  # at most this many training images are masked, or exchanged, with each mask
 SELF_TUNED = "MaskTune, self-tuned"
-NEAR = 0.01  # scores that differ by less are taken as equal
+NEAR = 0.005  # scores that differ by less are taken as equal
 LITTLE = 1.5  # gain per share hidden; where masks find the shortcut, it is 2 to 8
 WARNING = (
     "Doubt: masks make little difference here. They may not hide the shortcut, or there is none."
@@ -48,16 +48,17 @@ def worst_class(model: nn.Module, images: Split) -> float:
 def scores(accuracy: pd.DataFrame, hidden: pd.Series, candidates: Sequence[str]) -> pd.Series:
     """Weighted mean of accuracies, in [0, 1], one per model.
 
-    A set of images weighs the square of what the best candidate gains on it over the base model,
-    per share of the image that is hidden. So masks that hide nothing the base model relies on, or
-    all there is, count little, and most do those that make a difference by hiding little.
+    A set weighs gain ^ 2.5 / hidden ^ 1.5, where gain is what the best candidate gains on it over
+    the base model. So masks that hide nothing the base model relies on, or all there is, count
+    little, and most do those that make a difference by hiding little.
 
     Args:
         accuracy: see `worst_class`; a row per model, `base` among them, and a column per set.
         hidden: mean share of the images that is hidden, or exchanged, for each set.
         candidates: names of their rows.
     """
-    weights = gains(accuracy, candidates) ** 2 / hidden.clip(lower=1e-3) + 1e-9  # not all zero
+    weights = gains(accuracy, candidates) ** 2.5 / hidden.clip(lower=1e-3) ** 1.5
+    weights += 1e-9  # so that they never are all zero
     return accuracy @ weights / weights.sum()
 
 
@@ -185,7 +186,7 @@ def describe(choice: dict[str, Any]) -> str:
     """A choice in words."""
     best, doubt = max(choice["scores"].values()), choice["doubt"]
     text = f"{short(choice['configuration'])} hides least of the {doubt['near']} candidates"
-    return f"{text} within a point of the best score, {best:.1%}. {doubt['warning']}".strip()
+    return f"{text} within half a point of the best score, {best:.1%}. {doubt['warning']}".strip()
 
 
 def short(configuration: str) -> str:
