@@ -12,12 +12,12 @@ import re
 import zlib
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from torch import nn
 from tqdm import tqdm
 
 from masktune_utils import evaluation, experiment, masking, models, shortcuts, store
@@ -33,16 +33,21 @@ WARNING = (
 )
 
 
-def worst_class(model: nn.Module, images: Split) -> float:
-    """Accuracy of the worst class, in [0, 1].
+def worst_classes(path: Path, sets: Sequence[Split], device: torch.device) -> list[float]:
+    """Accuracy of a model's worst class on each of several sets of images, in [0, 1].
 
     Args:
-        model: a candidate.
-        images: masked or exchanged.
+        path: of its checkpoint.
+        sets: masked or exchanged images.
+        device: see `models.resolve_device`.
     """
-    labels = images.labels.cpu()
-    correct = (evaluation.predict(model, images).argmax(1) == labels).double()
-    return min(correct[labels == label].mean().item() for label in labels.unique())
+    (model, _), worst = store.load_checkpoint(path, device=device), []
+    for images in sets:
+        labels = images.labels
+        logits = evaluation.predict(model, images.to(device), batch_size=100)  # quick on a CPU
+        correct = (logits.argmax(1) == labels).double()
+        worst.append(min(correct[labels == label].mean().item() for label in labels.unique()))
+    return worst
 
 
 def scores(accuracy: pd.DataFrame, hidden: pd.Series, candidates: Sequence[str]) -> pd.Series:
@@ -53,7 +58,7 @@ def scores(accuracy: pd.DataFrame, hidden: pd.Series, candidates: Sequence[str])
     little, and most do those that make a difference by hiding little.
 
     Args:
-        accuracy: see `worst_class`; a row per model, `base` among them, and a column per set.
+        accuracy: see `worst_classes`; a row per model, `base` among them, and a column per set.
         hidden: mean share of the images that is hidden, or exchanged, for each set.
         candidates: names of their rows.
     """
@@ -157,18 +162,16 @@ def choose(
         choice = store.read_result(path)
         if choice["base_sha256"] == base_sha256 and names == [*choice["scores"], *choice["others"]]:
             return choice
-    judging, rows = {}, {}
-    parallel = Parallel(jobs, return_as="generator_unordered")
+    judging, parallel = {}, Parallel(jobs, return_as="generator_unordered")
     with tqdm(total=len(candidates), unit="candidate", ncols=110) as bar:
         for part in parallel(delayed(finetune)(chain, retrain) for chain in chains(candidates)):
             judging |= part
             bar.update(len(part))
+    sets, shares = zip(*(pair for name in own for pair in judging[name]), strict=True)
     device = models.resolve_device(candidates[0].device)
-    sets = [(images.to(device), share) for name in own for images, share in judging[name]]
-    for name in names:
-        model, _ = store.load_checkpoint(candidates[0].checkpoint_path(name), device=device)
-        rows[name] = [worst_class(model, images) for images, _ in sets]
-    accuracy, hidden = pd.DataFrame(rows).T, pd.Series([share for _, share in sets])
+    paths = [candidates[0].checkpoint_path(name) for name in names]
+    rows = Parallel(jobs)(delayed(worst_classes)(path, sets, device) for path in paths)
+    accuracy, hidden = pd.DataFrame(rows, index=names), pd.Series(shares)
     result = scores(accuracy, hidden, own)
     gain = (gains(accuracy, own) / hidden.clip(lower=1e-3)).mean()
     best = result[own].nlargest(len(own))

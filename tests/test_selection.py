@@ -66,10 +66,13 @@ def test_what_a_mask_hides_is_removed_or_exchanged_with_that_of_another_class(sp
         assert len(donors) and (donors != label).any()
 
 
-def test_the_worst_class_is_that_of_the_metrics(splits, model):
-    metrics = evaluation.metrics(evaluation.predict(model, splits.train), splits.train.labels)
-    worst = selection.worst_class(model, splits.train)
-    assert worst == pytest.approx(min(metrics["class_accuracy"]))
+def test_the_worst_class_is_that_of_the_metrics(splits, model, tmp_path):
+    store.save_checkpoint(tmp_path / "model.pth", model, {}, [])
+    sets = [splits.train, splits.biased]
+    worst = selection.worst_classes(tmp_path / "model.pth", sets, torch.device("cpu"))
+    for images, found in zip(sets, worst, strict=True):
+        metrics = evaluation.metrics(evaluation.predict(model, images), images.labels)
+        assert found == pytest.approx(min(metrics["class_accuracy"]))
 
 
 def test_candidates_that_differ_in_their_rounds_alone_form_a_chain(candidates):
@@ -84,14 +87,16 @@ def test_the_choice_has_the_best_score_of_the_accuracies_on_all_masks(candidates
     choice = selection.choose(candidates)
     base, _ = experiment.base_model(candidates[0], splits.train)
     maps = experiment.training_saliency(candidates[0], base, splits.train)
-    models, sets = {"base": base}, []
+    names, sets = ["base"], []
     for one in candidates:
         first = masking.mask_dataset(splits.train, maps, **one.mask_rule)
-        name = one.configuration
-        models[name], about = experiment.finetuned_model(one, base, first)
-        sets += selection.masked_and_exchanged(about["masked"], zlib.crc32(name.encode()))
-    rows = [[selection.worst_class(m, images) for images, _ in sets] for m in models.values()]
-    accuracy = pd.DataFrame(rows, index=[*models])
+        names.append(one.configuration)
+        _, about = experiment.finetuned_model(one, base, first)
+        sets += selection.masked_and_exchanged(about["masked"], zlib.crc32(names[-1].encode()))
+    images, device = [images for images, _ in sets], torch.device("cpu")
+    paths = [candidates[0].checkpoint_path(name) for name in names]
+    rows = [selection.worst_classes(path, images, device) for path in paths]
+    accuracy = pd.DataFrame(rows, index=names)
     own = [one.configuration for one in candidates]
     scores = selection.scores(accuracy, pd.Series([share for _, share in sets]), own)
     assert choice["scores"] | choice["others"] == pytest.approx(scores.to_dict())
