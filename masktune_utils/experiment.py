@@ -71,8 +71,9 @@ def finetuned_model(
 ) -> Made:
     """The base model after ONE epoch on the masked images (MaskTune).
 
-    With several `iterations`, there is one epoch for each. The images of a later one are masked by
-    the maps of the model before it. That model is trained on, or with `restart`, the base model.
+    With several `iterations`, there is one epoch for each. Later ones mask the images by the maps
+    of the model before, and train that model further. With `restart`, the maps are those of the
+    masked images, and the base model is trained anew.
 
     Args:
         settings: the experiment.

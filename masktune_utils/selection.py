@@ -73,7 +73,7 @@ def gains(accuracy: pd.DataFrame, candidates: Sequence[str]) -> pd.Series:
 
 
 def masked_and_exchanged(masked: masking.MaskedDataset, seed: int) -> list[tuple[Split, float]]:
-    """Images without what their mask hides; and images with what a mask hides in one of another class.
+    """Images without what their mask hides, and images with a region of another class pasted in.
 
     Args:
         masked: the masked training set.
