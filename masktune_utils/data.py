@@ -205,7 +205,7 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
     splits = []
     for images, digits in parts:
         if images.ndim == 3:
-            images = images[:, None].repeat(1, 3, 1, 1)
+            images = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
         split = Split(images, digits if dataset == "folder" else (digits >= 5).long(), digits)
         if len(split.labels.unique()) < 2:
             raise ValueError(f"{dataset} has images of one class only; allowed: 2 classes or more.")

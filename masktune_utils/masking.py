@@ -122,9 +122,9 @@ def image_masks(
         mask = create_mask(resize(saliency_map, size), method, param).float()
     else:
         mask = resize(create_mask(saliency_map, method, param), size, upsample)
-    if dilation:
-        flat, side = mask.reshape(-1, 1, *size), 2 * dilation + 1
-        mask = F.max_pool2d(flat, side, stride=1, padding=dilation).reshape(mask.shape)
+    for _ in range(2 if dilation else 0):  # along the rows, along the columns; quick on a CPU
+        windows = F.pad(mask, (dilation, dilation)).unfold(-1, 2 * dilation + 1, 1)
+        mask = windows.amax(-1).mT
     return mask
 
 
@@ -210,11 +210,15 @@ def hidden_shares(dataset: MaskedDataset, area: Tensor) -> dict[str, float]:
         if no image carries a square.
     """
     shares = [dict.fromkeys(("square", "rest", "digit", "square_whole"), torch.zeros(0))]
+    inside = area.flatten().float()
+    areas = torch.stack([inside, 1 - inside], 1)
     for index in dataset.split.has_square.nonzero()[:, 0].split(1000):
-        hidden, images = dataset.masks(index), dataset.split.batch(index)[0]
-        inside = area.to(hidden).expand_as(hidden)
-        places = {"square": inside, "rest": 1 - inside, "digit": images.mean(1) * (1 - inside)}
-        part = {name: (hidden * w).sum((1, 2)) / w.sum((1, 2)) for name, w in places.items()}
+        hidden = dataset.masks(index).flatten(1).cpu()
+        ink = dataset.split.images[index].sum(1, dtype=torch.float32).flatten(1).cpu() * (
+            1 - inside
+        )
+        part = dict(zip(("square", "rest"), (hidden @ areas / areas.sum(0)).T, strict=True))
+        part["digit"] = (hidden * ink).sum(1) / ink.sum(1)
         part["square_whole"] = (part["square"] > 0.99).float()
-        shares.append({name: share.cpu() for name, share in part.items()})
+        shares.append(part)
     return {name: torch.cat([part[name] for part in shares]).mean().item() for name in shares[0]}

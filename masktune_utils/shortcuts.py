@@ -138,7 +138,7 @@ def load(settings: DataSettings) -> BiasedSets:
         return Split(images, split.labels, split.digits, has_square).to(device)
 
     return BiasedSets(
-        train=planted(train[~held_out], has_square[~held_out]),
+        train=planted(train[~held_out] if count else train, has_square[~held_out]),
         raw=planted(test, test.has_square),
         biased=planted(test, (test.labels == 1) & plants),
         validation=planted(train[held_out], has_square[held_out]),

@@ -157,7 +157,8 @@ def collect(directory: str = "") -> pd.DataFrame:
 
     Returns:
         One row per result, base models first; without `metrics`, what `experiment.record` returns.
-        Also its `score` in a choice, and for candidates, whether it is `chosen`; else None.
+        Also, see `selection.choose`: its `score`, and for candidates, whether it is `chosen`, and
+        the `gain` of that choice; else None.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
@@ -170,12 +171,12 @@ def collect(directory: str = "") -> pd.DataFrame:
     for path, row in results.items():
         if row["base_sha256"] == bases.get(path.parent):
             choice, name = choices.get(path.parent, {}), row["configuration"]
-            row |= {"score": None, "chosen": None}
+            row |= {"score": None, "chosen": None, "gain": None}
             if choice.get("base_sha256") == row["base_sha256"]:
                 row["score"] = (choice["scores"] | choice["others"]).get(name)
-                row["chosen"] = (
-                    name == choice["configuration"] if name in choice["scores"] else None
-                )
+                if name in choice["scores"]:
+                    row["chosen"] = name == choice["configuration"]
+                    row["gain"] = choice["doubt"]["gain"]
             rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else [*KEY, "metrics"]).drop(columns="metrics")
     return table.sort_values(KEY, key=lambda column: column.replace("base", ""), ignore_index=True)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError, conlist
 from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
-from masktune_utils import data, evaluation, progress, store
+from masktune_utils import data, evaluation, kernels, progress, store
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -57,7 +57,7 @@ class Job(NamedTuple):
         return saved and all(file.exists() for file in files) and self.stem in (*BASE, FINETUNE)
 
     def run(self, force: bool = False) -> tuple["Job", str | None]:
-        """Execute the notebook in a kernel of its own.
+        """Execute the notebook in a kernel that has forgotten all others.
 
         Args:
             force: train again.
@@ -68,12 +68,12 @@ class Job(NamedTuple):
         values = {name: getattr(self.settings, name) for name in notebook_settings(self.stem)}
         values |= {"retrain": True} if force else {}
         options = {"cwd": NOTEBOOKS, "progress_bar": False, "stdout_file": progress.Bars()}
-        options |= {"shutdown_kernel": "immediate", "extra_arguments": ["--log-level=50"]}
         source, target = NOTEBOOKS / f"{self.stem}.ipynb", self.copy
         with tempfile.TemporaryDirectory() as folder:
             copy, error = Path(folder) / "copy.ipynb", None
             try:
-                papermill.execute_notebook(source, copy, values, **options)
+                with kernels.warm(NOTEBOOKS) as kernel:
+                    papermill.execute_notebook(source, copy, values, km=kernel, **options)
                 store.write_bytes(target, copy.read_bytes())
             except Exception as failure:  # noqa: BLE001 - any failure: the other notebooks go on
                 kind = getattr(failure, "ename", type(failure).__name__)

@@ -132,6 +132,7 @@ def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(candidates, 
     table = store.collect(candidates[0].directory).set_index("configuration")
     assert table["score"].to_dict() == few["scores"] | few["others"]
     assert table.loc[few["configuration"], "chosen"] and table["chosen"].count() == 3
+    assert table["gain"].dropna().tolist() == [few["doubt"]["gain"]] * 3
     path = candidates[0].folder("results") / "chosen.json"
     path.write_text(json.dumps(few | {"base_sha256": "of another base model"}))
     assert store.collect(candidates[0].directory)["chosen"].isna().all()

@@ -1,0 +1,86 @@
+"""Kernels that execute notebook after notebook; each forgets one before the next."""
+
+import atexit
+import contextlib
+import gc
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from IPython import get_ipython
+from jupyter_client import KernelClient, KernelManager
+from matplotlib import pyplot as plt
+
+RESET = "from masktune_utils import kernels; kernels.reset()"
+ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
+CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
+
+_idle: list["Manager"] = []  # of this process
+_random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # of a fresh kernel
+_filters, _folder, _threads = [*warnings.filters], Path.cwd(), torch.get_num_threads()
+
+
+class Manager(KernelManager):
+    """A kernel manager that knows the client that papermill takes, and leaves open."""
+
+    def client(self, **options: Any) -> KernelClient:
+        """See jupyter_client."""
+        self.latest = super().client(**options)
+        return self.latest
+
+
+@contextlib.contextmanager
+def warm(folder: Path) -> Iterator[Manager]:
+    """A kernel that is kept for later, unless what it is used for fails.
+
+    Args:
+        folder: its working directory.
+
+    Raises:
+        RuntimeError: it does not start, or no longer answers.
+    """
+    while _idle and not _idle[-1].is_alive():
+        _idle.pop()
+    manager = _idle.pop() if _idle else Manager(client_class=CLIENT)
+    try:
+        if not manager.has_kernel:
+            manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder)
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.execute(RESET, store_history=False, reply=True, timeout=60)
+        client.stop_channels()
+        yield manager
+        manager.latest.stop_channels()
+    except BaseException:
+        manager.shutdown_kernel(now=True)
+        raise
+    _idle.append(manager)
+
+
+@atexit.register
+def close() -> None:
+    """End the kernels of this process."""
+    while _idle:
+        _idle.pop().shutdown_kernel(now=True)
+
+
+def reset() -> None:
+    """Undo, in a kernel, what a notebook has left behind."""
+    get_ipython().reset(new_session=True)  # names, In and Out
+    plt.close("all")
+    gc.collect()  # with the names go models, hooks and images
+    torch.cuda.empty_cache()
+    random.setstate(_random[0])
+    np.random.set_state(_random[1])
+    torch.set_rng_state(_random[2])
+    torch.set_num_threads(_threads)
+    os.chdir(_folder)
+    warnings.filters[:] = _filters
+    with warnings.catch_warnings():  # what has been shown once is shown again
+        pass
