@@ -7,14 +7,22 @@ import nbformat
 import pandas as pd
 import pytest
 
-from masktune_utils import data, evaluation, sweep
+from masktune_utils import data, evaluation, selection, sweep
 from masktune_utils.settings import REPOSITORY
 
 ADAM = "_finetune_optimizer=adam_finetune_lr=0.001"
+LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
 RESULTS = pd.read_csv(REPOSITORY / "results" / "reference.csv")
 SHARES = [name for name in RESULTS if name.startswith("hidden_")]
+TUNED = RESULTS[RESULTS["chosen"].notna()]
+BEST = TUNED.loc[TUNED.groupby(["experiment", "seed"])["worst_group"].idxmax()]
+ROWS = [
+    RESULTS,
+    TUNED[TUNED["chosen"].eq(True)].assign(configuration="chosen"),
+    BEST.assign(configuration="best"),
+]
 KNOWN = evaluation.summarize(
-    RESULTS, ["experiment", "configuration"], [*evaluation.ACCURACIES, *SHARES]
+    pd.concat(ROWS), ["experiment", "configuration"], [*evaluation.ACCURACIES, *SHARES]
 )
 README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "results/README.md"))
 
@@ -27,7 +35,8 @@ README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "res
         ("one more epoch, random patches masked", "mnist", "random_0.1"),
         ("MaskTune, `top_k` 0.1 (", "mnist", "top_k_0.1"),
         ("MaskTune, the paper's rule", "mnist", "mean_std_2.0_finetune_lr=0.01"),
-        ("**MaskTune", "mnist", "mean_std_2.5_dilation=2_finetune_lr=0.01"),
+        ("MaskTune, best fixed rule", "mnist", f"mean_std_4.0_dilation=4{LINEAR}"),
+        ("**MaskTune, with the mask that it chose itself**", "mnist", "chosen"),
         ("ERM with the square on half", "mnist_conflicting_share=0.5_epochs=20", "base"),
         ("oracle", "mnist_shortcut=none_epochs=20", "base"),
     ],
@@ -77,7 +86,6 @@ def test_the_published_numbers_are_those_of_notebook_6(published):
     ("rule", "score"),
     [
         ("the worse class", "validation_worst_class"),
-        ("the worse class, on masked images", "validation_masked"),
         ("the worst group (optimistic)", "validation_worst_group"),
     ],
 )
@@ -89,6 +97,31 @@ def test_the_choices_and_their_numbers(rule, score):
     short = chosen["configuration"].str.removesuffix("_finetune_lr=0.01")
     assert re.findall("`(.*?)`", names) == short.tolist()
     assert evaluation.summarize(chosen.assign(all=0), ["all"]).iloc[0].tolist() == [*numbers, 5]
+
+
+def test_the_table_of_masks_and_schedules():
+    found = re.findall(r"\| `(\w+)` ([\d.]+)(?: dilated by (\d))? \|(.*± .*)\|", TABLES)
+    assert len(found) == 5
+    for method, param, dilation, cells in found:
+        name = f"{method}_{float(param)}" + (f"_dilation={dilation}" if dilation else "")
+        constant, linear = (
+            KNOWN.loc[("mnist", f"{name}{suffix}")] for suffix in ("_finetune_lr=0.01", LINEAR)
+        )
+        expected = [*constant.iloc[:3], *linear.iloc[:3], constant["hidden square whole"]]
+        assert [cell.strip() for cell in cells.split("|")] == expected
+        assert constant["seeds"] == linear["seeds"] == 5
+
+
+def test_the_table_of_choices():
+    found = re.findall(r"\| `(mnist\S*)` \|(.*)\| (\d) of (\d) \|", TABLES)
+    assert {name for name, *_ in found} == {*TUNED["experiment"]}
+    models = ["base", "mean_std_2.0_finetune_lr=0.01"]
+    models += [f"mean_std_3.5_dilation=3{LINEAR}_finetune_batch_size=32", "chosen", "best"]
+    for name, cells, doubts, count in found:
+        known = [KNOWN.loc[(name, model)] for model in models]
+        assert [cell.strip() for cell in cells.split("|")][:5] == [row["worst group"] for row in known]
+        gain = TUNED[TUNED["chosen"].eq(True) & (TUNED["experiment"] == name)]["gain"]
+        assert (int(doubts), int(count)) == ((gain < selection.LITTLE).sum(), len(gain))
 
 
 @pytest.mark.parametrize("text", [README, TABLES])

@@ -1,0 +1,61 @@
+"""Where does the time of notebook 04 go in a kernel that is kept, and does its memory grow over fifty notebooks?"""
+
+import os
+import time
+
+os.environ["OMP_NUM_THREADS"] = "1"  # as in a sweep with a notebook for each core
+
+import nbformat
+import pandas as pd
+import psutil
+from common import alternate, base_model_alone, machine
+
+from masktune_utils import evaluation, experiment, kernels, shortcuts, store
+from masktune_utils.settings import Settings
+from masktune_utils.sweep import BASE, FINETUNE, make_stage
+
+NOTEBOOKS = 50
+MOMENTS = (1, 10, 25, NOTEBOOKS)
+
+
+def seconds_by_cell(path: os.PathLike) -> pd.Series:
+    """What papermill measured, by the first line of each code cell."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    names = [cell.source.split("\n")[0][:60] for cell in code]
+    return pd.Series([cell.metadata.papermill.duration for cell in code], names)
+
+
+def main() -> None:
+    with base_model_alone() as directory:
+        grid = [Settings(dataset="mnist", directory=directory, param=p) for p in (0.1, 0.3, 0.5)]
+        stages = [job for stem in (*BASE, FINETUNE) for job in make_stage(stem, grid)]
+        wall = {}
+        for job in stages:
+            started = time.perf_counter()
+            _, error = job.run()
+            assert not error, error
+            wall[job] = time.perf_counter() - started
+        last, sets = stages[-1], shortcuts.load(grid[-1])
+        base, _ = experiment.base_model(grid[-1], sets.train)
+        tests = {"predictions": lambda: evaluation.evaluate(base, sets)}
+        predictions = alternate(tests, 3)["predictions"]
+        result = last.settings.folder("results") / f"{last.name}.json"
+        training = store.read_result(result)["seconds"]
+        print(machine())
+        print(seconds_by_cell(last.copy).round(2).to_string())
+        total = pd.Series({"whole": wall[last], "training": training, "predictions": predictions})
+        total["beyond"] = wall[last] - training - predictions
+        print(f"\n{total.round(2).to_string()}\n")
+        memory = {}
+        for count in range(1, NOTEBOOKS + 1):
+            _, error = stages[-1 - count % 2].run()
+            assert not error, error
+            if count in MOMENTS:
+                pid = kernels._idle[0].provisioner.pid
+                memory[f"after {count}"] = psutil.Process(pid).memory_info().rss / 1e9
+        print(f"GB of the kernel\n{pd.Series(memory).round(2).to_string()}")
+
+
+if __name__ == "__main__":
+    main()
