@@ -16,7 +16,7 @@ ACCURACIES = ("raw", "biased", "worst_group")
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Any, batch_size: int = 200) -> Tensor:
+def predict(model: nn.Module, dataset: Any, batch_size: int = 100) -> Tensor:
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:

@@ -12,7 +12,7 @@ from masktune_utils.settings import Settings
 
 
 def saliency_maps(
-    model: nn.Module, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 200
+    model: nn.Module, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 100
 ) -> Tensor:
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 

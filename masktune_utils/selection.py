@@ -44,7 +44,7 @@ def worst_classes(path: Path, sets: Sequence[Split], device: torch.device) -> li
     (model, _), worst = store.load_checkpoint(path, device=device), []
     for images in sets:
         labels = images.labels
-        logits = evaluation.predict(model, images.to(device), batch_size=100)  # quick on a CPU
+        logits = evaluation.predict(model, images.to(device))
         correct = (logits.argmax(1) == labels).double()
         worst.append(min(correct[labels == label].mean().item() for label in labels.unique()))
     return worst
