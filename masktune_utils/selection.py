@@ -18,9 +18,8 @@ from typing import Any
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from tqdm import tqdm
 
-from masktune_utils import evaluation, experiment, masking, models, shortcuts, store
+from masktune_utils import evaluation, experiment, masking, models, progress, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.settings import Settings
 
@@ -163,7 +162,7 @@ def choose(
         if choice["base_sha256"] == base_sha256 and names == [*choice["scores"], *choice["others"]]:
             return choice
     judging, parallel = {}, Parallel(jobs, return_as="generator_unordered")
-    with tqdm(total=len(candidates), unit="candidate", ncols=110) as bar:
+    with progress.bar(total=len(candidates), unit="candidate") as bar:
         for part in parallel(delayed(finetune)(chain, retrain) for chain in chains(candidates)):
             judging |= part
             bar.update(len(part))
@@ -188,8 +187,12 @@ def choose(
 def describe(choice: dict[str, Any]) -> str:
     """A choice in words."""
     best, doubt = max(choice["scores"].values()), choice["doubt"]
-    text = f"{short(choice['configuration'])} hides least of the {doubt['near']} candidates"
-    return f"{text} within half a point of the best score, {best:.1%}. {doubt['warning']}".strip()
+    reason = "has the best score by more than half a point"
+    if doubt["near"] > 1:
+        reason = (
+            f"hides least of the {doubt['near']} candidates within half a point of the best score"
+        )
+    return f"{short(choice['configuration'])} {reason}, {best:.1%}. {doubt['warning']}".strip()
 
 
 def short(configuration: str) -> str:

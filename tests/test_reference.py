@@ -119,7 +119,9 @@ def test_the_table_of_choices():
     models += [f"mean_std_3.5_dilation=3{LINEAR}_finetune_batch_size=32", "chosen", "best"]
     for name, cells, doubts, count in found:
         known = [KNOWN.loc[(name, model)] for model in models]
-        assert [cell.strip() for cell in cells.split("|")][:5] == [row["worst group"] for row in known]
+        assert [cell.strip() for cell in cells.split("|")][:5] == [
+            row["worst group"] for row in known
+        ]
         gain = TUNED[TUNED["chosen"].eq(True) & (TUNED["experiment"] == name)]["gain"]
         assert (int(doubts), int(count)) == ((gain < selection.LITTLE).sum(), len(gain))
 

@@ -179,6 +179,8 @@ def test_a_choice_in_words():
     later = f"{long}_iterations=2_accumulate=True_restart=True"
     assert selection.short(later) == "mean_std_3.5_dilation=3_iterations=2"
     choice = {"configuration": long, "scores": {long: 0.955, later: 0.96}}
+    alone = selection.describe(choice | {"doubt": {"near": 1, "warning": ""}})
+    assert alone == "mean_std_3.5_dilation=3 has the best score by more than half a point, 96.0%."
     text = selection.describe(choice | {"doubt": {"near": 2, "warning": "Doubt."}})
     expected = "mean_std_3.5_dilation=3 hides least of the 2 candidates within half a point of the"
     assert text == f"{expected} best score, 96.0%. Doubt."
