@@ -34,7 +34,7 @@ class Split:
         images: N×C×H×W, uint8, or floating point in [0, 1].
         labels: N, int64, 0, 1, ….
         digits: N, int64, 0–9; by default the labels.
-        has_square: N, bool; by default none has one.
+        shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
 
     Raises:
         ValueError: another shape, type or range; the message tells what is allowed.
@@ -43,14 +43,15 @@ class Split:
     images: Tensor
     labels: Tensor
     digits: Tensor = None
-    has_square: Tensor = None
+    shortcut: Tensor = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if self.digits is None:
             object.__setattr__(self, "digits", labels)
-        if self.has_square is None:
-            object.__setattr__(self, "has_square", torch.zeros_like(labels, dtype=torch.bool))
+        if self.shortcut is None:
+            nowhere = torch.zeros_like(labels, dtype=torch.bool).view(-1, 1, 1)
+            object.__setattr__(self, "shortcut", nowhere)
         floating = images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
         is_image = floating or images.dtype == torch.uint8
         lengths = {len(part) for part in vars(self).values()}
@@ -61,6 +62,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def has_shortcut(self) -> Tensor:
+        """N, bool."""
+        return self.shortcut.flatten(1).any(1)
 
     def __getitem__(self, index: Tensor | slice) -> Self:
         return type(self)(*(part[index] for part in vars(self).values()))
@@ -148,6 +154,7 @@ def _folders(settings: DataSettings) -> list[tuple[Tensor, Tensor]]:
     if train.classes != test.classes:
         raise ValueError(f"classes are {train.classes}, {test.classes}; allowed: the same twice.")
     images = [torch.stack([image for image, _ in progress.bar(part)]) for part in (train, test)]
+    images = [some.contiguous(memory_format=torch.channels_last) for some in images]
     return [(images[0], torch.tensor(train.targets)), (images[1], torch.tensor(test.targets))]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masktune_utils import data, evaluation, masking, models, saliency, shortcuts, store, training
+from masktune_utils import data, evaluation, masking, models, saliency, store, training
 from masktune_utils.models import SmallCNN
 from masktune_utils.settings import DEFAULTS, Settings
 from masktune_utils.shortcuts import BiasedSets
@@ -154,7 +154,7 @@ def record(settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets) -
         `seconds`, `threads`, `device`, `torch` of the training that made them, if known; `raw`,
         `biased`, `worst_group` and `{raw,biased}_class_{0,1,…}`, accuracies in [0, 1]; if images
         are held out, `validation_worst_class` and `validation_worst_group`; for a fine-tuned model
-        `hidden_{square,square_whole,rest,digit}`, see `masking.hidden_shares`. All of
+        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All of
         `evaluation.evaluate` is in `metrics`.
     """
     masked = about.get("masked")  # of a fine-tuned model
@@ -181,7 +181,7 @@ def record(settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets) -
         row["validation_worst_class"] = min(held_out["class_accuracy"])
         row["validation_worst_group"] = held_out["worst_group"]
     if masked:
-        hidden = masking.hidden_shares(masked, shortcuts.square_area(settings))
+        hidden = masking.hidden_shares(masked)
         row |= {f"hidden_{part}": share for part, share in hidden.items()}
     store.write_bytes(path, json.dumps(row, indent=1).encode())
     return row

@@ -83,19 +83,24 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
     return F.interpolate(flat, size=size, mode=mode).reshape(*maps.shape[:-2], *size)
 
 
-def apply_mask(images: Tensor, mask: Tensor, upsample: str = "bilinear") -> Tensor:
-    """Multiply images by 1 − mask, after the mask is resized to them.
+def apply_mask(
+    images: Tensor, mask: Tensor, upsample: str = "bilinear", fill: Tensor | None = None
+) -> Tensor:
+    """Multiply images by 1 − mask, after the mask is resized to them; and add mask · fill, if given.
 
     Args:
         images: ...×C×H×W, float or uint8.
         mask: ...×h×w, bool or in [0, 1].
         upsample: `bilinear` gives soft edges, `nearest` hard ones.
+        fill: what takes the place of what is hidden, of the shape of the images or one that fits.
 
     Returns:
         The masked images, of the same type.
     """
     hidden = resize(torch.as_tensor(mask), tuple(images.shape[-2:]), upsample).unsqueeze(-3)
     masked = images * (1 - hidden)
+    if fill is not None:
+        masked = masked + fill * hidden
     return masked if images.is_floating_point() else masked.round().to(images.dtype)
 
 
@@ -136,11 +141,13 @@ class MaskedDataset:
         split: the images.
         labels: N.
         masks: index of B images → B×H×W float32 in [0, 1], 1 where the image is hidden.
+        fill: B images → what takes the place of what is hidden, see `apply_mask`.
     """
 
     split: Split
     labels: Tensor
     masks: Callable[[Tensor | slice], Tensor]
+    fill: Callable[[Tensor], Tensor | None]
 
     def __len__(self) -> int:
         return len(self.split)
@@ -148,13 +155,14 @@ class MaskedDataset:
     @property
     def images(self) -> Tensor:
         """The masked images, N×C×H×W, of the type of the images."""
-        parts = torch.arange(len(self)).split(1000)
-        return torch.cat([apply_mask(self.split.images[i], self.masks(i)) for i in parts])
+        floating = self.split.images.is_floating_point()
+        parts = (self.batch(index)[0] for index in torch.arange(len(self)).split(1000))
+        return torch.cat([part if floating else (255 * part).round().byte() for part in parts])
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
         images, labels = self.split.batch(index)
-        return apply_mask(images, self.masks(index)), labels
+        return apply_mask(images, self.masks(index), fill=self.fill(images)), labels
 
 
 def mask_dataset(
@@ -165,6 +173,7 @@ def mask_dataset(
     upsample: str = "bilinear",
     dilation: int = 0,
     seed: int = 0,
+    fill: str = "zero",
     earlier: MaskedDataset | None = None,
 ) -> MaskedDataset:
     """Hide in every image of a split what its saliency map points at.
@@ -177,6 +186,8 @@ def mask_dataset(
         upsample: see `image_masks`.
         dilation: see `image_masks`.
         seed: of `random`.
+        fill: what takes the place of what is hidden. `zero`; `mean`: the mean colour of the first
+            10,000 images; `shuffle`: what is there in another image of the batch.
         earlier: a masked dataset of the same split; what it hides stays hidden.
 
     Raises:
@@ -193,32 +204,37 @@ def mask_dataset(
         now = image_masks(saliency_map[index], size, method, param, upsample, dilation)
         return now if earlier is None else torch.maximum(now, earlier.masks(index))
 
-    return MaskedDataset(split, split.labels, masks)
+    return MaskedDataset(split, split.labels, masks, _filling(split, fill))
 
 
-def hidden_shares(dataset: MaskedDataset, area: Tensor) -> dict[str, float]:
-    """How much of the square and of the rest is hidden, over the images that carry the square.
+def _filling(split: Split, fill: str) -> Callable[[Tensor], Tensor | None]:
+    if fill == "mean":
+        color = split.batch(slice(10_000))[0].mean((0, 2, 3)).view(-1, 1, 1)
+        return lambda images: color
+    return {"zero": lambda images: None, "shuffle": lambda images: images.roll(1, 0)}[fill]
+
+
+def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
+    """How much of the shortcut and of the rest is hidden, over the images that have one.
 
     Args:
         dataset: the masked images.
-        area: H×W, bool, True where the square is, or the two squares are.
 
     Returns:
-        `square`: mean share of the square's area that is hidden; `square_whole`: share of the
-        images whose square is hidden to more than 99 %; `rest`: mean share of the area outside the
-        square; `digit`: mean share of the digit's ink (grey value outside the square). All are NaN
-        if no image carries a square.
+        `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`: share of the
+        images whose shortcut is hidden to more than 99 %; `rest`: mean share of the area outside;
+        `digit`: mean share of the digit's ink (grey value outside the shortcut). All are NaN if no
+        image has a shortcut.
     """
-    shares = [dict.fromkeys(("square", "rest", "digit", "square_whole"), torch.zeros(0))]
-    inside = area.flatten().float()
-    areas = torch.stack([inside, 1 - inside], 1)
-    for index in dataset.split.has_square.nonzero()[:, 0].split(1000):
-        hidden = dataset.masks(index).flatten(1).cpu()
-        ink = dataset.split.images[index].sum(1, dtype=torch.float32).flatten(1).cpu() * (
-            1 - inside
-        )
-        part = dict(zip(("square", "rest"), (hidden @ areas / areas.sum(0)).T, strict=True))
-        part["digit"] = (hidden * ink).sum(1) / ink.sum(1)
-        part["square_whole"] = (part["square"] > 0.99).float()
+    names = "shortcut", "rest", "digit"
+    shares = [dict.fromkeys((*names, "shortcut_whole"), torch.zeros(0))]
+    for index in dataset.split.has_shortcut.nonzero()[:, 0].split(1000):
+        hidden, some = dataset.masks(index), dataset.split[index]
+        inside = some.shortcut.float().expand_as(hidden)
+        ink = some.images.sum(1, dtype=torch.float32) * (1 - inside)
+        areas = torch.stack([inside, 1 - inside, ink])
+        part = (hidden * areas).sum((2, 3)) / areas.sum((2, 3))
+        part = dict(zip(names, part.cpu(), strict=True))
+        part["shortcut_whole"] = (part["shortcut"] > 0.99).float()
         shares.append(part)
     return {name: torch.cat([part[name] for part in shares]).mean().item() for name in shares[0]}

@@ -30,9 +30,13 @@ RUNTIME = ("directory", "device", "retrain")  # no result depends on them
 IN_PATH = {"dataset", "train_folder", "test_folder", "seed", "method", "param"}  # always there
 
 Dataset = Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist", "folder"]
+KINDS = "square square_anywhere two_squares frame pixels digit_color background none"
+Shortcut = Literal[*KINDS.split()]
 Cam = Literal["XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM"]
 Method = Literal["threshold", "top_k", "mean", "mean_std", "random"]
 Upsample = Literal["bilinear", "nearest", "map"]
+Fill = Literal["zero", "mean", "shuffle"]
+Schedule = Literal["constant", "linear"]
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
@@ -99,11 +103,9 @@ class DataSettings(Runtime):
     seed: int = _field(0, "of every random choice", ge=0, le=2**32 - 1)
     limit: int | None = _field(None, "number of training images; None: all", ge=20, multiple_of=10)
     square_size: int = _field(6, "side of the square in pixels", ge=1, le=28)
-    square_color: str = _field("blue", "name of a colour, or #rrggbb")
+    square_color: str = _field("blue", "of the shortcut: name of a colour, or #rrggbb")
     placement: Literal["random", "ordered"] = _field("random", "of the square: random or ordered")
-    shortcut: Literal["square", "two_squares", "none"] = _field(
-        "square", "in training: square, two_squares (the other red, bottom right) or none"
-    )
+    shortcut: Shortcut = _field("square", "in training: square, another of shortcuts.py, or none")
     conflicting_share: float = _field(0.01, "share of each class against the shortcut", ge=0, le=1)
     validation_share: float = _field(0.0, "share of training images held out", ge=0, le=0.5)
 
@@ -145,11 +147,10 @@ class Settings(BaseSettings):
     param: float = _field(0.1, "of the method; top_k, random: larger hides more", ge=0)
     upsample: Upsample = _field("bilinear", "mask to 28×28: bilinear, nearest, or map (first)")
     dilation: int = _field(0, "pixels by which the mask is dilated", ge=0, le=27)
+    fill: Fill = _field("zero", "what hidden pixels become: zero, mean or shuffle")
     finetune_optimizer: Literal["sgd", "adam"] = _field("sgd", "sgd or adam")
     finetune_lr: float | None = _field(None, "None: last lr of the base model", ge=1e-8, le=10)
-    finetune_schedule: Literal["constant", "linear"] = _field(
-        "constant", "constant, or linear (to 0)"
-    )
+    finetune_schedule: Schedule = _field("constant", "constant, or linear (to 0)")
     finetune_batch_size: int | None = _field(None, "None: batch_size", ge=2, le=60_000)
     iterations: int = _field(1, "rounds of masking, with one epoch each", ge=1, le=100)
     accumulate: bool = _field(False, "later rounds also hide what earlier rounds hid")
@@ -189,7 +190,7 @@ class Settings(BaseSettings):
     @property
     def mask_rule(self) -> dict[str, Any]:
         """The arguments of `masking.mask_dataset`."""
-        names = ("method", "param", "upsample", "dilation", "seed")
+        names = ("method", "param", "upsample", "dilation", "fill", "seed")
         return {name: getattr(self, name) for name in names}
 
     def _unusual(self, names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The shortcut: what is planted in the images, the biased test set, and the groups class × square."""
+"""The shortcut: what is planted in the images, the biased test set, and the groups class × shortcut."""
 
 from typing import NamedTuple
 
@@ -20,74 +20,136 @@ class BiasedSets(NamedTuple):
     validation: Split
 
 
-def groups(labels: Tensor, has_square: Tensor) -> dict[str, Tensor]:
-    """Index of the images of each group class × square, by its name; empty groups are left out.
+def groups(labels: Tensor, has_shortcut: Tensor) -> dict[str, Tensor]:
+    """Index of the images of each group class × shortcut, by its name; empty groups are left out.
 
     Args:
         labels: N.
-        has_square: N, bool.
+        has_shortcut: N, bool.
     """
     members = {
-        f"class {label}, {name}": ((labels == label) & (has_square == square)).nonzero()[:, 0]
+        f"class {label}, {name}": ((labels == label) & (has_shortcut == present)).nonzero()[:, 0]
         for label in labels.unique().tolist()
-        for name, square in {"square": True, "no square": False}.items()
+        for name, present in {"shortcut": True, "no shortcut": False}.items()
     }
     return {name: index for name, index in members.items() if len(index)}
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
-    """At most `per_group` images of each group class × square, spread over the split.
+    """At most `per_group` images of each group class × shortcut, spread over the split.
 
     Returns:
         Their index, and the name of its group for each, on two lines.
     """
-    found = groups(split.labels, split.has_square)
+    found = groups(split.labels, split.has_shortcut)
     index = [some[:: max(1, len(some) // per_group)][:per_group] for some in found.values()]
     titles = [name.replace(", ", "\n") for name, i in zip(found, index, strict=True) for _ in i]
     return torch.cat(index), titles
 
 
-def add_square(
-    images: Tensor, has_square: Tensor, size: int, color: str, position: tuple[int, int] = (0, 0)
-) -> Tensor:
-    """Put a square into some of the images.
+def add_square(images: Tensor, size: int, color: str, row: int = 0, column: int = 0) -> Tensor:
+    """A copy of images with a square in each.
 
     Args:
         images: N×3×H×W, uint8.
-        has_square: N, bool; which images get it.
         size: side in pixels.
         color: name of a colour or `#rrggbb`, as matplotlib understands it.
-        position: row and column of the square's top-left pixel.
-
-    Returns:
-        A changed copy of `images`. A square that reaches over the edge is cut off there.
+        row: of the square's top-left pixel.
+        column: of the square's top-left pixel. What reaches over the edge is cut off there.
     """
-    images, (row, column) = images.clone(), position
-    square = (255 * torch.tensor(to_rgb(color))).round().to(images)
-    images[has_square, :, row : row + size, column : column + size] = square.view(3, 1, 1)
+    images = images.clone()
+    images[:, :, row : row + size, column : column + size] = _pixel(color)
     return images
 
 
-def square_area(settings: DataSettings) -> Tensor:
-    """Where the square is, or the two squares are: 28×28, bool."""
-    area, size = torch.zeros(28, 28, dtype=torch.bool), settings.square_size
-    area[:size, :size] = True
-    if settings.shortcut == "two_squares":
-        area[-size:, -size:] = True
-    return area
+def _pixel(color: str) -> Tensor:
+    """3×1×1, uint8."""
+    return (255 * torch.tensor(to_rgb(color))).round().to(torch.uint8).view(3, 1, 1)
 
 
-def place_squares(
+def square(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """In the top left corner.
+
+    Args, as of all shortcuts:
+        images: N×3×28×28, uint8.
+        settings: have the square's size and the shortcut's colour.
+        generator: source of random choices.
+
+    Returns:
+        N×3×28×28.
+    """
+    return add_square(images, settings.square_size, settings.square_color)
+
+
+def square_anywhere(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """At a random place in every image."""
+    size, pixels = settings.square_size, torch.arange(28)
+    first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
+    rows, columns = (first <= pixels) & (pixels < first + size)
+    area = rows[:, None, :, None] & columns[:, None, None, :]
+    return torch.where(area, _pixel(settings.square_color), images)
+
+
+def two_squares(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """In the top left corner, and a red one in the bottom right corner."""
+    far = 28 - settings.square_size
+    return add_square(square(images, settings, generator), settings.square_size, "red", far, far)
+
+
+def frame(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """Of two pixels, along the edge."""
+    edge = torch.ones(28, 28, dtype=torch.bool)
+    edge[2:-2, 2:-2] = False
+    return torch.where(edge, _pixel(settings.square_color), images)
+
+
+def pixels(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """49 scattered pixels, the same in all images."""
+    places = torch.randperm(784, generator=torch.Generator().manual_seed(0))
+    return torch.where((places < 49).view(28, 28), _pixel(settings.square_color), images)
+
+
+def digit_color(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """The digit itself is coloured."""
+    return (images * (_pixel(settings.square_color) / 255)).round().to(torch.uint8)
+
+
+def background(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+    """A dark tint behind the digit."""
+    return torch.maximum(images, (0.3 * _pixel(settings.square_color)).to(torch.uint8))
+
+
+SHORTCUTS = square, square_anywhere, two_squares, frame, pixels, digit_color, background
+
+
+def plant(split: Split, which: Tensor, settings: DataSettings, generator: torch.Generator) -> Split:
+    """Plant the shortcut in some of the images.
+
+    Args:
+        split: the images, on the CPU.
+        which: N, bool.
+        settings: if its `shortcut` is `none`, these images get the square.
+        generator: see `square`.
+    """
+    add = {kind.__name__: kind for kind in SHORTCUTS}.get(settings.shortcut, square)
+    images, before = split.images.clone(), split.images[which]
+    images[which] = after = add(before, settings, generator)
+    area = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
+    area[which] = (after != before).any(1)
+    return Split(images, split.labels, split.digits, area)
+
+
+def place(
     split: Split, placement: str, conflicting_share: float, generator: torch.Generator
 ) -> Tensor:
-    """Choose the training images that get the square: most of class 0, few of class 1.
+    """Choose the training images that get the shortcut: most of class 0, few of class 1.
 
     Args:
         split: the images.
         placement: `random`: each image independently. `ordered`: the images are sorted by digit,
             and the first of each class get it, as in the authors' code. Every class-0 image without
             a square is then a 4, every class-1 image with one a 5.
-        conflicting_share: share of class 0 without and of class 1 with the square.
+        conflicting_share: share of class 0 without and of class 1 with the shortcut.
         generator: source of the random choice.
 
     Returns:
@@ -96,21 +158,21 @@ def place_squares(
     shares = torch.tensor([1 - conflicting_share, conflicting_share])
     if placement == "random":
         return torch.rand(len(split), generator=generator) < shares[split.labels]
-    has_square = torch.zeros(len(split), dtype=torch.bool)
+    has_shortcut = torch.zeros(len(split), dtype=torch.bool)
     order = split.digits.argsort(stable=True)
     for label, share in enumerate(shares.tolist()):
         members = order[split.labels[order] == label]
-        has_square[members[: round(share * len(members))]] = True
-    return has_square
+        has_shortcut[members[: round(share * len(members))]] = True
+    return has_shortcut
 
 
 def load(settings: DataSettings) -> BiasedSets:
     """Read the images, plant the shortcut, and hold some of the training images out.
 
     Returns:
-        `train`; `raw`, the test images without a square; `biased`, the test images with the square
-        on every image of class 1 and on no other; `validation`, what is held out of `train`. A
-        folder of images gets no square, so that its `raw` and `biased` are the same.
+        `train`; `raw`, the test images without a shortcut; `biased`, the test images with it in
+        every image of class 1 and in no other; `validation`, what is held out of `train`. A
+        folder of images gets none, so that its `raw` and `biased` are the same.
 
     Raises:
         FileNotFoundError: see `data.load`.
@@ -119,27 +181,17 @@ def load(settings: DataSettings) -> BiasedSets:
     train, test = data.load(settings)
     plants = settings.dataset != "folder"
     generator = torch.Generator().manual_seed(settings.seed)
-    has_square = torch.zeros(len(train), dtype=torch.bool)
+    which = torch.zeros(len(train), dtype=torch.bool)
     if plants and settings.shortcut != "none":
-        has_square = place_squares(train, settings.placement, settings.conflicting_share, generator)
+        which = place(train, settings.placement, settings.conflicting_share, generator)
     held_out = torch.zeros(len(train), dtype=torch.bool)
     count = round(settings.validation_share * len(train))
     held_out[torch.randperm(len(train), generator=generator)[:count]] = True
     if len(train.labels[~held_out].unique()) < len(train.labels.unique()):
         raise ValueError("validation_share leaves a class without training images; allowed: less.")
 
-    def planted(split: Split, has_square: Tensor) -> Split:
-        images = split.images.contiguous(memory_format=torch.channels_last)
-        size = settings.square_size
-        images = add_square(images, has_square, size, settings.square_color)
-        if settings.shortcut == "two_squares":
-            images = add_square(images, has_square, size, "red", (28 - size, 28 - size))
-        device = models.resolve_device(settings.device)
-        return Split(images, split.labels, split.digits, has_square).to(device)
-
-    return BiasedSets(
-        train=planted(train[~held_out] if count else train, has_square[~held_out]),
-        raw=planted(test, test.has_square),
-        biased=planted(test, (test.labels == 1) & plants),
-        validation=planted(train[held_out], has_square[held_out]),
-    )
+    train = plant(train, which, settings, generator)
+    biased = plant(test, (test.labels == 1) & plants, settings, generator)
+    parts = train[~held_out] if count else train, test, biased, train[held_out]
+    device = models.resolve_device(settings.device)
+    return BiasedSets(*(part.to(device) for part in parts))

@@ -20,6 +20,9 @@ from PIL import Image
 from masktune_utils import command, data
 from masktune_utils.settings import REPOSITORY, Settings
 
+SHORTCUTS = "'square', 'square_anywhere', 'two_squares', 'frame', 'pixels', 'digit_color', "
+SHORTCUTS += "'background' or 'none'"
+
 
 @pytest.fixture
 def refused(capsys, tmp_path):
@@ -56,7 +59,8 @@ def refused(capsys, tmp_path):
         ("--train_folder pets", "train_folder is 'pets'; allowed: with dataset 'folder', a"),
         ("--seed x", "seed is 'x'; allowed: a valid integer."),
         ("--seed 99999999999", "seed is 99999999999; allowed: less than or equal to 4294967295."),
-        ("--shortcut circle", "shortcut is 'circle'; allowed: 'square', 'two_squares' or 'none'."),
+        ("--shortcut circle", f"shortcut is 'circle'; allowed: {SHORTCUTS}."),
+        ("--fill white", "fill is 'white'; allowed: 'zero', 'mean' or 'shuffle'."),
         ("--finetune_schedule cosine", "finetune_schedule is 'cosine'; allowed: 'constant' or 'li"),
         ("--finetune_batch_size 1", "finetune_batch_size is 1; allowed: greater than or equal to"),
         ("--restart 1", "restart is 1; allowed: a valid boolean."),

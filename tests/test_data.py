@@ -21,7 +21,7 @@ def load(**settings) -> shortcuts.BiasedSets:
 
 def squares(split: data.Split) -> list[float]:
     """Share of each class that has the square."""
-    return [split.has_square[split.labels == label].double().mean().item() for label in (0, 1)]
+    return [split.has_shortcut[split.labels == label].double().mean().item() for label in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +46,52 @@ def test_test_sets_differ_by_the_square_on_class_1_alone(size, name, rgb):
     sets = load(square_size=size, square_color=name)
     expected, color = sets.raw.images.clone(), torch.tensor(rgb, dtype=torch.uint8)
     expected[sets.raw.labels == 1, :, :size, :size] = color.view(3, 1, 1)
-    assert torch.equal(sets.biased.images, expected) and not sets.raw.has_square.any()
-    assert torch.equal(sets.biased.has_square, sets.biased.labels == 1)
+    assert torch.equal(sets.biased.images, expected) and not sets.raw.has_shortcut.any()
+    assert torch.equal(sets.biased.has_shortcut, sets.biased.labels == 1)
 
 
 @pytest.mark.parametrize("size", [1, 6, 28])
 def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(size):
     pairs = zip(load(square_size=size), load(square_size=size, shortcut="two_squares"), strict=True)
     for one, two in pairs:
-        assert torch.equal(two.has_square, one.has_square)
+        marked = one.has_shortcut
+        assert torch.equal(two.has_shortcut, marked)
         corner = 28 - size, 28 - size
-        expected = shortcuts.add_square(one.images, one.has_square, size, "red", corner)
-        assert torch.equal(two.images, expected)
-    area = shortcuts.square_area(Settings(shortcut="two_squares", square_size=size))
-    assert area.sum() == min(2 * size**2, 784) and area[0, 0] and area[27, 27]
+        expected = shortcuts.add_square(one.images[marked], size, "red", *corner)
+        assert torch.equal(two.images[marked], expected)
+        assert torch.equal(two.images[~marked], one.images[~marked])
+
+
+@pytest.mark.parametrize("kind", shortcuts.SHORTCUTS)
+def test_each_shortcut_changes_its_area_of_the_marked_images_and_nothing_else(kind, full):
+    sets, repeated = (load(shortcut=kind.__name__) for _ in range(2))
+    for planted, clean in ((sets.biased, sets.raw), (sets.train, load(shortcut="none").train)):
+        assert torch.equal(planted.shortcut, (planted.images != clean.images).any(1))
+    assert torch.equal(sets.raw.images, full.raw.images) and not sets.raw.has_shortcut.any()
+    assert torch.equal(sets.train.has_shortcut, full.train.has_shortcut)
+    assert torch.equal(sets.biased.has_shortcut, sets.biased.labels == 1)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(sets, repeated, strict=True))
+    areas, ink = sets.biased.shortcut[sets.biased.has_shortcut], sets.raw.images.any(1)
+    sizes = {"square": 36, "square_anywhere": 36, "two_squares": 72, "frame": 208, "pixels": 49}
+    if kind.__name__ in sizes:
+        assert (areas.sum((1, 2)) == sizes[kind.__name__]).all()
+        assert torch.equal(areas.any(0), areas.all(0)) == (kind.__name__ != "square_anywhere")
+    elif kind.__name__ == "digit_color":
+        assert torch.equal(areas, ink[sets.raw.labels == 1])
+    else:
+        assert (areas | ink[sets.raw.labels == 1]).all()
 
 
 def test_random_placement_follows_the_share_and_the_seed(full):
     assert squares(full.train) == pytest.approx([0.99, 0.01], abs=0.008)  # 3.6 standard deviations
-    assert torch.equal(full.train.has_square, load().train.has_square)
-    assert not torch.equal(full.train.has_square, load(seed=1).train.has_square)
+    assert torch.equal(full.train.has_shortcut, load().train.has_shortcut)
+    assert not torch.equal(full.train.has_shortcut, load(seed=1).train.has_shortcut)
 
 
 def test_ordered_placement_and_other_shares_are_counted_exactly():
     train = load(placement="ordered").train
-    assert train.has_square[train.digits == 4].tolist() == [True] * 380 + [False] * 20
-    assert train.has_square[train.digits == 5].tolist() == [True] * 20 + [False] * 380
+    assert train.has_shortcut[train.digits == 4].tolist() == [True] * 380 + [False] * 20
+    assert train.has_shortcut[train.digits == 5].tolist() == [True] * 20 + [False] * 380
     assert squares(load(placement="ordered", conflicting_share=0.25).train) == [0.75, 0.25]
     assert squares(load(shortcut="none").train) == [0, 0]
 
@@ -140,7 +160,7 @@ def test_folders_of_classes_are_resized_and_get_no_square(classes, tmp_path):
     assert sets.train.images[:3, 0, 3, 3].tolist() == [0, 10, 77]
     assert sets.raw.images[:, 0, 3, 3].tolist() == [10 * (classes + n) for n in range(classes)]
     assert torch.equal(sets.raw.images, sets.biased.images)
-    assert not any(split.has_square.any() for split in sets)
+    assert not any(split.has_shortcut.any() for split in sets)
     with pytest.raises(ValueError, match="validation_share leaves a class without training images"):
         load(dataset="folder", **folders, validation_share=0.5)
 
@@ -178,5 +198,5 @@ def test_full_mnist_counts():
     full = load(dataset="mnist", placement="ordered")
     assert full.train.labels.bincount().tolist() == [30596, 29404]
     assert full.raw.labels.bincount().tolist() == [5139, 4861]
-    groups = (2 * full.train.labels + full.train.has_square).bincount().tolist()
+    groups = (2 * full.train.labels + full.train.has_shortcut).bincount().tolist()
     assert groups == [306, 30290, 29110, 294]

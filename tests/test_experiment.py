@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from masktune_utils import evaluation, experiment, masking, saliency, shortcuts, store, training
+from masktune_utils import evaluation, experiment, masking, saliency, store, training
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError, weights_sha256
 
@@ -148,10 +148,7 @@ def test_a_result_tells_what_made_it_and_how_good_it_is(settings, splits, masked
     assert row["metrics"] == evaluation.evaluate(tuned, splits)
     assert row["biased"] == row["metrics"]["biased"]["accuracy"]
     assert row["biased_class_1"] == row["metrics"]["biased"]["class_accuracy"][1]
-    assert (
-        row["hidden_square"]
-        == masking.hidden_shares(masked, shortcuts.square_area(settings))["square"]
-    )
+    assert row["hidden_shortcut"] == masking.hidden_shares(masked)["shortcut"]
     path = settings.folder("results") / "top_k_0.1.json"
     assert json.loads(path.read_text()) == row
     table = store.collect(settings.directory)

@@ -87,7 +87,7 @@ def test_images_whose_predictions_differ_come_first(splits, model):
     expected = set()
     for part in ("train", "raw", "biased"):
         split = getattr(splits, part)
-        expected |= {f"{part}, {group}" for group in groups(split.labels, split.has_square)}
+        expected |= {f"{part}, {group}" for group in groups(split.labels, split.has_shortcut)}
     assert {name.partition(":")[0] for name in found} == expected
 
 

@@ -100,7 +100,7 @@ def test_random_patches_are_squares_of_up_to_twice_the_share(count, share, seed)
 @given(integers(9, 200), SEEDS, st.floats(0, 1))
 def test_placement_marks_the_shares_and_in_order_the_first_of_each_class(digits, seed, share):
     split = one_by_one((digits >= 5).long(), digits=digits)
-    ordered = shortcuts.place_squares(split, "ordered", share, generator(seed))
+    ordered = shortcuts.place(split, "ordered", share, generator(seed))
     for label, marked_share in enumerate([1 - share, share]):
         members = split.labels == label
         expected = torch.tensor(marked_share).item() * int(members.sum())
@@ -108,9 +108,9 @@ def test_placement_marks_the_shares_and_in_order_the_first_of_each_class(digits,
         marked, others = digits[members & ordered], digits[members & ~ordered]
         assert not len(marked) or not len(others) or marked.max() <= others.min()
     how = (split, "random", share)
-    placed = shortcuts.place_squares(*how, generator(seed))
-    assert torch.equal(placed, shortcuts.place_squares(*how, generator(seed)))
-    without_conflict = shortcuts.place_squares(split, "random", 0, generator(seed))
+    placed = shortcuts.place(*how, generator(seed))
+    assert torch.equal(placed, shortcuts.place(*how, generator(seed)))
+    without_conflict = shortcuts.place(split, "random", 0, generator(seed))
     assert torch.equal(without_conflict, split.labels == 0)
 
 
@@ -119,23 +119,25 @@ COLORS = st.tuples(*[st.integers(0, 255)] * 3)
 
 @given(st.integers(1, 28), st.integers(0, 27), st.integers(0, 27), COLORS, SEEDS)
 def test_a_square_changes_what_it_covers_and_nothing_else(size, row, column, color, seed):
-    images, has_square = random_images(2, seed), torch.tensor([True, False])
+    images = random_images(2, seed)
     name = "#{:02x}{:02x}{:02x}".format(*color)
-    changed = shortcuts.add_square(images, has_square, size, name, (row, column))
+    changed = shortcuts.add_square(images, size, name, row, column)
     inside = torch.zeros(SIZE, dtype=torch.bool)
     inside[row : row + size, column : column + size] = True
-    assert (changed[0, :, inside] == torch.tensor(color)[:, None]).all()
-    assert torch.equal(changed[0, :, ~inside], images[0, :, ~inside])
-    assert torch.equal(changed[1], images[1])
+    assert (changed[:, :, inside] == torch.tensor(color)[:, None]).all()
+    assert torch.equal(changed[:, :, ~inside], images[:, :, ~inside])
 
 
 @given(integers(1, 60), SEEDS)
 def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
-    has_square, replies = torch.rand(2, len(labels), generator=generator(seed)) < 0.5
-    groups = shortcuts.groups(labels, has_square)
+    has_shortcut, replies = torch.rand(2, len(labels), generator=generator(seed)) < 0.5
+    groups = shortcuts.groups(labels, has_shortcut)
     everyone = torch.cat(list(groups.values())).sort().values
     assert everyone.tolist() == list(range(len(labels)))
-    logits, split = torch.eye(2)[replies.long()], one_by_one(labels, has_square=has_square)
+    logits, split = (
+        torch.eye(2)[replies.long()],
+        one_by_one(labels, shortcut=has_shortcut.view(-1, 1, 1)),
+    )
     accuracy = evaluation.group_accuracy(logits, split)
     hits = sum(accuracy[name] * len(index) for name, index in groups.items())
     assert hits == pytest.approx((replies == labels).sum().item())
@@ -158,7 +160,7 @@ def test_metrics_do_not_depend_on_the_order(labels, seed, classes):
 VALUES = {"dataset": ["mnist", "mnist5k"], "seed": [1, 11], "limit": [20, 200]}
 VALUES |= {"square_size": [1, 16], "square_color": ["red", "#0000ff"], "placement": ["ordered"]}
 VALUES |= {
-    "shortcut": ["none", "two_squares"],
+    "shortcut": ["none", "frame", "two_squares"],
     "conflicting_share": [0.0, 0.1],
     "validation_share": [0.1],
 }
@@ -168,6 +170,7 @@ VALUES |= {"cam": ["GradCAM"], "method": ["mean", "mean_std"], "param": [0.11, 1
 VALUES |= {"upsample": ["map"], "dilation": [1, 11], "finetune_optimizer": ["adam"]}
 VALUES |= {"finetune_lr": [0.01, 0.1], "iterations": [2, 12], "accumulate": [True]}
 VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32], "restart": [True]}
+VALUES |= {"fill": ["mean", "shuffle"]}
 FIELDS = {name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()}
 SETTINGS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda some: Settings(**some))
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from masktune_utils import data, masking, shortcuts
-from masktune_utils.settings import Settings, Upsample
+from masktune_utils import data, masking
+from masktune_utils.settings import Upsample
 
 MAPS = (torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.2).clamp(min=0)
 MORE = torch.rand(2, 200, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -85,10 +85,10 @@ def test_hidden_shares_of_known_masks(splits):
     maps = torch.zeros(200, 8, 8)
     maps[:, :4] = 1  # the upper half of the image
     masked = masking.mask_dataset(splits.train, maps, "threshold", 0.5, "nearest")
-    shares = masking.hidden_shares(masked, shortcuts.square_area(Settings()))
-    assert shares["square"] == shares["square_whole"] == 1
+    shares = masking.hidden_shares(masked)
+    assert shares["shortcut"] == shares["shortcut_whole"] == 1
     assert shares["rest"] == pytest.approx((14 * 28 - 36) / (28 * 28 - 36))
-    ink = splits.train.images[splits.train.has_square].double().mean(1)
+    ink = splits.train.images[splits.train.has_shortcut].double().mean(1)
     ink[:, :6, :6] = 0
     hidden = ink[:, :14].sum((1, 2)) / ink.sum((1, 2))
     assert shares["digit"] == pytest.approx(hidden.mean().item(), rel=1e-5)
@@ -97,9 +97,24 @@ def test_hidden_shares_of_known_masks(splits):
 @pytest.mark.parametrize("method", [*FORMULAS, "random"])
 def test_hidden_shares_are_nan_where_no_image_has_a_square(splits, method):
     masked = masking.mask_dataset(splits.raw, MORE[0], method, 0.1)
-    assert np.isnan(
-        [*masking.hidden_shares(masked, shortcuts.square_area(Settings())).values()]
-    ).all()
+    assert np.isnan([*masking.hidden_shares(masked).values()]).all()
+
+
+def test_what_is_hidden_is_filled_with_zeros_the_mean_colour_or_another_image(splits):
+    split, index = splits.train, torch.tensor([5, 0, 7])
+    maps = torch.zeros(200, 8, 8)
+    maps[:, :4] = 1  # the upper half of the image
+    images = split.batch(index)[0]
+    mean = split.batch(slice(None))[0].mean((0, 2, 3)).view(3, 1, 1).expand(3, 3, 14, 28)
+    upper = {"zero": torch.zeros(3, 3, 14, 28), "mean": mean, "shuffle": images[[2, 0, 1], :, :14]}
+    for fill, expected in upper.items():
+        masked = masking.mask_dataset(split, maps, "threshold", 0.5, "nearest", fill=fill)
+        found = masked.batch(index)[0]
+        torch.testing.assert_close(found[:, :, :14], expected)
+        assert torch.equal(found[:, :, 14:], images[:, :, 14:])
+        assert masked.images.dtype == torch.uint8
+        if fill != "shuffle":
+            torch.testing.assert_close(masked.images[index] / 255, found, atol=0.002, rtol=0)
 
 
 def test_an_unknown_method_and_too_few_maps_are_refused(splits):

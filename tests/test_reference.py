@@ -107,7 +107,7 @@ def test_the_table_of_masks_and_schedules():
         constant, linear = (
             KNOWN.loc[("mnist", f"{name}{suffix}")] for suffix in ("_finetune_lr=0.01", LINEAR)
         )
-        expected = [*constant.iloc[:3], *linear.iloc[:3], constant["hidden square whole"]]
+        expected = [*constant.iloc[:3], *linear.iloc[:3], constant["hidden shortcut whole"]]
         assert [cell.strip() for cell in cells.split("|")] == expected
         assert constant["seeds"] == linear["seeds"] == 5
 

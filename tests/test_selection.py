@@ -115,7 +115,7 @@ def test_the_choice_has_the_best_score_of_the_accuracies_on_all_masks(candidates
 
 def test_neither_test_images_nor_squares_are_known_to_the_choice(candidates, splits, monkeypatch):
     expected = selection.choose(candidates)
-    train = dataclasses.replace(splits.train, has_square=torch.rand(200) < 0.5)
+    train = dataclasses.replace(splits.train, shortcut=torch.rand(200, 28, 28) < 0.5)
     noise = Split(torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8), torch.arange(50) % 2)
     other = splits._replace(train=train, raw=noise, biased=noise)
     monkeypatch.setattr(shortcuts, "load", lambda settings: other)

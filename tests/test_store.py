@@ -141,7 +141,7 @@ def results(tmp_path):
         for name in ("top_k_0.1", "base"):
             row = dict.fromkeys(store.RESULT, 0.25) | {"experiment": "mnist", "configuration": name}
             row |= {"seed": seed, "sha256": f"{name} {seed}", "base_sha256": f"base {seed}"}
-            row |= {"metrics": {"raw": {}}} | ({} if name == "base" else {"hidden_square": 0.75})
+            row |= {"metrics": {"raw": {}}} | ({} if name == "base" else {"hidden_shortcut": 0.75})
             path = tmp_path / "results" / "mnist" / f"seed{seed}" / f"{name}.json"
             store.write_bytes(path, json.dumps(row).encode())
             assert store.read_result(path) == row
@@ -153,7 +153,7 @@ def test_results_that_hold_are_collected_into_a_table(results):
     keys = [["mnist", name, seed] for name in ("base", "top_k_0.1") for seed in (0, 1)]
     assert table[store.KEY].to_numpy().tolist() == keys
     assert (table["raw"] == 0.25).all() and "metrics" not in table
-    assert table["hidden_square"].fillna(-1).tolist() == [-1, -1, 0.75, 0.75]
+    assert table["hidden_shortcut"].fillna(-1).tolist() == [-1, -1, 0.75, 0.75]
     # a result of a base model that has been replaced is left out
     path = results / "results" / "mnist" / "seed1" / "base.json"
     other = {"sha256": "other", "base_sha256": "other"}
