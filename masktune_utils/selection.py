@@ -32,20 +32,24 @@ WARNING = (
 )
 
 
-def worst_classes(path: Path, sets: Sequence[Split], device: torch.device) -> list[float]:
-    """Accuracy of a model's worst class on each of several sets of images, in [0, 1].
+def worst_classes(
+    paths: Sequence[Path], sets: Sequence[Split], device: torch.device
+) -> dict[Path, list[float]]:
+    """Accuracy of the worst class of models on each of several sets of images, in [0, 1].
 
     Args:
-        path: of its checkpoint.
+        paths: of their checkpoints.
         sets: masked or exchanged images.
         device: see `models.resolve_device`.
     """
-    (model, _), worst = store.load_checkpoint(path, device=device), []
-    for images in sets:
-        labels = images.labels
-        logits = evaluation.predict(model, images.to(device))
-        correct = (logits.argmax(1) == labels).double()
-        worst.append(min(correct[labels == label].mean().item() for label in labels.unique()))
+    worst = {}
+    for path in paths:
+        (model, _), worst[path] = store.load_checkpoint(path, device=device), []
+        for images in sets:
+            labels = images.labels
+            correct = (evaluation.predict(model, images.to(device)).argmax(1) == labels).double()
+            classes = (correct[labels == label].mean().item() for label in labels.unique())
+            worst[path].append(min(classes))
     return worst
 
 
@@ -169,8 +173,12 @@ def choose(
     sets, shares = zip(*(pair for name in own for pair in judging[name]), strict=True)
     device = models.resolve_device(candidates[0].device)
     paths = [candidates[0].checkpoint_path(name) for name in names]
-    rows = Parallel(jobs)(delayed(worst_classes)(path, sets, device) for path in paths)
-    accuracy, hidden = pd.DataFrame(rows, index=names), pd.Series(shares)
+    parts = Parallel(jobs)(
+        delayed(worst_classes)(paths[k::jobs], sets, device) for k in range(jobs)
+    )
+    rows = {path: row for part in parts for path, row in part.items()}
+    accuracy = pd.DataFrame([rows[path] for path in paths], index=names)
+    hidden = pd.Series(shares)
     result = scores(accuracy, hidden, own)
     gain = (gains(accuracy, own) / hidden.clip(lower=1e-3)).mean()
     best = result[own].nlargest(len(own))

@@ -69,7 +69,8 @@ def test_what_a_mask_hides_is_removed_or_exchanged_with_that_of_another_class(sp
 def test_the_worst_class_is_that_of_the_metrics(splits, model, tmp_path):
     store.save_checkpoint(tmp_path / "model.pth", model, {}, [])
     sets = [splits.train, splits.biased]
-    worst = selection.worst_classes(tmp_path / "model.pth", sets, torch.device("cpu"))
+    path = tmp_path / "model.pth"
+    worst = selection.worst_classes([path], sets, torch.device("cpu"))[path]
     for images, found in zip(sets, worst, strict=True):
         metrics = evaluation.metrics(evaluation.predict(model, images), images.labels)
         assert found == pytest.approx(min(metrics["class_accuracy"]))
@@ -95,7 +96,7 @@ def test_the_choice_has_the_best_score_of_the_accuracies_on_all_masks(candidates
         sets += selection.masked_and_exchanged(about["masked"], zlib.crc32(names[-1].encode()))
     images, device = [images for images, _ in sets], torch.device("cpu")
     paths = [candidates[0].checkpoint_path(name) for name in names]
-    rows = [selection.worst_classes(path, images, device) for path in paths]
+    rows = selection.worst_classes(paths, images, device).values()
     accuracy = pd.DataFrame(rows, index=names)
     own = [one.configuration for one in candidates]
     scores = selection.scores(accuracy, pd.Series([share for _, share in sets]), own)
