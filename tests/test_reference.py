@@ -37,7 +37,6 @@ README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "res
         ("MaskTune, the paper's rule", "mnist", "mean_std_2.0_finetune_lr=0.01"),
         ("MaskTune, best fixed rule", "mnist", f"mean_std_4.0_dilation=4{LINEAR}"),
         ("**MaskTune, with the mask that it chose itself**", "mnist", "chosen"),
-        ("ERM with the square on half", "mnist_conflicting_share=0.5_epochs=20", "base"),
         ("oracle", "mnist_shortcut=none_epochs=20", "base"),
     ],
 )
