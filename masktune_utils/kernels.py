@@ -53,7 +53,7 @@ def warm(folder: Path) -> Iterator[Manager]:
         client = manager.blocking_client()
         client.start_channels()
         client.wait_for_ready(timeout=60)
-        client.execute(RESET, store_history=False, reply=True, timeout=60)
+        client.execute(RESET, store_history=False)  # a kernel keeps the order of what it is sent
         client.stop_channels()
         yield manager
         manager.latest.stop_channels()

@@ -37,7 +37,7 @@ print([*filter(None, In)][:-1], Out, plt.get_fignums(), os.getcwd(), torch.get_n
 print(warnings.filters)
 left = [o for o in gc.get_objects() if type(o) in (torch.nn.Linear, torch.Tensor)]
 print([o for o in left if type(o) is torch.nn.Linear or o.numel() > 10**5])
-print("random:", torch.rand(1), np.random.rand(), random.random())
+print("random:", torch.rand(1), np.random.rand())
 """
 
 
