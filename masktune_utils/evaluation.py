@@ -59,7 +59,7 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
-    """Accuracy of each group class × square that has images, see `shortcuts.groups`.
+    """Accuracy of each group class × shortcut that has images, see `shortcuts.groups`.
 
     Args:
         logits: N×classes.

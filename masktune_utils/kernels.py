@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
-from matplotlib import pyplot as plt
 
 RESET = "from masktune_utils import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
@@ -72,6 +71,8 @@ def close() -> None:
 
 def reset() -> None:
     """Undo, in a kernel, what a notebook has left behind."""
+    from matplotlib import pyplot as plt  # heavy, and of no use to the command
+
     get_ipython().reset(new_session=True)  # names, In and Out
     plt.close("all")
     gc.collect()  # with the names go models, hooks and images
