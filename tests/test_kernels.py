@@ -13,6 +13,7 @@ from tiny_runs import contents, tiny
 from masktune_utils import kernels, sweep
 
 pytest_plugins = ["tiny_runs"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LITTER = """
 import gc, os, random, sys, warnings
@@ -39,15 +40,6 @@ left = [o for o in gc.get_objects() if type(o) in (torch.nn.Linear, torch.Tensor
 print([o for o in left if type(o) is torch.nn.Linear or o.numel() > 10**5])
 print("random:", torch.rand(1), np.random.rand())
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_kernels(monkeypatch):
-    """None is kept from before, none is left over."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kernels.close()
-    yield
-    kernels.close()
 
 
 def run(folder: Path, *sources: str, **options: object) -> str:

@@ -14,11 +14,7 @@ from tiny_runs import TINY, contents, kernels, masktune, start
 from masktune_utils import sweep
 
 pytest_plugins = ["tiny_runs"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait(sweeping: Popen, ready: Callable) -> None:

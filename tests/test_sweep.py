@@ -80,8 +80,7 @@ def test_folders_of_three_classes_go_through_all_notebooks(whole_run):
     assert len(list(whole_run.directory.glob("runs/folder*/seed0/*.ipynb"))) == 6
 
 
-def test_what_is_done_is_skipped_and_force_does_a_configuration_again(directory, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_what_is_done_is_skipped_and_force_does_a_configuration_again(directory, all_cores):
     before = changes(directory)
     assert masktune(directory, "--param", "0.1", "0.3") == 0
     assert changes(directory) == before
@@ -134,8 +133,7 @@ def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, 
         assert re.search(rf" --{name} VALUE( \[VALUE ...\])? {re.escape(about)}", printed)
 
 
-def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, all_cores):
     settings = {"top_k_0.6": tiny(directory), "base": tiny(directory, seed=1)}
     bad = [settings[name].checkpoint_path(name) for name in settings]
     for path in bad:

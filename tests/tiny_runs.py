@@ -13,6 +13,7 @@ from conftest import MASKTUNE, outcome
 from PIL import Image
 
 from masktune_utils import command
+from masktune_utils import kernels as kept
 from masktune_utils.settings import Settings
 
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
@@ -79,6 +80,21 @@ def whole_run(tmp_path_factory) -> Run:
     options = {"capture_output": True, "text": True, "env": os.environ | ONE_THREAD}
     done = subprocess.run(run, check=False, **options)
     return Run(directory, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Notebooks compute with one thread; no kernel is kept from before, or for later."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    kept.close()
+    yield
+    kept.close()
+
+
+@pytest.fixture
+def all_cores(one_thread, monkeypatch):
+    """Notebooks share the cores, whatever the environment says; no kernel is kept from before."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
 
 
 @pytest.fixture
