@@ -7,9 +7,8 @@ import plain
 from common import BIN, base_model_alone, machine, measure
 
 from masktune_utils import shortcuts
-from masktune_utils.command import GRIDS
 from masktune_utils.settings import Settings
-from masktune_utils.sweep import read_grid
+from masktune_utils.sweep import GRIDS, read_grid
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
     )
     with base_model_alone() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
-        grid = read_grid(GRIDS["published"], {"dataset": ["mnist"]})
+        _, grid = read_grid(GRIDS["published"], {"dataset": ["mnist"]})
         parts = [plain.configuration(path, tenth, one.method, one.param) for one in grid]
         ours, _ = measure(
             [BIN / "masktune", "sweep", "--dataset", "mnist", "--directory", directory]

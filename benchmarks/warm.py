@@ -33,7 +33,7 @@ def main() -> None:
         wall = {}
         for job in stages:
             started = time.perf_counter()
-            _, error = job.run()
+            _, error = job.run(1)
             assert not error, error
             wall[job] = time.perf_counter() - started
         last, sets = stages[-1], shortcuts.load(grid[-1])
@@ -49,7 +49,7 @@ def main() -> None:
         print(f"\n{total.round(2).to_string()}\n")
         memory = {}
         for count in range(1, NOTEBOOKS + 1):
-            _, error = stages[-1 - count % 2].run()
+            _, error = stages[-1 - count % 2].run(1)
             assert not error, error
             if count in MOMENTS:
                 pid = kernels._idle[0].provisioner.pid

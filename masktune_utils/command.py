@@ -9,10 +9,19 @@ from pathlib import Path
 from joblib import cpu_count, parallel_config
 
 from masktune_utils import evaluation, models, selection, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, BaseSettings, Settings, from_text
-from masktune_utils.sweep import BASE, FINETUNE, Job, execute, make_stage, read_grid, report
+from masktune_utils.settings import DEFAULTS, RUNTIME, Settings, from_text
+from masktune_utils.sweep import (
+    BASE,
+    FINETUNE,
+    GRIDS,
+    Job,
+    execute,
+    make_stage,
+    read_grid,
+    report,
+    self_tuned,
+)
 
-GRIDS = {name: REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("published", "self_tuned")}
 STAGES = {"run": ("01_dataset", *BASE, FINETUNE), "sweep": (*BASE, FINETUNE), "choose": BASE}
 USAGE = "masktune run|sweep|choose [GRID] [--SETTING VALUE …] [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"
 
@@ -81,8 +90,7 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
         if command == "run":
             lost = {bad.name for bad in errors if bad.settings.folder("runs") == folder}
             others = [one for one in candidates if one.configuration not in lost]
-            own = {name: [getattr(job.settings, name)] for name in BaseSettings.__pydantic_fields__}
-            candidates = read_grid(GRIDS["self_tuned"], own)
+            candidates = self_tuned(job.settings)
         try:
             choice = selection.choose(candidates, others, count, force)
         except Exception as error:  # noqa: BLE001 - any failure: the other choices go on
@@ -98,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS and value}
     try:
         default = "self_tuned" if arguments.command == "choose" else "published"
-        grid = read_grid(arguments.grid or GRIDS[default], given)
+        stem, grid = read_grid(arguments.grid or GRIDS[default], given)
+        if stem != FINETUNE and arguments.command != "sweep":
+            raise ValueError(f"notebook is {stem!r}; allowed, except with sweep: {FINETUNE}.")
         if arguments.command == "choose":
             few = min(Counter(one.folder("runs") for one in grid).values())
             if few < 2:
@@ -115,12 +125,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(f"{len(grid)} configurations, images: {grid[0].dataset}, device: {device}")
     if arguments.dry_run:
-        states = {job: job.done(finished) for job in make_stage(FINETUNE, grid)}
+        states = {job: job.done(finished) for job in make_stage(stem, grid)}
         for job, done in states.items():
             print("done" if done else "    ", *job.settings.folder("runs").parts[-2:], job.name)
         print(f"{sum(states.values())} of them are done")
         return 0
-    stages = [make_stage(stem, grid) for stem in STAGES[arguments.command]]
+    stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
+    stages = [make_stage(stem, grid) for stem in stems]
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = execute(stages, count, arguments.force)
@@ -130,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             later = [stage for stage in (chosen, last) if stage]
             errors |= execute(later, count)
             stages += later
-        report(stages, summary=arguments.command == "sweep")
+        report(stages, summary=FINETUNE in stems and arguments.command == "sweep")
     except (KeyboardInterrupt, OSError) as error:
         print("\nmasktune:", f"{error}" or "interrupted; the same command goes on", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 130

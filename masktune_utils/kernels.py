@@ -5,6 +5,7 @@ import contextlib
 import gc
 import os
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +15,22 @@ import numpy as np
 import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
+from traitlets import Unicode
 
 RESET = "from masktune_utils import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 
 _idle: list["Manager"] = []  # of this process
+_lock = threading.Lock()  # of the list
 _random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # of a fresh kernel
 _filters, _folder, _threads = [*warnings.filters], Path.cwd(), torch.get_num_threads()
 
 
 class Manager(KernelManager):
-    """A kernel manager that knows the client that papermill takes, and leaves open."""
+    """A kernel manager that knows its threads, and the client that papermill takes and leaves open."""
+
+    threads = Unicode()
 
     def client(self, **options: Any) -> KernelClient:
         """See jupyter_client."""
@@ -34,21 +39,21 @@ class Manager(KernelManager):
 
 
 @contextlib.contextmanager
-def warm(folder: Path) -> Iterator[Manager]:
+def warm(folder: Path, threads: int) -> Iterator[Manager]:
     """A kernel that is kept for later, unless what it is used for fails.
 
     Args:
         folder: its working directory.
+        threads: with which it computes, unless `OMP_NUM_THREADS` is set.
 
     Raises:
         RuntimeError: it does not start, or no longer answers.
     """
-    while _idle and not _idle[-1].is_alive():
-        _idle.pop()
-    manager = _idle.pop() if _idle else Manager(client_class=CLIENT)
+    environment = {"OMP_NUM_THREADS": f"{threads}"} | os.environ
+    manager = _take(environment["OMP_NUM_THREADS"])
     try:
         if not manager.has_kernel:
-            manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder)
+            manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder, env=environment)
         client = manager.blocking_client()
         client.start_channels()
         client.wait_for_ready(timeout=60)
@@ -59,7 +64,18 @@ def warm(folder: Path) -> Iterator[Manager]:
     except BaseException:
         manager.shutdown_kernel(now=True)
         raise
-    _idle.append(manager)
+    with _lock:
+        _idle.append(manager)
+
+
+def _take(threads: str) -> Manager:
+    """An idle kernel with this many threads, or a manager that has none yet."""
+    with _lock:
+        for manager in [one for one in _idle if one.threads == threads]:
+            _idle.remove(manager)
+            if manager.is_alive():
+                return manager
+    return Manager(client_class=CLIENT, threads=threads)
 
 
 @atexit.register
@@ -76,6 +92,7 @@ def reset() -> None:
     get_ipython().reset(new_session=True)  # names, In and Out
     plt.close("all")
     gc.collect()  # with the names go models, hooks and images
+    gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
     random.setstate(_random[0])
     np.random.set_state(_random[1])

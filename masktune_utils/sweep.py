@@ -3,21 +3,25 @@
 import contextlib
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import papermill
 import yaml
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from pydantic import TypeAdapter, ValidationError, conlist
 from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
 from masktune_utils import data, evaluation, kernels, progress, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
+from masktune_utils.settings import DEFAULTS, REPOSITORY, BaseSettings, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 BASE, FINETUNE = ("02_erm", "03_saliency_masks"), "04_finetune_sweep"
+ALWAYS = "01_dataset", "05_plots"  # they are quick, and show what is there
+GRIDS = {name: REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("published", "self_tuned")}
 
 
 def notebook_settings(stem: str) -> list[str]:
@@ -46,7 +50,7 @@ class Job(NamedTuple):
         return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
 
     def done(self, finished: set[tuple]) -> bool:
-        """Whether it went through, and what it makes is saved; 01 and 05 are never done.
+        """Whether it went through, and what it makes is saved; never for those of `ALWAYS`.
 
         Args:
             finished: see `store.finished_results`.
@@ -54,12 +58,13 @@ class Job(NamedTuple):
         one = self.settings
         saved = (one.experiment, self.name, one.seed, one.test_folder) in finished
         files = self.copy, one.checkpoint_path(self.name)
-        return saved and all(file.exists() for file in files) and self.stem in (*BASE, FINETUNE)
+        return saved and all(file.exists() for file in files) and self.stem not in ALWAYS
 
-    def run(self, force: bool = False) -> tuple["Job", str | None]:
+    def run(self, threads: int, force: bool = False) -> tuple["Job", str | None]:
         """Execute the notebook in a kernel that has forgotten all others.
 
         Args:
+            threads: see `kernels.warm`.
             force: train again.
 
         Returns:
@@ -67,12 +72,12 @@ class Job(NamedTuple):
         """
         values = {name: getattr(self.settings, name) for name in notebook_settings(self.stem)}
         values |= {"retrain": True} if force else {}
-        options = {"cwd": NOTEBOOKS, "progress_bar": False, "stdout_file": progress.Bars()}
+        options = {"progress_bar": False, "stdout_file": progress.Bars()}
         source, target = NOTEBOOKS / f"{self.stem}.ipynb", self.copy
         with tempfile.TemporaryDirectory() as folder:
             copy, error = Path(folder) / "copy.ipynb", None
             try:
-                with kernels.warm(NOTEBOOKS) as kernel:
+                with kernels.warm(NOTEBOOKS, threads) as kernel:
                     papermill.execute_notebook(source, copy, values, km=kernel, **options)
                 store.write_bytes(target, copy.read_bytes())
             except Exception as failure:  # noqa: BLE001 - any failure: the other notebooks go on
@@ -112,11 +117,14 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
             bad = {job.settings.folder("runs") for job in errors if job.stem in BASE}
             orphans = [job for job in stage if job.settings.folder("runs") in bad]
             errors |= dict.fromkeys(orphans, "not run, because its base model is missing")
-            again, finished = force and stage[0].stem == FINETUNE, store.finished_results(directory)
+            again = force and stage[0].stem not in BASE
+            finished = store.finished_results(directory)
             todo = [job for job in stage if job not in errors and (again or not job.done(finished))]
             bar.update(len(stage) - len(todo))
-            parallel = Parallel(min(count, len(stage)), return_as="generator_unordered")
-            for job, error in parallel(delayed(Job.run)(job, again) for job in todo):
+            together = min(count, len(stage))
+            run = partial(Job.run, threads=max(1, cpu_count() // together), force=again)
+            options = {"prefer": "threads", "return_as": "generator_unordered"}
+            for job, error in Parallel(together, **options)(delayed(run)(job) for job in todo):
                 errors |= {job: error} if error else {}
                 bar.set_description(f"{job.copy.stem}, seed {job.settings.seed}", refresh=False)
                 bar.update()
@@ -126,6 +134,8 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
 def report(stages: list[list[Job]], summary: bool = True) -> None:
     """Save the table of all results, and print where everything is.
 
+    What a study's notebook has saved for each experiment as `{stem}.csv` becomes one table.
+
     Args:
         stages: what was run.
         summary: print the results of these notebooks first, over their seeds.
@@ -134,6 +144,9 @@ def report(stages: list[list[Job]], summary: bool = True) -> None:
     directory = jobs[0].settings.directory
     table, root = store.collect(directory), REPOSITORY / directory / "results"
     store.write_bytes(root / "results.csv", table.to_csv(index=False).encode())
+    for name in {f"{stage[0].stem}.csv" for stage in stages}:
+        if parts := [pd.read_csv(path) for path in sorted(root.glob(f"*/seed*/{name}"))]:
+            store.write_bytes(root / name, pd.concat(parts).to_csv(index=False).encode())
     wanted = {(job.settings.experiment, job.name, job.settings.seed) for job in jobs}
     table = table[[key in wanted for key in table[store.KEY].itertuples(index=False, name=None)]]
     if len(table) and summary:
@@ -143,23 +156,35 @@ def report(stages: list[list[Job]], summary: bool = True) -> None:
         print(f"{kind}:", *folders, sep="\n  ")
 
 
-def read_grid(file: Path, given: dict[str, list]) -> list[Settings]:
-    """All configurations of a grid file.
+def self_tuned(settings: BaseSettings) -> list[Settings]:
+    """The candidates of self_tuned.yaml for one base model."""
+    own = {name: [getattr(settings, name)] for name in BaseSettings.__pydantic_fields__}
+    return read_grid(GRIDS["self_tuned"], own)[1]
+
+
+def read_grid(file: Path, given: dict[str, list]) -> tuple[str, list[Settings]]:
+    """A grid file: the notebook, and all configurations.
 
     Args:
         file: YAML; blocks of settings, each with a value or a list of values. A block stands for
-            all their combinations.
+            all their combinations. The first may name the `notebook`, by default 04.
         given: values from the command line, which win.
 
     Raises:
         FileNotFoundError: a data set is not on disk and cannot be downloaded.
-        ValueError: the file is missing or no YAML, a setting or value is not allowed, or images are
-            damaged.
+        ValueError: the file is missing or no YAML, there is no such notebook, a setting or value is
+            not allowed, or images are damaged.
     """
-    grid, block = [], {}
+    grid, block, stem = [], {}, FINETUNE
     try:
         blocks = TypeAdapter(conlist(dict[str, Any], min_length=1))
-        for block in blocks.validate_python(yaml.safe_load(file.read_bytes())):
+        blocks = blocks.validate_python(yaml.safe_load(file.read_bytes()))
+        stem, stems = blocks[0].pop("notebook", stem), [p.stem for p in NOTEBOOKS.glob("*.ipynb")]
+        if stem not in stems:
+            raise ValueError(f"notebook is {stem!r}; allowed: {', '.join(sorted(stems))}.")
+        for block in blocks:
+            if unknown := (block | given).keys() & DEFAULTS.keys() - set(notebook_settings(stem)):
+                raise ValueError(f"{min(unknown)} is not a parameter of {stem}; leave it out.")
             values = {key: v if isinstance(v, list) else [v] for key, v in block.items()}
             grid += [Settings(**combination) for combination in ParameterGrid(values | given)]
     except (OSError, ValidationError, yaml.YAMLError) as error:
@@ -172,4 +197,4 @@ def read_grid(file: Path, given: dict[str, list]) -> list[Settings]:
     grid = [dataclasses.replace(one, dataset=names[one.dataset]) for one in grid]
     for one in {(s.dataset, s.train_folder, s.test_folder, s.limit): s for s in grid}.values():
         data.load(one)
-    return list(dict.fromkeys(grid))
+    return stem, list(dict.fromkeys(grid))

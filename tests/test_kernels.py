@@ -36,6 +36,7 @@ from matplotlib import pyplot as plt
 print(sorted(name for name in globals() if not name.startswith("_")))
 print([*filter(None, In)][:-1], Out, plt.get_fignums(), os.getcwd(), torch.get_num_threads())
 print(warnings.filters)
+gc.unfreeze()
 left = [o for o in gc.get_objects() if type(o) in (torch.nn.Linear, torch.Tensor)]
 print([o for o in left if type(o) is torch.nn.Linear or o.numel() > 10**5])
 print("random:", torch.rand(1), np.random.rand())
@@ -55,7 +56,7 @@ def run(folder: Path, *sources: str, **options: object) -> str:
 def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path):
     cold, printed, pids = run(tmp_path, "1 + 1", STATE), [], []
     for sources in (("1 + 1", STATE), (LITTER,), ("1 + 1", STATE)):
-        with kernels.warm(tmp_path) as kernel:
+        with kernels.warm(tmp_path, 1) as kernel:
             printed.append(run(tmp_path, *sources, km=kernel))
             pids.append(kernel.provisioner.pid)
     assert printed[0] == printed[2] and len(set(pids)) == 1
@@ -65,7 +66,7 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path):
 def test_warnings_that_were_shown_once_are_shown_again(tmp_path):
     source = "import warnings\nfor _ in range(2): warnings.warn('look')"
     for _ in range(2):
-        with kernels.warm(tmp_path) as kernel:
+        with kernels.warm(tmp_path, 1) as kernel:
             done = run(tmp_path, source, km=kernel)
         assert done.count("UserWarning: look") == 1
 
@@ -87,7 +88,7 @@ def test_warm_and_cold_and_in_any_order_the_same(whole_run, tmp_path):
         grid = [tiny(tmp_path / folder, param=param) for param in params]
         for stem in names:
             for job in sweep.make_stage(stem, grid):
-                assert job.run() == (job, None)
+                assert job.run(1) == (job, None)
         left = contents(tmp_path / folder)
         copies = sorted((tmp_path / folder).glob("runs/*/*/*.ipynb"))
         found.append((left, {path.name: outputs(path) for path in copies}))
@@ -98,16 +99,16 @@ def test_warm_and_cold_and_in_any_order_the_same(whole_run, tmp_path):
 
 
 def test_a_kernel_that_failed_or_died_is_replaced(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError), kernels.warm(tmp_path) as kernel:
+    with pytest.raises(papermill.PapermillExecutionError), kernels.warm(tmp_path, 1) as kernel:
         run(tmp_path, "1 / 0", km=kernel)
     assert not kernels._idle and not kernel.is_alive()
-    with kernels.warm(tmp_path) as kernel:
+    with kernels.warm(tmp_path, 1) as kernel:
         run(tmp_path, "1", km=kernel)
         pid = kernel.provisioner.pid
     psutil.Process(pid).kill()
     while kernel.is_alive():
         time.sleep(0.01)
-    with kernels.warm(tmp_path) as kernel:
+    with kernels.warm(tmp_path, 1) as kernel:
         assert kernel.provisioner.pid != pid
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"
     kernels.close()
@@ -115,7 +116,7 @@ def test_a_kernel_that_failed_or_died_is_replaced(tmp_path):
 
 
 def test_two_at_once_have_two_kernels(tmp_path):
-    with kernels.warm(tmp_path) as one, kernels.warm(tmp_path) as other:
+    with kernels.warm(tmp_path, 1) as one, kernels.warm(tmp_path, 1) as other:
         assert run(tmp_path, "1", km=one) == run(tmp_path, "1", km=other) == ""
         assert one.provisioner.pid != other.provisioner.pid
     assert len(kernels._idle) == 2
