@@ -4,8 +4,6 @@ In a notebook that runs headless, the same call shows a picture and a table.
 """
 
 import warnings
-from collections.abc import Sequence
-from functools import cache
 from typing import Any, get_args
 
 import ipywidgets as widgets
@@ -13,13 +11,12 @@ import pandas as pd
 from IPython.display import Image, display
 from torch import Tensor
 
-from masktune_utils import data, evaluation, masking, plotting, progress, saliency, store
+from masktune_utils import data, evaluation, masking, plotting, progress, saliency
 from masktune_utils.models import SmallCNN
 from masktune_utils.settings import PARAM_RANGES, Method, Settings, Upsample
 from masktune_utils.shortcuts import BiasedSets, examples
 
 PER_GROUP = 250  # at most this many images of each group are offered
-RULE = ("method", "param", "upsample", "dilation")
 
 
 def explain(
@@ -39,7 +36,8 @@ def explain(
     """
     with warnings.catch_warnings(action="ignore"):  # of maps that are zero: they are seen here
         maps = [saliency.saliency_maps(m, some.images, some.labels, cam) for m in models.values()]
-    masked = masking.mask_dataset(some, maps[0], **rule, seed=int(some.images.sum()))
+    rule["seed"] = int(some.images.sum())  # a random patch is one of its image
+    masked = masking.mask_dataset(some, maps[0], **rule)
     pictures = {"image": some.images, "map": maps[0], "mask": masked.masks(slice(None))}
     pictures["masked"] = masked.batch(slice(None))[0]
     if len(maps) > 1:
@@ -76,58 +74,39 @@ def offered_images(sets: BiasedSets, *how: Any, **rule: Any) -> dict[str, data.S
 
 
 def explore(
-    settings: Settings, name: str, sets: BiasedSets, base: SmallCNN, configurations: Sequence = ()
+    settings: Settings, name: str, sets: BiasedSets, models: dict[str, SmallCNN], **rule: Any
 ) -> None:
     """Show what a mask hides of an image, and what the models predict for both.
 
     Args:
-        settings: of the notebook; their mask is the first if there is no fine-tuned model.
+        settings: of the notebook.
         name: of the picture's file.
         sets: the images.
-        base: the base model.
-        configurations: the saved fine-tuned models to choose from; the first is shown first.
+        models: see `explain`.
+        **rule: the first mask, see `explain`.
     """
+    groups = offered_images(sets, models, settings.cam, **rule)
 
-    @cache
-    def load(configuration: str | None) -> tuple[tuple[dict[str, SmallCNN], str], dict[str, Any]]:
-        if configuration is None:
-            return ({"ERM": base}, settings.cam), {key: getattr(settings, key) for key in RULE}
-        path = settings.checkpoint_path(configuration)
-        model, about = store.load_checkpoint(path, device=sets.train.labels.device)
-        models, made_with = {"ERM": base, "MaskTune": model}, about["settings"]
-        return (models, made_with["cam"]), {key: made_with[key] for key in RULE}
-
-    def show(group: str, configuration: str | None, image: int = 0, **rule: Any) -> None:
-        some = groups[group][[image % len(groups[group])]]
-        rule["param"] = min(rule["param"], PARAM_RANGES[rule["method"]])  # the slider comes later
-        pictures, table = explain(some, *load(configuration)[0], **rule)
+    def show(group: str, image: int = 0, **chosen: Any) -> None:
+        some, new = groups[group][[image % len(groups[group])]], rule | chosen
+        new["param"] = min(new["param"], PARAM_RANGES[new["method"]])  # the slider comes later
+        pictures, table = explain(some, models, settings.cam, **new)
         display(Image(data=plotting.png(plotting.grid(pictures)), retina=True), table)
 
-    configurations = [*configurations] or [None]
-    how, rule = load(configurations[0])
-    groups = offered_images(sets, *how, **rule)
     if not progress.is_live():
         title, some = next(iter(groups.items()))
-        pictures, table = explain(some[:4], *how, **rule)
+        pictures, table = explain(some[:4], models, settings.cam, **rule)
         print(title)
         plotting.show(plotting.grid(pictures), settings, name)
         display(table)
         return
-    names = [(name or "none", name) for name in configurations]
-    lists = {"group": [*groups], "configuration": names, "method": [*get_args(Method)]}
+    lists = {"group": [*groups], "method": [*get_args(Method)], "upsample": [*get_args(Upsample)]}
     ranges = {"image": (0, PER_GROUP - 1), "param": (0.0, 1.0, 0.01), "dilation": (0, 27)}
-    panel = widgets.interactive(show, **lists, upsample=[*get_args(Upsample)], **ranges)
+    panel = widgets.interactive(show, **lists, **ranges)
     controls = {control.description: control for control in panel.children[:-1]}
-    for control in controls.values():
-        control.layout.width, control.style.description_width = "480px", "90px"
-
-    def follow(_change: object) -> None:
-        """A configuration brings its own mask."""
-        for key, value in load(controls["configuration"].value)[1].items():
-            controls[key].value = value
-
     # a method has its own range
     widgets.dlink((controls["method"], "value"), (controls["param"], "max"), PARAM_RANGES.get)
-    controls["configuration"].observe(follow, "value")
-    follow(None)
+    for key, control in controls.items():
+        control.layout.width, control.style.description_width = "480px", "90px"
+        control.value = rule.get(key, control.value)
     display(panel)

@@ -5,8 +5,8 @@ import contextlib
 import gc
 import os
 import random
-import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,18 @@ import numpy as np
 import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
-from traitlets import Unicode
 
 RESET = "from masktune_utils import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 
-_idle: list["Manager"] = []  # of this process
-_lock = threading.Lock()  # of the list
+_idle: dict[str, list["Manager"]] = defaultdict(list)  # by their number of threads
 _random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # of a fresh kernel
 _filters, _folder, _threads = [*warnings.filters], Path.cwd(), torch.get_num_threads()
 
 
 class Manager(KernelManager):
-    """A kernel manager that knows its threads, and the client that papermill takes and leaves open."""
-
-    threads = Unicode()
+    """A kernel manager that knows the client that papermill takes, and leaves open."""
 
     def client(self, **options: Any) -> KernelClient:
         """See jupyter_client."""
@@ -50,9 +46,12 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
         RuntimeError: it does not start, or no longer answers.
     """
     environment = {"OMP_NUM_THREADS": f"{threads}"} | os.environ
-    manager = _take(environment["OMP_NUM_THREADS"])
+    idle, manager = _idle[environment["OMP_NUM_THREADS"]], Manager(client_class=CLIENT)
+    with contextlib.suppress(IndexError):  # none is left
+        while not manager.is_alive():
+            manager = idle.pop()
     try:
-        if not manager.has_kernel:
+        if not manager.is_alive():
             manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder, env=environment)
         client = manager.blocking_client()
         client.start_channels()
@@ -64,25 +63,15 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
     except BaseException:
         manager.shutdown_kernel(now=True)
         raise
-    with _lock:
-        _idle.append(manager)
-
-
-def _take(threads: str) -> Manager:
-    """An idle kernel with this many threads, or a manager that has none yet."""
-    with _lock:
-        for manager in [one for one in _idle if one.threads == threads]:
-            _idle.remove(manager)
-            if manager.is_alive():
-                return manager
-    return Manager(client_class=CLIENT, threads=threads)
+    idle.append(manager)
 
 
 @atexit.register
 def close() -> None:
     """End the kernels of this process."""
     while _idle:
-        _idle.pop().shutdown_kernel(now=True)
+        for manager in _idle.popitem()[1]:
+            manager.shutdown_kernel(now=True)
 
 
 def reset() -> None:

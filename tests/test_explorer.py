@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from masktune_utils import evaluation, explorer, masking, models, plotting, saliency, store
+from masktune_utils import evaluation, explorer, masking, models, plotting, saliency
 from masktune_utils.settings import PARAM_RANGES, Settings
 from masktune_utils.shortcuts import groups
 
@@ -15,19 +15,17 @@ RULES = [
     {"method": "mean", "param": 0.9, "upsample": "nearest", "dilation": 2},
     {"method": "top_k", "param": 0.3, "upsample": "bilinear", "dilation": 0},
 ]
-NAMES = ["mean_0.9_upsample=nearest_dilation=2", "top_k_0.3"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
 
 
 @pytest.fixture
 def settings(tmp_path) -> Settings:
-    """Of an experiment with two fine-tuned models."""
-    common = {"directory": str(tmp_path), "dataset": "mnist5k", "limit": 200}
-    for k, cam in enumerate(("GradCAM", "XGradCAM")):
-        made = Settings(**common, cam=cam, **RULES[k])
-        content = models.new_model(seed=k), made.identity(base=False), []
-        store.save_checkpoint(made.checkpoint_path(NAMES[k]), *content)
-    return Settings(**common)
+    return Settings(directory=str(tmp_path), dataset="mnist5k", limit=200, cam="GradCAM")
+
+
+@pytest.fixture
+def networks(model) -> dict[str, models.SmallCNN]:
+    return {"ERM": model, "MaskTune": models.new_model(seed=1).eval()}
 
 
 @pytest.fixture
@@ -40,10 +38,10 @@ def displayed(monkeypatch) -> list:
 
 
 @pytest.fixture
-def panel(settings, splits, model, displayed, monkeypatch) -> dict[str, ipywidgets.Widget]:
+def panel(settings, splits, networks, displayed, monkeypatch) -> dict[str, ipywidgets.Widget]:
     """The controls of the live panel, by name."""
     monkeypatch.setattr(explorer.progress, "is_live", lambda: True)
-    explorer.explore(settings, "05_explorer", splits, model, NAMES)
+    explorer.explore(settings, "05_explorer", splits, networks, **RULES[0])
     (box,) = [thing for thing in displayed if isinstance(thing, ipywidgets.Box)]
     assert not settings.folder("figures").exists()
     return {control.description: control for control in box.children[:-1]}
@@ -71,13 +69,11 @@ def test_what_is_shown_equals_direct_computation(rule, splits, model):
             assert found[1].tolist() == pytest.approx(100 * shares.numpy(), abs=0.51)
 
 
-def test_images_whose_predictions_differ_come_first(splits, model):
-    other = models.new_model(seed=1).eval()
-    networks = {"ERM": model, "MaskTune": other}
+def test_images_whose_predictions_differ_come_first(splits, networks):
     found = explorer.offered_images(splits, networks, "XGradCAM", **RULES[1])
     counts = []
     for name, some in found.items():
-        one, two = (evaluation.predict(network, some).argmax(1) for network in (model, other))
+        one, two = (evaluation.predict(network, some).argmax(1) for network in networks.values())
         differ = (one != two).tolist()
         assert differ == sorted(differ, reverse=True)
         assert name.endswith(f": {sum(differ)} of {len(some)} differ")
@@ -91,33 +87,31 @@ def test_images_whose_predictions_differ_come_first(splits, model):
     assert {name.partition(":")[0] for name in found} == expected
 
 
-def test_the_panel_shows_the_image_and_the_mask_that_were_chosen(panel, displayed, splits, model):
+def test_the_panel_shows_the_image_and_the_mask_that_were_chosen(
+    panel, displayed, splits, networks
+):
     offered = panel["group"].options
     assert (panel["group"].value, panel["image"].value) == (offered[0], 0)  # where they differ
-    choice = {"group": offered[1], "image": 3, "configuration": NAMES[1], "param": 0.2}
-    for name, value in choice.items():
+    assert {name: panel[name].value for name in RULES[0]} == RULES[0]
+    for name, value in {"group": offered[1], "image": 3, **RULES[1]}.items():
         panel[name].value = value
-    first, second = ({"ERM": model, "MaskTune": models.new_model(k).eval()} for k in (0, 1))
-    images = explorer.offered_images(splits, first, "GradCAM", **RULES[0])
+    images = explorer.offered_images(splits, networks, "GradCAM", **RULES[0])
     assert [*images] == [*offered]
     some = images[offered[1]][[3]]
-    pictures, expected = explorer.explain(some, second, "XGradCAM", **RULES[1] | {"param": 0.2})
+    pictures, expected = explorer.explain(some, networks, "GradCAM", **RULES[1])
     picture, table = displayed[-2:]
     pd.testing.assert_frame_equal(table, expected)
     assert picture.data == plotting.png(plotting.grid(pictures))
 
 
-def test_a_configuration_brings_its_own_mask_and_a_method_its_own_range(panel, caplog):
+def test_a_method_has_its_own_range(panel, caplog):
     caplog.set_level(logging.WARNING)
-    assert {name: panel[name].value for name in RULES[0]} == RULES[0]
     for method, most in PARAM_RANGES.items():
         panel["method"].value = "mean"
         panel["param"].value = 64
         panel["method"].value = method
         assert panel["param"].min == 0 and panel["param"].max == most
         assert panel["param"].value == panel["param"].max
-    panel["configuration"].value = NAMES[1]
-    assert {name: panel[name].value for name in RULES[1]} == RULES[1]
     assert not caplog.records  # no picture failed on the way
 
 
@@ -131,12 +125,13 @@ def test_a_random_patch_is_one_of_its_image(splits, model):
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
 
 
-@pytest.mark.parametrize("names", [[], NAMES])
+@pytest.mark.parametrize("names", [["ERM"], ["ERM", "MaskTune"]])
 def test_headless_there_are_a_picture_and_a_table_and_no_widgets(
-    names, settings, splits, model, displayed, monkeypatch
+    names, settings, splits, networks, displayed, monkeypatch
 ):
     monkeypatch.setattr(explorer, "widgets", None)
-    explorer.explore(settings, "explorer", splits, model, names)
+    some = {name: networks[name] for name in names}
+    explorer.explore(settings, "explorer", splits, some, **settings.mask_rule)
     picture, table = displayed
     assert (settings.folder("figures") / "explorer.png").read_bytes() == picture.data
-    assert table.columns.str.contains("MaskTune").any() == bool(names) and len(table) == 4
+    assert table.columns.str.contains("MaskTune").any() == (len(names) > 1) and len(table) == 4

@@ -95,13 +95,13 @@ def test_warm_and_cold_and_in_any_order_the_same(whole_run, tmp_path):
     assert found[0] == found[1] and len(found[0][1]) == 4
     expected = contents(whole_run.directory)
     assert [name for name in found[0][0] if found[0][0][name] != expected[name]] == []
-    assert len(kernels._idle) == 1
+    assert len(kernels._idle["1"]) == 1
 
 
 def test_a_kernel_that_failed_or_died_is_replaced(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError), kernels.warm(tmp_path, 1) as kernel:
         run(tmp_path, "1 / 0", km=kernel)
-    assert not kernels._idle and not kernel.is_alive()
+    assert not kernels._idle["1"] and not kernel.is_alive()
     with kernels.warm(tmp_path, 1) as kernel:
         run(tmp_path, "1", km=kernel)
         pid = kernel.provisioner.pid
@@ -119,4 +119,4 @@ def test_two_at_once_have_two_kernels(tmp_path):
     with kernels.warm(tmp_path, 1) as one, kernels.warm(tmp_path, 1) as other:
         assert run(tmp_path, "1", km=one) == run(tmp_path, "1", km=other) == ""
         assert one.provisioner.pid != other.provisioner.pid
-    assert len(kernels._idle) == 2
+    assert len(kernels._idle["1"]) == 2
