@@ -8,19 +8,9 @@ from pathlib import Path
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import evaluation, models, selection, store
+from masktune_utils import evaluation, models, selection, store, sweep
 from masktune_utils.settings import DEFAULTS, RUNTIME, Settings, from_text
-from masktune_utils.sweep import (
-    BASE,
-    FINETUNE,
-    GRIDS,
-    Job,
-    execute,
-    make_stage,
-    read_grid,
-    report,
-    self_tuned,
-)
+from masktune_utils.sweep import BASE, FINETUNE, GRIDS, Job, make_stage
 
 STAGES = {"run": ("01_dataset", *BASE, FINETUNE), "sweep": (*BASE, FINETUNE), "choose": BASE}
 USAGE = "masktune run|sweep|choose [GRID] [--SETTING VALUE …] [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"
@@ -80,19 +70,13 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
     Returns:
         The chosen configurations, to be run as a notebook.
     """
-    chosen, failed = [], {job.settings.folder("runs") for job in errors if job.stem in BASE}
+    chosen = []
     for job in make_stage(BASE[0], grid):
-        folder = job.settings.folder("runs")
-        if folder in failed:
-            continue
-        candidates = [one for one in grid if one.folder("runs") == folder]
-        others = []
+        candidates = [one for one in grid if one.folder("runs") == job.settings.folder("runs")]
         if command == "run":
-            lost = {bad.name for bad in errors if bad.settings.folder("runs") == folder}
-            others = [one for one in candidates if one.configuration not in lost]
-            candidates = self_tuned(job.settings)
+            candidates = sweep.self_tuned(job.settings)
         try:
-            choice = selection.choose(candidates, others, count, force)
+            choice = selection.choose(candidates, count, force)
         except Exception as error:  # noqa: BLE001 - any failure: the other choices go on
             errors[job._replace(stem="choice")] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
@@ -106,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS and value}
     try:
         default = "self_tuned" if arguments.command == "choose" else "published"
-        stem, grid = read_grid(arguments.grid or GRIDS[default], given)
+        stem, grid = sweep.read_grid(arguments.grid or GRIDS[default], given)
         if stem != FINETUNE and arguments.command != "sweep":
             raise ValueError(f"notebook is {stem!r}; allowed, except with sweep: {FINETUNE}.")
         if arguments.command == "choose":
@@ -134,14 +118,14 @@ def main(argv: list[str] | None = None) -> int:
     stages = [make_stage(stem, grid) for stem in stems]
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
-        errors = execute(stages, count, arguments.force)
+        errors = sweep.execute(stages, count, arguments.force)
         if arguments.command != "sweep":
             chosen = choose(arguments.command, grid, count, arguments.force, errors)
             last = make_stage("05_plots", grid) if arguments.command == "run" else []
             later = [stage for stage in (chosen, last) if stage]
-            errors |= execute(later, count)
+            errors |= sweep.execute(later, count)
             stages += later
-        report(stages, summary=FINETUNE in stems and arguments.command == "sweep")
+        sweep.report(stages, summary=FINETUNE in stems and arguments.command == "sweep")
     except (KeyboardInterrupt, OSError) as error:
         print("\nmasktune:", f"{error}" or "interrupted; the same command goes on", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 130

@@ -135,32 +135,28 @@ def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, list
     return judging
 
 
-def choose(
-    candidates: Sequence[Settings],
-    others: Sequence[Settings] = (),
-    jobs: int = 1,
-    retrain: bool = False,
-) -> dict[str, Any]:
+def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False) -> dict[str, Any]:
     """Fine-tune candidates, choose one, and save the choice.
 
     Of the candidates whose score is next to the best (`NEAR`), the one that hides least is chosen.
+    Other configurations of the same base model that are saved are scored, but not chosen.
 
     Args:
         candidates: of one base model.
-        others: configurations that are fine-tuned already; they are scored, but not chosen.
         jobs: how many processes.
         retrain: see `experiment.finetuned_model`.
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one; `scores` of the candidates;
-        `others`, the scores of the base model and of `others`; `base_sha256`; and `doubt`: `near`,
-        how many candidates are next to the best; `lead`, from the best score to the second; `gain`,
-        the mean of `gains` per share hidden; and a `warning`, if that is small.
+        `others`, the scores of the base model and of other configurations; `base_sha256`; and
+        `doubt`: `near`, how many candidates are next to the best; `lead`, from the best score to
+        the second; `gain`, the mean of `gains` per share hidden; and a `warning`, if that is small.
     """
-    own = [one.configuration for one in candidates]
-    names = [*own, "base", *(one.configuration for one in others)]
-    folder = candidates[0].folder("results")
+    settings, own = candidates[0], [one.configuration for one in candidates]
+    folder = settings.folder("results")
     path, base_sha256 = folder / "chosen.json", store.read_result(folder / "base.json")["sha256"]
+    saved = store.collect(settings.directory).query("base_sha256 == @base_sha256")
+    names = [*own, *(name for name in saved["configuration"] if name not in own)]
     if path.exists() and not retrain:
         choice = store.read_result(path)
         if choice["base_sha256"] == base_sha256 and names == [*choice["scores"], *choice["others"]]:
@@ -171,12 +167,10 @@ def choose(
             judging |= part
             bar.update(len(part))
     sets, shares = zip(*(pair for name in own for pair in judging[name]), strict=True)
-    device = models.resolve_device(candidates[0].device)
-    paths = [candidates[0].checkpoint_path(name) for name in names]
-    parts = Parallel(jobs)(
-        delayed(worst_classes)(paths[k::jobs], sets, device) for k in range(jobs)
-    )
-    rows = {path: row for part in parts for path, row in part.items()}
+    device = models.resolve_device(settings.device)
+    paths = [settings.checkpoint_path(name) for name in names]
+    parts = (delayed(worst_classes)(paths[k::jobs], sets, device) for k in range(jobs))
+    rows = {path: row for part in Parallel(jobs)(parts) for path, row in part.items()}
     accuracy = pd.DataFrame([rows[path] for path in paths], index=names)
     hidden = pd.Series(shares)
     result = scores(accuracy, hidden, own)
@@ -194,20 +188,18 @@ def choose(
 
 def describe(choice: dict[str, Any]) -> str:
     """A choice in words."""
-    best, doubt = max(choice["scores"].values()), choice["doubt"]
+    best, near = max(choice["scores"].values()), choice["doubt"]["near"]
     reason = "has the best score by more than half a point"
-    if doubt["near"] > 1:
-        reason = (
-            f"hides least of the {doubt['near']} candidates within half a point of the best score"
-        )
-    return f"{short(choice['configuration'])} {reason}, {best:.1%}. {doubt['warning']}".strip()
+    if near > 1:
+        reason = f"hides least of the {near} candidates within half a point of the best score"
+    warning = choice["doubt"]["warning"]
+    return f"{short(choice['configuration'])} {reason}, {best:.1%}. {warning}".strip()
 
 
 def short(configuration: str) -> str:
     """Name of a configuration without how it is fine-tuned."""
-    return re.sub(
-        r"_(finetune_(lr|schedule|batch_size)|accumulate|restart)=[^_]+", "", configuration
-    )
+    left_out = r"_(finetune_(lr|schedule|batch_size)|accumulate|restart)=[^_]+"
+    return re.sub(left_out, "", configuration)
 
 
 def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
