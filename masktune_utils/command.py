@@ -72,11 +72,14 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
     """
     chosen = []
     for job in make_stage(BASE[0], grid):
-        candidates = [one for one in grid if one.folder("runs") == job.settings.folder("runs")]
+        folder = job.settings.folder("runs")
+        candidates, others = [one for one in grid if one.folder("runs") == folder], []
         if command == "run":
+            lost = {bad.name for bad in errors if bad.settings.folder("runs") == folder}
+            others = [one for one in candidates if one.configuration not in lost]
             candidates = sweep.self_tuned(job.settings)
         try:
-            choice = selection.choose(candidates, count, force)
+            choice = selection.choose(candidates, others, count, force)
         except Exception as error:  # noqa: BLE001 - any failure: the other choices go on
             errors[job._replace(stem="choice")] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue

@@ -135,28 +135,32 @@ def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, list
     return judging
 
 
-def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False) -> dict[str, Any]:
+def choose(
+    candidates: Sequence[Settings],
+    others: Sequence[Settings] = (),
+    jobs: int = 1,
+    retrain: bool = False,
+) -> dict[str, Any]:
     """Fine-tune candidates, choose one, and save the choice.
 
     Of the candidates whose score is next to the best (`NEAR`), the one that hides least is chosen.
-    Other configurations of the same base model that are saved are scored, but not chosen.
 
     Args:
         candidates: of one base model.
+        others: configurations that are fine-tuned already; they are scored, but not chosen.
         jobs: how many processes.
         retrain: see `experiment.finetuned_model`.
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one; `scores` of the candidates;
-        `others`, the scores of the base model and of other configurations; `base_sha256`; and
+        `others`, the scores of the base model and of `others`; `base_sha256`; and
         `doubt`: `near`, how many candidates are next to the best; `lead`, from the best score to
         the second; `gain`, the mean of `gains` per share hidden; and a `warning`, if that is small.
     """
     settings, own = candidates[0], [one.configuration for one in candidates]
     folder = settings.folder("results")
     path, base_sha256 = folder / "chosen.json", store.read_result(folder / "base.json")["sha256"]
-    saved = store.collect(settings.directory).query("base_sha256 == @base_sha256")
-    names = [*own, *(name for name in saved["configuration"] if name not in own)]
+    names = [*own, "base", *(one.configuration for one in others)]
     if path.exists() and not retrain:
         choice = store.read_result(path)
         if choice["base_sha256"] == base_sha256 and names == [*choice["scores"], *choice["others"]]:

@@ -93,6 +93,11 @@ def test_options_of_the_command(arguments, message, refused):
         ("- seed: [0, -1]", "seed is -1; allowed: greater than or equal to 0."),
         ("- param: 0.1\n- param: much", "param is 'much'; allowed: a valid number."),
         ("- seed: []", "'seed'"),
+        ("- notebook: 02_ERM", "notebook is '02_ERM'; allowed: 01_dataset, 02_erm, "),
+        (
+            "- notebook: 02_erm\n  method: mean",
+            "method is not a parameter of 02_erm; leave it out.",
+        ),
         ("- 3: 4", "allowed: "),
         ("seed: 0", "allowed: "),
         ("", "allowed: "),

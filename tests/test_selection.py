@@ -127,7 +127,7 @@ def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(candidates, 
     first, calls, finetune = selection.choose(candidates), [], selection.finetune
     monkeypatch.setattr(selection, "finetune", lambda *a: calls.append(1) or finetune(*a))
     assert selection.choose(candidates) == first and not calls
-    few = selection.choose(candidates[:3])
+    few = selection.choose(candidates[:3], candidates[3:])
     assert len(calls) == 2 and [*few["scores"]] == [one.configuration for one in candidates[:3]]
     assert {*few["others"]} == {"base", *(one.configuration for one in candidates[3:])}
     table = store.collect(candidates[0].directory).set_index("configuration")

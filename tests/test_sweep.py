@@ -116,6 +116,25 @@ def test_options_win_over_the_blocks_of_a_grid_file(tmp_path, capsys):
     assert printed.endswith("\n0 of them are done\n") and len(expected) == 12
 
 
+def test_a_grid_may_name_its_notebook(directory, capsys):
+    file = directory / "grid.yaml"
+    file.write_text("- notebook: 02_erm\n  seed: [0, 1]\n")
+    given = [*OPTIONS[:-2], "--directory", str(directory)]
+    printed = dry_run(capsys, str(file), *given)
+    assert re.search("done .*=20 seed0 base\n     .*=20 seed1 base\n1 of them", printed)
+    for seed in (0, 1):
+        folder = tiny(directory, seed=seed).folder("results")
+        folder.mkdir(exist_ok=True)
+        (folder / "02_erm.csv").write_text(f"seed,found\n{seed},0.5\n")
+    assert command.main(["choose", str(file), *given]) == 2
+    assert "notebook is '02_erm'; allowed, except with sweep: 04_f" in capsys.readouterr().err
+    assert command.main(["sweep", str(file), *given]) == 0
+    assert (directory / "results" / "02_erm.csv").read_text() == "seed,found\n0,0.5\n1,0.5\n"
+    assert {path.name for path in tiny(directory, seed=1).folder("runs").iterdir()} == {
+        "02_erm.ipynb"
+    }
+
+
 def test_the_grids_of_the_repository_are_valid(tmp_path, capsys):
     given = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
     files = sorted(REPOSITORY.glob("sweeps/*.yaml"))
