@@ -20,7 +20,7 @@ from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 pytest_plugins = ["tiny_runs"]
 NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
 ORDER = "progress models settings data shortcuts training saliency masking store evaluation "
-ORDER += "experiment selection plotting explorer kernels sweep command"
+ORDER += "experiment selection plotting kernels sweep command"
 
 
 def results(directory: Path) -> dict[str, dict]:
