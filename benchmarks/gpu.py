@@ -37,9 +37,11 @@ def main() -> None:
         lambda: saliency.saliency_maps(model, train.images, train.labels)
     )
     options = ["--dataset", "mnist", "--device", arguments.device]
+    for jobs in (1, 2, 4):
+        with base_model_alone() as directory:
+            sweep = [BIN / "masktune", "sweep", *options, "--directory", directory]
+            rows[f"sweep of 15, {jobs} at once"] = measure([*sweep, "--jobs", str(jobs)])[0]
     with base_model_alone() as directory:
-        sweep = [BIN / "masktune", "sweep", *options, "--directory", directory]
-        rows["sweep of 15"] = measure(sweep)[0]
         notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
         values = {"directory": directory, "dataset": "mnist", "retrain": True}
         values["device"] = arguments.device
