@@ -213,7 +213,10 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
     for images, digits in parts:
         if images.ndim == 3:
             images = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
-        split = Split(images, digits if dataset == "folder" else (digits >= 5).long(), digits)
+        labels = digits
+        if dataset != "folder" and settings.labels == "halves":
+            labels = (digits >= 5).long()
+        split = Split(images, labels, digits)
         if len(split.labels.unique()) < 2:
             raise ValueError(f"{dataset} has images of one class only; allowed: 2 classes or more.")
         splits.append(_limited(split, settings.limit))

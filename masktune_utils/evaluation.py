@@ -113,7 +113,7 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
         raise store.CheckpointError(
             f"{path} was trained on {made_from!r}; use dataset={made_from!r}."
         )
-    names = ("square_size", "square_color", "shortcut", "train_folder", "test_folder")
+    names = "labels", "square_size", "square_color", "shortcut", "train_folder", "test_folder"
     square = {name: recorded[name] for name in names if name in recorded}
     return evaluate(model, shortcuts.load(DataSettings(dataset=dataset, device=device, **square)))
 

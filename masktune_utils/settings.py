@@ -1,6 +1,6 @@
 """Every setting of an experiment: its type, range, default and one line of documentation, in one place.
 
-The classes add to each other: where to run → what the images depend on → what the base model depends on → what
+The classes add to each other: where to run and what the images depend on → what the base model depends on → what
 fine-tuning depends on. Under `directory` (default: the repository) lie
 
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
@@ -76,12 +76,24 @@ def _field(default: Any, description: str, **limits: float) -> Any:
 
 
 @_settings
-class Runtime:
-    """Where and how to run. No result depends on it."""
+class DataSettings:
+    """Where to run, which no result depends on; and what the images depend on."""
 
     directory: str = _field("", "where files go; empty: the repository")
     device: str = _field("auto", "auto, cpu, cuda or mps")
     retrain: bool = _field(False, "train again even if a matching checkpoint is saved")
+    dataset: Dataset = _field("auto", "mnist, mnist5k, fashion_mnist, kmnist, folder or auto")
+    train_folder: str = _field("", "for dataset folder: one folder of images per class")
+    test_folder: str = _field("", "for dataset folder: the same, to test on")
+    seed: int = _field(0, "of every random choice", ge=0, le=2**32 - 1)
+    limit: int | None = _field(None, "number of training images; None: all", ge=20, multiple_of=10)
+    labels: Literal["halves", "digits"] = _field("halves", "classes: 0-4 and 5-9, or digits")
+    square_size: int = _field(6, "side of the square in pixels", ge=1, le=28)
+    square_color: str = _field("blue", "of the shortcut: name of a colour, or #rrggbb")
+    placement: Literal["random", "ordered"] = _field("random", "of the square: random or ordered")
+    shortcut: Shortcut = _field("square", "in training: square, another of shortcuts.py, or none")
+    conflicting_share: float = _field(0.01, "share of each class against the shortcut", ge=0, le=1)
+    validation_share: float = _field(0.0, "share of training images held out", ge=0, le=0.5)
 
     @field_validator("directory")
     @classmethod
@@ -91,23 +103,6 @@ class Runtime:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise ValueError(f"a folder to write to, or a new one ({nearest} is not one)")
         return directory
-
-
-@_settings
-class DataSettings(Runtime):
-    """What the images depend on."""
-
-    dataset: Dataset = _field("auto", "mnist, mnist5k, fashion_mnist, kmnist, folder or auto")
-    train_folder: str = _field("", "for dataset folder: one folder of images per class")
-    test_folder: str = _field("", "for dataset folder: the same, to test on")
-    seed: int = _field(0, "of every random choice", ge=0, le=2**32 - 1)
-    limit: int | None = _field(None, "number of training images; None: all", ge=20, multiple_of=10)
-    square_size: int = _field(6, "side of the square in pixels", ge=1, le=28)
-    square_color: str = _field("blue", "of the shortcut: name of a colour, or #rrggbb")
-    placement: Literal["random", "ordered"] = _field("random", "of the square: random or ordered")
-    shortcut: Shortcut = _field("square", "in training: square, another of shortcuts.py, or none")
-    conflicting_share: float = _field(0.01, "share of each class against the shortcut", ge=0, le=1)
-    validation_share: float = _field(0.0, "share of training images held out", ge=0, le=0.5)
 
     @field_validator("train_folder", "test_folder")
     @classmethod

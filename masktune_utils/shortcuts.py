@@ -139,10 +139,17 @@ def plant(split: Split, which: Tensor, settings: DataSettings, generator: torch.
     return Split(images, split.labels, split.digits, area)
 
 
+def halves(labels: Tensor) -> Tensor:
+    """0 for the lower half of the classes (class 0, or digits 0–4), 1 for the upper half; N, int64."""
+    return (labels > labels.max() // 2).long()
+
+
 def place(
     split: Split, placement: str, conflicting_share: float, generator: torch.Generator
 ) -> Tensor:
     """Choose the training images that get the shortcut: most of class 0, few of class 1.
+
+    With digits as classes, 0–4 stand for class 0 and 5–9 for class 1.
 
     Args:
         split: the images.
@@ -155,13 +162,13 @@ def place(
     Returns:
         N, bool.
     """
-    shares = torch.tensor([1 - conflicting_share, conflicting_share])
+    shares, half = torch.tensor([1 - conflicting_share, conflicting_share]), halves(split.labels)
     if placement == "random":
-        return torch.rand(len(split), generator=generator) < shares[split.labels]
+        return torch.rand(len(split), generator=generator) < shares[half]
     has_shortcut = torch.zeros(len(split), dtype=torch.bool)
     order = split.digits.argsort(stable=True)
-    for label, share in enumerate(shares.tolist()):
-        members = order[split.labels[order] == label]
+    for number, share in enumerate(shares.tolist()):
+        members = order[half[order] == number]
         has_shortcut[members[: round(share * len(members))]] = True
     return has_shortcut
 
@@ -191,7 +198,7 @@ def load(settings: DataSettings) -> BiasedSets:
         raise ValueError("validation_share leaves a class without training images; allowed: less.")
 
     train = plant(train, which, settings, generator)
-    biased = plant(test, (test.labels == 1) & plants, settings, generator)
+    biased = plant(test, (halves(test.labels) == 1) & plants, settings, generator)
     parts = train[~held_out] if count else train, test, biased, train[held_out]
     device = models.resolve_device(settings.device)
     return BiasedSets(*(part.to(device) for part in parts))

@@ -96,6 +96,15 @@ def test_ordered_placement_and_other_shares_are_counted_exactly():
     assert squares(load(shortcut="none").train) == [0, 0]
 
 
+@pytest.mark.parametrize("placement", ["random", "ordered"])
+def test_with_ten_classes_the_same_images_get_the_shortcut(placement):
+    two, ten = (load(labels=labels, placement=placement) for labels in ("halves", "digits"))
+    for one, other in zip(two, ten, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(other.labels, one.digits)
+        assert torch.equal(one.shortcut, other.shortcut)
+    assert torch.equal(ten.biased.has_shortcut, ten.biased.labels >= 5)
+
+
 def test_what_is_held_out_is_a_tenth_with_the_same_bias(full):
     held, other = load(validation_share=0.1), load(validation_share=0.1, seed=1)
     assert (len(held.train), len(held.validation), len(full.validation)) == (3600, 400, 0)

@@ -170,7 +170,7 @@ VALUES |= {"cam": ["GradCAM"], "method": ["mean", "mean_std"], "param": [0.11, 1
 VALUES |= {"upsample": ["map"], "dilation": [1, 11], "finetune_optimizer": ["adam"]}
 VALUES |= {"finetune_lr": [0.01, 0.1], "iterations": [2, 12], "accumulate": [True]}
 VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32], "restart": [True]}
-VALUES |= {"fill": ["mean", "shuffle"]}
+VALUES |= {"fill": ["mean", "shuffle"], "labels": ["digits"]}
 FIELDS = {name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()}
 SETTINGS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda some: Settings(**some))
 
