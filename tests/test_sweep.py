@@ -207,7 +207,8 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(directory,
 
 
 def test_an_interrupt_ends_the_kernels_too_and_progress_is_seen_before(directory):
-    sweeping = start(directory, "--epochs", "10000", "--param", "0.1")
+    two = ["--seed", "0", "1", "--jobs", "2"]
+    sweeping = start(directory, "--epochs", "10000", "--param", "0.1", *two)
     seen = ""
     while not re.search(r"ERM, epoch \d+/10000: +\d+%", seen):
         assert sweeping.poll() is None, seen
@@ -216,7 +217,7 @@ def test_an_interrupt_ends_the_kernels_too_and_progress_is_seen_before(directory
     os.killpg(sweeping.pid, signal.SIGINT)
     _, error = sweeping.communicate(timeout=30)
     assert sweeping.returncode == 130 and "masktune: interrupted" in error
-    assert len(running) == 1 and not psutil.wait_procs(running, timeout=10)[1]
+    assert len(running) == 2 and not psutil.wait_procs(running, timeout=10)[1]
 
 
 def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
