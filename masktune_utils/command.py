@@ -70,9 +70,11 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
     Returns:
         The chosen configurations, to be run as a notebook.
     """
-    chosen = []
+    chosen, failed = [], {job.settings.folder("runs") for job in errors if job.stem in BASE}
     for job in make_stage(BASE[0], grid):
         folder = job.settings.folder("runs")
+        if folder in failed:
+            continue
         candidates, others = [one for one in grid if one.folder("runs") == folder], []
         if command == "run":
             lost = {bad.name for bad in errors if bad.settings.folder("runs") == folder}

@@ -77,7 +77,7 @@ def _field(default: Any, description: str, **limits: float) -> Any:
 
 @_settings
 class DataSettings:
-    """Where to run, which no result depends on; and what the images depend on."""
+    """Where to run (no result depends on it), and what the images depend on."""
 
     directory: str = _field("", "where files go; empty: the repository")
     device: str = _field("auto", "auto, cpu, cuda or mps")

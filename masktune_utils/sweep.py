@@ -117,7 +117,7 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
             bad = {job.settings.folder("runs") for job in errors if job.stem in BASE}
             orphans = [job for job in stage if job.settings.folder("runs") in bad]
             errors |= dict.fromkeys(orphans, "not run, because its base model is missing")
-            again = force and stage[0].stem not in BASE
+            again = force and stage[0].stem not in (*BASE, *ALWAYS)
             finished = store.finished_results(directory)
             todo = [job for job in stage if job not in errors and (again or not job.done(finished))]
             bar.update(len(stage) - len(todo))
@@ -182,8 +182,9 @@ def read_grid(file: Path, given: dict[str, list]) -> tuple[str, list[Settings]]:
         stem, stems = blocks[0].pop("notebook", stem), [p.stem for p in NOTEBOOKS.glob("*.ipynb")]
         if stem not in stems:
             raise ValueError(f"notebook is {stem!r}; allowed: {', '.join(sorted(stems))}.")
+        foreign = DEFAULTS.keys() - set(notebook_settings(stem))
         for block in blocks:
-            if unknown := (block | given).keys() & DEFAULTS.keys() - set(notebook_settings(stem)):
+            if unknown := (block | given).keys() & foreign:
                 raise ValueError(f"{min(unknown)} is not a parameter of {stem}; leave it out.")
             values = {key: v if isinstance(v, list) else [v] for key, v in block.items()}
             grid += [Settings(**combination) for combination in ParameterGrid(values | given)]

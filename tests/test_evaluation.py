@@ -78,6 +78,13 @@ def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
     assert json.dumps(report) == evaluated(model, **square) != evaluated(model)
 
 
+def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
+    identity = Settings(dataset="mnist5k", labels="digits").identity(base=True)
+    store.save_checkpoint(tmp_path / "ten.pth", models.new_model(0, num_classes=10), identity, [])
+    report = evaluation.evaluate_checkpoint(tmp_path / "ten.pth", dataset="mnist5k")
+    assert [sum(row) for row in report["raw"]["confusion_matrix"]] == [100] * 10
+
+
 def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):
     identity = Settings(dataset="mnist").identity(base=True)
     store.save_checkpoint(tmp_path / "ours.pth", model, identity, [])
