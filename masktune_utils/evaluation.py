@@ -66,7 +66,7 @@ def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
         split: the images.
     """
     correct = (logits.argmax(1) == split.labels.cpu()).double()
-    members = shortcuts.groups(split.labels.cpu(), split.has_shortcut.cpu())
+    members = shortcuts.groups(split)
     return {name: correct[index].mean().item() for name, index in members.items()}
 
 

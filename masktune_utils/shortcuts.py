@@ -20,13 +20,13 @@ class BiasedSets(NamedTuple):
     validation: Split
 
 
-def groups(labels: Tensor, has_shortcut: Tensor) -> dict[str, Tensor]:
-    """Index of the images of each group class × shortcut, by its name; empty groups are left out.
+def groups(split: Split) -> dict[str, Tensor]:
+    """Index of the images of each group class × shortcut, on the CPU; empty groups are left out.
 
-    Args:
-        labels: N.
-        has_shortcut: N, bool.
+    Returns:
+        Name of the group → index.
     """
+    labels, has_shortcut = split.labels.cpu(), split.has_shortcut.cpu()
     members = {
         f"class {label}, {name}": ((labels == label) & (has_shortcut == present)).nonzero()[:, 0]
         for label in labels.unique().tolist()
@@ -41,7 +41,7 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     Returns:
         Their index, and the name of its group for each, on two lines.
     """
-    found = groups(split.labels, split.has_shortcut)
+    found = groups(split)
     index = [some[:: max(1, len(some) // per_group)][:per_group] for some in found.values()]
     titles = [name.replace(", ", "\n") for name, i in zip(found, index, strict=True) for _ in i]
     return torch.cat(index), titles

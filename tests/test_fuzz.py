@@ -131,13 +131,11 @@ def test_a_square_changes_what_it_covers_and_nothing_else(size, row, column, col
 @given(integers(1, 60), SEEDS)
 def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
     has_shortcut, replies = torch.rand(2, len(labels), generator=generator(seed)) < 0.5
-    groups = shortcuts.groups(labels, has_shortcut)
+    split = one_by_one(labels, shortcut=has_shortcut.view(-1, 1, 1))
+    groups = shortcuts.groups(split)
     everyone = torch.cat(list(groups.values())).sort().values
     assert everyone.tolist() == list(range(len(labels)))
-    logits, split = (
-        torch.eye(2)[replies.long()],
-        one_by_one(labels, shortcut=has_shortcut.view(-1, 1, 1)),
-    )
+    logits = torch.eye(2)[replies.long()]
     accuracy = evaluation.group_accuracy(logits, split)
     hits = sum(accuracy[name] * len(index) for name, index in groups.items())
     assert hits == pytest.approx((replies == labels).sum().item())
