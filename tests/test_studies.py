@@ -50,11 +50,11 @@ def test_groupdro_means_and_weights_are_those_of_the_formula():
     torch.testing.assert_close(q, raw / raw.sum())
 
 
-def test_jtt_draws_what_is_wrong_as_often_as_if_it_were_copied():
-    (times_drawn,) = functions("08_alternatives", "times_drawn")
-    wrong = torch.tensor([False, True, False, True])
-    copied = torch.cat([torch.arange(4), *[wrong.nonzero()[:, 0]] * 20])  # the authors' code
-    assert times_drawn(wrong, 20).tolist() == copied.bincount().tolist()
+def test_jtt_weighs_what_is_wrong_as_in_the_paper():
+    (error_weights,) = functions("08_alternatives", "error_weights")
+    wrong, losses = torch.tensor([False, True, False, True]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    objective = 20 * losses[wrong].sum() + losses[~wrong].sum()  # its equation 2, times N
+    assert (error_weights(wrong, 20) * losses).sum() == objective
 
 
 def test_dfr_averages_regressions_on_groups_of_equal_size():
