@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from masktune_utils import models
+from masktune_utils.models import SmallCNN
 from masktune_utils.settings import DEFAULTS, REPOSITORY
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
-RESULT = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
+RESULT = {*KEY, "sha256", "base_sha256", "seconds", "raw", "biased", "worst_group", "metrics"}
 CHOICE = {"configuration", "scores", "others", "doubt", "base_sha256"}
 
 
@@ -28,12 +28,17 @@ class CheckpointError(ValueError):
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that takes the place of `path` once it is complete; an error leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as unfinished:
-        with open(Path(unfinished) / "part", "wb") as file:
+    options = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
+    with tempfile.NamedTemporaryFile(**options) as file:
+        try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -76,7 +81,9 @@ def read_tensors(path: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def save_checkpoint(path: Path, model: nn.Module, settings: dict, history: list[dict]) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, settings: dict[str, Any], history: list[dict[str, float]]
+) -> None:
     """Save a model with its settings, its history and the SHA-256 of its weights.
 
     The same run on the same machine writes the same bytes.
@@ -95,7 +102,7 @@ def save_checkpoint(path: Path, model: nn.Module, settings: dict, history: list[
 
 def load_checkpoint(
     path: str | Path, settings: dict | None = None, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[SmallCNN, dict[str, Any]]:
     """Load a model, and refuse it if anything is wrong. No code in the file is run.
 
     Args:
@@ -125,17 +132,18 @@ def load_checkpoint(
             raise ValueError(f"a newer version wrote it, with the setting {', '.join(unknown)}")
         if weights_sha256(weights) != about["sha256"]:
             raise ValueError("its weights have another SHA-256")
-        name = made_with.get("model", DEFAULTS["model"])
-        model = models.build(name, len([*weights.values()][-1]))
+        model = SmallCNN(len(weights.get("linear.3.bias", "12")))
         model.load_state_dict(weights)
     except Exception as error:  # torch.load has no error class of its own for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}).") from error
     for name, asked in (settings or {}).items():
-        found = made_with.get(name, DEFAULTS.get(name))  # a younger setting had its default
-        if found != asked:
+        recorded = made_with.get(name, DEFAULTS.get(name))  # a younger setting had its default
+        if recorded != asked:
             hint = "Use retrain = True to replace it, or another directory."
-            raise CheckpointError(f"{path} was made with {name} = {found!r}, not {asked!r}. {hint}")
+            raise CheckpointError(
+                f"{path} was made with {name} = {recorded!r}, not {asked!r}. {hint}"
+            )
     return model.to(device, memory_format=torch.channels_last).eval(), about
 
 

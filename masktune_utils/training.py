@@ -38,7 +38,7 @@ def train(
             `linear`: it falls step by step, to 0 at the end of the last epoch.
         description: name of the progress bar.
         **options: `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `lr_decay_epochs`,
-            `lr_decay_factor`, `flip` and `seed` (of the order of the images), with the defaults of
+            `lr_decay_factor` and `seed` (of the order of the images), with the defaults of
             `BaseSettings`. A last batch of one image is left out.
 
     Returns:
@@ -51,8 +51,9 @@ def train(
     one = Settings(**options, finetune_optimizer=optimizer, finetune_schedule=schedule)
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
-    kind = {"sgd": partial(optim.SGD, momentum=one.momentum), "adam": optim.Adam}[optimizer]
-    torch_optimizer = kind(model.parameters(), lr=one.lr, weight_decay=one.weight_decay, fused=True)
+    kinds = {"sgd": partial(optim.SGD, momentum=one.momentum), "adam": optim.Adam}
+    shared = {"lr": one.lr, "weight_decay": one.weight_decay, "fused": True}
+    torch_optimizer = kinds[optimizer](model.parameters(), **shared)
     steps = math.ceil((len(dataset) - 1) / one.batch_size)  # a last batch of one is left out
     if schedule == "linear":
         scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, one.epochs * steps)
@@ -66,25 +67,22 @@ def train(
             bar.set_description(f"{description}, epoch {epoch}/{one.epochs}", refresh=False)
             started, rate = time.perf_counter(), torch_optimizer.param_groups[0]["lr"]
             order = torch.randperm(len(dataset), generator=generator).to(device)
-            # batch normalisation is undefined for a single image
-            batches = [index for index in order.split(one.batch_size) if len(index) > 1]
-            mirror = generator if one.flip else None
-            loss, accuracy = _train_epoch(model, dataset, batches, scheduler, bar, mirror).tolist()
+            batches = order.split(one.batch_size)
+            loss, accuracy = _train_epoch(model, dataset, batches, scheduler, bar).tolist()
             row = {"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate}
             history.append(row | {"seconds": time.perf_counter() - started})
     return history
 
 
-def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:
+def _train_epoch(model, dataset, batches, scheduler, bar) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device until the bar is drawn."""
     device = dataset.labels.device
     sums, seen, bfloat16 = torch.zeros(2, device=device), 0, has_bfloat16(device)
     model.train()
     for index in batches:
+        if len(index) == 1:  # batch normalisation is undefined for a single image
+            continue
         images, labels = dataset.batch(index)
-        if mirror:
-            half = torch.rand(len(index), 1, 1, 1, generator=mirror).to(device) < 0.5
-            images = torch.where(half, images.flip(-1), images)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)

@@ -19,13 +19,8 @@ from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
 NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
-ORDER = "progress models strict settings decoding data shortcuts training saliency masking store "
-ORDER += "evaluation experiment selection plotting kernels sweep command"
-OWN = {  # defaults of notebooks that differ from those of the settings
-    "07_limits": {"shortcut": "two_squares", "epochs": 20},
-    "08_alternatives": {"validation_share": 0.2, "epochs": 20},
-    "09_selective": {"validation_share": 0.2, "epochs": 20},
-}
+ORDER = "progress models settings data shortcuts training saliency masking store evaluation "
+ORDER += "experiment selection plotting kernels sweep command"
 
 
 def results(directory: Path) -> dict[str, dict]:
@@ -81,7 +76,7 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
 def test_folders_of_three_classes_go_through_all_notebooks(whole_run):
     table = store.collect(str(whole_run.directory)).set_index("dataset").loc[["folder"]]
     assert {"base", "top_k_0.1"} < {*table["configuration"]} and table["chosen"].eq(True).sum() == 1
-    assert table["test_class_2"].between(0, 1).all() and table["raw"].isna().all()
+    assert table["raw_class_2"].between(0, 1).all() and (table["raw"] == table["biased"]).all()
     assert len(list(whole_run.directory.glob("runs/folder*/seed0/*.ipynb"))) == 6
 
 
@@ -287,6 +282,5 @@ def test_parameters_are_literals_with_default_and_comment_of_the_settings(notebo
     assert notebook.path.stem != "06_study" or found.keys() == {"directory"}
     for name, line in found.items():
         value, _, comment = line.partition("  # ")
-        default = OWN.get(notebook.path.stem, {}).get(name, DEFAULTS[name])
-        assert repr(ast.literal_eval(value)) == repr(default)
+        assert repr(ast.literal_eval(value)) == repr(DEFAULTS[name])
         assert comment == Settings.__pydantic_fields__[name].description
