@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from io import BytesIO
 
+import pandas as pd
 from IPython.display import Image, display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -60,3 +62,21 @@ def grid(columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     return figure
+
+
+def dots(ax: Axes, values: pd.Series, order: Sequence[str], color: str, label: str = "") -> None:
+    """Several seeds side by side: a row per name, a dot per value, and a bar at the mean.
+
+    Args:
+        ax: where to draw.
+        values: shares in [0, 1], drawn in %; the index has the name of the row of each.
+        order: the rows, from below.
+        color: of dots and bars.
+        label: in a legend.
+    """
+    for height, name in enumerate(order):
+        row = 100 * values[values.index == name]
+        ax.plot(row, [height] * len(row), "o", color=color, markersize=4, alpha=0.6)
+        ax.plot(row.mean(), height, "|", color=color, markersize=16)
+    ax.plot([], [], "o", color=color, label=label)
+    ax.set_yticks(range(len(order)), order)

@@ -24,6 +24,11 @@ ROWS = [
 KNOWN = evaluation.summarize(
     pd.concat(ROWS), ["experiment", "configuration"], [*evaluation.ACCURACIES, *SHARES]
 )
+STUDIES = {  # table of a study → what tells its rows apart
+    "07_limits": ["dataset", "shortcut", "model"],
+    "08_alternatives": ["dataset", "placement", "asks for", "method"],
+    "09_selective": ["dataset", "labels", "placement", "rule"],
+}
 README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "results/README.md"))
 
 
@@ -44,6 +49,13 @@ def test_the_table_of_readme(name, experiment, configuration):
     (row,) = [line for line in README.splitlines() if re.match(rf"\| {re.escape(name)}.*±", line)]
     numbers = [cell.strip() for cell in row.strip("| ").split("|")][1:]
     assert numbers == KNOWN.loc[(experiment, configuration)].iloc[:3].tolist()
+
+
+def study(stem: str) -> pd.DataFrame:
+    """Every number of a study over its seeds, as text."""
+    table, by = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv"), STUDIES[stem]
+    numbers = table.select_dtypes(float).columns.difference([*by, "seconds", "gain"])
+    return evaluation.summarize(table, by, numbers)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +142,29 @@ def test_every_measured_number_is_in_the_reference_results(text):
     lines = [line for line in text.splitlines() if not line.startswith("| the wor")]
     measured = set(re.findall(r"\d+\.\d\d ± \d+\.\d\d", "\n".join(lines)))
     assert len(measured) > 15
-    assert measured <= {*KNOWN.to_numpy().flat}
+    studies = [number for stem in STUDIES for number in study(stem).to_numpy().flat]
+    assert measured <= {*KNOWN.to_numpy().flat, *studies}
+
+
+@pytest.mark.parametrize("stem", STUDIES)
+def test_the_text_of_a_study_has_its_numbers(stem):
+    cells = nbformat.read(REPOSITORY / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    measured, found = set(re.findall(r"\d+\.\d\d ± \d+\.\d\d", text)), study(stem)
+    assert len(measured) > 3 and measured <= {*found.to_numpy().flat}
+    assert found["seeds"].ge(5).all()
+
+
+@pytest.mark.parametrize("stem", STUDIES)
+def test_a_grid_makes_each_study_again(stem, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda settings: None)  # the full MNIST may be absent
+    name, grid = sweep.read_grid(REPOSITORY / "sweeps" / f"{stem[3:]}.yaml", {})
+    table = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv")
+    keys = [key for key in ("dataset", "shortcut", "labels", "placement", "seed") if key in table]
+    assert name == stem
+    assert {*table[keys].itertuples(index=False, name=None)} == {
+        tuple(getattr(one, key) for key in keys) for one in grid
+    }
 
 
 def test_the_grids_of_the_reference_run_list_every_row(monkeypatch):
