@@ -1,6 +1,8 @@
 """The command `masktune`: the notebooks in their order, a sweep, or a choice among candidates."""
 
 import argparse
+import ast
+import contextlib
 import itertools
 import sys
 from collections import Counter
@@ -9,7 +11,7 @@ from pathlib import Path
 from joblib import cpu_count, parallel_config
 
 from masktune_utils import evaluation, models, selection, store, sweep
-from masktune_utils.settings import DEFAULTS, RUNTIME, Settings, from_text
+from masktune_utils.settings import DEFAULTS, RUNTIME, Settings
 from masktune_utils.sweep import BASE, FINETUNE, GRIDS, Job, make_stage
 
 STAGES = {"run": ("01_dataset", *BASE, FINETUNE), "sweep": (*BASE, FINETUNE), "choose": BASE}
@@ -23,21 +25,29 @@ def conclude(bases: list[Settings]) -> None:
         bases: the settings of the base models.
     """
     table = store.collect(bases[0].directory)
-    for name, same in itertools.groupby(bases, lambda one: one.experiment):
-        chosen = [one for one in same if (one.folder("results") / "chosen.json").exists()]
-        if not chosen:
-            continue
+    chosen = [one for one in bases if (one.folder("results") / "chosen.json").exists()]
+    for name, group in itertools.groupby(chosen, lambda one: one.experiment):
         print(f"\n{name}\n")
-        for one in chosen:
+        same = list(group)
+        for one in same:
             choice = store.read_result(one.folder("results") / "chosen.json")
             print(f"seed {one.seed}: {selection.describe(choice)}")
-        rows = selection.compare(table, chosen[0])
+        rows = selection.compare(table, same[0])
         print(f"\nAccuracy in %\n\n{evaluation.summarize(rows, ['model']).to_string()}\n")
         worst = rows.groupby("model")["worst_group"].mean()
         print(f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images;", end=" ")
         print(f"with the mask that it chose itself, MaskTune on {worst[selection.SELF_TUNED]:.1%}.")
-        if (picture := chosen[0].folder("figures") / "05_self_tuned.png").exists():
+        groups = [name for name in rows if name.startswith("group ")]
+        print(f"{evaluation.summarize(rows, ['model'], groups).T.to_string()}\n")
+        if (picture := same[0].folder("figures") / "05_self_tuned.png").exists():
             print(f"See {picture}")
+
+
+def from_text(text: str) -> object:
+    """A number, None, True or False as Python writes it; else the text itself."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in Settings.__pydantic_fields__.items():
         about = f"{field.description} (default: {field.default!r})"
         count = 1 if name in RUNTIME else "+"
-        option(f"--{name}", nargs=count, type=from_text, metavar="VALUE", help=about)
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        option(*spellings, dest=name, nargs=count, type=from_text, metavar="VALUE", help=about)
     return parser
 
 
@@ -61,7 +72,7 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
     """Choose a configuration for each base model of the grid.
 
     Args:
-        command: `choose`: among the grid. `run`: among those of self_tuned.yaml.
+        command: `choose`: among the grid. `run`: among those of `sweep.candidates`.
         grid: all configurations.
         count: how many processes.
         force: fine-tune candidates again.
@@ -71,10 +82,9 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
         The chosen configurations, to be run as a notebook.
     """
     chosen, failed = [], {job.settings.folder("runs") for job in errors if job.stem in BASE}
-    for job in make_stage(BASE[0], grid):
+    bases = make_stage(BASE[0], grid)
+    for job in [base for base in bases if base.settings.folder("runs") not in failed]:
         folder = job.settings.folder("runs")
-        if folder in failed:
-            continue
         candidates, others = [one for one in grid if one.folder("runs") == folder], []
         if command == "run":
             lost = {bad.name for bad in errors if bad.settings.folder("runs") == folder}
@@ -82,10 +92,9 @@ def choose(command: str, grid: list[Settings], count: int, force: bool, errors: 
             candidates = sweep.self_tuned(job.settings)
         try:
             choice = selection.choose(candidates, others, count, force)
+            chosen += [one for one in candidates if one.configuration == choice["configuration"]]
         except Exception as error:  # noqa: BLE001 - any failure: the other choices go on
             errors[job._replace(stem="choice")] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        chosen += [one for one in candidates if one.configuration == choice["configuration"]]
     return make_stage(FINETUNE, chosen)
 
 
@@ -94,14 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS and value}
     try:
-        default = "self_tuned" if arguments.command == "choose" else "published"
-        stem, grid = sweep.read_grid(arguments.grid or GRIDS[default], given)
+        candidates = sweep.candidates(given.get("dataset", [""])[0])
+        default = candidates if arguments.command == "choose" else GRIDS["published"]
+        stem, grid = sweep.read_grid(arguments.grid or default, given)
         if stem != FINETUNE and arguments.command != "sweep":
             raise ValueError(f"notebook is {stem!r}; allowed, except with sweep: {FINETUNE}.")
-        if arguments.command == "choose":
-            few = min(Counter(one.folder("runs") for one in grid).values())
-            if few < 2:
-                raise ValueError("1 candidate for a base model; allowed: 2 or more.")
+        sizes = Counter(one.folder("runs") for one in grid).values()
+        if arguments.command == "choose" and min(sizes) < 2:
+            raise ValueError("1 candidate for a base model; allowed: 2 or more.")
         device = models.resolve_device(grid[0].device)
         finished = store.finished_results(grid[0].directory)
         if arguments.dask:

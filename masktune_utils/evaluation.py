@@ -59,35 +59,35 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
-    """Accuracy of each group class × shortcut that has images, see `shortcuts.groups`.
+    """Accuracy of each group that has images, see `shortcuts.groups`.
 
     Args:
         logits: N×classes.
         split: the images.
     """
     correct = (logits.argmax(1) == split.labels.cpu()).double()
-    members = shortcuts.groups(split)
-    return {name: correct[index].mean().item() for name, index in members.items()}
+    return {name: correct[index].mean().item() for name, index in shortcuts.groups(split).items()}
 
 
 def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
-    """All metrics on both test sets, and on what is held out of the training set, if anything is.
+    """All metrics on the test sets, and on what is held out of the training set, if anything is.
 
     Returns:
-        `raw`, `biased` and `validation`: see `metrics`; also their `groups`, see `group_accuracy`,
-        and `worst_group`, the smallest of these. Besides, `groups` and `worst_group` over both test
-        sets together, whose images of class 0 are the same.
+        `raw` and `biased`, or `test`, and `validation`: see `metrics`; also their `groups`, see
+        `group_accuracy`, and `worst_group`, the smallest of these. Besides, `groups` and
+        `worst_group` over both test sets together, whose images of class 0 are the same.
     """
-    report, raw = {}, predict(model, sets.raw)
-    logits = {"raw": raw, "biased": raw.clone(), "validation": predict(model, sets.validation)}
-    changed = (sets.biased.images != sets.raw.images).flatten(1).any(1)
-    logits["biased"][changed.cpu()] = predict(model, sets.biased[changed])
-    for name, predicted in logits.items():
-        if len(split := getattr(sets, name)):
-            groups = group_accuracy(predicted, split)
-            report[name] = metrics(predicted, split.labels) | {"groups": groups}
-            report[name]["worst_group"] = min(groups.values())
-    groups = report["raw"]["groups"] | report["biased"]["groups"]
+    report, groups, raw = {}, {}, predict(model, sets.raw)
+    for name, split in (sets.tests | {"validation": sets.validation}).items():
+        if len(split):
+            logits = raw.clone() if name in sets.tests else predict(model, split)
+            if name == "biased":  # the images of class 0 are the same
+                changed = (split.images != sets.raw.images).flatten(1).any(1)
+                logits[changed.cpu()] = predict(model, split[changed])
+            own = group_accuracy(logits, split)
+            report[name] = metrics(logits, split.labels) | {"groups": own}
+            report[name]["worst_group"] = min(own.values())
+            groups |= own if name in sets.tests else {}
     return report | {"groups": groups, "worst_group": min(groups.values())}
 
 
@@ -109,29 +109,28 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
     dataset, place = data.resolve_dataset(dataset), models.resolve_device(device)
     model, about = store.load_checkpoint(path, device=place)
     recorded = about["settings"]
-    if (made_from := recorded.get("dataset", dataset)) != dataset:
-        raise store.CheckpointError(
-            f"{path} was trained on {made_from!r}; use dataset={made_from!r}."
-        )
-    names = "labels", "square_size", "square_color", "shortcut", "train_folder", "test_folder"
-    square = {name: recorded[name] for name in names if name in recorded}
-    return evaluate(model, shortcuts.load(DataSettings(dataset=dataset, device=device, **square)))
+    if (source := recorded.get("dataset", dataset)) != dataset:
+        raise store.CheckpointError(f"{path} was trained on {source!r}; use dataset={source!r}.")
+    ours = recorded.keys() & DataSettings.__pydantic_fields__.keys() - {"limit", "validation_share"}
+    own = {name: recorded[name] for name in ours} | {"dataset": dataset, "device": device}
+    return evaluate(model, shortcuts.load(DataSettings(**own)))
 
 
 def summarize(
-    table: pd.DataFrame, by: Sequence = ("configuration",), columns: Sequence = ACCURACIES
+    table: pd.DataFrame, by: Sequence = ("configuration",), shares: Sequence = ("test", *ACCURACIES)
 ) -> pd.DataFrame:
     """Shares in %, one row per group of rows; with several seeds, mean ± sample standard deviation.
 
     Args:
         table: see `store.collect`.
         by: columns that tell the rows apart.
-        columns: what is summarized.
+        shares: names of the columns that are summarized, where there is anything in them.
 
     Returns:
-        The `columns`, with blanks in their names, and `seeds`, as text.
+        The `shares`, with blanks in their names, and `seeds`, as text.
     """
-    groups = table.groupby(list(by), sort=False, dropna=False)[list(columns)]
+    columns = [name for name in shares if name in table and table[name].notna().any()]
+    groups = table.groupby(list(by), sort=False, dropna=False)[columns]
     mean, std = 100 * groups.mean(), 100 * groups.std()
     text = mean.map("{:.2f}".format).where(mean.notna(), "")
     text += std.map(" ± {:.2f}".format).where(std.notna(), "")

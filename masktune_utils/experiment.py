@@ -7,20 +7,17 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from masktune_utils import data, evaluation, masking, models, saliency, store, training
-from masktune_utils.models import SmallCNN
 from masktune_utils.settings import DEFAULTS, Settings
 from masktune_utils.shortcuts import BiasedSets
 
-Made = tuple[SmallCNN, dict[str, Any]]  # a model, and what made it
+Made = tuple[nn.Module, dict[str, Any]]  # a model, and what made it
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
@@ -41,6 +38,8 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
             raise ValueError(f"{unknown[0]} is not a parameter; allowed: {', '.join(known)}.")
     settings = Settings(**{name: namespace[name] for name in DEFAULTS if name in namespace})
     settings = dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
+    if "model" in namespace:
+        models.check(settings.image_size, **settings.network)
     print(f"Images: {settings.dataset}. Device: {models.resolve_device(settings.device)}.")
     return settings
 
@@ -60,14 +59,14 @@ def base_model(settings: Settings, train: data.Split, retrain: bool = False) -> 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings.
     """
-    model = models.new_model(settings.seed, train.labels.device, len(train.labels.unique()))
-    make = partial(training.train, model, train, **settings.training, description="ERM")
+    given = settings.seed, train.labels.device, len(train.labels.unique())
+    model = models.new_model(*given, **settings.network)
     path, identity = settings.checkpoint_path("base"), settings.identity(base=True)
-    return _load_or_make(path, identity, model, make, retrain)
+    return _load_or_train(path, identity, retrain, model, train, **settings.training)
 
 
 def finetuned_model(
-    settings: Settings, base: SmallCNN, masked: masking.MaskedDataset, retrain: bool = False
+    settings: Settings, base: nn.Module, masked: masking.MaskedDataset, retrain: bool = False
 ) -> Made:
     """The base model after ONE epoch on the masked images (MaskTune).
 
@@ -100,28 +99,26 @@ def finetuned_model(
         hidden = about["masked"] if settings.accumulate else None
         masked = masking.mask_dataset(split, maps, **settings.mask_rule, earlier=hidden)
         start = base if settings.restart else earlier
-    model, name = copy.deepcopy(start), settings.configuration
-    make = partial(training.train, model, masked, **settings.finetuning, description=name)
-    identity = settings.identity(base=False)
+    model, identity = copy.deepcopy(start), settings.identity(base=False)
     identity |= {"base_sha256": store.weights_sha256(base.state_dict())}
-    model, about = _load_or_make(path, identity, model, make, retrain)
+    model, about = _load_or_train(path, identity, retrain, model, masked, **settings.finetuning)
     return model, about | {"masked": masked}
 
 
-def _load_or_make(
-    path: Path, identity: dict, model: SmallCNN, make: Callable, retrain: bool
+def _load_or_train(
+    path: Path, identity: dict, retrain: bool, model: nn.Module, dataset: Any, **options: Any
 ) -> Made:
     device, seconds = next(model.parameters()).device, None
     if retrain or not path.exists():
-        history = make()
+        history = training.train(model, dataset, **options)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
     model, about = store.load_checkpoint(path, identity, device)
     return model, about | {"seconds": seconds}
 
 
-def training_saliency(settings: Settings, base: SmallCNN, train: data.Split) -> Tensor:
-    """Saliency maps of the training set, N×8×8; computed once per base model.
+def training_saliency(settings: Settings, base: nn.Module, train: data.Split) -> Tensor:
+    """Saliency maps of the training set, N×h×w; computed once per base model.
 
     Args:
         settings: the experiment.
@@ -132,14 +129,14 @@ def training_saliency(settings: Settings, base: SmallCNN, train: data.Split) -> 
     sha256 = store.weights_sha256(base.state_dict())
     with contextlib.suppress(Exception):  # not there, damaged: it is made again
         saved = store.read_tensors(path)
-        if saved["base_sha256"] == sha256:
+        if saved["base_sha256"] == sha256 and len(saved["maps"]) == len(train):
             return saved["maps"].to(train.labels.device)
     maps = saliency.saliency_maps(base, train.images, train.labels, settings.cam)
     store.write_tensors(path, {"maps": maps.cpu(), "base_sha256": sha256})
     return maps
 
 
-def record(settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets) -> dict[str, Any]:
+def record(settings: Settings, model: nn.Module, about: dict, sets: BiasedSets) -> dict[str, Any]:
     """Evaluate a model of the experiment, and save the result; or return what is saved of it.
 
     Args:
@@ -151,9 +148,10 @@ def record(settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets) -
     Returns:
         A row of the table of results: `experiment`, `configuration` and `seed`, which tell it from
         all others; the settings; `sha256` of the weights and `base_sha256` of the base model's;
-        `seconds`, `threads`, `device`, `torch` of the training that made them, if known; `raw`,
-        `biased`, `worst_group` and `{raw,biased}_class_{0,1,…}`, accuracies in [0, 1]; if images
-        are held out, `validation_worst_class` and `validation_worst_group`; for a fine-tuned model
+        `seconds`, `threads`, `device`, `torch` of the training that made them, if known; `raw`
+        and `biased`, or `test`; `worst_group` and `{raw,biased,test}_class_{0,1,…}`, accuracies in
+        [0, 1]; `group {name}`, the same; if images are held out, `validation_worst_class` and
+        `validation_worst_group`; for a fine-tuned model
         `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All of
         `evaluation.evaluate` is in `metrics`.
     """
@@ -169,19 +167,17 @@ def record(settings: Settings, model: SmallCNN, about: dict, sets: BiasedSets) -
         how = {name: before.get(name) for name in how}  # of the training that made these weights
     report = evaluation.evaluate(model, sets)
     row = {"experiment": settings.experiment, "configuration": name}
-    row |= settings.identity(base=not masked)
-    row |= how | {"sha256": about["sha256"]}
+    row |= settings.identity(base=not masked) | how | {"sha256": about["sha256"]}
     row["base_sha256"] = about["settings"].get("base_sha256", about["sha256"])
     row |= {"worst_group": report["worst_group"], "metrics": report}
-    for test in ("raw", "biased"):
-        row[test] = report[test]["accuracy"]
-        for label, share in enumerate(report[test]["class_accuracy"]):
-            row[f"{test}_class_{label}"] = share
+    for test in sets.tests:
+        row[test], shares = report[test]["accuracy"], report[test]["class_accuracy"]
+        row |= {f"{test}_class_{label}": share for label, share in enumerate(shares)}
+    row |= {f"group {name}": share for name, share in report["groups"].items()}
     if held_out := report.get("validation"):
         row["validation_worst_class"] = min(held_out["class_accuracy"])
         row["validation_worst_group"] = held_out["worst_group"]
     if masked:
-        hidden = masking.hidden_shares(masked)
-        row |= {f"hidden_{part}": share for part, share in hidden.items()}
+        row |= {f"hidden_{part}": share for part, share in masking.hidden_shares(masked).items()}
     store.write_bytes(path, json.dumps(row, indent=1).encode())
     return row

@@ -118,7 +118,7 @@ def image_masks(
             resized, with soft edges. `nearest`: the mask is resized, with hard edges. `map`: the
             map is resized bilinearly before the rule is applied, with hard edges, as in the
             authors' code. `mean_std` is always applied as in `map`.
-        dilation: pixels by which the mask is dilated, in all eight directions.
+        dilation: by which the mask is dilated, in all eight directions, in 28ths of the side.
 
     Returns:
         ...×H×W float32 in [0, 1], 1 where the image is hidden.
@@ -127,9 +127,9 @@ def image_masks(
         mask = create_mask(resize(saliency_map, size), method, param).float()
     else:
         mask = resize(create_mask(saliency_map, method, param), size, upsample)
-    for _ in range(2 if dilation else 0):  # along the rows, along the columns; quick on a CPU
-        windows = F.pad(mask, (dilation, dilation)).unfold(-1, 2 * dilation + 1, 1)
-        mask = windows.amax(-1).mT
+    pixels = round(dilation * size[0] / 28)
+    for _ in range(2 if pixels else 0):  # along the rows, along the columns; quick on a CPU
+        mask = F.pad(mask, (pixels, pixels)).unfold(-1, 2 * pixels + 1, 1).amax(-1).mT
     return mask
 
 
@@ -187,7 +187,7 @@ def mask_dataset(
         dilation: see `image_masks`.
         seed: of `random`.
         fill: what takes the place of what is hidden. `zero`; `mean`: the mean colour of the first
-            10,000 images; `shuffle`: what is there in another image of the batch.
+            images (10,000 of 28×28); `shuffle`: what is there in another image of the batch.
         earlier: a masked dataset of the same split; what it hides stays hidden.
 
     Raises:
@@ -209,7 +209,8 @@ def mask_dataset(
 
 def _filling(split: Split, fill: str) -> Callable[[Tensor], Tensor | None]:
     if fill == "mean":
-        color = split.batch(slice(10_000))[0].mean((0, 2, 3)).view(-1, 1, 1)
+        some = slice(10_000 * 784 // split.images[0, 0].numel())
+        color = split.batch(some)[0].mean((0, 2, 3)).view(-1, 1, 1)
         return lambda images: color
     return {"zero": lambda images: None, "shuffle": lambda images: images.roll(1, 0)}[fill]
 
@@ -226,15 +227,13 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
         `digit`: mean share of the digit's ink (grey value outside the shortcut). All are NaN if no
         image has a shortcut.
     """
-    names = "shortcut", "rest", "digit"
-    shares = [dict.fromkeys((*names, "shortcut_whole"), torch.zeros(0))]
+    names, shares = ("shortcut", "rest", "digit", "shortcut_whole"), [torch.zeros(4, 0)]
     for index in dataset.split.has_shortcut.nonzero()[:, 0].split(1000):
         hidden, some = dataset.masks(index), dataset.split[index]
         inside = some.shortcut.float().expand_as(hidden)
         ink = some.images.sum(1, dtype=torch.float32) * (1 - inside)
         areas = torch.stack([inside, 1 - inside, ink])
-        part = (hidden * areas).sum((2, 3)) / areas.sum((2, 3))
-        part = dict(zip(names, part.cpu(), strict=True))
-        part["shortcut_whole"] = (part["shortcut"] > 0.99).float()
-        shares.append(part)
-    return {name: torch.cat([part[name] for part in shares]).mean().item() for name in shares[0]}
+        part = ((hidden * areas).sum((2, 3)) / areas.sum((2, 3))).cpu()
+        shares.append(torch.cat([part, part[:1] > 0.99]))
+    rows = zip(names, torch.cat(shares, 1), strict=True)
+    return {name: row.mean().item() for name, row in rows}

@@ -1,11 +1,18 @@
-"""The network of the paper's MNIST experiment, its device, and the layer that is explained."""
+"""Networks, their device, and the layer that is explained."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+SILENCE = 15  # seconds without an answer, after which a download is given up
+
 
 class SmallCNN(nn.Module):
-    """Four 3×3 convolutions without padding and two linear layers, as in the authors' code.
+    """Four 3×3 convolutions without padding and two linear layers, as in the authors' code for MNIST.
 
     Args:
         num_classes: number of logits.
@@ -13,18 +20,11 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes: int = 2) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(
-            *_conv(3, 16),
-            *_conv(16, 16),
-            nn.MaxPool2d(2),
-            *_conv(16, 32),
-            *_conv(32, 32),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-        )
-        self.linear = nn.Sequential(
-            nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, num_classes)
-        )
+        first = *_conv(3, 16), *_conv(16, 16), nn.MaxPool2d(2)
+        second = *_conv(16, 32), *_conv(32, 32), nn.MaxPool2d(2)
+        self.backbone = nn.Sequential(*first, *second, nn.Flatten())
+        hidden = nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU()
+        self.linear = nn.Sequential(*hidden, nn.Linear(256, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, N×num_classes, of images N×3×28×28 in [0, 1]."""
@@ -39,12 +39,108 @@ def _conv(channels: int, out_channels: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, out_channels, 3), nn.BatchNorm2d(out_channels), nn.ReLU()
 
 
-def new_model(seed: int, device: str | torch.device = "cpu", num_classes: int = 2) -> SmallCNN:
-    """A SmallCNN with initial weights that depend on the seed alone; the global generator is left as it is."""
+def build(name: str, num_classes: int) -> nn.Module:
+    """A network with random weights; one of torchvision normalises the images itself.
+
+    Args:
+        name: `small_cnn`, or a classification network of torchvision.
+        num_classes: number of logits.
+    """
+    if name == "small_cnn":
+        return SmallCNN(num_classes)
+    from torchvision import models  # takes a second
+    from torchvision.transforms.v2 import Normalize
+
+    usual = models.get_model_weights(name).DEFAULT.transforms()
+    network = models.get_model(name, num_classes=num_classes)
+    return nn.Sequential(Normalize(usual.mean, usual.std), network)
+
+
+def new_model(
+    seed: int,
+    device: str | torch.device = "cpu",
+    num_classes: int = 2,
+    name: str = "small_cnn",
+    weights: str = "",
+) -> nn.Module:
+    """A network at the start of training; the global random generator is left as it is.
+
+    Args:
+        seed: of the initial weights.
+        device: where to put it.
+        num_classes: number of logits.
+        name: see `build`.
+        weights: empty: random. `DEFAULT`: those of torchvision. Or a file with a state dict. If
+            they are for another number of classes, the last layer is random.
+
+    Raises:
+        ValueError: the weights cannot be downloaded or read, or are not of this network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmallCNN(num_classes)
+        model = build(name, num_classes)
+    if weights:
+        network = model if name == "small_cnn" else model[1]
+        try:
+            _fit(network, _read_weights(name, weights))
+        except Exception as error:  # torch has no error class of its own for a damaged file
+            reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
+            allowed = "DEFAULT with a network to download from, or the path of a state dict"
+            raise ValueError(f"weights are {weights}: {reason}; allowed: {allowed}.") from error
     return model.to(device, memory_format=torch.channels_last)
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    if weights != "DEFAULT":
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    from torchvision import models
+
+    with impatience():
+        return models.get_model(name, weights="DEFAULT", progress=False).state_dict()
+
+
+def _fit(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights; a last layer for another number of classes keeps its own."""
+    own = network.state_dict()
+    last = [*own][-1].rpartition(".")[0]
+    other = {key for key in own if key.startswith(last) and weights[key].shape != own[key].shape}
+    network.load_state_dict(weights | {key: own[key] for key in other})
+
+
+@cache
+def check(image_size: int, name: str, weights: str) -> None:
+    """Refuse a network that does not exist, or does not fit its images or weights.
+
+    Raises:
+        ValueError: the message names what does not fit, and what is allowed.
+    """
+    if (image_size, name, weights) == (28, "small_cnn", ""):
+        return
+    from torchvision import models
+
+    left_out = "googlenet", "inception*", "mnasnet*"  # several outputs, or no plain state dict
+    known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
+    if name not in known:
+        raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
+    model, shape = new_model(0, name=name, weights=weights).eval(), (3, image_size, image_size)
+    try:
+        model(torch.zeros(1, *shape))
+        target_layer(model, shape)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        allowed = "28 with small_cnn; with another network, a size that it takes"
+        reason = f"{error}".splitlines()[0]
+        raise ValueError(f"image_size is {image_size}; allowed: {allowed} ({reason}).") from error
+
+
+@contextlib.contextmanager
+def impatience() -> Iterator[None]:
+    """Give up on downloads after `SILENCE`."""
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -68,14 +164,23 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def target_layer(model: nn.Module) -> nn.Module:
-    """The layer of any network that is explained, from its method `get_grad_cam_target_layer()`.
+def target_layer(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """The layer that is explained: what `model.get_grad_cam_target_layer()` returns, if there is one.
+
+    Else torchcam finds the last layer whose output is larger than one pixel.
+
+    Args:
+        model: any network for images.
+        shape: C, H, W of the images.
 
     Raises:
-        TypeError: the network has no such method, or the method does not return a module.
+        TypeError: there is no such layer.
     """
-    layer = getattr(model, "get_grad_cam_target_layer", lambda: None)()
-    if not isinstance(layer, nn.Module):
-        needed = "get_grad_cam_target_layer(), which returns the module to explain"
-        raise TypeError(f"{type(model).__name__} names no layer; it needs a method {needed}.")
-    return layer
+    from torchcam.methods._utils import locate_candidate_layer
+
+    if named := getattr(model, "get_grad_cam_target_layer", None):
+        return named()
+    if not (name := locate_candidate_layer(model, shape)):
+        needed = "a method get_grad_cam_target_layer(), which returns the module to explain"
+        raise TypeError(f"no layer of {type(model).__name__} has a map; it needs {needed}.")
+    return model.get_submodule(name)

@@ -29,14 +29,9 @@ def show(figure: Figure, settings: Settings, name: str, seeds: Sequence[int] = (
     mark = f"{settings.experiment}, seed {', '.join(map(str, seeds))}"
     figure.text(1, 0, mark, ha="right", va="top", fontsize=7, color="0.45")
     path = settings.folder("figures") / f"{name}.png"
-    store.write_bytes(path, content := png(figure))
-    display(Image(data=content, retina=True, alt=name))
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
     figure.savefig(buffer := BytesIO(), dpi=160, bbox_inches="tight")
-    return buffer.getvalue()
+    store.write_bytes(path, buffer.getvalue())
+    display(Image(data=buffer.getvalue(), retina=True, alt=name))
 
 
 def grid(columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float = 1.1) -> Figure:
@@ -49,16 +44,15 @@ def grid(columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float
         size: of a picture, in inches.
     """
     rows = max(1, *map(len, columns.values()))
+    side = max(28, *(pictures.shape[-1] for pictures in columns.values()))
     figure = Figure((size * len(columns) + 0.6, size * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(rows, len(columns), squeeze=False, subplot_kw=bare)
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
         for ax, pixels in zip(column, pictures.cpu(), strict=False):
             shown = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
-            ax.imshow(shown.numpy(), cmap="magma" if len(pixels) < 28 else "gray", vmin=0, vmax=1)
+            ax.imshow(shown.numpy(), cmap="magma" if len(pixels) < side else "gray", vmin=0, vmax=1)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     return figure

@@ -17,7 +17,7 @@ def saliency_maps(
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 
     Args:
-        model: a SmallCNN, or any network that `models.target_layer` accepts. It is explained in
+        model: a SmallCNN, or any network of images, see `models.target_layer`. It is explained in
             evaluation mode, and is itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], on the model's device.
         labels: N; the class whose score is explained, one per image.
@@ -36,18 +36,19 @@ def saliency_maps(
     """
     Settings(cam=cam)  # refuses an unknown name
     explained = copy.deepcopy(model).eval().requires_grad_(False)
-    layer = models.target_layer(explained)
+    layer = models.target_layer(explained, tuple(images.shape[1:]))
     # The gradient starts at this layer; the layers before it need no graph.
-    layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_().clone())
     maps, batches = [], [*zip(images.split(batch_size), labels.split(batch_size), strict=True)]
     with (
         getattr(methods, cam)(explained, layer) as extractor,
-        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
+        torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []),
         torch.enable_grad(),
     ):
         torch.manual_seed(0)  # SmoothGradCAMpp draws noise
         for some, classes in progress.bar(batches, desc=cam, disable=len(batches) <= 1):
-            maps += extractor(classes.tolist(), explained(data.to_float(some)))
+            pixels = data.to_float(some.to(labels.device))
+            maps += extractor(classes.tolist(), explained(pixels))
     maps = torch.cat(maps)
     if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,15 +26,12 @@ IMAGES = 400  # at most this many training images are masked, or exchanged, with
 SELF_TUNED = "MaskTune, self-tuned"
 NEAR = 0.005  # scores that differ by less are taken as equal
 LITTLE = 1.5  # gain per share hidden; where masks find the shortcut, it is 2 to 8
-WARNING = (
-    "Doubt: masks make little difference here. They may not hide the shortcut, or there is none."
-)
+WARNING = "Doubt: masks make little difference here. "
+WARNING += "They may not hide the shortcut, or there is none."
 
 
-def worst_classes(
-    paths: Sequence[Path], sets: Sequence[Split], device: torch.device
-) -> dict[Path, list[float]]:
-    """Accuracy of the worst class of models on each of several sets of images, in [0, 1].
+def worst_classes(paths: Sequence[Path], sets: Sequence[Split], device: torch.device) -> dict:
+    """By path: accuracy of the worst class of models on each of several sets of images, in [0, 1].
 
     Args:
         paths: of their checkpoints.
@@ -92,13 +88,10 @@ def masked_and_exchanged(masked: masking.MaskedDataset, seed: int) -> list[tuple
         pool, own = (labels != label).nonzero()[:, 0], labels[index] == label
         others[own] = pool[torch.randint(len(pool), (int(own.sum()),), generator=generator)]
     images, donors = (masked.split.images[i].float() for i in (index, others))
-    found = []
-    for into, mask in (
-        (torch.zeros_like(images), masked.masks(index)),
-        (donors, masked.masks(others)),
-    ):
-        pixels = torch.lerp(images, into, mask[:, None]).round().to("cpu", torch.uint8)
-        found.append((Split(pixels, labels[index]), mask.mean().item()))
+    found, removed = [], torch.zeros_like(images)
+    for into, mask in ((removed, masked.masks(index)), (donors, masked.masks(others))):
+        pixels = torch.lerp(images, into, mask[:, None].to(images.device)).round()
+        found.append((Split(pixels.to("cpu", torch.uint8), labels[index]), mask.mean().item()))
     return found
 
 
@@ -136,11 +129,8 @@ def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, list
 
 
 def choose(
-    candidates: Sequence[Settings],
-    others: Sequence[Settings] = (),
-    jobs: int = 1,
-    retrain: bool = False,
-) -> dict[str, Any]:
+    candidates: Sequence[Settings], others: Sequence = (), jobs: int = 1, retrain: bool = False
+) -> dict:
     """Fine-tune candidates, choose one, and save the choice.
 
     Of the candidates whose score is next to the best (`NEAR`), the one that hides least is chosen.
@@ -190,7 +180,7 @@ def choose(
     return choice
 
 
-def describe(choice: dict[str, Any]) -> str:
+def describe(choice: dict) -> str:
     """A choice in words."""
     best, near = max(choice["scores"].values()), choice["doubt"]["near"]
     reason = "has the best score by more than half a point"

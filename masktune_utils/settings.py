@@ -12,17 +12,16 @@ fine-tuning depends on. Under `directory` (default: the repository) lie
 that is not the default, so that different settings never share a file.
 """
 
-import ast
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from matplotlib.colors import is_color_like
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.dataclasses import dataclass
+from pydantic import ValidationInfo, field_validator
+
+from masktune_utils.strict import field, strict
 
 REPOSITORY = Path(__file__).parents[1]
 PARAM_RANGES = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28, "random": 0.5}  # from 0
@@ -37,66 +36,30 @@ Method = Literal["threshold", "top_k", "mean", "mean_std", "random"]
 Upsample = Literal["bilinear", "nearest", "map"]
 Fill = Literal["zero", "mean", "shuffle"]
 Schedule = Literal["constant", "linear"]
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-def from_text(text: str) -> Any:
-    """A number, None, True or False as Python writes it; else the text itself."""
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
-    return text
-
-
-def _settings(cls: type) -> type:
-    """Make a frozen pydantic dataclass that refuses a bad value in one line."""
-    cls = dataclass(frozen=True, config=STRICT)(cls)
-    validate = cls.__init__
-
-    def __init__(self: object, **values: Any) -> None:
-        try:
-            validate(self, **values)
-        except ValidationError as error:
-            raise ValueError(_line(error.errors()[0])) from None
-
-    cls.__init__ = __init__
-    return cls
-
-
-def _line(problem: Mapping[str, Any]) -> str:
-    """Setting, value, and what is allowed."""
-    name = problem["loc"][0]
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"{name} is not a setting; allowed: {', '.join(DEFAULTS)}."
-    allowed = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{name} is {problem['input']!r}; allowed: {allowed}."
-
-
-def _field(default: Any, description: str, **limits: float) -> Any:
-    return Field(default, description=description, **limits)
-
-
-@_settings
+@strict
 class DataSettings:
     """Where to run (no result depends on it), and what the images depend on."""
 
-    directory: str = _field("", "where files go; empty: the repository")
-    device: str = _field("auto", "auto, cpu, cuda or mps")
-    retrain: bool = _field(False, "train again even if a matching checkpoint is saved")
-    dataset: Dataset = _field("auto", "mnist, mnist5k, fashion_mnist, kmnist, folder or auto")
-    train_folder: str = _field("", "for dataset folder: one folder of images per class")
-    test_folder: str = _field("", "for dataset folder: the same, to test on")
-    seed: int = _field(0, "of every random choice", ge=0, le=2**32 - 1)
-    limit: int | None = _field(None, "number of training images; None: all", ge=20, multiple_of=10)
-    labels: Literal["halves", "digits"] = _field("halves", "classes: 0-4 and 5-9, or digits")
-    square_size: int = _field(6, "side of the square in pixels", ge=1, le=28)
-    square_color: str = _field("blue", "of the shortcut: name of a colour, or #rrggbb")
-    placement: Literal["random", "ordered"] = _field("random", "of the square: random or ordered")
-    shortcut: Shortcut = _field("square", "in training: square, another of shortcuts.py, or none")
-    conflicting_share: float = _field(0.01, "share of each class against the shortcut", ge=0, le=1)
-    validation_share: float = _field(0.0, "share of training images held out", ge=0, le=0.5)
+    directory: str = field("", "where files go; empty: the repository")
+    device: str = field("auto", "auto, cpu, cuda or mps")
+    retrain: bool = field(False, "train again even if a matching checkpoint is saved")
+    dataset: Dataset = field("auto", "mnist, mnist5k, fashion_mnist, kmnist, folder or auto")
+    train_folder: str = field("", "for dataset folder: one folder of images per class")
+    test_folder: str = field("", "for dataset folder: the same, to test on")
+    seed: int = field(0, "of every random choice", ge=0, le=2**32 - 1)
+    limit: int | None = field(None, "number of training images; None: all", ge=20, multiple_of=10)
+    image_size: int = field(28, "side of the images of a folder in pixels", ge=8, le=1024)
+    labels: Literal["halves", "digits"] = field("halves", "classes: 0-4 and 5-9, or digits")
+    square_size: int = field(6, "side of the square in pixels", ge=1, le=28)
+    square_color: str = field("blue", "of the shortcut: name of a colour, or #rrggbb")
+    placement: Literal["random", "ordered"] = field("random", "of the square: random or ordered")
+    shortcut: Shortcut = field("square", "in training: square, another of shortcuts.py, or none")
+    conflicting_share: float = field(0.01, "share of each class against the shortcut", ge=0, le=1)
+    validation_share: float = field(0.0, "share of training images held out", ge=0, le=0.5)
 
     @field_validator("directory")
-    @classmethod
     def _writable(cls, directory: str) -> str:
         path = REPOSITORY / directory
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -104,8 +67,13 @@ class DataSettings:
             raise ValueError(f"a folder to write to, or a new one ({nearest} is not one)")
         return directory
 
+    @field_validator("image_size")
+    def _of_a_folder(cls, size: int, info: ValidationInfo) -> int:
+        if size != 28 and info.data.get("dataset") != "folder":
+            raise ValueError("28, except with dataset 'folder'")
+        return size
+
     @field_validator("train_folder", "test_folder")
-    @classmethod
     def _has_images(cls, folder: str, info: ValidationInfo) -> str:
         needed = info.data.get("dataset") == "folder"
         if needed != bool(folder) or not (REPOSITORY / folder).is_dir():
@@ -113,46 +81,54 @@ class DataSettings:
         return folder
 
     @field_validator("square_color")
-    @classmethod
     def _known_color(cls, color: str) -> str:
         if not is_color_like(color):
             raise ValueError("name of a colour, such as 'blue', or '#rrggbb'")
         return color
 
 
-@_settings
+@strict
 class BaseSettings(DataSettings):
     """What the base model (ERM) depends on."""
 
-    epochs: int = _field(50, "of the base model", ge=1, le=10_000)
-    batch_size: int = _field(128, "images per step", ge=2, le=60_000)
-    lr: float = _field(0.01, "first learning rate of the base model", ge=1e-8, le=10)
-    momentum: float = _field(0.9, "of SGD", ge=0, le=1)
-    weight_decay: float = _field(1e-4, "L2 penalty", ge=0, le=1)
-    lr_decay_epochs: int = _field(25, "epochs between two decays of lr", ge=1, le=10_000)
-    lr_decay_factor: float = _field(0.5, "factor of each decay", ge=1e-8, le=1)
+    model: str = field("small_cnn", "small_cnn, or a classification network of torchvision")
+    weights: str = field("", "empty: random; DEFAULT: of torchvision; or path of a state dict")
+    flip: bool = field(False, "mirror half of the training images, at random")
+    epochs: int = field(50, "of the base model", ge=1, le=10_000)
+    batch_size: int = field(128, "images per step", ge=2, le=60_000)
+    lr: float = field(0.01, "first learning rate of the base model", ge=1e-8, le=10)
+    momentum: float = field(0.9, "of SGD", ge=0, le=1)
+    weight_decay: float = field(1e-4, "L2 penalty", ge=0, le=1)
+    lr_decay_epochs: int = field(25, "epochs between two decays of lr", ge=1, le=10_000)
+    lr_decay_factor: float = field(0.5, "factor of each decay", ge=1e-8, le=1)
+
+    @property
+    def network(self) -> dict[str, str]:
+        """The arguments of `models.new_model` that tell which network it is."""
+        is_file = self.weights not in ("", "DEFAULT")
+        weights = f"{REPOSITORY / self.weights}" if is_file else self.weights
+        return {"name": self.model, "weights": weights}
 
 
-@_settings
+@strict
 class Settings(BaseSettings):
     """What a fine-tuned model depends on: every setting there is."""
 
-    cam: Cam = _field("XGradCAM", f"one of {', '.join(get_args(Cam))}")
-    method: Method = _field("top_k", "threshold, top_k, mean, mean_std (paper) or random (control)")
-    param: float = _field(0.1, "of the method; top_k, random: larger hides more", ge=0)
-    upsample: Upsample = _field("bilinear", "mask to 28×28: bilinear, nearest, or map (first)")
-    dilation: int = _field(0, "pixels by which the mask is dilated", ge=0, le=27)
-    fill: Fill = _field("zero", "what hidden pixels become: zero, mean or shuffle")
-    finetune_optimizer: Literal["sgd", "adam"] = _field("sgd", "sgd or adam")
-    finetune_lr: float | None = _field(None, "None: last lr of the base model", ge=1e-8, le=10)
-    finetune_schedule: Schedule = _field("constant", "constant, or linear (to 0)")
-    finetune_batch_size: int | None = _field(None, "None: batch_size", ge=2, le=60_000)
-    iterations: int = _field(1, "rounds of masking, with one epoch each", ge=1, le=100)
-    accumulate: bool = _field(False, "later rounds also hide what earlier rounds hid")
-    restart: bool = _field(False, "later rounds start from the base model again")
+    cam: Cam = field("XGradCAM", f"one of {', '.join(get_args(Cam))}")
+    method: Method = field("top_k", "threshold, top_k, mean, mean_std (paper) or random (control)")
+    param: float = field(0.1, "of the method; top_k, random: larger hides more", ge=0)
+    upsample: Upsample = field("bilinear", "mask to the image: bilinear, nearest, or map (first)")
+    dilation: int = field(0, "by which the mask is dilated, in 28ths of the side", ge=0, le=27)
+    fill: Fill = field("zero", "what hidden pixels become: zero, mean or shuffle")
+    finetune_optimizer: Literal["sgd", "adam"] = field("sgd", "sgd or adam")
+    finetune_lr: float | None = field(None, "None: last lr of the base model", ge=1e-8, le=10)
+    finetune_schedule: Schedule = field("constant", "constant, or linear (to 0)")
+    finetune_batch_size: int | None = field(None, "None: batch_size", ge=2, le=60_000)
+    iterations: int = field(1, "rounds of masking, with one epoch each", ge=1, le=100)
+    accumulate: bool = field(False, "later rounds also hide what earlier rounds hid")
+    restart: bool = field(False, "later rounds start from the base model again")
 
     @field_validator("param")
-    @classmethod
     def _in_range(cls, param: float, info: ValidationInfo) -> float:
         method = info.data.get("method", "mean")
         if param > PARAM_RANGES[method]:
@@ -167,18 +143,18 @@ class Settings(BaseSettings):
     @property
     def training(self) -> dict[str, Any]:
         """The arguments of `training.train` for the base model."""
-        return {name: getattr(self, name) for name in ("seed", *BaseSettings.__annotations__)}
-
-    @property
-    def last_lr(self) -> float:
-        """Learning rate of fine-tuning: `finetune_lr`, or what the base model's schedule ended with."""
-        decays = self.epochs // self.lr_decay_epochs
-        return self.finetune_lr or self.lr * self.lr_decay_factor**decays
+        names = {"seed", *BaseSettings.__annotations__} - {"model", "weights"}
+        return {name: getattr(self, name) for name in names}
 
     @property
     def finetuning(self) -> dict[str, Any]:
-        """The arguments of `training.train` for fine-tuning."""
-        options = self.training | {"epochs": 1, "lr": self.last_lr}
+        """The arguments of `training.train` for fine-tuning.
+
+        The rate is `finetune_lr`, or what the base model's schedule ended with.
+        """
+        decays = self.epochs // self.lr_decay_epochs
+        lr = self.finetune_lr or self.lr * self.lr_decay_factor**decays
+        options = self.training | {"epochs": 1, "lr": lr, "description": self.configuration}
         options |= {"optimizer": self.finetune_optimizer, "schedule": self.finetune_schedule}
         return options | {"batch_size": self.finetune_batch_size or self.batch_size}
 
@@ -190,7 +166,8 @@ class Settings(BaseSettings):
 
     def _unusual(self, names: Iterable[str]) -> str:
         found = {name: getattr(self, name) for name in names if name not in IN_PATH}
-        return "".join(f"_{name}={found[name]}" for name in found if found[name] != DEFAULTS[name])
+        changed = [f"_{name}={found[name]}" for name in found if found[name] != DEFAULTS[name]]
+        return "".join(changed).replace(os.sep, "-")
 
     @property
     def experiment(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from masktune_utils import data, models
+from masktune_utils import data, decoding, models
 from masktune_utils.data import Split
 from masktune_utils.settings import DataSettings
 
@@ -19,24 +19,32 @@ class BiasedSets(NamedTuple):
     biased: Split
     validation: Split
 
+    @property
+    def tests(self) -> dict[str, Split]:
+        """The test sets: `raw` and `biased`; or, of a folder, `test`."""
+        return {"raw": self.raw, "biased": self.biased} if len(self.biased) else {"test": self.raw}
+
 
 def groups(split: Split) -> dict[str, Tensor]:
-    """Index of the images of each group class × shortcut, on the CPU; empty groups are left out.
+    """Index of the images of each group, on the CPU; empty groups are left out.
 
     Returns:
-        Name of the group → index.
+        Name of the group → index. The groups are those of the folders, else class × shortcut.
     """
-    labels, has_shortcut = split.labels.cpu(), split.has_shortcut.cpu()
-    members = {
-        f"class {label}, {name}": ((labels == label) & (has_shortcut == present)).nonzero()[:, 0]
-        for label in labels.unique().tolist()
-        for name, present in {"shortcut": True, "no shortcut": False}.items()
-    }
-    return {name: index for name, index in members.items() if len(index)}
+    if split.names:
+        members = {name: split.digits.cpu() == k for k, name in enumerate(split.names)}
+    else:
+        labels, has_shortcut = split.labels.cpu(), split.has_shortcut.cpu()
+        members = {
+            f"class {label}, {name}": (labels == label) & (has_shortcut == present)
+            for label in labels.unique().tolist()
+            for name, present in {"shortcut": True, "no shortcut": False}.items()
+        }
+    return {name: some.nonzero()[:, 0] for name, some in members.items() if some.any()}
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
-    """At most `per_group` images of each group class × shortcut, spread over the split.
+    """At most `per_group` images of each group, spread over the split.
 
     Returns:
         Their index, and the name of its group for each, on two lines.
@@ -144,9 +152,7 @@ def halves(labels: Tensor) -> Tensor:
     return (labels > labels.max() // 2).long()
 
 
-def place(
-    split: Split, placement: str, conflicting_share: float, generator: torch.Generator
-) -> Tensor:
+def place(split: Split, placement: str, conflicting: float, generator: torch.Generator) -> Tensor:
     """Choose the training images that get the shortcut: most of class 0, few of class 1.
 
     With digits as classes, 0–4 stand for class 0 and 5–9 for class 1.
@@ -156,13 +162,13 @@ def place(
         placement: `random`: each image independently. `ordered`: the images are sorted by digit,
             and the first of each class get it, as in the authors' code. Every class-0 image without
             a square is then a 4, every class-1 image with one a 5.
-        conflicting_share: share of class 0 without and of class 1 with the shortcut.
+        conflicting: share of class 0 without and of class 1 with the shortcut.
         generator: source of the random choice.
 
     Returns:
         N, bool.
     """
-    shares, half = torch.tensor([1 - conflicting_share, conflicting_share]), halves(split.labels)
+    shares, half = torch.tensor([1 - conflicting, conflicting]), halves(split.labels)
     if placement == "random":
         return torch.rand(len(split), generator=generator) < shares[half]
     has_shortcut = torch.zeros(len(split), dtype=torch.bool)
@@ -178,27 +184,28 @@ def load(settings: DataSettings) -> BiasedSets:
 
     Returns:
         `train`; `raw`, the test images without a shortcut; `biased`, the test images with it in
-        every image of class 1 and in no other; `validation`, what is held out of `train`. A
-        folder of images gets none, so that its `raw` and `biased` are the same.
+        every image of class 1 and in no other; `validation`, what is held out of `train`. Nothing
+        is planted in a folder of images: its test set is `raw`, and `biased` is empty.
 
     Raises:
         FileNotFoundError: see `data.load`.
-        ValueError: see `data.load`, or a class has no training images left.
+        ValueError: see `data.load`; a class has no training images left; or none can be held out.
     """
     train, test = data.load(settings)
-    plants = settings.dataset != "folder"
     generator = torch.Generator().manual_seed(settings.seed)
-    which = torch.zeros(len(train), dtype=torch.bool)
-    if plants and settings.shortcut != "none":
+    which, held_out = torch.zeros(2, len(train), dtype=torch.bool)
+    biased, count = test[:0], round(settings.validation_share * len(train))
+    if settings.dataset != "folder" and settings.shortcut != "none":
         which = place(train, settings.placement, settings.conflicting_share, generator)
-    held_out = torch.zeros(len(train), dtype=torch.bool)
-    count = round(settings.validation_share * len(train))
     held_out[torch.randperm(len(train), generator=generator)[:count]] = True
     if len(train.labels[~held_out].unique()) < len(train.labels.unique()):
         raise ValueError("validation_share leaves a class without training images; allowed: less.")
-
-    train = plant(train, which, settings, generator)
-    biased = plant(test, (halves(test.labels) == 1) & plants, settings, generator)
+    if count and train.images.nbytes > decoding.IN_MEMORY:
+        allowed = f"0 for more than {decoding.IN_MEMORY:,} bytes of images"
+        raise ValueError(f"validation_share is {settings.validation_share}; allowed: {allowed}.")
+    if settings.dataset != "folder":
+        train = plant(train, which, settings, generator)
+        biased = plant(test, halves(test.labels) == 1, settings, generator)
     parts = train[~held_out] if count else train, test, biased, train[held_out]
     device = models.resolve_device(settings.device)
     return BiasedSets(*(part.to(device) for part in parts))

@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from masktune_utils.models import SmallCNN
+from masktune_utils import models
 from masktune_utils.settings import DEFAULTS, REPOSITORY
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
-RESULT = {*KEY, "sha256", "base_sha256", "seconds", "raw", "biased", "worst_group", "metrics"}
+RESULT = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
 CHOICE = {"configuration", "scores", "others", "doubt", "base_sha256"}
 
 
@@ -28,17 +28,12 @@ class CheckpointError(ValueError):
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that takes the place of `path` once it is complete; an error leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
-    with tempfile.NamedTemporaryFile(**options) as file:
-        try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as unfinished:
+        with open(Path(unfinished) / "part", "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(file.name, path)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -81,9 +76,7 @@ def read_tensors(path: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def save_checkpoint(
-    path: Path, model: nn.Module, settings: dict[str, Any], history: list[dict[str, float]]
-) -> None:
+def save_checkpoint(path: Path, model: nn.Module, settings: dict, history: list[dict]) -> None:
     """Save a model with its settings, its history and the SHA-256 of its weights.
 
     The same run on the same machine writes the same bytes.
@@ -102,7 +95,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: str | Path, settings: dict | None = None, device: str | torch.device = "cpu"
-) -> tuple[SmallCNN, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model, and refuse it if anything is wrong. No code in the file is run.
 
     Args:
@@ -124,26 +117,25 @@ def load_checkpoint(
     try:
         about = read_tensors(path)
         if settings is None and "sha256" not in about:  # a plain state dict
-            about = {"state_dict": about, "settings": {}, "history": []}
-            about["sha256"] = weights_sha256(about["state_dict"])
+            sha = weights_sha256(about)
+            about = {"state_dict": about, "settings": {}, "history": [], "sha256": sha}
         about |= {"settings": dict(about["settings"]), "history": list(about["history"])}
         weights, made_with = about.pop("state_dict"), about["settings"]
         if unknown := made_with.keys() - DEFAULTS - {"base_sha256"}:
             raise ValueError(f"a newer version wrote it, with the setting {', '.join(unknown)}")
         if weights_sha256(weights) != about["sha256"]:
             raise ValueError("its weights have another SHA-256")
-        model = SmallCNN(len(weights.get("linear.3.bias", "12")))
+        name = made_with.get("model", DEFAULTS["model"])
+        model = models.build(name, len([*weights.values()][-1]))
         model.load_state_dict(weights)
     except Exception as error:  # torch.load has no error class of its own for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}).") from error
     for name, asked in (settings or {}).items():
-        recorded = made_with.get(name, DEFAULTS.get(name))  # a younger setting had its default
-        if recorded != asked:
+        found = made_with.get(name, DEFAULTS.get(name))  # a younger setting had its default
+        if found != asked and name != "test_folder":  # any images may serve to test
             hint = "Use retrain = True to replace it, or another directory."
-            raise CheckpointError(
-                f"{path} was made with {name} = {recorded!r}, not {asked!r}. {hint}"
-            )
+            raise CheckpointError(f"{path} was made with {name} = {found!r}, not {asked!r}. {hint}")
     return model.to(device, memory_format=torch.channels_last).eval(), about
 
 

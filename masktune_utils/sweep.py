@@ -15,13 +15,13 @@ from pydantic import TypeAdapter, ValidationError, conlist
 from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
-from masktune_utils import data, evaluation, kernels, progress, store
+from masktune_utils import data, evaluation, kernels, models, progress, store
 from masktune_utils.settings import DEFAULTS, REPOSITORY, BaseSettings, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 BASE, FINETUNE = ("02_erm", "03_saliency_masks"), "04_finetune_sweep"
 ALWAYS = "01_dataset", "05_plots"  # they are quick, and show what is there
-GRIDS = {name: REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("published", "self_tuned")}
+GRIDS = {path.stem: path for path in (REPOSITORY / "sweeps").glob("*.yaml")}
 
 
 def notebook_settings(stem: str) -> list[str]:
@@ -113,12 +113,11 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     errors = {}
     with tqdm(total=sum(map(len, stages)), unit="notebook", ncols=110) as bar:
         for stage in stages:
-            directory = stage[0].settings.directory
             bad = {job.settings.folder("runs") for job in errors if job.stem in BASE}
             orphans = [job for job in stage if job.settings.folder("runs") in bad]
             errors |= dict.fromkeys(orphans, "not run, because its base model is missing")
             again = force and stage[0].stem not in (*BASE, *ALWAYS)
-            finished = store.finished_results(directory)
+            finished = store.finished_results(stage[0].settings.directory)
             todo = [job for job in stage if job not in errors and (again or not job.done(finished))]
             bar.update(len(stage) - len(todo))
             together = min(count, len(stage))
@@ -156,10 +155,15 @@ def report(stages: list[list[Job]], summary: bool = True) -> None:
         print(f"{kind}:", *folders, sep="\n  ")
 
 
+def candidates(dataset: str) -> Path:
+    """The grid file of the candidates: self_tuned.yaml, or for a folder of images photographs.yaml."""
+    return GRIDS["photographs" if dataset == "folder" else "self_tuned"]
+
+
 def self_tuned(settings: BaseSettings) -> list[Settings]:
-    """The candidates of self_tuned.yaml for one base model."""
+    """The candidates for one base model."""
     own = {name: [getattr(settings, name)] for name in BaseSettings.__pydantic_fields__}
-    return read_grid(GRIDS["self_tuned"], own)[1]
+    return read_grid(candidates(settings.dataset), own)[1]
 
 
 def read_grid(file: Path, given: dict[str, list]) -> tuple[str, list[Settings]]:
@@ -196,6 +200,9 @@ def read_grid(file: Path, given: dict[str, list]) -> tuple[str, list[Settings]]:
         raise ValueError(f"{error}" if elsewhere else f"{file}: {error}") from error
     names = {name: data.resolve_dataset(name) for name in {one.dataset for one in grid}}
     grid = [dataclasses.replace(one, dataset=names[one.dataset]) for one in grid]
-    for one in {(s.dataset, s.train_folder, s.test_folder, s.limit): s for s in grid}.values():
+    for one in grid:
+        models.check(one.image_size, **one.network)
+    sources = "dataset", "train_folder", "test_folder", "limit", "image_size"
+    for one in {tuple(getattr(one, name) for name in sources): one for one in grid}.values():
         data.load(one)
     return stem, list(dict.fromkeys(grid))

@@ -38,7 +38,7 @@ def train(
             `linear`: it falls step by step, to 0 at the end of the last epoch.
         description: name of the progress bar.
         **options: `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `lr_decay_epochs`,
-            `lr_decay_factor` and `seed` (of the order of the images), with the defaults of
+            `lr_decay_factor`, `flip` and `seed` (of the order of the images), with the defaults of
             `BaseSettings`. A last batch of one image is left out.
 
     Returns:
@@ -51,9 +51,8 @@ def train(
     one = Settings(**options, finetune_optimizer=optimizer, finetune_schedule=schedule)
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
-    kinds = {"sgd": partial(optim.SGD, momentum=one.momentum), "adam": optim.Adam}
-    shared = {"lr": one.lr, "weight_decay": one.weight_decay, "fused": True}
-    torch_optimizer = kinds[optimizer](model.parameters(), **shared)
+    kind = {"sgd": partial(optim.SGD, momentum=one.momentum), "adam": optim.Adam}[optimizer]
+    torch_optimizer = kind(model.parameters(), lr=one.lr, weight_decay=one.weight_decay, fused=True)
     steps = math.ceil((len(dataset) - 1) / one.batch_size)  # a last batch of one is left out
     if schedule == "linear":
         scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, one.epochs * steps)
@@ -62,27 +61,32 @@ def train(
         scheduler = optim.lr_scheduler.StepLR(torch_optimizer, interval, one.lr_decay_factor)
     generator = torch.Generator().manual_seed(one.seed)
     history, total = [], one.epochs * len(dataset)
-    with progress.bar(total=total, unit="image", unit_scale=True, mininterval=0.5) as bar:
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, progress.bar(total=total, unit="image", unit_scale=True, mininterval=0.5) as bar:
+        torch.manual_seed(one.seed)  # of dropout
         for epoch in range(1, one.epochs + 1):
             bar.set_description(f"{description}, epoch {epoch}/{one.epochs}", refresh=False)
             started, rate = time.perf_counter(), torch_optimizer.param_groups[0]["lr"]
             order = torch.randperm(len(dataset), generator=generator).to(device)
-            batches = order.split(one.batch_size)
-            loss, accuracy = _train_epoch(model, dataset, batches, scheduler, bar).tolist()
+            # batch normalisation is undefined for a single image
+            batches = [index for index in order.split(one.batch_size) if len(index) > 1]
+            mirror = generator if one.flip else None
+            loss, accuracy = _train_epoch(model, dataset, batches, scheduler, bar, mirror).tolist()
             row = {"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate}
             history.append(row | {"seconds": time.perf_counter() - started})
     return history
 
 
-def _train_epoch(model, dataset, batches, scheduler, bar) -> Tensor:
+def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device until the bar is drawn."""
     device = dataset.labels.device
     sums, seen, bfloat16 = torch.zeros(2, device=device), 0, has_bfloat16(device)
     model.train()
     for index in batches:
-        if len(index) == 1:  # batch normalisation is undefined for a single image
-            continue
         images, labels = dataset.batch(index)
+        if mirror:
+            half = torch.rand(len(index), 1, 1, 1, generator=mirror).to(device) < 0.5
+            images = torch.where(half, images.flip(-1), images)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)

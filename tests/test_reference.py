@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -28,6 +29,7 @@ STUDIES = {  # table of a study → what tells its rows apart
     "07_limits": ["dataset", "shortcut", "model"],
     "08_alternatives": ["dataset", "placement", "asks for", "method"],
     "09_selective": ["dataset", "labels", "placement", "rule"],
+    "10_your_own": ["planted", "model"],
 }
 README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "results/README.md"))
 
@@ -156,14 +158,20 @@ def test_the_text_of_a_study_has_its_numbers(stem):
 
 
 @pytest.mark.parametrize("stem", STUDIES)
-def test_a_grid_makes_each_study_again(stem, monkeypatch):
+def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load", lambda settings: None)  # the full MNIST may be absent
+    monkeypatch.setattr("masktune_utils.settings.REPOSITORY", tmp_path)
+    for planted in ("watermark", "tint"):
+        for part in ("train", "test"):
+            (tmp_path / "data" / "textures" / planted / part).mkdir(parents=True)
     name, grid = sweep.read_grid(REPOSITORY / "sweeps" / f"{stem[3:]}.yaml", {})
     table = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv")
-    keys = [key for key in ("dataset", "shortcut", "labels", "placement", "seed") if key in table]
+    keys = ["dataset", "shortcut", "labels", "placement", "planted", "seed"]
+    keys = [key for key in keys if key in table]
+    made = pd.DataFrame(vars(one) | {"planted": Path(one.train_folder).parent.name} for one in grid)
     assert name == stem
     assert {*table[keys].itertuples(index=False, name=None)} == {
-        tuple(getattr(one, key) for key in keys) for one in grid
+        *made[keys].itertuples(index=False, name=None)
     }
 
 

@@ -152,7 +152,7 @@ def test_results_that_hold_are_collected_into_a_table(results):
     table = store.collect(str(results))
     keys = [["mnist", name, seed] for name in ("base", "top_k_0.1") for seed in (0, 1)]
     assert table[store.KEY].to_numpy().tolist() == keys
-    assert (table["raw"] == 0.25).all() and "metrics" not in table
+    assert (table["worst_group"] == 0.25).all() and "metrics" not in table
     assert table["hidden_shortcut"].fillna(-1).tolist() == [-1, -1, 0.75, 0.75]
     # a result of a base model that has been replaced is left out
     path = results / "results" / "mnist" / "seed1" / "base.json"

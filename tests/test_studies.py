@@ -1,10 +1,11 @@
-"""The formulas of notebooks 07 to 09 against hand computations, and the notebooks on tiny data."""
+"""The formulas of notebook 08 against hand computations, and notebooks 07 to 10 on tiny data."""
 
 import ast
 
 import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,3 +83,14 @@ def test_the_studies_run_on_tiny_data(stem, tmp_path_factory):
     assert job.run(2) == (job, None)
     found = pd.read_csv(job.settings.folder("results") / f"{stem}.csv")
     assert found["seed"].eq(0).all() and len(found) > 4
+
+
+def test_notebook_10_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
+    values = {"directory": str(tmp_path), "limit": 40, "epochs": 1}
+    source, target = sweep.NOTEBOOKS / "10_your_own.ipynb", tmp_path / "copy.ipynb"
+    papermill.execute_notebook(source, target, values, progress_bar=False)
+    (file,) = tmp_path.glob("results/folder-watermark-train*/seed0/10_your_own.csv")
+    found = pd.read_csv(file).set_index("model")
+    assert [*found.index] == ["ERM", "self-tuned", "oracle"]
+    groups = found[["rare", "usual"]]
+    assert groups.map(lambda share: 0 <= share <= 1).all(None)

@@ -96,7 +96,7 @@ def test_an_epoch_waits_for_the_device_only_where_the_progress_bar_is_drawn(meth
         scheduler = torch.optim.lr_scheduler.LinearLR(sgd, 1, 0, 2)
         batches = torch.arange(200).split(128)
         bar = tqdm(disable=True)
-        assert training._train_epoch(model, masked, batches, scheduler, bar).shape == (2,)
+        assert training._train_epoch(model, masked, batches, scheduler, bar, None).shape == (2,)
         bar = tqdm(total=200, mininterval=0, miniters=1)
         with pytest.raises(DataDependentOutputException):
-            training._train_epoch(model, masked, batches, scheduler, bar)
+            training._train_epoch(model, masked, batches, scheduler, bar, None)

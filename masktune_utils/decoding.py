@@ -1,0 +1,72 @@
+"""Image files as one uint8 tensor. They are decoded once, into a file that is read from then on."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed, hash
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from masktune_utils import progress
+
+IN_MEMORY = 4 * 2**30  # bytes; more are never copied, to a GPU or anywhere else, but in batches
+
+
+def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
+    """Read images, and squeeze each to a square.
+
+    Args:
+        paths: of the files; of an animated image the first picture is read.
+        side: of the squares, in pixels.
+        folder: where the decoded images are kept, until a file or its time of change differs.
+
+    Returns:
+        N×3×side×side, uint8, channels last.
+
+    Raises:
+        OSError: the disk has no room.
+        ValueError: files cannot be read; or the file of decoded images is damaged.
+    """
+    shape = len(paths), side, side, 3
+    about = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    file = folder / f"{hash((side, about))}.npy"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < np.prod(shape):
+            raise OSError(f"{folder} has no room for {np.prod(shape):,} bytes of images.")
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            part = Path(unfinished) / file.name
+            _read(paths, np.lib.format.open_memmap(part, "w+", np.uint8, shape))
+            part.replace(file)
+    try:
+        images = torch.from_numpy(np.load(file, "c", allow_pickle=False).reshape(shape))
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Delete it.") from error
+    return images.permute(0, 3, 1, 2)
+
+
+def _read(paths: Sequence[str], images: np.ndarray) -> None:
+    size = images.shape[1:3]
+
+    def read(k: int) -> str:
+        try:
+            with Image.open(paths[k]) as image:
+                image.draft("RGB", size)  # a large JPEG is decoded at a smaller scale
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bit
+                    image = image.point(lambda value: value / 256).convert("L")
+                images[k] = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        except Exception as error:  # noqa: BLE001 - PIL has many
+            return f"{paths[k]} ({error})"
+        return ""
+
+    count = len(paths)
+    lines = Parallel(-1, prefer="threads", return_as="generator")(map(delayed(read), range(count)))
+    lines = progress.bar(lines, total=count, unit="image", desc="reading images")
+    if bad := [line for line in lines if line]:
+        raise ValueError(f"{len(bad)} of {count} images cannot be read: {', '.join(bad[:10])}.")
