@@ -149,6 +149,7 @@ def test_a_grid_may_name_its_notebook(directory, capsys):
 def test_the_grids_of_the_repository_are_valid(tmp_path, capsys):
     given = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
     files = sorted(REPOSITORY.glob("sweeps/*.yaml"))
+    files = [path for path in files if path.stem != "your_own"]  # needs images of notebook 10
     counts = {path.stem: int(dry_run(capsys, str(path), *given).split()[0]) for path in files}
     assert (counts["published"], counts["paper"], counts["self_tuned"]) == (15, 1, 25)
 
@@ -160,7 +161,9 @@ def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, 
     printed = " ".join(capsys.readouterr().out.split())
     for name, field in Settings.__pydantic_fields__.items():
         about = f"{field.description} (default: {DEFAULTS[name]!r})"
-        assert re.search(rf" --{name} VALUE( \[VALUE ...\])? {re.escape(about)}", printed)
+        value = r" VALUE( \[VALUE ...\])?"
+        spellings = rf" --{name}{value}(, --{name.replace('_', '-')}{value})?"
+        assert re.search(rf"{spellings} {re.escape(about)}", printed)
 
 
 def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, all_cores):
