@@ -14,7 +14,7 @@ from torch import Tensor
 
 from masktune_utils import progress
 
-IN_MEMORY = 4 * 2**30  # bytes; more are never copied, to a GPU or anywhere else, but in batches
+IN_MEMORY = 4 * 2**30  # bytes of images; more stay in the file, and go to a GPU batch by batch
 
 
 def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:

@@ -90,6 +90,27 @@ def test_one_test_set_is_reported_by_group_and_nothing_is_raw_or_biased(photogra
     assert torch.equal(evaluation.predict(again, sets.raw), evaluation.predict(base, sets.raw))
 
 
+def test_a_model_may_be_tested_on_other_photographs(photographs):
+    sets = shortcuts.load(photographs)
+    _, about = experiment.base_model(photographs, sets.train)
+    other = dataclasses.replace(photographs, test_folder=photographs.train_folder)
+    model, again = experiment.base_model(other, sets.train)
+    assert again["seconds"] is None and again["sha256"] == about["sha256"]
+    row = experiment.record(other, model, again, shortcuts.load(other))
+    assert {name for name in row if name.startswith("group ")} == {"group Sumpf vögel", "group 陸"}
+
+
+def test_dropout_draws_from_the_seed():
+    images, labels = torch.rand(8, 3, 64, 64), torch.arange(8) % 2
+    found = set()
+    for k in range(2):
+        torch.manual_seed(k)  # what others did with the global generator has no influence
+        model = models.new_model(0, name="mobilenet_v3_small")
+        training.train(model, data.Split(images, labels), epochs=1, batch_size=4)
+        found.add(store.weights_sha256(model.state_dict()))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("mode", "color", "suffix", "expected"),
     [
