@@ -3,14 +3,14 @@
 import argparse
 import ast
 import contextlib
+import dataclasses
 import itertools
 import sys
-from collections import Counter
 from pathlib import Path
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import evaluation, models, selection, store, sweep
+from masktune_utils import evaluation, models, selection, shortcuts, store, sweep
 from masktune_utils.settings import DEFAULTS, RUNTIME, Settings
 from masktune_utils.sweep import BASE, FINETUNE, GRIDS, Job, make_stage
 
@@ -19,27 +19,27 @@ USAGE = "masktune run|sweep|choose [GRID] [--SETTING VALUE …] [--jobs N] [--da
 
 
 def conclude(bases: list[Settings]) -> None:
-    """Print for each experiment what was chosen, how sure that is, and what it is worth.
+    """Print for each experiment what was chosen, why, and what it is worth.
 
     Args:
         bases: the settings of the base models.
     """
     table = store.collect(bases[0].directory)
-    chosen = [one for one in bases if (one.folder("results") / "chosen.json").exists()]
-    for name, group in itertools.groupby(chosen, lambda one: one.experiment):
+    chosen = [base for base in bases if (base.folder("results") / "chosen.json").exists()]
+    for name, group in itertools.groupby(chosen, lambda base: base.experiment):
         print(f"\n{name}\n")
-        same = list(group)
-        for one in same:
-            choice = store.read_result(one.folder("results") / "chosen.json")
-            print(f"seed {one.seed}: {selection.describe(choice)}")
-        rows = selection.compare(table, same[0])
+        seeds = list(group)
+        for base in seeds:
+            choice = store.read_result(base.folder("results") / "chosen.json")
+            print(f"seed {base.seed}: {choice['reason']}")
+        rows = selection.compare(table, seeds[0])
         print(f"\nAccuracy in %\n\n{evaluation.summarize(rows, ['model']).to_string()}\n")
         worst = rows.groupby("model")["worst_group"].mean()
         print(f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images;", end=" ")
-        print(f"with the mask that it chose itself, MaskTune on {worst[selection.SELF_TUNED]:.1%}.")
+        print(f"what was chosen, on {worst[selection.CHOSEN]:.1%}.")
         groups = [name for name in rows if name.startswith("group ")]
         print(f"{evaluation.summarize(rows, ['model'], groups).T.to_string()}\n")
-        if (picture := same[0].folder("figures") / "05_self_tuned.png").exists():
+        if (picture := seeds[0].folder("figures") / "05_chosen.png").exists():
             print(f"See {picture}")
 
 
@@ -68,33 +68,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose(command: str, grid: list[Settings], count: int, force: bool, errors: dict) -> list[Job]:
+def choose(grid: list[Settings], listed: bool, count: int, force: bool, errors: dict) -> list[Job]:
     """Choose a configuration for each base model of the grid.
 
     Args:
-        command: `choose`: among the grid. `run`: among those of `sweep.candidates`.
         grid: all configurations.
+        listed: whether several of one base model are its candidates; else, and of a base model with one
+            configuration, those of `selection.candidates` are.
         count: how many processes.
-        force: fine-tune candidates again.
+        force: train the models of the halves again.
         errors: of the jobs that failed; a choice that fails is added.
 
     Returns:
-        The chosen configurations, to be run as a notebook.
+        The chosen configurations, to be run as a notebook; none where ERM is kept.
     """
-    chosen, failed = [], {job.settings.folder("runs") for job in errors if job.stem in BASE}
-    bases = make_stage(BASE[0], grid)
-    for job in [base for base in bases if base.settings.folder("runs") not in failed]:
+    failed = {job.settings.folder("runs") for job in errors if job.stem in BASE}
+    chosen = []
+    for job in make_stage(BASE[0], grid):
         folder = job.settings.folder("runs")
-        candidates, others = [one for one in grid if one.folder("runs") == folder], []
-        if command == "run":
-            lost = {bad.name for bad in errors if bad.settings.folder("runs") == folder}
-            others = [one for one in candidates if one.configuration not in lost]
-            candidates = sweep.self_tuned(job.settings)
+        if folder in failed:
+            continue
         try:
-            choice = selection.choose(candidates, others, count, force)
-            chosen += [one for one in candidates if one.configuration == choice["configuration"]]
+            of_base = [one for one in grid if one.folder("runs") == folder]
+            if listed and len(of_base) > 1:
+                candidates = [dataclasses.replace(one, cross_fit=True) for one in of_base]
+            else:
+                images = len(shortcuts.load(job.settings).train)
+                candidates = selection.candidates(job.settings, images)
+            choice = selection.choose(candidates, count, force)
         except Exception as error:  # noqa: BLE001 - any failure: the other choices go on
             errors[job._replace(stem="choice")] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        chosen += [one for one in candidates if one.configuration == choice["configuration"]]
     return make_stage(FINETUNE, chosen)
 
 
@@ -102,15 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the command. Bad arguments end it with exit code 2 before anything runs."""
     arguments = _parser().parse_intermixed_args(argv)
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS and value}
+    published = None if given.get("dataset") == ["folder"] else GRIDS["published"]
+    default = None if arguments.command == "choose" else published
+    file = arguments.grid or default
     try:
-        candidates = sweep.candidates(given.get("dataset", [""])[0])
-        default = candidates if arguments.command == "choose" else GRIDS["published"]
-        stem, grid = sweep.read_grid(arguments.grid or default, given)
+        stem, grid = sweep.read_grid(file, given)
         if stem != FINETUNE and arguments.command != "sweep":
             raise ValueError(f"notebook is {stem!r}; allowed, except with sweep: {FINETUNE}.")
-        sizes = Counter(one.folder("runs") for one in grid).values()
-        if arguments.command == "choose" and min(sizes) < 2:
-            raise ValueError("1 candidate for a base model; allowed: 2 or more.")
         device = models.resolve_device(grid[0].device)
         finished = store.finished_results(grid[0].directory)
         if arguments.dask:
@@ -129,12 +132,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{sum(states.values())} of them are done")
         return 0
     stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
+    if arguments.command == "run" and not file:  # there is nothing to compare the choice with
+        stems = [stem for stem in stems if stem != FINETUNE]
     stages = [make_stage(stem, grid) for stem in stems]
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
+        store.check_writable(grid[0].directory)
+    except ValueError as error:
+        print(f"masktune: {error}", file=sys.stderr)
+        return 2
+    try:
         errors = sweep.execute(stages, count, arguments.force)
         if arguments.command != "sweep":
-            chosen = choose(arguments.command, grid, count, arguments.force, errors)
+            listed = arguments.command == "choose"
+            chosen = choose(grid, listed, count, arguments.force, errors)
             last = make_stage("05_plots", grid) if arguments.command == "run" else []
             later = [stage for stage in (chosen, last) if stage]
             errors |= sweep.execute(later, count)

@@ -81,6 +81,10 @@ class Split:
         parts = (p if p.nbytes > IN_MEMORY else p.to(device) for p in self._tensors)
         return type(self)(*parts, self.names)
 
+    def in_epoch(self, epoch: int) -> Self:
+        """The images of an epoch of training: they are the same in each."""
+        return self
+
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images as floating point in [0, 1], B×C×H×W, and their labels, B; both on their device."""
         labels = self.labels[_at(self.labels, index)]
@@ -90,6 +94,23 @@ class Split:
 def _at(part: Tensor, index: Tensor | slice) -> Tensor | slice:
     """The index, on the device of what it is an index of."""
     return index.to(part.device) if isinstance(index, Tensor) else index
+
+
+def stratified_halves(labels: Tensor, seed: int) -> list[Tensor]:
+    """Two halves of the images of each class, at random.
+
+    Args:
+        labels: N, on any device.
+        seed: of the choice.
+
+    Returns:
+        The index of each half, in ascending order, on the CPU.
+    """
+    from sklearn.model_selection import StratifiedKFold  # takes a second
+
+    folds = StratifiedKFold(2, shuffle=True, random_state=seed)
+    classes = labels.cpu().numpy()
+    return [torch.from_numpy(index) for _, index in folds.split(classes, classes)]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -105,10 +126,10 @@ def data_root() -> Path:
     Raises:
         ValueError: `MASKTUNE_DATA` is not a folder.
     """
-    given = os.environ.get("MASKTUNE_DATA")
-    if given and not (REPOSITORY / given).is_dir():
-        raise ValueError(f"MASKTUNE_DATA is {given!r}; allowed: a folder. Correct or unset it.")
-    return REPOSITORY / (given or "data")
+    folder = os.environ.get("MASKTUNE_DATA") or "data"  # empty counts as unset
+    if folder != "data" and not (REPOSITORY / folder).is_dir():
+        raise ValueError(f"MASKTUNE_DATA is {folder!r}; allowed: a folder. Correct or unset it.")
+    return REPOSITORY / folder
 
 
 def _torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:

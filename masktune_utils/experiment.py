@@ -7,17 +7,43 @@ import itertools
 import json
 import re
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from masktune_utils import data, evaluation, masking, models, saliency, store, training
+from masktune_utils.data import Split
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import DEFAULTS, Settings
 from masktune_utils.shortcuts import BiasedSets
 
-Made = tuple[nn.Module, dict[str, Any]]  # a model, and what made it
+
+@dataclass(frozen=True)
+class Trained:
+    """A saved model of an experiment, and what made it.
+
+    Attributes:
+        model: in evaluation mode.
+        settings: of the experiment.
+        configuration: `base`, or the name of the fine-tuned model.
+        history: see `training.train`.
+        sha256: of the weights.
+        base_sha256: of the weights of the base model.
+        seconds: of training, if it was trained now; None if it was loaded.
+        masked: the masked images on which it was fine-tuned; None for a base model.
+    """
+
+    model: nn.Module
+    settings: Settings
+    configuration: str
+    history: list[dict[str, float]]
+    sha256: str
+    base_sha256: str
+    seconds: float | None
+    masked: MaskedDataset | None = None
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
@@ -29,7 +55,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         namespace: the notebook's `globals()`.
 
     Raises:
-        ValueError: see `Settings`; or an unknown parameter.
+        ValueError: see `Settings`; an unknown parameter; or a directory that cannot be written to.
     """
     for cell, injected in itertools.pairwise(filter(None, namespace["In"])):
         known, given = (re.findall(r"^(\w+) =", text, re.MULTILINE) for text in (cell, injected))
@@ -37,6 +63,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         if injected.startswith("# Parameters\n") and unknown:
             raise ValueError(f"{unknown[0]} is not a parameter; allowed: {', '.join(known)}.")
     settings = Settings(**{name: namespace[name] for name in DEFAULTS if name in namespace})
+    store.check_writable(settings.directory)
     settings = dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
     if "model" in namespace:
         models.check(settings.image_size, **settings.network)
@@ -44,7 +71,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     return settings
 
 
-def base_model(settings: Settings, train: data.Split, retrain: bool = False) -> Made:
+def base_model(settings: Settings, train: Split, retrain: bool = False) -> Trained:
     """The ERM model.
 
     Args:
@@ -52,72 +79,114 @@ def base_model(settings: Settings, train: data.Split, retrain: bool = False) -> 
         train: the biased training set.
         retrain: train and save it again in any case.
 
-    Returns:
-        The model, in evaluation mode; and what made it, see `store.load_checkpoint`, with the
-        `seconds` of training if it was trained now.
-
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings.
     """
-    given = settings.seed, train.labels.device, len(train.labels.unique())
-    model = models.new_model(*given, **settings.network)
-    path, identity = settings.checkpoint_path("base"), settings.identity(base=True)
-    return _load_or_train(path, identity, retrain, model, train, **settings.training)
+    path = settings.checkpoint_path("base")
+    identity = settings.identity(base=True)
+    device = train.labels.device
+    seconds = None
+    if retrain or not path.exists():
+        num_classes = len(train.labels.unique())
+        model = models.new_model(settings.seed, device, num_classes, **settings.network)
+        history = training.train(model, train, **settings.training)
+        seconds = sum(epoch["seconds"] for epoch in history)
+        store.save_checkpoint(path, model, identity, history)
+    model, saved = store.load_checkpoint(path, identity, device)
+    sha256 = saved["sha256"]
+    return Trained(model, settings, "base", saved["history"], sha256, sha256, seconds)
 
 
 def finetuned_model(
-    settings: Settings, base: nn.Module, masked: masking.MaskedDataset, retrain: bool = False
-) -> Made:
-    """The base model after ONE epoch on the masked images (MaskTune).
-
-    With several `iterations`, there is one epoch for each. Later ones mask the images by the maps
-    of the model before, and train that model further. With `restart`, the maps are those of the
-    masked images, and the base model is trained anew.
+    settings: Settings, base: Trained, masked: MaskedDataset, retrain: bool = False
+) -> Trained:
+    """The base model after the epoch on the masked images (`finetune_epochs`: the paper has one).
 
     Args:
         settings: the experiment.
         base: the ERM model; it is left as it is.
-        masked: the masked training set, of the first iteration.
+        masked: the masked training set.
         retrain: fine-tune and save it again in any case.
-
-    Returns:
-        See `base_model`; and `masked`, the masked training set of the last iteration.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings or from
             another base model.
     """
-    start, path = base, settings.checkpoint_path(settings.configuration)
-    if settings.iterations > 1:
-        split, several = masked.split, settings.iterations > 2  # a first one has none before it
-        kept = {name: getattr(settings, name) and several for name in ("accumulate", "restart")}
-        before = dataclasses.replace(settings, iterations=settings.iterations - 1, **kept)
-        earlier, about = finetuned_model(before, base, masked, retrain)
-        explained = about["masked"] if settings.restart else split
-        with warnings.catch_warnings(action="ignore"):  # of maps that are zero
-            maps = saliency.saliency_maps(earlier, explained.images, split.labels, settings.cam)
-        hidden = about["masked"] if settings.accumulate else None
-        masked = masking.mask_dataset(split, maps, **settings.mask_rule, earlier=hidden)
-        start = base if settings.restart else earlier
-    model, identity = copy.deepcopy(start), settings.identity(base=False)
-    identity |= {"base_sha256": store.weights_sha256(base.state_dict())}
-    model, about = _load_or_train(path, identity, retrain, model, masked, **settings.finetuning)
-    return model, about | {"masked": masked}
-
-
-def _load_or_train(
-    path: Path, identity: dict, retrain: bool, model: nn.Module, dataset: Any, **options: Any
-) -> Made:
-    device, seconds = next(model.parameters()).device, None
+    name = settings.configuration
+    path = settings.checkpoint_path(name)
+    identity = settings.identity(base=False) | {"base_sha256": base.sha256}
+    device = masked.labels.device
+    seconds = None
     if retrain or not path.exists():
-        history = training.train(model, dataset, **options)
+        model = copy.deepcopy(base.model)
+        history = training.train(model, masked, **settings.finetuning)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
-    model, about = store.load_checkpoint(path, identity, device)
-    return model, about | {"seconds": seconds}
+    model, saved = store.load_checkpoint(path, identity, device)
+    history, sha256 = saved["history"], saved["sha256"]
+    return Trained(model, settings, name, history, sha256, base.sha256, seconds, masked)
 
 
-def training_saliency(settings: Settings, base: nn.Module, train: data.Split) -> Tensor:
+def masktune_rounds(
+    settings: Settings, base: Trained, train: Split, retrain: bool = False
+) -> Iterator[Trained]:
+    """MaskTune with 1, 2, … `rounds` of masking, one model for each.
+
+    Each round explains the model of the round before on the images that it was fine-tuned on, adds what it looks at to
+    what is hidden, and fine-tunes the base model anew.
+
+    Args:
+        settings: the experiment.
+        base: the ERM model; it is left as it is.
+        train: the biased training set.
+        retrain: fine-tune and save again in any case.
+    """
+    maps = training_saliency(settings, base, train)
+    masked = None
+    for rounds in range(1, settings.rounds + 1):
+        masked = masking.mask_dataset(train, maps, **settings.mask_rule, earlier=masked)
+        this_round = dataclasses.replace(settings, rounds=rounds)
+        tuned = finetuned_model(this_round, base, masked, retrain)
+        yield tuned
+        if rounds < settings.rounds:
+            with warnings.catch_warnings(action="ignore"):  # of maps that are zero everywhere
+                maps = saliency.saliency_maps(
+                    tuned.model, masked.images, train.labels, settings.cam
+                )
+
+
+def masktune(settings: Settings, base: Trained, train: Split, retrain: bool = False) -> Trained:
+    """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
+
+    With `cross_fit`, the masks are those of two base models, each trained on half of the images, and each masking its
+    own half; no map of the base model itself is needed.
+
+    Args:
+        settings: the experiment.
+        base: the ERM model; it is left as it is.
+        train: the biased training set.
+        retrain: fine-tune and save it again in any case; with `cross_fit`, only the last model.
+
+    Raises:
+        CheckpointError: see `base_model` and `finetuned_model`.
+    """
+    if not settings.cross_fit:
+        return list(masktune_rounds(settings, base, train, retrain))[-1]
+    parts = data.stratified_halves(train.labels, settings.seed)
+    masks = []
+    for half, index in enumerate(parts):
+        settings_of_half = dataclasses.replace(settings, half=half, cross_fit=False)
+        images = train[index]
+        base_of_half = base_model(settings_of_half, images)
+        tuned = list(masktune_rounds(settings_of_half, base_of_half, images))[-1]
+        masks.append(tuned.masked.own_masks)
+    order = torch.cat(parts).argsort()  # from the order of the halves to that of the images
+    own_masks = torch.cat(masks)[order.to(train.labels.device)]
+    masked = MaskedDataset(train, own_masks, settings.fill, settings.seed)
+    return finetuned_model(settings, base, masked, retrain)
+
+
+def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:
     """Saliency maps of the training set, N×h×w; computed once per base model.
 
     Args:
@@ -126,23 +195,20 @@ def training_saliency(settings: Settings, base: nn.Module, train: data.Split) ->
         train: the biased training set.
     """
     path = settings.folder("checkpoints") / f"CNN_saliency_{settings.cam}.pth"
-    sha256 = store.weights_sha256(base.state_dict())
     with contextlib.suppress(Exception):  # not there, damaged: it is made again
         saved = store.read_tensors(path)
-        if saved["base_sha256"] == sha256 and len(saved["maps"]) == len(train):
+        if saved["base_sha256"] == base.sha256 and len(saved["maps"]) == len(train):
             return saved["maps"].to(train.labels.device)
-    maps = saliency.saliency_maps(base, train.images, train.labels, settings.cam)
-    store.write_tensors(path, {"maps": maps.cpu(), "base_sha256": sha256})
+    maps = saliency.saliency_maps(base.model, train.images, train.labels, settings.cam)
+    store.write_tensors(path, {"maps": maps.cpu(), "base_sha256": base.sha256})
     return maps
 
 
-def record(settings: Settings, model: nn.Module, about: dict, sets: BiasedSets) -> dict[str, Any]:
+def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     """Evaluate a model of the experiment, and save the result; or return what is saved of it.
 
     Args:
-        settings: the experiment.
-        model: the base model or the fine-tuned one.
-        about: what `base_model` or `finetuned_model` returned with it.
+        trained: the base model or a fine-tuned one.
         sets: the images.
 
     Returns:
@@ -155,29 +221,41 @@ def record(settings: Settings, model: nn.Module, about: dict, sets: BiasedSets) 
         `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All of
         `evaluation.evaluate` is in `metrics`.
     """
-    masked = about.get("masked")  # of a fine-tuned model
-    name = settings.configuration if masked else "base"
-    path = settings.folder("results") / f"{name}.json"
-    how = {"seconds": about["seconds"], "threads": torch.get_num_threads()}
-    how |= {"torch": torch.__version__, "device": models.describe_device(sets.train.labels.device)}
-    before = store.read_result(path) if path.exists() else {"sha256": ""}
-    if how["seconds"] is None and before["sha256"] == about["sha256"]:
+    settings = trained.settings
+    path = settings.folder("results") / f"{trained.configuration}.json"
+    made = {
+        "seconds": trained.seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": models.describe_device(sets.train.labels.device),
+    }
+    saved = store.read_result(path) if path.exists() else {"sha256": ""}
+    if trained.seconds is None and saved["sha256"] == trained.sha256:
         if settings.dataset != "folder":  # whose images may have changed
-            return before
-        how = {name: before.get(name) for name in how}  # of the training that made these weights
-    report = evaluation.evaluate(model, sets)
-    row = {"experiment": settings.experiment, "configuration": name}
-    row |= settings.identity(base=not masked) | how | {"sha256": about["sha256"]}
-    row["base_sha256"] = about["settings"].get("base_sha256", about["sha256"])
-    row |= {"worst_group": report["worst_group"], "metrics": report}
+            return saved
+        made = {name: saved.get(name) for name in made}  # of the training that made these weights
+    report = evaluation.evaluate(trained.model, sets)
+    row = {
+        "experiment": settings.experiment,
+        "configuration": trained.configuration,
+        **settings.identity(base=trained.masked is None),
+        **made,
+        "sha256": trained.sha256,
+        "base_sha256": trained.base_sha256,
+        "worst_group": report["worst_group"],
+        "metrics": report,
+    }
     for test in sets.tests:
-        row[test], shares = report[test]["accuracy"], report[test]["class_accuracy"]
-        row |= {f"{test}_class_{label}": share for label, share in enumerate(shares)}
-    row |= {f"group {name}": share for name, share in report["groups"].items()}
-    if held_out := report.get("validation"):
-        row["validation_worst_class"] = min(held_out["class_accuracy"])
-        row["validation_worst_group"] = held_out["worst_group"]
-    if masked:
-        row |= {f"hidden_{part}": share for part, share in masking.hidden_shares(masked).items()}
+        row[test] = report[test]["accuracy"]
+        for label, share in enumerate(report[test]["class_accuracy"]):
+            row[f"{test}_class_{label}"] = share
+    for name, share in report["groups"].items():
+        row[f"group {name}"] = share
+    if "validation" in report:
+        row["validation_worst_class"] = min(report["validation"]["class_accuracy"])
+        row["validation_worst_group"] = report["validation"]["worst_group"]
+    if trained.masked is not None:
+        for part, share in masking.hidden_shares(trained.masked).items():
+            row[f"hidden_{part}"] = share
     store.write_bytes(path, json.dumps(row, indent=1).encode())
     return row

@@ -3,8 +3,10 @@
 A mask is True, or 1, where the image is hidden.
 """
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -137,20 +139,58 @@ def image_masks(
 class MaskedDataset:
     """A split that is masked batch by batch, so that float images of the whole set never exist.
 
+    With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become those of a partner, a random image
+    of any class: x_i · (1 − M) + x_j · M, where M = max(m_i, m_j) hides what the mask of either image hides. Then
+    neither the pixels inside M nor its shape tell the class of i.
+
     Attributes:
         split: the images.
-        labels: N.
-        masks: index of B images → B×H×W float32 in [0, 1], 1 where the image is hidden.
-        fill: B images → what takes the place of what is hidden, see `apply_mask`.
+        own_masks: N×H×W, True, or up to 1 in float32, where the image's own mask hides it.
+        fill: `zero` or `resample`.
+        seed: of the partners.
+        epoch: from 1; each has its own partners.
     """
 
     split: Split
-    labels: Tensor
-    masks: Callable[[Tensor | slice], Tensor]
-    fill: Callable[[Tensor], Tensor | None]
+    own_masks: Tensor
+    fill: str = "zero"
+    seed: int = 0
+    epoch: int = 1
 
     def __len__(self) -> int:
         return len(self.split)
+
+    @property
+    def labels(self) -> Tensor:
+        """N."""
+        return self.split.labels
+
+    @cached_property
+    def partners(self) -> Tensor:
+        """Index of the partner of each image, N; a permutation that depends on `seed` and `epoch` alone."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self), generator=generator).to(self.labels.device)
+
+    def in_epoch(self, epoch: int) -> Self:
+        """The same images with the partners of another epoch."""
+        return dataclasses.replace(self, epoch=epoch)
+
+    def masks(self, index: Tensor | slice) -> Tensor:
+        """What is hidden, B×H×W, float32 in [0, 1]."""
+        own = self.own_masks[index].float()
+        if self.fill == "zero":
+            return own
+        of_partners = self.own_masks[self.partners[index]].float()
+        return torch.maximum(own, of_partners)
+
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
+        images, labels = self.split.batch(index)
+        masks = self.masks(index)
+        if self.fill == "zero":
+            return apply_mask(images, masks), labels
+        partner_images, _ = self.split.batch(self.partners[index])
+        return apply_mask(images, masks, fill=partner_images), labels
 
     @property
     def images(self) -> Tensor:
@@ -158,11 +198,6 @@ class MaskedDataset:
         floating = self.split.images.is_floating_point()
         parts = (self.batch(index)[0] for index in torch.arange(len(self)).split(1000))
         return torch.cat([part if floating else (255 * part).round().byte() for part in parts])
-
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
-        images, labels = self.split.batch(index)
-        return apply_mask(images, self.masks(index), fill=self.fill(images)), labels
 
 
 def mask_dataset(
@@ -185,10 +220,9 @@ def mask_dataset(
         param: of the method; for `random`, the share.
         upsample: see `image_masks`.
         dilation: see `image_masks`.
-        seed: of `random`.
-        fill: what takes the place of what is hidden. `zero`; `mean`: the mean colour of the first
-            images (10,000 of 28×28); `shuffle`: what is there in another image of the batch.
-        earlier: a masked dataset of the same split; what it hides stays hidden.
+        seed: of `random`, and of the partners of `resample`.
+        fill: what takes the place of what is hidden, `zero` or `resample`, see `MaskedDataset`.
+        earlier: a masked dataset of the same split; what its own masks hide stays hidden.
 
     Raises:
         ValueError: the number of maps is not that of the images.
@@ -196,23 +230,18 @@ def mask_dataset(
     size = tuple(split.images.shape[-2:])
     if len(split) != len(saliency_map):
         raise ValueError(f"{len(saliency_map)} maps; allowed: {len(split)}, one per image.")
+    soft = upsample == "bilinear" and method not in ("mean_std", "random")
     if method == "random":  # a patch is a map of the image's size
         saliency_map = random_patches(len(split), param, seed, size).to(split.labels.device)
         method, param = "threshold", 0.0
-
-    def masks(index: Tensor | slice) -> Tensor:
-        now = image_masks(saliency_map[index], size, method, param, upsample, dilation)
-        return now if earlier is None else torch.maximum(now, earlier.masks(index))
-
-    return MaskedDataset(split, split.labels, masks, _filling(split, fill))
-
-
-def _filling(split: Split, fill: str) -> Callable[[Tensor], Tensor | None]:
-    if fill == "mean":
-        some = slice(10_000 * 784 // split.images[0, 0].numel())
-        color = split.batch(some)[0].mean((0, 2, 3)).view(-1, 1, 1)
-        return lambda images: color
-    return {"zero": lambda images: None, "shuffle": lambda images: images.roll(1, 0)}[fill]
+    parts = []
+    for maps in saliency_map.split(1000):
+        masks = image_masks(maps, size, method, param, upsample, dilation)
+        parts.append(masks if soft else masks.bool())
+    own_masks = torch.cat(parts)
+    if earlier is not None:
+        own_masks = torch.maximum(own_masks, earlier.own_masks)
+    return MaskedDataset(split, own_masks, fill, seed)
 
 
 def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:

@@ -1,199 +1,414 @@
-"""Choosing among candidates by training images and their classes alone, without groups and test sets.
+"""Choosing among candidates by the mistakes that ERM makes on images that it has not seen.
 
-A model that relies on what a mask hides is found out on images where that is hidden, or exchanged
-with that of an image of another class. So every candidate is judged by the masks of all of them.
+Two base models are trained, each on half of the training images, and tested on the other half. Where a
+shortcut decides, nearly all of their mistakes are images that go against it. So a candidate is judged by
+how many of these mistakes it gets right, and how many of the other images, by models that have not seen
+them either. Only training images and their classes are used.
+
+Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). The worst of such groups to choose by:
+uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
 """
 
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
-import zlib
-from collections.abc import Sequence
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any
 
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from torch import Tensor
 
-from masktune_utils import evaluation, experiment, masking, models, progress, shortcuts, store
+from masktune_utils import evaluation, experiment, masking, progress, shortcuts, store
 from masktune_utils.data import Split
-from masktune_utils.settings import Settings
+from masktune_utils.experiment import Trained
+from masktune_utils.settings import BaseSettings, Settings
 
-IMAGES = 400  # at most this many training images are masked, or exchanged, with each mask
-SELF_TUNED = "MaskTune, self-tuned"
-NEAR = 0.005  # scores that differ by less are taken as equal
-LITTLE = 1.5  # gain per share hidden; where masks find the shortcut, it is 2 to 8
-WARNING = "Doubt: masks make little difference here. "
-WARNING += "They may not hide the shortcut, or there is none."
+CHOSEN = "chosen by ERM's mistakes"
+FEW = 10  # mistakes; with fewer, resampled images are the judge
+SAMPLE = 500  # images of each half that are resampled then
+STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
+MOST_EPOCHS = 6
+RULES = (  # fill, param of mean_std, dilation, rounds at most
+    ("resample", 4.0, 3, 2),
+    ("resample", 3.0, 4, 2),
+    ("resample", 3.0, 6, 1),
+    ("resample", 2.0, 1, 2),
+    ("resample", 2.0, 2, 4),
+    ("resample", 2.0, 4, 1),
+    ("zero", 4.0, 3, 1),
+    ("zero", 3.0, 4, 1),
+)
+COARSE_RULES = (  # of photographs, whose maps have few cells
+    ("resample", 1.5, 0, 2),
+    ("resample", 1.0, 0, 2),
+    ("resample", 0.5, 0, 2),
+    ("zero", 1.0, 0, 1),
+)
 
 
-def worst_classes(paths: Sequence[Path], sets: Sequence[Split], device: torch.device) -> dict:
-    """By path: accuracy of the worst class of models on each of several sets of images, in [0, 1].
+@dataclass(frozen=True)
+class HeldOut:
+    """Predictions for every training image, by models that have not seen it.
 
-    Args:
-        paths: of their checkpoints.
-        sets: masked or exchanged images.
-        device: see `models.resolve_device`.
+    Attributes:
+        labels: N.
+        erm: N, the class that the base model of the other half predicts.
+        candidates: name → N, the class that the fine-tuned model of the other half predicts.
+        hidden: name → mean share of the image that its own mask hides.
     """
-    worst = {}
-    for path in paths:
-        (model, _), worst[path] = store.load_checkpoint(path, device=device), []
-        for images in sets:
-            labels = images.labels
-            correct = (evaluation.predict(model, images.to(device)).argmax(1) == labels).double()
-            classes = (correct[labels == label].mean().item() for label in labels.unique())
-            worst[path].append(min(classes))
-    return worst
+
+    labels: Tensor
+    erm: Tensor
+    candidates: dict[str, Tensor]
+    hidden: dict[str, float]
 
 
-def scores(accuracy: pd.DataFrame, hidden: pd.Series, candidates: Sequence[str]) -> pd.Series:
-    """Weighted mean of accuracies, in [0, 1], one per model.
-
-    A set weighs gain ^ 2.5 / hidden ^ 1.5, where gain is what the best candidate gains on it over
-    the base model. So masks that hide nothing the base model relies on, or all there is, count
-    little, and most do those that make a difference by hiding little.
+def candidates(settings: BaseSettings, count: int) -> list[Settings]:
+    """The candidates for one base model, from few very salient pixels, widely dilated, to many.
 
     Args:
-        accuracy: see `worst_classes`; a row per model, `base` among them, and a column per set.
-        hidden: mean share of the images that is hidden, or exchanged, for each set.
-        candidates: names of their rows.
+        settings: of the base model.
+        count: number of training images. If they are few, fine-tuning takes several epochs.
     """
-    weights = gains(accuracy, candidates) ** 2.5 / hidden.clip(lower=1e-3) ** 1.5
-    weights += 1e-9  # so that they never are all zero
-    return accuracy @ weights / weights.sum()
+    rules = COARSE_RULES if settings.dataset == "folder" else RULES
+    batch_size = 16 if settings.dataset == "folder" else 32
+    epochs = min(MOST_EPOCHS, math.ceil(STEPS * batch_size / count))
+    of_base = {name: getattr(settings, name) for name in BaseSettings.__pydantic_fields__}
+    listed = []
+    for fill, param, dilation, most_rounds in rules:
+        for rounds in range(1, most_rounds + 1):
+            candidate = Settings(
+                **of_base,
+                method="mean_std",
+                param=param,
+                dilation=dilation,
+                fill=fill,
+                rounds=rounds,
+                cross_fit=True,
+                finetune_lr=0.02,
+                finetune_schedule="linear",
+                finetune_batch_size=batch_size,
+                finetune_epochs=epochs,
+            )
+            listed.append(candidate)
+    return listed
 
 
-def gains(accuracy: pd.DataFrame, candidates: Sequence[str]) -> pd.Series:
-    """What the best candidate gains over the base model on each set, see `scores`."""
-    return (accuracy.loc[candidates].max() - accuracy.loc["base"]).clip(lower=0)
-
-
-def masked_and_exchanged(masked: masking.MaskedDataset, seed: int) -> list[tuple[Split, float]]:
-    """Images without what their mask hides, and images with a region of another class pasted in.
-
-    Args:
-        masked: the masked training set.
-        seed: decides which `IMAGES` images are taken, and with which others they are paired.
-
-    Returns:
-        Both sets, on the CPU, each with the mean share of the images that is hidden or exchanged.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(len(masked), generator=generator)[:IMAGES]
-    labels, others = masked.labels.cpu(), index.clone()
-    for label in labels.unique():
-        pool, own = (labels != label).nonzero()[:, 0], labels[index] == label
-        others[own] = pool[torch.randint(len(pool), (int(own.sum()),), generator=generator)]
-    images, donors = (masked.split.images[i].float() for i in (index, others))
-    found, removed = [], torch.zeros_like(images)
-    for into, mask in ((removed, masked.masks(index)), (donors, masked.masks(others))):
-        pixels = torch.lerp(images, into, mask[:, None].to(images.device)).round()
-        found.append((Split(pixels.to("cpu", torch.uint8), labels[index]), mask.mean().item()))
-    return found
-
-
-def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
-    """Candidates that differ only in their iterations, together and in this order."""
-
-    def first(one: Settings) -> Settings:
-        return dataclasses.replace(one, iterations=1, accumulate=False, restart=False)
-
-    ordered = sorted(candidates, key=lambda one: (first(one).configuration, one.iterations))
-    return [list(chain) for _, chain in groupby(ordered, first)]
-
-
-def finetune(chain: Sequence[Settings], retrain: bool = False) -> dict[str, list]:
-    """Fine-tune candidates that differ only in their iterations, and record their results.
+def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False) -> dict[str, Any]:
+    """Judge candidates on held-out images, choose one or keep ERM, and save the choice.
 
     Args:
-        chain: the candidates.
-        retrain: see `experiment.finetuned_model`.
-
-    Returns:
-        See `masked_and_exchanged`; by configuration.
-    """
-    judging, sets = {}, shortcuts.load(chain[0])
-    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes
-        base, _ = experiment.base_model(chain[0], sets.train)
-        maps = experiment.training_saliency(chain[0], base, sets.train)
-        first = masking.mask_dataset(sets.train, maps, **chain[0].mask_rule)
-        for one in chain:
-            name, seed = one.configuration, zlib.crc32(one.configuration.encode())
-            model, about = experiment.finetuned_model(one, base, first, retrain)
-            experiment.record(one, model, about, sets)
-            judging[name] = masked_and_exchanged(about["masked"], seed)
-    return judging
-
-
-def choose(
-    candidates: Sequence[Settings], others: Sequence = (), jobs: int = 1, retrain: bool = False
-) -> dict:
-    """Fine-tune candidates, choose one, and save the choice.
-
-    Of the candidates whose score is next to the best (`NEAR`), the one that hides least is chosen.
-
-    Args:
-        candidates: of one base model.
-        others: configurations that are fine-tuned already; they are scored, but not chosen.
+        candidates: of one base model, whose result is saved; with `cross_fit`.
         jobs: how many processes.
-        retrain: see `experiment.finetuned_model`.
+        retrain: train the models of both halves again.
 
     Returns:
-        What `chosen.json` holds: `configuration`, the chosen one; `scores` of the candidates;
-        `others`, the scores of the base model and of `others`; `base_sha256`; and
-        `doubt`: `near`, how many candidates are next to the best; `lead`, from the best score to
-        the second; `gain`, the mean of `gains` per share hidden; and a `warning`, if that is small.
+        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept; `reason`, in
+        a few sentences; `images` and `mistakes`, their numbers; `candidates`, see `judge`; `base_sha256`.
     """
-    settings, own = candidates[0], [one.configuration for one in candidates]
-    folder = settings.folder("results")
-    path, base_sha256 = folder / "chosen.json", store.read_result(folder / "base.json")["sha256"]
-    names = [*own, "base", *(one.configuration for one in others)]
+    path = candidates[0].folder("results") / "chosen.json"
+    base_sha256 = store.read_result(path.with_stem("base"))["sha256"]
     if path.exists() and not retrain:
         choice = store.read_result(path)
-        if choice["base_sha256"] == base_sha256 and names == [*choice["scores"], *choice["others"]]:
+        names = [candidate.configuration for candidate in candidates]
+        if choice["base_sha256"] == base_sha256 and names == [*choice["candidates"]]:
             return choice
-    judging, parallel = {}, Parallel(jobs, return_as="generator_unordered")
-    with progress.bar(total=len(candidates), unit="candidate") as bar:
-        for part in parallel(delayed(finetune)(chain, retrain) for chain in chains(candidates)):
-            judging |= part
-            bar.update(len(part))
-    sets, shares = zip(*(pair for name in own for pair in judging[name]), strict=True)
-    device = models.resolve_device(settings.device)
-    paths = [settings.checkpoint_path(name) for name in names]
-    parts = (delayed(worst_classes)(paths[k::jobs], sets, device) for k in range(jobs))
-    rows = {path: row for part in Parallel(jobs)(parts) for path, row in part.items()}
-    accuracy = pd.DataFrame([rows[path] for path in paths], index=names)
-    hidden = pd.Series(shares)
-    result = scores(accuracy, hidden, own)
-    gain = (gains(accuracy, own) / hidden.clip(lower=1e-3)).mean()
-    best = result[own].nlargest(len(own))
-    near = [name for name in own if result[name] >= best.iloc[0] - NEAR]
-    choice = {"configuration": min(near, key=lambda name: judging[name][0][1])}
-    choice |= {"scores": result[own].to_dict(), "others": result.drop(own).to_dict()}
-    choice["doubt"] = {"near": len(near), "lead": best.iloc[0] - best.iloc[1], "gain": gain}
-    choice["doubt"]["warning"] = WARNING if gain < LITTLE else ""
-    choice["base_sha256"] = base_sha256
+    held_out = predict_held_out(candidates, jobs, retrain)
+    judged = judge(held_out)
+    for candidate in candidates:
+        judged[candidate.configuration]["description"] = describe(candidate)
+    mistakes = int((held_out.erm != held_out.labels).sum())
+    introduction = f"ERM gets {mistakes} of {len(held_out.labels):,} training images wrong that it has not seen"
+    if mistakes >= FEW:
+        chosen, reason = by_mistakes(judged)
+    else:
+        shortfalls = resampled_shortfalls(candidates)
+        chosen, reason = by_shortfalls(judged, shortfalls)
+    choice = {
+        "configuration": chosen,
+        "reason": f"{introduction}{reason}",
+        "images": len(held_out.labels),
+        "mistakes": mistakes,
+        "candidates": judged,
+        "base_sha256": base_sha256,
+    }
     store.write_bytes(path, json.dumps(choice, indent=1).encode())
     return choice
 
 
-def describe(choice: dict) -> str:
-    """A choice in words."""
-    best, near = max(choice["scores"].values()), choice["doubt"]["near"]
-    reason = "has the best score by more than half a point"
-    if near > 1:
-        reason = f"hides least of the {near} candidates within half a point of the best score"
-    warning = choice["doubt"]["warning"]
-    return f"{short(choice['configuration'])} {reason}, {best:.1%}. {warning}".strip()
+def chosen_model(
+    choice: dict, candidates: Sequence[Settings], base: Trained, train: Split, retrain: bool = False
+) -> Trained:
+    """The chosen model; or the base model itself, if ERM is kept.
+
+    Args:
+        choice: see `choose`.
+        candidates: among which it was made.
+        base: the ERM model.
+        train: the biased training set.
+        retrain: see `experiment.masktune`.
+    """
+    by_name = {candidate.configuration: candidate for candidate in candidates}
+    if choice["configuration"] == "base":
+        return base
+    return experiment.masktune(by_name[choice["configuration"]], base, train, retrain)
+
+
+def predict_held_out(candidates: Sequence[Settings], jobs: int, retrain: bool) -> HeldOut:
+    """Train the models of both halves, and let each predict the images of the other half.
+
+    Args:
+        candidates: see `choose`.
+        jobs: see `choose`.
+        retrain: see `choose`.
+    """
+    base = candidates[0]
+    parallel = Parallel(jobs, return_as="generator")
+    of_erm = list(parallel(delayed(_predict_erm)(of_half(base, half), retrain) for half in (0, 1)))
+    tasks = list(product(chains(candidates), (0, 1)))
+    chain_of_half = (
+        delayed(_predict_chain)([of_half(candidate, half) for candidate in chain], retrain)
+        for chain, half in tasks
+    )
+    predicted, hidden = {}, {}
+    with progress.bar(total=len(tasks), unit="chain", desc="judging") as bar:
+        for (chain, _), part in zip(tasks, parallel(chain_of_half), strict=True):
+            for candidate, (predictions, share) in zip(chain, part, strict=True):
+                predicted.setdefault(candidate.configuration, []).append(predictions)
+                hidden.setdefault(candidate.configuration, []).append(share)
+            bar.update()
+    labels, erm = (torch.cat(parts) for parts in zip(*of_erm, strict=True))
+    names = [candidate.configuration for candidate in candidates]
+    return HeldOut(
+        labels,
+        erm,
+        {name: torch.cat(predicted[name]) for name in names},
+        {name: sum(hidden[name]) / 2 for name in names},
+    )
+
+
+def of_half(settings: Settings, half: int) -> Settings:
+    """The settings of a half's models, whose masks `cross_fit` hands over."""
+    return dataclasses.replace(settings, half=half, cross_fit=False)
+
+
+def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
+    """Candidates that differ only in their rounds, together and in this order."""
+
+    def first_round(candidate: Settings) -> Settings:
+        return dataclasses.replace(candidate, rounds=1)
+
+    def name_and_rounds(candidate: Settings) -> tuple[str, int]:
+        return first_round(candidate).configuration, candidate.rounds
+
+    ordered = sorted(candidates, key=name_and_rounds)
+    return [list(chain) for _, chain in groupby(ordered, first_round)]
+
+
+def _predict_erm(settings: Settings, retrain: bool) -> tuple[Tensor, Tensor]:
+    """Labels of the other half, and what this half's base model predicts for it."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes
+        sets = shortcuts.load(settings)
+        base = experiment.base_model(settings, sets.train, retrain)
+        experiment.training_saliency(settings, base, sets.train)  # once, for all chains
+        predictions = evaluation.predict(base.model, sets.validation).argmax(1)
+    return sets.validation.labels.cpu(), predictions
+
+
+def _rounds(chain: Sequence[Settings], train: Split, retrain: bool = False) -> Iterator[Trained]:
+    """The models of a chain, each fine-tuned from the base model of its half."""
+    base = experiment.base_model(chain[0], train)
+    wanted = {candidate.rounds for candidate in chain}
+    for tuned in experiment.masktune_rounds(chain[-1], base, train, retrain):
+        if tuned.settings.rounds in wanted:
+            yield tuned
+
+
+def _predict_chain(chain: Sequence[Settings], retrain: bool) -> list[tuple[Tensor, float]]:
+    """For each candidate of a half: its predictions for the other half, and the share it hides."""
+    predicted = []
+    with contextlib.redirect_stderr(io.StringIO()):
+        sets = shortcuts.load(chain[0])
+        for tuned in _rounds(chain, sets.train, retrain):
+            predictions = evaluation.predict(tuned.model, sets.validation).argmax(1)
+            hidden = tuned.masked.own_masks.float().mean().item()
+            predicted.append((predictions, hidden))
+    return predicted
+
+
+def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
+    """How many of ERM's mistakes, and how many of the other images, each candidate gets right.
+
+    Args:
+        held_out: predictions.
+
+    Returns:
+        By candidate: `mistakes` and `rest`, each with `right` and `all`, numbers of images by class;
+        `score`, the smaller of the two accuracies, in [0, 1]; `interval`, the 95 % interval (Wilson) of
+        the accuracy on mistakes; and `hidden`, see `HeldOut`.
+    """
+    from scipy.stats import binomtest  # takes a second
+
+    wrong = held_out.erm != held_out.labels
+    judged = {}
+    for name, predictions in held_out.candidates.items():
+        right = predictions == held_out.labels
+        result = {}
+        for cell, members in {"mistakes": wrong, "rest": ~wrong}.items():
+            result[cell] = {"right": [], "all": []}
+            for label in held_out.labels.unique():
+                of_class = members & (held_out.labels == label)
+                result[cell]["right"].append(int(right[of_class].sum()))
+                result[cell]["all"].append(int(of_class.sum()))
+        shares = [share(result[cell]) for cell in ("mistakes", "rest")]
+        result["score"] = min(shares)
+        result["interval"] = [0.0, 1.0]
+        if wrong.any():
+            of_mistakes = binomtest(int(right[wrong].sum()), int(wrong.sum()))
+            interval = of_mistakes.proportion_ci(method="wilson")
+            result["interval"] = [float(interval.low), float(interval.high)]
+        result["hidden"] = held_out.hidden[name]
+        judged[name] = result
+    return judged
+
+
+def share(cell: dict[str, list[int]]) -> float:
+    """Accuracy in a cell, see `judge`, in [0, 1]; 1 in an empty one."""
+    return sum(cell["right"]) / sum(cell["all"]) if sum(cell["all"]) else 1.0
+
+
+def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
+    """Choose by ERM's mistakes.
+
+    Candidates that get most of the mistakes right, beyond doubt (the interval lies above one half), are
+    admitted. Of those within one standard error of the best score, the one that hides least is chosen.
+
+    Args:
+        judged: see `judge`.
+
+    Returns:
+        The chosen configuration, or `base` if there is none; and the rest of the reason.
+    """
+    admitted = {name: row for name, row in judged.items() if row["interval"][0] > 0.5}
+    among = admitted or judged
+    best = max(row["score"] for row in among.values())
+    count = sum(next(iter(judged.values()))["mistakes"]["all"])
+    error = math.sqrt(best * (1 - best) / count)
+    near = [name for name, row in among.items() if row["score"] >= best - error]
+    chosen = min(near, key=lambda name: judged[name]["hidden"])
+    row = judged[chosen]
+    right = sum(row["mistakes"]["right"])
+    low, high = (round(100 * limit) for limit in row["interval"])
+    found = (
+        f"{right} of these are right ({low}–{high} %), and {share(row['rest']):.1%} of the others."
+    )
+    if admitted:
+        return chosen, f". With {row['description']}, {found}"
+    kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
+    return "base", f". {kept} With the best, {row['description']}, {found}"
+
+
+def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
+    """How far each model falls behind the best one on images that are resampled by anyone's masks.
+
+    A model that relies on what a mask hides loses accuracy where that comes from another image. `SAMPLE`
+    images of each half are resampled by the masks of each candidate, which the models of that half have
+    made; the models of the other half predict them.
+
+    Args:
+        candidates: see `choose`; their models are saved.
+
+    Returns:
+        By configuration, `base` among them: the largest difference, over all sets of images, between
+        the best model's accuracy in its worst class and this one's, in [0, 1].
+    """
+    accuracy = {}  # (set of images) → model → accuracy of the worst class, one for each half
+    for half in (0, 1):
+        other = 1 - half
+        sets = shortcuts.load(of_half(candidates[0], half))
+        generator = torch.Generator().manual_seed(candidates[0].seed)
+        sample = torch.randperm(len(sets.train), generator=generator)[:SAMPLE]
+        paths = {"base": of_half(candidates[0], other).checkpoint_path("base")}
+        for candidate in candidates:
+            of_other = of_half(candidate, other)
+            paths[candidate.configuration] = of_other.checkpoint_path(of_other.configuration)
+        device = sets.train.labels.device
+        networks = {
+            name: store.load_checkpoint(path, device=device)[0] for name, path in paths.items()
+        }
+        for chain in chains(candidates):
+            of_this = [of_half(candidate, half) for candidate in chain]
+            for candidate, tuned in zip(chain, _rounds(of_this, sets.train), strict=True):
+                masks = tuned.masked.own_masks[sample]
+                images = masking.MaskedDataset(
+                    sets.train[sample], masks, "resample", candidate.seed
+                )
+                for name, network in networks.items():
+                    key = candidate.configuration, name
+                    worst = worst_class(evaluation.predict(network, images), images.labels.cpu())
+                    accuracy.setdefault(key, []).append(worst)
+    names = ["base", *(candidate.configuration for candidate in candidates)]
+    shortfalls = dict.fromkeys(names, 0.0)
+    for images in names[1:]:
+        means = {name: sum(accuracy[images, name]) / 2 for name in names}
+        best = max(means.values())
+        for name in names:
+            shortfalls[name] = max(shortfalls[name], best - means[name])
+    return shortfalls
+
+
+def worst_class(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy of the class with the smallest, in [0, 1]."""
+    right = (logits.argmax(1) == labels).double()
+    return min(right[labels == label].mean().item() for label in labels.unique())
+
+
+def by_shortfalls(judged: dict[str, dict], shortfalls: dict[str, float]) -> tuple[str, str]:
+    """Choose the candidate with the smallest shortfall, or keep ERM if its own is smaller.
+
+    Of those within one standard error, the one that hides least is chosen.
+
+    Args:
+        judged: see `judge`.
+        shortfalls: see `resampled_shortfalls`.
+
+    Returns:
+        See `by_mistakes`.
+    """
+    least = min(shortfalls[name] for name in judged)
+    error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
+    near = [name for name in judged if shortfalls[name] <= least + error]
+    chosen = min(near, key=lambda name: judged[name]["hidden"])
+    few = ", too few to judge by. On images resampled by the masks of all candidates,"
+    behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
+    if shortfalls["base"] <= least:
+        return "base", f"{few} no candidate falls less behind the best than ERM, which is kept."
+    reason = f"{few} {judged[chosen]['description']} is at most {behind[chosen]} behind the best, "
+    return chosen, f"{reason}and ERM {behind['base']}. That is in doubt."
+
+
+def describe(candidate: Settings) -> str:
+    """A candidate in words, without how it is fine-tuned."""
+    words = f"{candidate.method} {candidate.param}"
+    if candidate.dilation:
+        words += f" dilated by {candidate.dilation}"
+    if candidate.fill == "resample":
+        words += ", resampled"
+    if candidate.rounds > 1:
+        words += f", {candidate.rounds} rounds"
+    return words
 
 
 def short(configuration: str) -> str:
-    """Name of a configuration without how it is fine-tuned."""
-    left_out = r"_(finetune_(lr|schedule|batch_size)|accumulate|restart)=[^_]+"
-    return re.sub(left_out, "", configuration)
+    """Name of a configuration without how it is fine-tuned, and by whom its masks are made."""
+    return re.sub(r"_(finetune_(lr|schedule|batch_size|epochs)|cross_fit)=[^_]+", "", configuration)
 
 
 def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -204,16 +419,21 @@ def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         settings: the experiment.
 
     Returns:
-        The rows of ERM, of the best of the other configurations by the same score, of the chosen
-        one, and of the oracle, if there is one; `model` tells them apart.
+        The rows of ERM; of the best of the other configurations by the test sets, if there are any; of
+        what was chosen, which may be ERM; and of the oracle, if there is one; `model` tells them apart.
     """
-    own = table[table["experiment"] == settings.experiment]
-    oracle = table["experiment"] == dataclasses.replace(settings, shortcut="none").experiment
-    other = own[own["chosen"].isna() & own["score"].notna() & (own["configuration"] != "base")]
+    of_experiment = table[table["experiment"] == settings.experiment]
+    is_base = of_experiment["configuration"] == "base"
+    is_chosen = of_experiment["chosen"].eq(True)
+    others = of_experiment[~is_base & ~is_chosen]
+    without_shortcut = dataclasses.replace(settings, shortcut="none").experiment
+    is_oracle = table["experiment"].eq(without_shortcut) & table["configuration"].eq("base")
     rows = {
-        "ERM": own[own["configuration"] == "base"],
-        "MaskTune, best published": other.loc[other.groupby("seed")["score"].idxmax()],
-        SELF_TUNED: own[own["chosen"].eq(True)],
-        "oracle: ERM without the shortcut": table[oracle & (table["configuration"] == "base")],
+        "ERM": of_experiment[is_base],
+        "best of the others, by the test sets": others.loc[
+            others.groupby("seed")["worst_group"].idxmax()
+        ],
+        CHOSEN: of_experiment[is_chosen],
+        "oracle: ERM without the shortcut": table[is_oracle],
     }
     return pd.concat([part.assign(model=name) for name, part in rows.items()])

@@ -34,7 +34,7 @@ Shortcut = Literal[*KINDS.split()]
 Cam = Literal["XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM"]
 Method = Literal["threshold", "top_k", "mean", "mean_std", "random"]
 Upsample = Literal["bilinear", "nearest", "map"]
-Fill = Literal["zero", "mean", "shuffle"]
+Fill = Literal["zero", "resample"]
 Schedule = Literal["constant", "linear"]
 
 
@@ -58,14 +58,7 @@ class DataSettings:
     shortcut: Shortcut = field("square", "in training: square, another of shortcuts.py, or none")
     conflicting_share: float = field(0.01, "share of each class against the shortcut", ge=0, le=1)
     validation_share: float = field(0.0, "share of training images held out", ge=0, le=0.5)
-
-    @field_validator("directory")
-    def _writable(cls, directory: str) -> str:
-        path = REPOSITORY / directory
-        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise ValueError(f"a folder to write to, or a new one ({nearest} is not one)")
-        return directory
+    half: int | None = field(None, "0 or 1: train on this half, hold out the other", ge=0, le=1)
 
     @field_validator("image_size")
     def _of_a_folder(cls, size: int, info: ValidationInfo) -> int:
@@ -119,14 +112,14 @@ class Settings(BaseSettings):
     param: float = field(0.1, "of the method; top_k, random: larger hides more", ge=0)
     upsample: Upsample = field("bilinear", "mask to the image: bilinear, nearest, or map (first)")
     dilation: int = field(0, "by which the mask is dilated, in 28ths of the side", ge=0, le=27)
-    fill: Fill = field("zero", "what hidden pixels become: zero, mean or shuffle")
+    fill: Fill = field("zero", "what hidden pixels become: zero, or resample (another image's)")
+    rounds: int = field(1, "of masking; each adds to what is hidden", ge=1, le=100)
+    cross_fit: bool = field(False, "masks by two base models, each trained on half of the images")
     finetune_optimizer: Literal["sgd", "adam"] = field("sgd", "sgd or adam")
     finetune_lr: float | None = field(None, "None: last lr of the base model", ge=1e-8, le=10)
     finetune_schedule: Schedule = field("constant", "constant, or linear (to 0)")
     finetune_batch_size: int | None = field(None, "None: batch_size", ge=2, le=60_000)
-    iterations: int = field(1, "rounds of masking, with one epoch each", ge=1, le=100)
-    accumulate: bool = field(False, "later rounds also hide what earlier rounds hid")
-    restart: bool = field(False, "later rounds start from the base model again")
+    finetune_epochs: int = field(1, "epochs of fine-tuning; the paper has 1", ge=1, le=10_000)
 
     @field_validator("param")
     def _in_range(cls, param: float, info: ValidationInfo) -> float:
@@ -153,10 +146,16 @@ class Settings(BaseSettings):
         The rate is `finetune_lr`, or what the base model's schedule ended with.
         """
         decays = self.epochs // self.lr_decay_epochs
-        lr = self.finetune_lr or self.lr * self.lr_decay_factor**decays
-        options = self.training | {"epochs": 1, "lr": lr, "description": self.configuration}
-        options |= {"optimizer": self.finetune_optimizer, "schedule": self.finetune_schedule}
-        return options | {"batch_size": self.finetune_batch_size or self.batch_size}
+        last_lr = self.lr * self.lr_decay_factor**decays
+        return {
+            **self.training,
+            "epochs": self.finetune_epochs,
+            "lr": self.finetune_lr or last_lr,
+            "batch_size": self.finetune_batch_size or self.batch_size,
+            "optimizer": self.finetune_optimizer,
+            "schedule": self.finetune_schedule,
+            "description": self.configuration,
+        }
 
     @property
     def mask_rule(self) -> dict[str, Any]:

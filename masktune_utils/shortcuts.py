@@ -184,8 +184,9 @@ def load(settings: DataSettings) -> BiasedSets:
 
     Returns:
         `train`; `raw`, the test images without a shortcut; `biased`, the test images with it in
-        every image of class 1 and in no other; `validation`, what is held out of `train`. Nothing
-        is planted in a folder of images: its test set is `raw`, and `biased` is empty.
+        every image of class 1 and in no other; `validation`, what is held out of `train`: the
+        `validation_share`, or the other `half`. Nothing is planted in a folder of images: its test
+        set is `raw`, and `biased` is empty.
 
     Raises:
         FileNotFoundError: see `data.load`.
@@ -194,18 +195,27 @@ def load(settings: DataSettings) -> BiasedSets:
     train, test = data.load(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     which, held_out = torch.zeros(2, len(train), dtype=torch.bool)
+    classes = len(train.labels.unique())
     biased, count = test[:0], round(settings.validation_share * len(train))
     if settings.dataset != "folder" and settings.shortcut != "none":
         which = place(train, settings.placement, settings.conflicting_share, generator)
     held_out[torch.randperm(len(train), generator=generator)[:count]] = True
-    if len(train.labels[~held_out].unique()) < len(train.labels.unique()):
-        raise ValueError("validation_share leaves a class without training images; allowed: less.")
     if count and train.images.nbytes > decoding.IN_MEMORY:
         allowed = f"0 for more than {decoding.IN_MEMORY:,} bytes of images"
         raise ValueError(f"validation_share is {settings.validation_share}; allowed: {allowed}.")
     if settings.dataset != "folder":
         train = plant(train, which, settings, generator)
         biased = plant(test, halves(test.labels) == 1, settings, generator)
-    parts = train[~held_out] if count else train, test, biased, train[held_out]
+    validation = train[held_out]
+    if count:
+        train = train[~held_out]
+    if settings.half is not None:
+        two_halves = data.stratified_halves(train.labels, settings.seed)
+        validation = train[two_halves[1 - settings.half]]
+        train = train[two_halves[settings.half]]
+    if len(train.labels.unique()) < classes:
+        share = "validation_share" if settings.half is None else "half"
+        raise ValueError(f"{share} leaves a class without training images; allowed: more images.")
+    parts = train, test, biased, validation
     device = models.resolve_device(settings.device)
     return BiasedSets(*(part.to(device) for part in parts))

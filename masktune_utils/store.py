@@ -18,11 +18,31 @@ from masktune_utils.settings import DEFAULTS, REPOSITORY
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 RESULT = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
-CHOICE = {"configuration", "scores", "others", "doubt", "base_sha256"}
+CHOICE = {"configuration", "reason", "images", "mistakes", "candidates", "base_sha256"}
+# Settings that are no more, with the value at which a checkpoint is as one of today.
+RETIRED = {"iterations": 1, "accumulate": False, "restart": False}
 
 
 class CheckpointError(ValueError):
     """A file that is not a checkpoint of this project, is damaged, or was made with other settings."""
+
+
+def check_writable(directory: str) -> None:
+    """Make the folder of an experiment's files, unless it is there, and see whether it can be written to.
+
+    Args:
+        directory: see `Settings.directory`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    folder = REPOSITORY / directory
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        allowed = f"a folder to write to, or a new one ({error.strerror})"
+        raise ValueError(f"directory is {directory!r}; allowed: {allowed}.") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -121,6 +141,9 @@ def load_checkpoint(
             about = {"state_dict": about, "settings": {}, "history": [], "sha256": sha}
         about |= {"settings": dict(about["settings"]), "history": list(about["history"])}
         weights, made_with = about.pop("state_dict"), about["settings"]
+        for name, value in RETIRED.items():
+            if made_with.pop(name, value) != value:
+                raise ValueError(f"an older version wrote it, with {name} other than {value}")
         if unknown := made_with.keys() - DEFAULTS - {"base_sha256"}:
             raise ValueError(f"a newer version wrote it, with the setting {', '.join(unknown)}")
         if weights_sha256(weights) != about["sha256"]:
@@ -149,27 +172,28 @@ def collect(directory: str = "") -> pd.DataFrame:
 
     Returns:
         One row per result, base models first; without `metrics`, what `experiment.record` returns.
-        Also, see `selection.choose`: its `score`, and for candidates, whether it is `chosen`, and
-        the `gain` of that choice; else None.
+        Also `chosen`: whether `selection.choose` chose it; None if there was no choice.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
     """
-    found = sorted((REPOSITORY / directory / "results").rglob("*.json"))
-    results = {path: read_result(path) for path in found}
-    choices = {path.parent: results.pop(path) for path in found if path.stem == "chosen"}
+    results, choices = {}, {}
+    for path in sorted((REPOSITORY / directory / "results").rglob("*.json")):
+        content = read_result(path)
+        if path.stem == "chosen":
+            choices[path.parent] = content
+        else:
+            results[path] = content
     bases = {path.parent: row["sha256"] for path, row in results.items() if path.stem == "base"}
     rows = []
     for path, row in results.items():
-        if row["base_sha256"] == bases.get(path.parent):
-            choice, name = choices.get(path.parent, {}), row["configuration"]
-            row |= {"score": None, "chosen": None, "gain": None}
-            if choice.get("base_sha256") == row["base_sha256"]:
-                row["score"] = (choice["scores"] | choice["others"]).get(name)
-                if name in choice["scores"]:
-                    row["chosen"] = name == choice["configuration"]
-                    row["gain"] = choice["doubt"]["gain"]
-            rows.append(row)
+        if row["base_sha256"] != bases.get(path.parent):
+            continue
+        row["chosen"] = None
+        choice = choices.get(path.parent)
+        if choice and choice["base_sha256"] == row["base_sha256"]:
+            row["chosen"] = row["configuration"] == choice["configuration"]
+        rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else [*KEY, "metrics"]).drop(columns="metrics")
     return table.sort_values(KEY, key=lambda column: column.replace("base", ""), ignore_index=True)
 

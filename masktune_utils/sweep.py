@@ -16,7 +16,7 @@ from sklearn.model_selection import ParameterGrid
 from tqdm import tqdm
 
 from masktune_utils import data, evaluation, kernels, models, progress, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, BaseSettings, Settings
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 BASE, FINETUNE = ("02_erm", "03_saliency_masks"), "04_finetune_sweep"
@@ -155,22 +155,11 @@ def report(stages: list[list[Job]], summary: bool = True) -> None:
         print(f"{kind}:", *folders, sep="\n  ")
 
 
-def candidates(dataset: str) -> Path:
-    """The grid file of the candidates: self_tuned.yaml, or for a folder of images photographs.yaml."""
-    return GRIDS["photographs" if dataset == "folder" else "self_tuned"]
-
-
-def self_tuned(settings: BaseSettings) -> list[Settings]:
-    """The candidates for one base model."""
-    own = {name: [getattr(settings, name)] for name in BaseSettings.__pydantic_fields__}
-    return read_grid(candidates(settings.dataset), own)[1]
-
-
-def read_grid(file: Path, given: dict[str, list]) -> tuple[str, list[Settings]]:
+def read_grid(file: Path | None, given: dict[str, list]) -> tuple[str, list[Settings]]:
     """A grid file: the notebook, and all configurations.
 
     Args:
-        file: YAML; blocks of settings, each with a value or a list of values. A block stands for
+        file: None: all defaults. YAML; blocks of settings, each with a value or a list of values. A block stands for
             all their combinations. The first may name the `notebook`, by default 04.
         given: values from the command line, which win.
 
@@ -182,7 +171,7 @@ def read_grid(file: Path, given: dict[str, list]) -> tuple[str, list[Settings]]:
     grid, block, stem = [], {}, FINETUNE
     try:
         blocks = TypeAdapter(conlist(dict[str, Any], min_length=1))
-        blocks = blocks.validate_python(yaml.safe_load(file.read_bytes()))
+        blocks = blocks.validate_python(yaml.safe_load(file.read_bytes()) if file else [{}])
         stem, stems = blocks[0].pop("notebook", stem), [p.stem for p in NOTEBOOKS.glob("*.ipynb")]
         if stem not in stems:
             raise ValueError(f"notebook is {stem!r}; allowed: {', '.join(sorted(stems))}.")

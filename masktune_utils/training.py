@@ -71,7 +71,8 @@ def train(
             # batch normalisation is undefined for a single image
             batches = [index for index in order.split(one.batch_size) if len(index) > 1]
             mirror = generator if one.flip else None
-            loss, accuracy = _train_epoch(model, dataset, batches, scheduler, bar, mirror).tolist()
+            images = dataset.in_epoch(epoch)
+            loss, accuracy = _train_epoch(model, images, batches, scheduler, bar, mirror).tolist()
             row = {"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": rate}
             history.append(row | {"seconds": time.perf_counter() - started})
     return history

@@ -15,7 +15,7 @@ import torch
 from conftest import outcome
 from tiny_runs import contents, masktune
 
-from masktune_utils import experiment, masking, plotting, shortcuts
+from masktune_utils import experiment, plotting, shortcuts
 from masktune_utils.settings import Settings
 
 pytest_plugins = ["tiny_runs"]
@@ -31,13 +31,12 @@ def pipeline(directory: Path) -> None:
     torch.set_num_threads(1)
     settings = Settings(directory=str(directory), dataset="mnist5k", limit=200, epochs=1)
     sets = shortcuts.load(settings)
-    base, about = experiment.base_model(settings, sets.train)
-    experiment.record(settings, base, about, sets)
-    maps = experiment.training_saliency(settings, base, sets.train)
-    masked = masking.mask_dataset(sets.train, maps, **settings.mask_rule)
-    finetuned, about = experiment.finetuned_model(settings, base, masked)
-    experiment.record(settings, finetuned, about, sets)
-    plotting.show(plotting.grid({"masked": masked.batch(slice(0, 2))[0]}), settings, "picture")
+    base = experiment.base_model(settings, sets.train)
+    experiment.record(base, sets)
+    tuned = experiment.masktune(settings, base, sets.train)
+    experiment.record(tuned, sets)
+    pictures = {"masked": tuned.masked.batch(slice(0, 2))[0]}
+    plotting.show(plotting.grid(pictures), settings, "picture")
 
 
 def disturbed(directory: Path, event: str, name: str, fault) -> None:

@@ -166,9 +166,10 @@ VALUES |= {"epochs": [1, 10], "batch_size": [2], "lr": [0.1], "momentum": [0.0, 
 VALUES |= {"weight_decay": [0.0], "lr_decay_epochs": [1, 10], "lr_decay_factor": [0.1]}
 VALUES |= {"cam": ["GradCAM"], "method": ["mean", "mean_std"], "param": [0.11, 1e-7, 1]}
 VALUES |= {"upsample": ["map"], "dilation": [1, 11], "finetune_optimizer": ["adam"]}
-VALUES |= {"finetune_lr": [0.01, 0.1], "iterations": [2, 12], "accumulate": [True]}
-VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32], "restart": [True]}
-VALUES |= {"fill": ["mean", "shuffle"], "labels": ["digits"], "flip": [True]}
+VALUES |= {"finetune_lr": [0.01, 0.1], "rounds": [2, 12], "cross_fit": [True], "half": [0, 1]}
+VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32]}
+VALUES |= {"finetune_epochs": [2, 10]}
+VALUES |= {"fill": ["resample"], "labels": ["digits"], "flip": [True]}
 VALUES |= {"model": ["resnet18"], "weights": ["DEFAULT", "nets/a.pth"]}
 FIELDS = {name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()}
 SETTINGS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda some: Settings(**some))

@@ -100,21 +100,80 @@ def test_hidden_shares_are_nan_where_no_image_has_a_square(splits, method):
     assert np.isnan([*masking.hidden_shares(masked).values()]).all()
 
 
-def test_what_is_hidden_is_filled_with_zeros_the_mean_colour_or_another_image(splits):
+def test_resampled_images_equal_the_formula_one_by_one(splits):
+    split, how = splits.train, ("threshold", 0.5, "nearest")
+    masked = masking.mask_dataset(split, MORE[0], *how, seed=3, fill="resample").in_epoch(2)
+    pixels = split.images / 255
+    for i, j in enumerate(masked.partners.tolist()):
+        own, of_partner = masked.own_masks[i], masked.own_masks[j]
+        hidden = (own | of_partner).float()
+        expected = pixels[i] * (1 - hidden) + pixels[j] * hidden
+        found, labels = masked.batch(torch.tensor([i]))
+        assert torch.equal(found[0], expected) and labels.item() == split.labels[i]
+        assert torch.equal(masked.masks(torch.tensor([i]))[0], hidden)
+    hard = masking.image_masks(MORE[0], SIZE, *how, 0).bool()
+    assert torch.equal(masked.own_masks, hard)
+
+
+def test_soft_edges_are_resampled_by_their_share(splits):
+    split = splits.train
+    masked = masking.mask_dataset(split, MORE[0], "top_k", 0.3, fill="resample")
+    soft = masking.image_masks(MORE[0], SIZE, "top_k", 0.3, "bilinear", 0)
+    partners = masked.partners
+    hidden = torch.maximum(soft, soft[partners])[:, None]
+    pixels = split.images / 255
+    expected = pixels * (1 - hidden) + pixels[partners] * hidden
+    torch.testing.assert_close(masked.batch(ALL)[0], expected)
+
+
+def test_partners_come_from_the_seed_anew_in_each_epoch_and_from_any_class():
+    labels = torch.arange(20_000) % 2
+    split = data.Split(torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8), labels)
+    nothing = torch.zeros(20_000, 1, 1, dtype=torch.bool)
+    masked = masking.MaskedDataset(split, nothing, "resample", seed=5)
+    first, second = masked.partners, masked.in_epoch(2).partners
+    assert torch.equal(first, masked.in_epoch(1).partners) and not torch.equal(first, second)
+    other = masking.MaskedDataset(split, nothing, "resample", seed=9)
+    assert not torch.equal(first, other.partners)
+    for partners in (first, second):
+        assert torch.equal(partners.sort().values, torch.arange(20_000))  # each is one once
+        same_class = (labels[partners] == labels).double().mean().item()
+        assert same_class == pytest.approx(0.5, abs=0.015)  # four standard deviations
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 200])
+def test_resampled_images_are_the_same_in_batches_of_any_size(splits, batch_size):
+    masked = masking.mask_dataset(splits.train, MORE[0], "mean_std", 1.0, fill="resample")
+    whole, _ = masked.batch(ALL)
+    parts = [masked.batch(i)[0] for i in torch.arange(200).split(batch_size)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(masked.images, (255 * whole).round().byte())
+
+
+def test_shares_tell_what_is_really_hidden(splits):
+    shares = {}
+    for fill in ("zero", "resample"):
+        masked = masking.mask_dataset(splits.train, MORE[0], "top_k", 0.1, "nearest", fill=fill)
+        shares[fill] = masking.hidden_shares(masked)["rest"]
+        has_shortcut = splits.train.has_shortcut
+        outside = ~splits.train.shortcut[has_shortcut]
+        hidden = masked.masks(ALL)[has_shortcut]
+        expected = (hidden * outside).sum((1, 2)) / outside.sum((1, 2))
+        assert shares[fill] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert shares["resample"] > 1.5 * shares["zero"]  # a union of two masks
+
+
+def test_what_is_hidden_is_filled_with_zeros(splits):
     split, index = splits.train, torch.tensor([5, 0, 7])
     maps = torch.zeros(200, 8, 8)
     maps[:, :4] = 1  # the upper half of the image
     images = split.batch(index)[0]
-    mean = split.batch(slice(None))[0].mean((0, 2, 3)).view(3, 1, 1).expand(3, 3, 14, 28)
-    upper = {"zero": torch.zeros(3, 3, 14, 28), "mean": mean, "shuffle": images[[2, 0, 1], :, :14]}
-    for fill, expected in upper.items():
-        masked = masking.mask_dataset(split, maps, "threshold", 0.5, "nearest", fill=fill)
-        found = masked.batch(index)[0]
-        torch.testing.assert_close(found[:, :, :14], expected)
-        assert torch.equal(found[:, :, 14:], images[:, :, 14:])
-        assert masked.images.dtype == torch.uint8
-        if fill != "shuffle":
-            torch.testing.assert_close(masked.images[index] / 255, found, atol=0.002, rtol=0)
+    masked = masking.mask_dataset(split, maps, "threshold", 0.5, "nearest")
+    found = masked.batch(index)[0]
+    assert torch.equal(found[:, :, :14], torch.zeros(3, 3, 14, 28))
+    assert torch.equal(found[:, :, 14:], images[:, :, 14:])
+    assert masked.images.dtype == torch.uint8
+    torch.testing.assert_close(masked.images[index] / 255, found, atol=0.002, rtol=0)
 
 
 def test_an_unknown_method_and_too_few_maps_are_refused(splits):

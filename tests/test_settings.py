@@ -1,11 +1,10 @@
 """Settings: what is allowed, and where files go. Most bad values are in test_bad_input.py."""
 
-import os
 import re
 
 import pytest
 
-from masktune_utils import experiment
+from masktune_utils import experiment, store
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 
@@ -35,13 +34,13 @@ def test_a_bad_value_is_refused_and_named_with_what_is_allowed(values, message):
         Settings(**values)
 
 
-def test_a_directory_that_is_a_file_or_cannot_be_written_to_is_refused(monkeypatch, tmp_path):
+def test_a_directory_that_cannot_be_written_to_is_refused_and_a_new_one_is_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^directory is .*; allowed: a folder to write to, or a"):
-        Settings(directory=str(tmp_path / "file" / "below"))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ValueError, match=re.escape(f"a new one ({tmp_path} is not one).")):
-        Settings(directory=str(tmp_path / "new"))
+    for directory in (tmp_path / "file", tmp_path / "file" / "below", "/proc/new"):
+        with pytest.raises(ValueError, match=f"^directory is '{directory}'; allowed: a folder to wr"):
+            store.check_writable(str(directory))
+    store.check_writable(str(tmp_path / "a" / "b"))
+    assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
 
 
 def test_settings_of_a_notebook_and_unknown_parameters():
