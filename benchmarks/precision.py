@@ -34,10 +34,10 @@ def main() -> None:
             )
             splits = shortcuts.load(settings)
             with switch:
-                model, about = experiment.base_model(settings, splits.train)
-            result = experiment.record(settings, model, about, splits)
+                base = experiment.base_model(settings, splits.train)
+            result = experiment.record(base, splits)
             rows.append(
-                {"precision": precision, "seed": seed, "loss": about["history"][-1]["loss"]}
+                {"precision": precision, "seed": seed, "loss": base.history[-1]["loss"]}
             )
             rows[-1] |= {name: 100 * result[name] for name in ("raw", "biased")}
             print(rows[-1], flush=True)

@@ -37,8 +37,8 @@ def main() -> None:
             assert not error, error
             wall[job] = time.perf_counter() - started
         last, sets = stages[-1], shortcuts.load(grid[-1])
-        base, _ = experiment.base_model(grid[-1], sets.train)
-        tests = {"predictions": lambda: evaluation.evaluate(base, sets)}
+        base = experiment.base_model(grid[-1], sets.train)
+        tests = {"predictions": lambda: evaluation.evaluate(base.model, sets)}
         predictions = alternate(tests, 3)["predictions"]
         result = last.settings.folder("results") / f"{last.name}.json"
         training = store.read_result(result)["seconds"]

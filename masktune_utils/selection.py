@@ -37,7 +37,7 @@ STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST
 MOST_EPOCHS = 6
 RULES = (  # fill, param of mean_std, dilation, rounds at most
     ("resample", 4.0, 3, 2),
-    ("resample", 3.0, 4, 2),
+    ("resample", 3.0, 4, 4),
     ("resample", 3.0, 6, 1),
     ("resample", 2.0, 1, 2),
     ("resample", 2.0, 2, 4),
@@ -111,7 +111,8 @@ def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False)
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept; `reason`, in
-        a few sentences; `images` and `mistakes`, their numbers; `candidates`, see `judge`; `base_sha256`.
+        a few sentences; `images` and `mistakes`, their numbers; `candidates`: for each what `judge` returns, and its
+        `description` and `fill`; `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = store.read_result(path.with_stem("base"))["sha256"]
@@ -124,6 +125,7 @@ def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False)
     judged = judge(held_out)
     for candidate in candidates:
         judged[candidate.configuration]["description"] = describe(candidate)
+        judged[candidate.configuration]["fill"] = candidate.fill
     mistakes = int((held_out.erm != held_out.labels).sum())
     introduction = f"ERM gets {mistakes} of {len(held_out.labels):,} training images wrong that it has not seen"
     if mistakes >= FEW:

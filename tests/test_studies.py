@@ -91,6 +91,6 @@ def test_notebook_10_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
     papermill.execute_notebook(source, target, values, progress_bar=False)
     (file,) = tmp_path.glob("results/folder-watermark-train*/seed0/10_your_own.csv")
     found = pd.read_csv(file).set_index("model")
-    assert [*found.index] == ["ERM", "self-tuned", "oracle"]
+    assert [*found.index] == ["ERM", "chosen", "oracle"]
     groups = found[["rare", "usual"]]
     assert groups.map(lambda share: 0 <= share <= 1).all(None)
