@@ -121,6 +121,14 @@ def test_grid_files(content, message, refused, tmp_path):
         refused(part, str(path), "--dataset=mnist5k")
 
 
+def test_a_directory_that_cannot_be_written_to(capsys):
+    """Nothing can be made below /proc, not even by root."""
+    arguments = ["run", "--dataset", "mnist5k", "--directory", "/proc/new", "--epochs", "1"]
+    assert command.main(arguments) == 2
+    message = "masktune: directory is '/proc/new'; allowed: a folder to write to, or a new one ("
+    assert message in capsys.readouterr().err
+
+
 PARAMETERS = {
     "02_erm": ({"epoch": 3}, "epoch is not a parameter; allowed: directory, device"),
     "05_plots": ({"finetuned_model": "nowhere.pth"}, "nowhere.pth is not a file; give the path of"),

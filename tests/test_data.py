@@ -142,6 +142,8 @@ def test_a_relative_folder_counts_from_the_repository(monkeypatch, tmp_path):
     assert data.data_root().resolve() == REPOSITORY
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
     assert data.data_root() == tmp_path
+    monkeypatch.setenv("MASKTUNE_DATA", "")  # counts as unset
+    assert data.data_root() == REPOSITORY / "data"
     monkeypatch.delenv("MASKTUNE_DATA")
     assert data.data_root() == REPOSITORY / "data"
 
@@ -204,7 +206,7 @@ def test_the_code_of_notebook_10_for_your_own_network_runs(tmp_path):
     assert 0 <= float(printed.stdout) <= 1
 
 
-@pytest.mark.skipif("MASKTUNE_DATA" not in os.environ, reason="needs the full MNIST")
+@pytest.mark.skipif(not os.environ.get("MASKTUNE_DATA"), reason="needs the full MNIST")
 def test_full_mnist_counts():
     assert data.resolve_dataset("auto") == "mnist"
     full = load(dataset="mnist", placement="ordered")

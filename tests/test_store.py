@@ -173,3 +173,13 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
         store.read_result(path)
     with pytest.raises(ValueError, match=message):
         store.collect(str(tmp_path))
+
+
+def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, model):
+    old = IDENTITY | {"iterations": 1, "accumulate": False, "restart": False}
+    store.save_checkpoint(saved, model, old, [])
+    _, about = store.load_checkpoint(saved, IDENTITY)
+    assert about["settings"] == IDENTITY
+    store.save_checkpoint(saved, model, old | {"iterations": 3}, [])
+    with pytest.raises(CheckpointError, match="an older version wrote it, with iterations other th"):
+        store.load_checkpoint(saved)
