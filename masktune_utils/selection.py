@@ -48,7 +48,7 @@ RULES = (  # fill, param of mean_std, dilation, rounds at most
 COARSE_RULES = (  # of photographs, whose maps have few cells
     ("resample", 1.5, 0, 2),
     ("resample", 1.0, 0, 2),
-    ("resample", 0.5, 0, 2),
+    ("resample", 0.5, 0, 1),
     ("zero", 1.0, 0, 1),
 )
 
