@@ -1,11 +1,26 @@
 """Progress bars, for people who look on and for logs."""
 
+import contextlib
 import io
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from IPython import get_ipython
 from tqdm import auto, std
+
+_is_silent = ContextVar("_is_silent", default=False)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Show no bars meanwhile, because there is one for the whole."""
+    token = _is_silent.set(True)
+    try:
+        yield
+    finally:
+        _is_silent.reset(token)
 
 
 def is_live() -> bool:
@@ -23,6 +38,8 @@ def bar(*args: Any, **options: Any) -> std.tqdm:
         *args: see tqdm.
         **options: see tqdm.
     """
+    if _is_silent.get():
+        return std.tqdm(*args, **options | {"disable": True})
     if hasattr(get_ipython(), "kernel") and not is_live():
         headless = {"file": sys.stdout, "mininterval": 5, "delay": 5, "ncols": 110}
         return std.tqdm(*args, **options | headless)

@@ -9,9 +9,7 @@ Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). The worst of
 uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import re
@@ -216,7 +214,7 @@ def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
 
 def _predict_erm(settings: Settings, retrain: bool) -> tuple[Tensor, Tensor]:
     """Labels of the other half, and what this half's base model predicts for it."""
-    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes
+    with progress.silence():
         sets = shortcuts.load(settings)
         base = experiment.base_model(settings, sets.train, retrain)
         experiment.training_saliency(settings, base, sets.train)  # once, for all chains
@@ -236,7 +234,7 @@ def _rounds(chain: Sequence[Settings], train: Split, retrain: bool = False) -> I
 def _predict_chain(chain: Sequence[Settings], retrain: bool) -> list[tuple[Tensor, float]]:
     """For each candidate of a half: its predictions for the other half, and the share it hides."""
     predicted = []
-    with contextlib.redirect_stderr(io.StringIO()):
+    with progress.silence():
         sets = shortcuts.load(chain[0])
         for tuned in _rounds(chain, sets.train, retrain):
             predictions = evaluation.predict(tuned.model, sets.validation).argmax(1)

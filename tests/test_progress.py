@@ -47,3 +47,13 @@ def test_of_what_a_headless_notebook_prints_the_command_shows_the_bars_alone(cap
 def test_a_terminal_gets_one_line_that_goes_away(capsys):
     assert list(progress.bar(range(3), desc="maps")) == [0, 1, 2]
     assert re.fullmatch(r"\rmaps:   0%.*\r +\r", capsys.readouterr().err)
+
+
+def test_bars_are_silent_where_there_is_one_for_the_whole(capsys):
+    with progress.silence():
+        assert [*progress.bar(range(3), mininterval=0)] == [0, 1, 2]
+        with progress.bar(total=2) as bar:
+            assert not bar.update(1)
+    assert capsys.readouterr() == ("", "")
+    assert [*progress.bar(range(3), mininterval=0)] == [0, 1, 2]
+    assert "3/3" in capsys.readouterr().err

@@ -37,7 +37,9 @@ def test_a_bad_value_is_refused_and_named_with_what_is_allowed(values, message):
 def test_a_directory_that_cannot_be_written_to_is_refused_and_a_new_one_is_made(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "below", "/proc/new"):
-        with pytest.raises(ValueError, match=f"^directory is '{directory}'; allowed: a folder to wr"):
+        with pytest.raises(
+            ValueError, match=f"^directory is '{directory}'; allowed: a folder to wr"
+        ):
             store.check_writable(str(directory))
     store.check_writable(str(tmp_path / "a" / "b"))
     assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]

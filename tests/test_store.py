@@ -181,5 +181,7 @@ def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, 
     _, about = store.load_checkpoint(saved, IDENTITY)
     assert about["settings"] == IDENTITY
     store.save_checkpoint(saved, model, old | {"iterations": 3}, [])
-    with pytest.raises(CheckpointError, match="an older version wrote it, with iterations other th"):
+    with pytest.raises(
+        CheckpointError, match="an older version wrote it, with iterations other th"
+    ):
         store.load_checkpoint(saved)

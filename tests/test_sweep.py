@@ -75,7 +75,9 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
         numbers = f"{100 * row.raw:.2f} +{100 * row.biased:.2f} +{100 * row.worst_group:.2f} +1\n"
         assert re.search(rf"{name} +{numbers}", printed)
     assert f"seed 0: {choice['reason']}" in printed
-    sentence = "In its worst group, ERM is right on {:.1%} of the images; what was chosen, on {:.1%}."
+    sentence = (
+        "In its worst group, ERM is right on {:.1%} of the images; what was chosen, on {:.1%}."
+    )
     worst = table.loc[["base", choice["configuration"]], "worst_group"]
     assert sentence.format(*worst) in printed
     assert (tiny(directory).folder("figures") / "05_chosen.png").exists() != kept
