@@ -22,9 +22,9 @@ NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
 ORDER = "progress models strict settings decoding data shortcuts training saliency masking store "
 ORDER += "evaluation experiment selection plotting kernels sweep command"
 OWN = {  # defaults of notebooks that differ from those of the settings
-    "07_limits": {"shortcut": "two_squares", "epochs": 20},
-    "08_alternatives": {"validation_share": 0.2, "epochs": 20},
-    "09_selective": {"validation_share": 0.2, "epochs": 20},
+    "07_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
+    "08_alternatives": {"dataset": "mnist5k", "validation_share": 0.2},
+    "09_selective": {"dataset": "mnist5k", "validation_share": 0.2},
     "10_your_own": {"dataset": "folder", "image_size": 64, "model": "resnet18"}
     | {"epochs": 10, "batch_size": 32},
 }
