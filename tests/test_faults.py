@@ -15,7 +15,7 @@ import torch
 from conftest import outcome
 from tiny_runs import contents, masktune
 
-from masktune_utils import experiment, plotting, shortcuts
+from masktune_utils import experiment, plotting, shortcuts, store
 from masktune_utils.settings import Settings
 
 pytest_plugins = ["tiny_runs"]
@@ -141,7 +141,7 @@ def test_permission_lost_midway(disk, undisturbed):
     assert in_process(disturbed, disk, "open", f"/{WRITES[0]}", lock) == errno.EROFS
     assert outcome(disk) == {WRITES[0]: undisturbed[WRITES[0]]}
     with pytest.raises(ValueError, match=f"directory is '{disk}'; allowed: a folder to write to"):
-        Settings(directory=str(disk))
+        store.check_writable(str(disk))
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert in_process(pipeline, disk) == 0
     assert outcome(disk) == undisturbed

@@ -1,5 +1,6 @@
 """Folders of photographs: decoding, groups, networks of torchvision, and what is refused."""
 
+import copy
 import dataclasses
 import os
 import urllib.error
@@ -77,9 +78,9 @@ def test_a_limit_takes_equally_many_images_of_each_class_and_of_each_group_to_te
 
 def test_one_test_set_is_reported_by_group_and_nothing_is_raw_or_biased(photographs):
     sets = shortcuts.load(photographs)
-    base, about = experiment.base_model(photographs, sets.train)
-    row = experiment.record(photographs, base, about, sets)
-    right = (evaluation.predict(base, sets.raw).argmax(1) == sets.raw.labels).double()
+    base = experiment.base_model(photographs, sets.train)
+    row = experiment.record(base, sets)
+    right = (evaluation.predict(base.model, sets.raw).argmax(1) == sets.raw.labels).double()
     assert row["test"] == right.mean().item() and not {"raw", "biased"} & row.keys()
     for name, index in shortcuts.groups(sets.raw).items():
         assert row[f"group {name}"] == right[index].mean().item()
@@ -87,16 +88,17 @@ def test_one_test_set_is_reported_by_group_and_nothing_is_raw_or_biased(photogra
     table = evaluation.summarize(store.collect(photographs.directory))
     assert [*table.columns] == ["test", "worst group", "seeds"]
     again, _ = store.load_checkpoint(photographs.checkpoint_path("base"))
-    assert torch.equal(evaluation.predict(again, sets.raw), evaluation.predict(base, sets.raw))
+    expected = evaluation.predict(base.model, sets.raw)
+    assert torch.equal(evaluation.predict(again, sets.raw), expected)
 
 
 def test_a_model_may_be_tested_on_other_photographs(photographs):
     sets = shortcuts.load(photographs)
-    _, about = experiment.base_model(photographs, sets.train)
+    base = experiment.base_model(photographs, sets.train)
     other = dataclasses.replace(photographs, test_folder=photographs.train_folder)
-    model, again = experiment.base_model(other, sets.train)
-    assert again["seconds"] is None and again["sha256"] == about["sha256"]
-    row = experiment.record(other, model, again, shortcuts.load(other))
+    again = experiment.base_model(other, sets.train)
+    assert again.seconds is None and again.sha256 == base.sha256
+    row = experiment.record(again, shortcuts.load(other))
     assert {name for name in row if name.startswith("group ")} == {"group Sumpf vögel", "group 陸"}
 
 
@@ -192,10 +194,19 @@ def test_images_in_a_file_give_the_same_as_in_memory(photographs, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v3_small", "densenet121", "squeezenet1_1", "swin_t"]
 )
-def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name):
+def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name, monkeypatch):
+    """In float64, since a small network's map may amplify the rounding of float32."""
+    find = models.target_layer
+
+    def target_layer(model, shape):
+        single = copy.deepcopy(model).float()  # torchcam looks for the layer in float32
+        names = {layer: layer_name for layer_name, layer in single.named_modules()}
+        return model.get_submodule(names[find(single, shape)])
+
+    monkeypatch.setattr(models, "target_layer", target_layer)
     torch.manual_seed(0)
     images, labels = torch.rand(6, 3, 96, 96), torch.arange(6) % 3
-    model = models.new_model(0, num_classes=3, name=name).double()  # rounding is not tested here
+    model = models.new_model(0, num_classes=3, name=name).double()
     images = images.double()
     maps = saliency.saliency_maps(model, images, labels)
     assert min(maps.shape[1:]) >= 2 and 0.5 < maps.amax() <= 1
