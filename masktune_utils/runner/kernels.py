@@ -21,7 +21,11 @@ ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 
 _idle: dict[str, list["Manager"]] = defaultdict(list)  # by their number of threads
-_random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # of a fresh kernel
+_random = (
+    random.getstate(),
+    np.random.get_state(),
+    torch.get_rng_state(),
+)  # of a fresh kernel
 _filters, _folder, _threads = [*warnings.filters], Path.cwd(), torch.get_num_threads()
 
 
@@ -56,7 +60,9 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
         client = manager.blocking_client()
         client.start_channels()
         client.wait_for_ready(timeout=60)
-        client.execute(RESET, store_history=False)  # a kernel keeps the order of what it is sent
+        client.execute(
+            RESET, store_history=False
+        )  # a kernel keeps the order of what it is sent
         client.stop_channels()
         yield manager
         manager.latest.stop_channels()
