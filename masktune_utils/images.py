@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, hash
+from joblib import Parallel, delayed
+from joblib import hash as fingerprint
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
     for path in paths:
         status = Path(path).stat()
         files.append((path, status.st_size, status.st_mtime_ns))
-    decoded = folder / f"{hash((side, files))}.npy"
+    decoded = folder / f"{fingerprint((side, files))}.npy"
     if not decoded.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < np.prod(shape):
