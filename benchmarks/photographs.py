@@ -62,9 +62,9 @@ def main() -> None:
         folder = Path(name)
         paths = generate(folder, 3000, 96)
         began = time.perf_counter()
-        images = images.decode(paths, 96, folder / "decoded")
-        print(f"images 3,000 PNG files of 96×96: {time.perf_counter() - began:.2f} s")
-        few, labels = images[:640], torch.arange(640) % 2
+        pixels = images.decode(paths, 96, folder / "decoded")
+        print(f"decoding 3,000 PNG files of 96×96: {time.perf_counter() - began:.2f} s")
+        few, labels = pixels[:640], torch.arange(640) % 2
         model = models.new_model(0, name="resnet18")
         functions = {
             "bare loop": lambda: bare_epoch(model, few, labels),

@@ -74,7 +74,7 @@ def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(
 def test_each_shortcut_changes_its_area_of_the_marked_images_and_nothing_else(
     kind, full
 ):
-    sets, repeated = (load(shortcut=kind.__name__) for _ in range(2))
+    sets, repeated = (load(shortcut=kind) for _ in range(2))
     for planted, clean in (
         (sets.biased, sets.raw),
         (sets.train, load(shortcut="none").train),
@@ -97,12 +97,10 @@ def test_each_shortcut_changes_its_area_of_the_marked_images_and_nothing_else(
         "frame": 208,
         "pixels": 49,
     }
-    if kind.__name__ in sizes:
-        assert (areas.sum((1, 2)) == sizes[kind.__name__]).all()
-        assert torch.equal(areas.any(0), areas.all(0)) == (
-            kind.__name__ != "square_anywhere"
-        )
-    elif kind.__name__ == "digit_color":
+    if kind in sizes:
+        assert (areas.sum((1, 2)) == sizes[kind]).all()
+        assert torch.equal(areas.any(0), areas.all(0)) == (kind != "square_anywhere")
+    elif kind == "digit_color":
         assert torch.equal(areas, ink[sets.raw.labels == 1])
     else:
         assert (areas | ink[sets.raw.labels == 1]).all()

@@ -54,16 +54,37 @@ def test_a_directory_that_cannot_be_written_to_is_refused_and_a_new_one_is_made(
     assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
 
 
-def test_settings_of_a_notebook_and_unknown_parameters():
+SHOWN = 'directory = ""  # where files go\ndataset = "mnist5k"\nseed = 0  # of every'
+
+
+def test_settings_of_a_notebook_are_read_from_its_cells(tmp_path):
+    shown = SHOWN.replace('""', repr(str(tmp_path)))
     cells = [
         "",
-        'dataset = "auto"\nseed = 0  # of every random choice',
-        "# Parameters\nseed = 3\n",
+        shown,
+        "# Parameters\nseed = 3\nrounds = 2\n",
+        "import torch",
+        "seed = 9",
     ]
-    namespace = {"In": cells, "dataset": "mnist5k", "seed": 3, "lrs": [1]}
-    assert experiment.from_notebook(namespace) == Settings(dataset="mnist5k", seed=3)
-    cells[2] = "# Parameters\nsede = 3\n"
-    with pytest.raises(
-        ValueError, match="sede is not a parameter; allowed: dataset, seed"
-    ):
-        experiment.from_notebook(namespace)
+    namespace = {"In": cells, "seed": 9, "lrs": [1]}
+    expected = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, rounds=2)
+    assert experiment.from_notebook(namespace) == expected
+    cells.append(
+        shown.replace("seed = 0", "seed = 5")
+    )  # run once more, changed by hand
+    assert experiment.from_notebook(namespace) == expected.replace(seed=5, rounds=1)
+    assert experiment.from_notebook(namespace, epochs=2).epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ("epoch = 3", "epoch is not a parameter; allowed: epochs."),
+        ("zzz = 3", "zzz is not a parameter; allowed: directory, device, "),
+        ("seed = -1", "seed is -1; allowed: greater than or equal to 0."),
+    ],
+)
+def test_unknown_parameters_are_refused_with_the_nearest_known_one(injected, message):
+    cells = ["", SHOWN, f"# Parameters\n{injected}\n"]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        experiment.from_notebook({"In": cells})

@@ -20,13 +20,16 @@ RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 
-idle_kernels: dict[str, list["Manager"]] = defaultdict(list)  # by their number of threads
-_random = (
-    random.getstate(),
-    np.random.get_state(),
-    torch.get_rng_state(),
-)  # of a fresh kernel
-_filters, _folder, _threads = [*warnings.filters], Path.cwd(), torch.get_num_threads()
+idle_kernels: dict[str, list["Manager"]] = defaultdict(
+    list
+)  # by their number of threads
+# Of a fresh kernel:
+_python_random = random.getstate()
+_numpy_random = np.random.get_state()
+_torch_random = torch.get_rng_state()
+_filters = list(warnings.filters)
+_folder = Path.cwd()
+_threads = torch.get_num_threads()
 
 
 class Manager(KernelManager):
