@@ -81,13 +81,23 @@ def measure(command: list[str]) -> tuple[float, float]:
 def gflops(dtype: torch.dtype) -> float:
     """Measured peak of this machine: 10⁹ operations a second in a product of 2048×2048 matrices."""
     matrix = torch.randn(2048, 2048, dtype=dtype)
-    return 2 * 2048**3 / alternate({"product": lambda: matrix @ matrix}, 10)["product"] / 1e9
+    return (
+        2
+        * 2048**3
+        / alternate({"product": lambda: matrix @ matrix}, 10)["product"]
+        / 1e9
+    )
 
 
 def bandwidth() -> float:
     """Measured peak of this machine: GB a second, read and written, in a copy of 256 MB."""
-    source, target = torch.ones(2**28, dtype=torch.uint8), torch.zeros(2**28, dtype=torch.uint8)
-    return 2 * 2**28 / alternate({"copy": lambda: target.copy_(source)}, 10)["copy"] / 1e9
+    source, target = (
+        torch.ones(2**28, dtype=torch.uint8),
+        torch.zeros(2**28, dtype=torch.uint8),
+    )
+    return (
+        2 * 2**28 / alternate({"copy": lambda: target.copy_(source)}, 10)["copy"] / 1e9
+    )
 
 
 def work(backward: bool) -> tuple[float, float]:
@@ -98,7 +108,9 @@ def work(backward: bool) -> tuple[float, float]:
     """
     model, numbers = models.SmallCNN(), []
     for layer in [*model.backbone, *model.linear]:
-        layer.register_forward_hook(lambda layer, inputs, output: numbers.append(output.numel()))
+        layer.register_forward_hook(
+            lambda layer, inputs, output: numbers.append(output.numel())
+        )
     with FlopCounterMode(display=False) as counter:
         logits = model(torch.zeros(2, 3, 28, 28))
         if backward:

@@ -32,7 +32,11 @@ def main() -> None:
     model = models.new_model(0, train.labels.device)
     training.train(model, train[:1280], epochs=1)
     epochs = arguments.epochs
-    rows = {f"ERM, {epochs} epochs": timed(lambda: training.train(model, train, epochs=epochs))}
+    rows = {
+        f"ERM, {epochs} epochs": timed(
+            lambda: training.train(model, train, epochs=epochs)
+        )
+    }
     rows["saliency, 60,000 images"] = timed(
         lambda: saliency.saliency_maps(model, train.images, train.labels)
     )
@@ -40,12 +44,16 @@ def main() -> None:
     for jobs in (1, 2, 4):
         with base_model_alone() as directory:
             sweep = [BIN / "masktune", "sweep", *options, "--directory", directory]
-            rows[f"sweep of 15, {jobs} at once"] = measure([*sweep, "--jobs", str(jobs)])[0]
+            rows[f"sweep of 15, {jobs} at once"] = measure(
+                [*sweep, "--jobs", str(jobs)]
+            )[0]
     with base_model_alone() as directory:
         notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
         values = {"directory": directory, "dataset": "mnist", "retrain": True}
         values["device"] = arguments.device
-        parameters = [word for name, value in values.items() for word in ("-p", name, str(value))]
+        parameters = [
+            word for name, value in values.items() for word in ("-p", name, str(value))
+        ]
         command = [
             BIN / "papermill",
             "--cwd",

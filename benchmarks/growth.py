@@ -18,7 +18,9 @@ def report(table: pd.DataFrame, unit: str) -> None:
     for column in table:
         slope, start = np.polyfit(table.index, table[column], 1)
         off = np.abs(np.polyval((slope, start), table.index) - table[column]).max()
-        print(f"{column}: {start:.2f} + {slope:.3g} a {unit}, at most {off:.2f} off the line")
+        print(
+            f"{column}: {start:.2f} + {slope:.3g} a {unit}, at most {off:.2f} off the line"
+        )
 
 
 def main() -> None:
@@ -29,7 +31,15 @@ def main() -> None:
         images = {}
         for count in (4_000, 15_000, 60_000):
             limit = "None" if count == 60_000 else str(count)
-            makes_base = [*sweep, "--method", "top_k", "--param", "0.1", "--limit", limit]
+            makes_base = [
+                *sweep,
+                "--method",
+                "top_k",
+                "--param",
+                "0.1",
+                "--limit",
+                limit,
+            ]
             measure(makes_base)
             command = [
                 BIN / "papermill",

@@ -11,7 +11,17 @@ from masktune_utils.settings import REPOSITORY
 
 def main() -> None:
     notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
-    parameters = ["-p", "dataset", "mnist", "-p", "method", "top_k", "-p", "param", "0.1"]
+    parameters = [
+        "-p",
+        "dataset",
+        "mnist",
+        "-p",
+        "method",
+        "top_k",
+        "-p",
+        "param",
+        "0.1",
+    ]
     with base_model_alone() as directory:
         ours = [
             BIN / "papermill",
@@ -26,7 +36,8 @@ def main() -> None:
             "papermill and 04": [*ours, "-p", "directory", directory],
         }
         rows = {
-            name: measure([str(word) for word in command]) for name, command in commands.items()
+            name: measure([str(word) for word in command])
+            for name, command in commands.items()
         }
     print(machine())
     print(pd.DataFrame(rows, index=["seconds", "peak GB"]).T.round(2).to_string())

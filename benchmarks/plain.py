@@ -27,7 +27,9 @@ def materialise(split: data.Split) -> list[tuple[torch.Tensor, int]]:
 def train(model: nn.Module, images: list, lr: float = 0.01) -> float:
     """One epoch by SGD; returns the mean loss."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4
+    )
     total = 0.0
     for batch, labels in DataLoader(images, batch_size=128, shuffle=True):
         optimizer.zero_grad()
@@ -103,7 +105,9 @@ def configuration(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, help="images to train on, a multiple of 10")
+    parser.add_argument(
+        "--limit", type=int, help="images to train on, a multiple of 10"
+    )
     parser.add_argument("--method", default="top_k")
     parser.add_argument("--param", type=float, default=0.1)
     arguments = parser.parse_args()

@@ -23,7 +23,10 @@ def main() -> None:
         raise SystemExit("This processor has no bfloat16: there is nothing to compare.")
     rows = []
     for seed in arguments.seeds:
-        for precision, switch in {"bfloat16": nullcontext(), "float32": FLOAT32}.items():
+        for precision, switch in {
+            "bfloat16": nullcontext(),
+            "float32": FLOAT32,
+        }.items():
             directory = REPOSITORY / "runs" / "precision" / precision
             settings = Settings(
                 directory=str(directory),

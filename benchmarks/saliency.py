@@ -38,7 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=6000, help="of the training set")
     parser.add_argument(
-        "--batch-size", type=int, default=200, help="of every competitor that has batches"
+        "--batch-size",
+        type=int,
+        default=200,
+        help="of every competitor that has batches",
     )
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
@@ -53,16 +56,25 @@ def main() -> None:
             "masktune_utils": lambda: saliency.saliency_maps(
                 model, split.images, split.labels, batch_size=size
             ),
-            f"torchcam, batches of {size}": lambda: torchcam_batches(model, split, size),
-            f"grad-cam, batches of {size}": lambda: grad_cam_batches(model, split, size),
+            f"torchcam, batches of {size}": lambda: torchcam_batches(
+                model, split, size
+            ),
+            f"grad-cam, batches of {size}": lambda: grad_cam_batches(
+                model, split, size
+            ),
             "torchcam, one at a time": lambda: torchcam_batches(model, split, 1),
         },
         arguments.repeats,
     )
     print(machine())
-    print(f"{len(split)} images of the MNIST training set, median of {arguments.repeats}\n")
+    print(
+        f"{len(split)} images of the MNIST training set, median of {arguments.repeats}\n"
+    )
     table = pd.DataFrame(
-        {"images/s": len(split) / seconds, "× forward": seconds / seconds["forward pass"]}
+        {
+            "images/s": len(split) / seconds,
+            "× forward": seconds / seconds["forward pass"],
+        }
     )
     table["× slower than ours"] = seconds / seconds["masktune_utils"]
     print(table.round(2).to_string())

@@ -28,7 +28,9 @@ def main() -> None:
             command += ["--directory", directory, "--jobs", str(jobs)]
             rows[f"{jobs} at once"] = measure([str(word) for word in command])
     print(machine())
-    print(f"{EPOCHS} epochs of 60,000 images, maps, and a notebook 04, for each of two seeds")
+    print(
+        f"{EPOCHS} epochs of 60,000 images, maps, and a notebook 04, for each of two seeds"
+    )
     print(pd.DataFrame(rows, index=["seconds", "peak GB"]).T.round(2).to_string())
 
 

@@ -8,23 +8,31 @@ from common import BIN, base_model_alone, machine, measure
 
 from masktune_utils import shortcuts
 from masktune_utils.settings import Settings
-from masktune_utils.sweep import GRIDS, read_grid
+from masktune_utils.runner.jobs import GRIDS, read_grid
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--share", type=int, default=10, help="the plain procedure runs on one image in so many"
+        "--share",
+        type=int,
+        default=10,
+        help="the plain procedure runs on one image in so many",
     )
     arguments = parser.parse_args()
     splits = shortcuts.load(Settings(dataset="mnist"))
     tenth = splits._replace(
-        **{name: getattr(splits, name)[:: arguments.share] for name in ("train", "raw", "biased")}
+        **{
+            name: getattr(splits, name)[:: arguments.share]
+            for name in ("train", "raw", "biased")
+        }
     )
     with base_model_alone() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
         _, grid = read_grid(GRIDS["published"], {"dataset": ["mnist"]})
-        parts = [plain.configuration(path, tenth, one.method, one.param) for one in grid]
+        parts = [
+            plain.configuration(path, tenth, one.method, one.param) for one in grid
+        ]
         ours, _ = measure(
             [BIN / "masktune", "sweep", "--dataset", "mnist", "--directory", directory]
         )

@@ -36,10 +36,14 @@ def main() -> None:
     }
     bfloat16 = training.has_bfloat16(torch.device("cpu"))
     if bfloat16:
-        functions["masktune_utils, bfloat16"] = lambda: training.train(ours, split, epochs=1)
+        functions["masktune_utils, bfloat16"] = lambda: training.train(
+            ours, split, epochs=1
+        )
     seconds = alternate(functions, arguments.repeats) * 60_000 / len(split)
     print(machine())
-    print(f"an epoch of 60,000 images, scaled from {len(split)}, median of {arguments.repeats}\n")
+    print(
+        f"an epoch of 60,000 images, scaled from {len(split)}, median of {arguments.repeats}\n"
+    )
     print(
         pd.DataFrame({"s/epoch": seconds, "× faster": seconds["plain loop"] / seconds})
         .round(2)

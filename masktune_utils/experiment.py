@@ -1,11 +1,9 @@
 """The models of an experiment, their saliency maps and results: loaded if they are saved, else made."""
 
+import ast
 import contextlib
 import copy
-import dataclasses
-import itertools
-import json
-import re
+import difflib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masktune_utils import data, evaluation, masking, models, saliency, store, training
+from masktune_utils import (
+    data,
+    evaluation,
+    masking,
+    models,
+    results,
+    saliency,
+    store,
+    training,
+)
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import DEFAULTS, Settings
 from masktune_utils.shortcuts import BiasedSets
+
+INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
 
 
 @dataclass(frozen=True)
@@ -46,29 +55,51 @@ class Trained:
     masked: MaskedDataset | None = None
 
 
-def from_notebook(namespace: dict[str, Any]) -> Settings:
-    """Make a notebook's parameters into settings, right after its cell of parameters.
+def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
+    """Make a notebook's parameters into settings.
 
-    Papermill only warns of a parameter that the notebook does not have; here it is refused.
+    They are read from the cell of parameters as it was last run, and from the cell that papermill adds
+    to it, so that later cells may use the same names. The first cell shows the parameters that its
+    reader plays with; papermill can inject every other setting, too.
 
     Args:
         namespace: the notebook's `globals()`.
+        **derived: settings that the notebook has computed.
 
     Raises:
         ValueError: see `Settings`; an unknown parameter; or a directory that cannot be written to.
     """
-    for cell, injected in itertools.pairwise(filter(None, namespace["In"])):
-        known, given = (re.findall(r"^(\w+) =", text, re.MULTILINE) for text in (cell, injected))
-        unknown = [name for name in given if name not in known]
-        if injected.startswith("# Parameters\n") and unknown:
-            raise ValueError(f"{unknown[0]} is not a parameter; allowed: {', '.join(known)}.")
-    settings = Settings(**{name: namespace[name] for name in DEFAULTS if name in namespace})
+    shown, injected = {}, {}
+    for source in namespace["In"]:
+        assigned = _literals(source)
+        if source.startswith(INJECTED):
+            injected = assigned
+        elif "directory" in assigned:  # which every cell of parameters has
+            shown, injected = assigned, {}
+    known = {*shown, *DEFAULTS}
+    for name in injected:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            allowed = nearest[0] if nearest else ", ".join(DEFAULTS)
+            raise ValueError(f"{name} is not a parameter; allowed: {allowed}.")
+    values = {**shown, **injected, **derived}
+    settings = Settings(**{name: values[name] for name in values if name in DEFAULTS})
     store.check_writable(settings.directory)
-    settings = dataclasses.replace(settings, dataset=data.resolve_dataset(settings.dataset))
-    if "model" in namespace:
-        models.check(settings.image_size, **settings.network)
-    print(f"Images: {settings.dataset}. Device: {models.resolve_device(settings.device)}.")
+    settings = settings.replace(dataset=data.resolve_dataset(settings.dataset))
+    models.check(settings.image_size, **settings.network)
+    print(
+        f"Images: {settings.dataset}. Device: {models.resolve_device(settings.device)}."
+    )
     return settings
+
+
+def _literals(source: str) -> dict[str, Any]:
+    """Names and values of a cell that does nothing but assign literals; else nothing."""
+    try:
+        nodes = ast.parse(source).body
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+    except (AttributeError, SyntaxError, ValueError):
+        return {}
 
 
 def base_model(settings: Settings, train: Split, retrain: bool = False) -> Trained:
@@ -92,9 +123,16 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
         history = training.train(model, train, **settings.training)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
-    model, saved = store.load_checkpoint(path, identity, device)
-    sha256 = saved["sha256"]
-    return Trained(model, settings, "base", saved["history"], sha256, sha256, seconds)
+    saved = store.load_checkpoint(path, identity, device)
+    return Trained(
+        model=saved.model,
+        settings=settings,
+        configuration="base",
+        history=saved.history,
+        sha256=saved.sha256,
+        base_sha256=saved.sha256,
+        seconds=seconds,
+    )
 
 
 def finetuned_model(
@@ -114,7 +152,7 @@ def finetuned_model(
     """
     name = settings.configuration
     path = settings.checkpoint_path(name)
-    identity = settings.identity(base=False) | {"base_sha256": base.sha256}
+    identity = {**settings.identity(base=False), "base_sha256": base.sha256}
     device = masked.labels.device
     seconds = None
     if retrain or not path.exists():
@@ -122,9 +160,17 @@ def finetuned_model(
         history = training.train(model, masked, **settings.finetuning)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
-    model, saved = store.load_checkpoint(path, identity, device)
-    history, sha256 = saved["history"], saved["sha256"]
-    return Trained(model, settings, name, history, sha256, base.sha256, seconds, masked)
+    saved = store.load_checkpoint(path, identity, device)
+    return Trained(
+        model=saved.model,
+        settings=settings,
+        configuration=name,
+        history=saved.history,
+        sha256=saved.sha256,
+        base_sha256=base.sha256,
+        seconds=seconds,
+        masked=masked,
+    )
 
 
 def masktune_rounds(
@@ -145,17 +191,21 @@ def masktune_rounds(
     masked = None
     for rounds in range(1, settings.rounds + 1):
         masked = masking.mask_dataset(train, maps, **settings.mask_rule, earlier=masked)
-        this_round = dataclasses.replace(settings, rounds=rounds)
+        this_round = settings.replace(rounds=rounds)
         tuned = finetuned_model(this_round, base, masked, retrain)
         yield tuned
         if rounds < settings.rounds:
-            with warnings.catch_warnings(action="ignore"):  # of maps that are zero everywhere
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # of maps that are zero everywhere
                 maps = saliency.saliency_maps(
                     tuned.model, masked.images, train.labels, settings.cam
                 )
 
 
-def masktune(settings: Settings, base: Trained, train: Split, retrain: bool = False) -> Trained:
+def masktune(
+    settings: Settings, base: Trained, train: Split, retrain: bool = False
+) -> Trained:
     """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
 
     With `cross_fit`, the masks are those of two base models, each trained on half of the images, and each masking its
@@ -175,12 +225,14 @@ def masktune(settings: Settings, base: Trained, train: Split, retrain: bool = Fa
     parts = data.stratified_halves(train.labels, settings.seed)
     masks = []
     for half, index in enumerate(parts):
-        settings_of_half = dataclasses.replace(settings, half=half, cross_fit=False)
+        settings_of_half = settings.replace(half=half, cross_fit=False)
         images = train[index]
         base_of_half = base_model(settings_of_half, images)
         tuned = list(masktune_rounds(settings_of_half, base_of_half, images))[-1]
         masks.append(tuned.masked.own_masks)
-    order = torch.cat(parts).argsort()  # from the order of the halves to that of the images
+    order = torch.cat(
+        parts
+    ).argsort()  # from the order of the halves to that of the images
     own_masks = torch.cat(masks)[order.to(train.labels.device)]
     masked = MaskedDataset(train, own_masks, settings.fill, settings.seed)
     return finetuned_model(settings, base, masked, retrain)
@@ -229,16 +281,19 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": models.describe_device(sets.train.labels.device),
     }
-    saved = store.read_result(path) if path.exists() else {"sha256": ""}
-    if trained.seconds is None and saved["sha256"] == trained.sha256:
-        if settings.dataset != "folder":  # whose images may have changed
-            return saved
-        made = {name: saved.get(name) for name in made}  # of the training that made these weights
+    if trained.seconds is None and path.exists():
+        saved = results.read_result(path)
+        if saved["sha256"] == trained.sha256:
+            if settings.dataset != "folder":  # whose images may have changed
+                return saved
+            made = {
+                name: saved.get(name) for name in made
+            }  # of the training of these weights
     report = evaluation.evaluate(trained.model, sets)
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,
-        **settings.identity(base=trained.masked is None),
+        **settings.identity(base=trained.configuration == "base"),
         **made,
         "sha256": trained.sha256,
         "base_sha256": trained.base_sha256,
@@ -257,5 +312,5 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     if trained.masked is not None:
         for part, share in masking.hidden_shares(trained.masked).items():
             row[f"hidden_{part}"] = share
-    store.write_bytes(path, json.dumps(row, indent=1).encode())
+    results.write_json(path, row)
     return row

@@ -15,15 +15,47 @@ from torch import Tensor
 from masktune_utils.data import Split
 
 
+def threshold(maps: Tensor, param: float) -> Tensor:
+    """Hide where `s > param`."""
+    return maps > param
+
+
+def top_k(maps: Tensor, param: float) -> Tensor:
+    """Hide where `s` exceeds its (1 − param) quantile: about the share `param` of the pixels."""
+    if not len(maps):  # quantile refuses an empty batch
+        return maps > 0
+    limit = maps.flatten(-2).quantile(1 - param, dim=-1)
+    return maps > limit[..., None, None]
+
+
+def mean(maps: Tensor, param: float) -> Tensor:
+    """Hide where `s > param · mean(s)`."""
+    limit = param * maps.flatten(-2).mean(dim=-1)
+    return maps > limit[..., None, None]
+
+
+def mean_std(maps: Tensor, param: float) -> Tensor:
+    """Hide where `s` exceeds mean + param · standard deviation of its positive values.
+
+    The paper's rule, with param 2.
+    """
+    pixels = maps.flatten(-2)
+    positive = pixels.where(pixels > 0, torch.nan)
+    center = positive.nanmean(dim=-1)
+    std = (positive - center[..., None]).square().nanmean(dim=-1).sqrt()
+    limit = center + param * std
+    return maps > limit[..., None, None]
+
+
+RULES = {"threshold": threshold, "top_k": top_k, "mean": mean, "mean_std": mean_std}
+
+
 def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
     """Turn saliency maps `s` into hard masks of the same size.
 
     Args:
         saliency_map: ...×H×W, in [0, 1]; a tensor or a NumPy array.
-        method: `threshold` hides where `s > param`; `top_k` where `s` exceeds its (1 − param)
-            quantile (linear interpolation), which is about the share `param` of the pixels; `mean`
-            where `s > param · mean(s)`; `mean_std` where `s` exceeds mean + param · standard
-            deviation of its positive values (the paper's rule, with param 2).
+        method: name of one of the `RULES`.
         param: of the method.
 
     Returns:
@@ -32,25 +64,14 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
     Raises:
         ValueError: an unknown method.
     """
-    saliency_map = torch.as_tensor(saliency_map)
-    pixels = saliency_map.flatten(-2)
-    if method == "threshold" or not len(pixels):  # quantile refuses an empty batch
-        return saliency_map > param
-    if method == "top_k":
-        limit = pixels.quantile(1 - param, dim=-1)
-    elif method == "mean":
-        limit = param * pixels.mean(dim=-1)
-    elif method == "mean_std":
-        positive = pixels.where(pixels > 0, torch.nan)
-        mean = positive.nanmean(dim=-1)
-        std = (positive - mean[..., None]).square().nanmean(dim=-1).sqrt()
-        limit = mean + param * std
-    else:
-        raise ValueError(f"method is {method!r}; allowed: threshold, top_k, mean or mean_std.")
-    return saliency_map > limit[..., None, None]
+    if method not in RULES:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(RULES)}.")
+    return RULES[method](torch.as_tensor(saliency_map), param)
 
 
-def random_patches(count: int, share: float, seed: int, size: tuple[int, int]) -> Tensor:
+def random_patches(
+    count: int, share: float, seed: int, size: tuple[int, int]
+) -> Tensor:
     """Masks that do not depend on any map: a square patch of random size and place, as a control.
 
     Args:
@@ -62,13 +83,16 @@ def random_patches(count: int, share: float, seed: int, size: tuple[int, int]) -
     Returns:
         N×H×W, bool, True where the image is hidden.
     """
-    area, *places = torch.rand(3, count, 1, generator=torch.Generator().manual_seed(seed))
-    side = (2 * share * area * size[0] * size[1]).sqrt().round()
-    inside = []
-    for place, length in zip(places, size, strict=True):
-        first, pixels = (place * (length - side + 1)).floor(), torch.arange(length)
-        inside.append((first <= pixels) & (pixels < first + side))
-    return inside[0][:, :, None] & inside[1][:, None, :]
+    height, width = size
+    generator = torch.Generator().manual_seed(seed)
+    area, row_place, column_place = torch.rand(3, count, 1, generator=generator)
+    side = (2 * share * area * height * width).sqrt().round()
+    first_row = (row_place * (height - side + 1)).floor()
+    first_column = (column_place * (width - side + 1)).floor()
+    rows, columns = torch.arange(height), torch.arange(width)
+    in_rows = (first_row <= rows) & (rows < first_row + side)
+    in_columns = (first_column <= columns) & (columns < first_column + side)
+    return in_rows[:, :, None] & in_columns[:, None, :]
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
@@ -99,15 +123,23 @@ def apply_mask(
     Returns:
         The masked images, of the same type.
     """
-    hidden = resize(torch.as_tensor(mask), tuple(images.shape[-2:]), upsample).unsqueeze(-3)
+    size = tuple(images.shape[-2:])
+    hidden = resize(torch.as_tensor(mask), size, upsample).unsqueeze(-3)
     masked = images * (1 - hidden)
     if fill is not None:
         masked = masked + fill * hidden
-    return masked if images.is_floating_point() else masked.round().to(images.dtype)
+    if images.is_floating_point():
+        return masked
+    return masked.round().to(images.dtype)
 
 
 def image_masks(
-    saliency_map: Tensor, size: tuple, method: str, param: float, upsample: str, dilation: int
+    saliency_map: Tensor,
+    size: tuple,
+    method: str,
+    param: float,
+    upsample: str,
+    dilation: int,
 ) -> Tensor:
     """Masks of the size of the images.
 
@@ -130,7 +162,9 @@ def image_masks(
     else:
         mask = resize(create_mask(saliency_map, method, param), size, upsample)
     pixels = round(dilation * size[0] / 28)
-    for _ in range(2 if pixels else 0):  # along the rows, along the columns; quick on a CPU
+    for _ in range(
+        2 if pixels else 0
+    ):  # along the rows, along the columns; quick on a CPU
         mask = F.pad(mask, (pixels, pixels)).unfold(-1, 2 * pixels + 1, 1).amax(-1).mT
     return mask
 
@@ -195,9 +229,13 @@ class MaskedDataset:
     @property
     def images(self) -> Tensor:
         """The masked images, N×C×H×W, of the type of the images."""
-        floating = self.split.images.is_floating_point()
-        parts = (self.batch(index)[0] for index in torch.arange(len(self)).split(1000))
-        return torch.cat([part if floating else (255 * part).round().byte() for part in parts])
+        parts = []
+        for index in torch.arange(len(self)).split(1000):
+            images, _ = self.batch(index)
+            if not self.split.images.is_floating_point():
+                images = (255 * images).round().byte()
+            parts.append(images)
+        return torch.cat(parts)
 
 
 def mask_dataset(
@@ -229,10 +267,14 @@ def mask_dataset(
     """
     size = tuple(split.images.shape[-2:])
     if len(split) != len(saliency_map):
-        raise ValueError(f"{len(saliency_map)} maps; allowed: {len(split)}, one per image.")
+        raise ValueError(
+            f"{len(saliency_map)} maps; allowed: {len(split)}, one per image."
+        )
     soft = upsample == "bilinear" and method not in ("mean_std", "random")
     if method == "random":  # a patch is a map of the image's size
-        saliency_map = random_patches(len(split), param, seed, size).to(split.labels.device)
+        saliency_map = random_patches(len(split), param, seed, size).to(
+            split.labels.device
+        )
         method, param = "threshold", 0.0
     parts = []
     for maps in saliency_map.split(1000):
@@ -256,13 +298,21 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
         `digit`: mean share of the digit's ink (grey value outside the shortcut). All are NaN if no
         image has a shortcut.
     """
-    names, shares = ("shortcut", "rest", "digit", "shortcut_whole"), [torch.zeros(4, 0)]
+    shares = {name: [] for name in ("shortcut", "rest", "digit", "shortcut_whole")}
     for index in dataset.split.has_shortcut.nonzero()[:, 0].split(1000):
-        hidden, some = dataset.masks(index), dataset.split[index]
-        inside = some.shortcut.float().expand_as(hidden)
-        ink = some.images.sum(1, dtype=torch.float32) * (1 - inside)
-        areas = torch.stack([inside, 1 - inside, ink])
-        part = ((hidden * areas).sum((2, 3)) / areas.sum((2, 3))).cpu()
-        shares.append(torch.cat([part, part[:1] > 0.99]))
-    rows = zip(names, torch.cat(shares, 1), strict=True)
-    return {name: row.mean().item() for name, row in rows}
+        images = dataset.split[index]
+        hidden = dataset.masks(index)
+        inside = images.shortcut.float().expand_as(hidden)
+        ink = images.images.sum(1, dtype=torch.float32) * (1 - inside)
+        for name, area in {
+            "shortcut": inside,
+            "rest": 1 - inside,
+            "digit": ink,
+        }.items():
+            share = (hidden * area).sum((1, 2)) / area.sum((1, 2))
+            shares[name].append(share.cpu())
+        shares["shortcut_whole"].append((shares["shortcut"][-1] > 0.99).float())
+    return {
+        name: torch.cat(parts or [torch.zeros(0)]).mean().item()
+        for name, parts in shares.items()
+    }

@@ -1,6 +1,7 @@
 """Networks, their device, and the layer that is explained."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 from functools import cache
@@ -20,11 +21,21 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes: int = 2) -> None:
         super().__init__()
-        first = *_conv(3, 16), *_conv(16, 16), nn.MaxPool2d(2)
-        second = *_conv(16, 32), *_conv(32, 32), nn.MaxPool2d(2)
-        self.backbone = nn.Sequential(*first, *second, nn.Flatten())
-        hidden = nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU()
-        self.linear = nn.Sequential(*hidden, nn.Linear(256, num_classes))
+        self.backbone = nn.Sequential(
+            *_conv(3, 16),
+            *_conv(16, 16),
+            nn.MaxPool2d(2),
+            *_conv(16, 32),
+            *_conv(32, 32),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.linear = nn.Sequential(
+            nn.Linear(512, 256),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            nn.Linear(256, num_classes),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, N×num_classes, of images N×3×28×28 in [0, 1]."""
@@ -83,10 +94,16 @@ def new_model(
         network = model if name == "small_cnn" else model[1]
         try:
             _fit(network, _read_weights(name, weights))
-        except Exception as error:  # torch has no error class of its own for a damaged file
+        except (
+            Exception
+        ) as error:  # torch has no error class of its own for a damaged file
             reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
-            allowed = "DEFAULT with a network to download from, or the path of a state dict"
-            raise ValueError(f"weights are {weights}: {reason}; allowed: {allowed}.") from error
+            allowed = (
+                "DEFAULT with a network to download from, or the path of a state dict"
+            )
+            raise ValueError(
+                f"weights are {weights}: {reason}; allowed: {allowed}."
+            ) from error
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -101,10 +118,13 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
 
 def _fit(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load weights; a last layer for another number of classes keeps its own."""
-    own = network.state_dict()
-    last = [*own][-1].rpartition(".")[0]
-    other = {key for key in own if key.startswith(last) and weights[key].shape != own[key].shape}
-    network.load_state_dict(weights | {key: own[key] for key in other})
+    fitted = dict(weights)
+    random = network.state_dict()
+    last_layer = [*random][-1].rpartition(".")[0]
+    for key in random:
+        if key.startswith(last_layer) and weights[key].shape != random[key].shape:
+            fitted[key] = random[key]
+    network.load_state_dict(fitted)
 
 
 @cache
@@ -118,18 +138,25 @@ def check(image_size: int, name: str, weights: str) -> None:
         return
     from torchvision import models
 
-    left_out = "googlenet", "inception*", "mnasnet*"  # several outputs, or no plain state dict
+    left_out = (
+        "googlenet",
+        "inception*",
+        "mnasnet*",
+    )  # several outputs, or no plain state dict
     known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
     if name not in known:
         raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
-    model, shape = new_model(0, name=name, weights=weights).eval(), (3, image_size, image_size)
+    model = new_model(0, name=name, weights=weights).eval()
+    shape = (3, image_size, image_size)
     try:
         model(torch.zeros(1, *shape))
         target_layer(model, shape)
     except (AssertionError, RuntimeError, TypeError) as error:
         allowed = "28 with small_cnn; with another network, a size that it takes"
         reason = f"{error}".splitlines()[0]
-        raise ValueError(f"image_size is {image_size}; allowed: {allowed} ({reason}).") from error
+        raise ValueError(
+            f"image_size is {image_size}; allowed: {allowed} ({reason})."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -150,11 +177,15 @@ def resolve_device(device: str = "auto") -> torch.device:
         ValueError: PyTorch does not know the name, or this machine does not have the device.
     """
     if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.accelerator.current_accelerator(
+            check_available=True
+        ) or torch.device("cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        allowed = f"auto, cpu, or a device of this machine ({str(error).splitlines()[0]})"
+        allowed = (
+            f"auto, cpu, or a device of this machine ({str(error).splitlines()[0]})"
+        )
         raise ValueError(f"device is {device!r}; allowed: {allowed}.") from None
     return torch.device(device)
 
@@ -176,11 +207,17 @@ def target_layer(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     Raises:
         TypeError: there is no such layer.
     """
-    from torchcam.methods._utils import locate_candidate_layer
+    if hasattr(model, "get_grad_cam_target_layer"):
+        return model.get_grad_cam_target_layer()
+    from torchcam.methods import XGradCAM  # heavy, and of no use to the command
 
-    if named := getattr(model, "get_grad_cam_target_layer", None):
-        return named()
-    if not (name := locate_candidate_layer(model, shape)):
-        needed = "a method get_grad_cam_target_layer(), which returns the module to explain"
-        raise TypeError(f"no layer of {type(model).__name__} has a map; it needs {needed}.")
-    return model.get_submodule(name)
+    logging.getLogger("torchcam").setLevel(logging.ERROR)  # it warns of its choice
+    try:
+        with XGradCAM(model, input_shape=shape) as extractor:
+            return model.get_submodule(extractor.target_names[0])
+    except ValueError:
+        needed = (
+            "a method get_grad_cam_target_layer(), which returns the module to explain"
+        )
+        message = f"no layer of {type(model).__name__} has a map; it needs {needed}."
+        raise TypeError(message) from None

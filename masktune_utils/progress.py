@@ -26,7 +26,9 @@ def silence() -> Iterator[None]:
 def is_live() -> bool:
     """Whether a person runs this cell. JupyterLab sends the cell's ID; papermill, nbval and nbconvert do not."""
     shell = get_ipython()
-    return hasattr(shell, "kernel") and "cellId" in shell.get_parent().get("metadata", {})
+    return hasattr(shell, "kernel") and "cellId" in shell.get_parent().get(
+        "metadata", {}
+    )
 
 
 def bar(*args: Any, **options: Any) -> std.tqdm:

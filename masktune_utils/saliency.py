@@ -2,17 +2,22 @@
 
 import copy
 import warnings
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torchcam import methods
 
 from masktune_utils import data, models, progress
-from masktune_utils.settings import Settings
+from masktune_utils.settings import Cam
 
 
 def saliency_maps(
-    model: nn.Module, images: Tensor, labels: Tensor, cam: str = "XGradCAM", batch_size: int = 100
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    cam: str = "XGradCAM",
+    batch_size: int = 100,
 ) -> Tensor:
     """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
 
@@ -34,22 +39,29 @@ def saliency_maps(
         TypeError: the model does not name a layer to explain.
         ValueError: an unknown CAM.
     """
-    Settings(cam=cam)  # refuses an unknown name
+    if cam not in get_args(Cam):
+        raise ValueError(f"cam is {cam!r}; allowed: {', '.join(get_args(Cam))}.")
     explained = copy.deepcopy(model).eval().requires_grad_(False)
     layer = models.target_layer(explained, tuple(images.shape[1:]))
     # The gradient starts at this layer; the layers before it need no graph.
-    layer.register_forward_hook(lambda module, inputs, output: output.requires_grad_().clone())
-    maps, batches = [], [*zip(images.split(batch_size), labels.split(batch_size), strict=True)]
+    layer.register_forward_hook(
+        lambda _module, _inputs, output: output.requires_grad_().clone()
+    )
+    batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    maps = []
     with (
         getattr(methods, cam)(explained, layer) as extractor,
         torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []),
         torch.enable_grad(),
     ):
         torch.manual_seed(0)  # SmoothGradCAMpp draws noise
-        for some, classes in progress.bar(batches, desc=cam, disable=len(batches) <= 1):
-            pixels = data.to_float(some.to(labels.device))
-            maps += extractor(classes.tolist(), explained(pixels))
+        for batch, classes in progress.bar(
+            batches, desc=cam, disable=len(batches) <= 1
+        ):
+            scores = explained(data.to_float(batch.to(labels.device)))
+            maps += extractor(classes.tolist(), scores)
     maps = torch.cat(maps)
-    if empty := int((maps.amax(dim=(1, 2)) == 0).sum()):
+    empty = int((maps.amax(dim=(1, 2)) == 0).sum())
+    if empty:
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)
     return maps

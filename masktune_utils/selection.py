@@ -9,26 +9,37 @@ Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). The worst of
 uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
 """
 
+<<<<<<< main
 import dataclasses
 import json
+=======
+import contextlib
+import io
+>>>>>>> redesign
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
 
-import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from torch import Tensor
+from torch import Tensor, nn
 
-from masktune_utils import evaluation, experiment, masking, progress, shortcuts, store
+from masktune_utils import (
+    evaluation,
+    experiment,
+    models,
+    progress,
+    results,
+    shortcuts,
+    store,
+)
 from masktune_utils.data import Split
 from masktune_utils.experiment import Trained
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import BaseSettings, Settings
 
-CHOSEN = "chosen by ERM's mistakes"
 FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled then
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
@@ -78,7 +89,7 @@ def candidates(settings: BaseSettings, count: int) -> list[Settings]:
     rules = COARSE_RULES if settings.dataset == "folder" else RULES
     batch_size = 16 if settings.dataset == "folder" else 32
     epochs = min(MOST_EPOCHS, math.ceil(STEPS * batch_size / count))
-    of_base = {name: getattr(settings, name) for name in BaseSettings.__pydantic_fields__}
+    of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
     listed = []
     for fill, param, dilation, most_rounds in rules:
         for rounds in range(1, most_rounds + 1):
@@ -99,7 +110,9 @@ def candidates(settings: BaseSettings, count: int) -> list[Settings]:
     return listed
 
 
-def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False) -> dict[str, Any]:
+def choose(
+    candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False
+) -> dict[str, Any]:
     """Judge candidates on held-out images, choose one or keep ERM, and save the choice.
 
     Args:
@@ -113,17 +126,25 @@ def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False)
         `description` and `fill`; `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
-    base_sha256 = store.read_result(path.with_stem("base"))["sha256"]
+    base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
     if path.exists() and not retrain:
-        choice = store.read_result(path)
+        choice = results.read_choice(path)
         names = [candidate.configuration for candidate in candidates]
         if choice["base_sha256"] == base_sha256 and names == [*choice["candidates"]]:
             return choice
     held_out = predict_held_out(candidates, jobs, retrain)
     judged = judge(held_out)
     for candidate in candidates:
-        judged[candidate.configuration]["description"] = describe(candidate)
-        judged[candidate.configuration]["fill"] = candidate.fill
+        row = judged[candidate.configuration]
+        row["description"] = results.describe(
+            candidate.method,
+            candidate.param,
+            candidate.dilation,
+            candidate.fill,
+            candidate.rounds,
+            candidate.upsample,
+        )
+        row["fill"] = candidate.fill
     mistakes = int((held_out.erm != held_out.labels).sum())
     introduction = f"ERM gets {mistakes} of {len(held_out.labels):,} training images wrong that it has not seen"
     if mistakes >= FEW:
@@ -139,12 +160,16 @@ def choose(candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False)
         "candidates": judged,
         "base_sha256": base_sha256,
     }
-    store.write_bytes(path, json.dumps(choice, indent=1).encode())
+    results.write_json(path, choice)
     return choice
 
 
 def chosen_model(
-    choice: dict, candidates: Sequence[Settings], base: Trained, train: Split, retrain: bool = False
+    choice: dict,
+    candidates: Sequence[Settings],
+    base: Trained,
+    train: Split,
+    retrain: bool = False,
 ) -> Trained:
     """The chosen model; or the base model itself, if ERM is kept.
 
@@ -161,7 +186,9 @@ def chosen_model(
     return experiment.masktune(by_name[choice["configuration"]], base, train, retrain)
 
 
-def predict_held_out(candidates: Sequence[Settings], jobs: int, retrain: bool) -> HeldOut:
+def predict_held_out(
+    candidates: Sequence[Settings], jobs: int, retrain: bool
+) -> HeldOut:
     """Train the models of both halves, and let each predict the images of the other half.
 
     Args:
@@ -171,10 +198,14 @@ def predict_held_out(candidates: Sequence[Settings], jobs: int, retrain: bool) -
     """
     base = candidates[0]
     parallel = Parallel(jobs, return_as="generator")
-    of_erm = list(parallel(delayed(_predict_erm)(of_half(base, half), retrain) for half in (0, 1)))
+    of_erm = list(
+        parallel(delayed(_predict_erm)(of_half(base, half), retrain) for half in (0, 1))
+    )
     tasks = list(product(chains(candidates), (0, 1)))
     chain_of_half = (
-        delayed(_predict_chain)([of_half(candidate, half) for candidate in chain], retrain)
+        delayed(_predict_chain)(
+            [of_half(candidate, half) for candidate in chain], retrain
+        )
         for chain, half in tasks
     )
     predicted, hidden = {}, {}
@@ -196,14 +227,14 @@ def predict_held_out(candidates: Sequence[Settings], jobs: int, retrain: bool) -
 
 def of_half(settings: Settings, half: int) -> Settings:
     """The settings of a half's models, whose masks `cross_fit` hands over."""
-    return dataclasses.replace(settings, half=half, cross_fit=False)
+    return settings.replace(half=half, cross_fit=False)
 
 
 def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
     """Candidates that differ only in their rounds, together and in this order."""
 
     def first_round(candidate: Settings) -> Settings:
-        return dataclasses.replace(candidate, rounds=1)
+        return candidate.replace(rounds=1)
 
     def name_and_rounds(candidate: Settings) -> tuple[str, int]:
         return first_round(candidate).configuration, candidate.rounds
@@ -222,7 +253,9 @@ def _predict_erm(settings: Settings, retrain: bool) -> tuple[Tensor, Tensor]:
     return sets.validation.labels.cpu(), predictions
 
 
-def _rounds(chain: Sequence[Settings], train: Split, retrain: bool = False) -> Iterator[Trained]:
+def _rounds(
+    chain: Sequence[Settings], train: Split, retrain: bool = False
+) -> Iterator[Trained]:
     """The models of a chain, each fine-tuned from the base model of its half."""
     base = experiment.base_model(chain[0], train)
     wanted = {candidate.rounds for candidate in chain}
@@ -231,7 +264,9 @@ def _rounds(chain: Sequence[Settings], train: Split, retrain: bool = False) -> I
             yield tuned
 
 
-def _predict_chain(chain: Sequence[Settings], retrain: bool) -> list[tuple[Tensor, float]]:
+def _predict_chain(
+    chain: Sequence[Settings], retrain: bool
+) -> list[tuple[Tensor, float]]:
     """For each candidate of a half: its predictions for the other half, and the share it hides."""
     predicted = []
     with progress.silence():
@@ -306,9 +341,7 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     row = judged[chosen]
     right = sum(row["mistakes"]["right"])
     low, high = (round(100 * limit) for limit in row["interval"])
-    found = (
-        f"{right} of these are right ({low}–{high} %), and {share(row['rest']):.1%} of the others."
-    )
+    found = f"{right} of these are right ({low}–{high} %), and {share(row['rest']):.1%} of the others."
     if admitted:
         return chosen, f". With {row['description']}, {found}"
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
@@ -329,48 +362,60 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
         By configuration, `base` among them: the largest difference, over all sets of images, between
         the best model's accuracy in its worst class and this one's, in [0, 1].
     """
-    accuracy = {}  # (set of images) → model → accuracy of the worst class, one for each half
-    for half in (0, 1):
-        other = 1 - half
-        sets = shortcuts.load(of_half(candidates[0], half))
-        generator = torch.Generator().manual_seed(candidates[0].seed)
-        sample = torch.randperm(len(sets.train), generator=generator)[:SAMPLE]
-        paths = {"base": of_half(candidates[0], other).checkpoint_path("base")}
-        for candidate in candidates:
-            of_other = of_half(candidate, other)
-            paths[candidate.configuration] = of_other.checkpoint_path(of_other.configuration)
-        device = sets.train.labels.device
-        networks = {
-            name: store.load_checkpoint(path, device=device)[0] for name, path in paths.items()
-        }
-        for chain in chains(candidates):
-            of_this = [of_half(candidate, half) for candidate in chain]
-            for candidate, tuned in zip(chain, _rounds(of_this, sets.train), strict=True):
-                masks = tuned.masked.own_masks[sample]
-                images = masking.MaskedDataset(
-                    sets.train[sample], masks, "resample", candidate.seed
-                )
-                for name, network in networks.items():
-                    key = candidate.configuration, name
-                    worst = worst_class(evaluation.predict(network, images), images.labels.cpu())
-                    accuracy.setdefault(key, []).append(worst)
     names = ["base", *(candidate.configuration for candidate in candidates)]
+    accuracy = {images: dict.fromkeys(names, 0.0) for images in names[1:]}
+    for half, other in ((0, 1), (1, 0)):
+        networks = _networks_of_half(candidates, other)
+        for images, masked in _resampled_samples(candidates, half):
+            for name, network in networks.items():
+                logits = evaluation.predict(network, masked)
+                worst = evaluation.worst_class(logits, masked.labels.cpu())
+                accuracy[images][name] += worst / 2
     shortfalls = dict.fromkeys(names, 0.0)
-    for images in names[1:]:
-        means = {name: sum(accuracy[images, name]) / 2 for name in names}
-        best = max(means.values())
+    for of_models in accuracy.values():
+        best = max(of_models.values())
         for name in names:
-            shortfalls[name] = max(shortfalls[name], best - means[name])
+            shortfalls[name] = max(shortfalls[name], best - of_models[name])
     return shortfalls
 
 
-def worst_class(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy of the class with the smallest, in [0, 1]."""
-    right = (logits.argmax(1) == labels).double()
-    return min(right[labels == label].mean().item() for label in labels.unique())
+def _networks_of_half(
+    candidates: Sequence[Settings], half: int
+) -> dict[str, nn.Module]:
+    """The saved models of a half, by configuration of the candidate, and its base model."""
+    device = models.resolve_device(candidates[0].device)
+    paths = {"base": of_half(candidates[0], half).checkpoint_path("base")}
+    for candidate in candidates:
+        settings = of_half(candidate, half)
+        paths[candidate.configuration] = settings.checkpoint_path(
+            settings.configuration
+        )
+    networks = {}
+    for name, path in paths.items():
+        networks[name] = store.load_checkpoint(path, device=device).model
+    return networks
 
 
-def by_shortfalls(judged: dict[str, dict], shortfalls: dict[str, float]) -> tuple[str, str]:
+def _resampled_samples(
+    candidates: Sequence[Settings], half: int
+) -> Iterator[tuple[str, MaskedDataset]]:
+    """For each candidate, some images of a half that are resampled by its masks."""
+    train = shortcuts.load(of_half(candidates[0], half)).train
+    generator = torch.Generator().manual_seed(candidates[0].seed)
+    sample = torch.randperm(len(train), generator=generator)[:SAMPLE]
+    for chain in chains(candidates):
+        settings_of_half = [of_half(candidate, half) for candidate in chain]
+        for candidate, tuned in zip(
+            chain, _rounds(settings_of_half, train), strict=True
+        ):
+            masks = tuned.masked.own_masks[sample]
+            masked = MaskedDataset(train[sample], masks, "resample", candidate.seed)
+            yield candidate.configuration, masked
+
+
+def by_shortfalls(
+    judged: dict[str, dict], shortfalls: dict[str, float]
+) -> tuple[str, str]:
     """Choose the candidate with the smallest shortfall, or keep ERM if its own is smaller.
 
     Of those within one standard error, the one that hides least is chosen.
@@ -389,51 +434,9 @@ def by_shortfalls(judged: dict[str, dict], shortfalls: dict[str, float]) -> tupl
     few = ", too few to judge by. On images resampled by the masks of all candidates,"
     behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
     if shortfalls["base"] <= least:
-        return "base", f"{few} no candidate falls less behind the best than ERM, which is kept."
+        return (
+            "base",
+            f"{few} no candidate falls less behind the best than ERM, which is kept.",
+        )
     reason = f"{few} {judged[chosen]['description']} is at most {behind[chosen]} behind the best, "
     return chosen, f"{reason}and ERM {behind['base']}. That is in doubt."
-
-
-def describe(candidate: Settings) -> str:
-    """A candidate in words, without how it is fine-tuned."""
-    words = f"{candidate.method} {candidate.param}"
-    if candidate.dilation:
-        words += f" dilated by {candidate.dilation}"
-    if candidate.fill == "resample":
-        words += ", resampled"
-    if candidate.rounds > 1:
-        words += f", {candidate.rounds} rounds"
-    return words
-
-
-def short(configuration: str) -> str:
-    """Name of a configuration without how it is fine-tuned, and by whom its masks are made."""
-    return re.sub(r"_(finetune_(lr|schedule|batch_size|epochs)|cross_fit)=[^_]+", "", configuration)
-
-
-def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    """Rows of the table of results that tell what the choice is worth.
-
-    Args:
-        table: see `store.collect`.
-        settings: the experiment.
-
-    Returns:
-        The rows of ERM; of the best of the other configurations by the test sets, if there are any; of
-        what was chosen, which may be ERM; and of the oracle, if there is one; `model` tells them apart.
-    """
-    of_experiment = table[table["experiment"] == settings.experiment]
-    is_base = of_experiment["configuration"] == "base"
-    is_chosen = of_experiment["chosen"].eq(True)
-    others = of_experiment[~is_base & ~is_chosen]
-    without_shortcut = dataclasses.replace(settings, shortcut="none").experiment
-    is_oracle = table["experiment"].eq(without_shortcut) & table["configuration"].eq("base")
-    rows = {
-        "ERM": of_experiment[is_base],
-        "best of the others, by the test sets": others.loc[
-            others.groupby("seed")["worst_group"].idxmax()
-        ],
-        CHOSEN: of_experiment[is_chosen],
-        "oracle: ERM without the shortcut": table[is_oracle],
-    }
-    return pd.concat([part.assign(model=name) for name, part in rows.items()])

@@ -6,8 +6,9 @@ import torch
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from masktune_utils import data, decoding, models
+from masktune_utils import data, models
 from masktune_utils.data import Split
+from masktune_utils.images import IN_MEMORY
 from masktune_utils.settings import DataSettings
 
 
@@ -22,7 +23,9 @@ class BiasedSets(NamedTuple):
     @property
     def tests(self) -> dict[str, Split]:
         """The test sets: `raw` and `biased`; or, of a folder, `test`."""
-        return {"raw": self.raw, "biased": self.biased} if len(self.biased) else {"test": self.raw}
+        if len(self.biased):
+            return {"raw": self.raw, "biased": self.biased}
+        return {"test": self.raw}
 
 
 def groups(split: Split) -> dict[str, Tensor]:
@@ -31,16 +34,19 @@ def groups(split: Split) -> dict[str, Tensor]:
     Returns:
         Name of the group → index. The groups are those of the folders, else class × shortcut.
     """
+    members = {}
     if split.names:
-        members = {name: split.digits.cpu() == k for k, name in enumerate(split.names)}
+        for number, name in enumerate(split.names):
+            members[name] = split.digits.cpu() == number
     else:
-        labels, has_shortcut = split.labels.cpu(), split.has_shortcut.cpu()
-        members = {
-            f"class {label}, {name}": (labels == label) & (has_shortcut == present)
-            for label in labels.unique().tolist()
-            for name, present in {"shortcut": True, "no shortcut": False}.items()
-        }
-    return {name: some.nonzero()[:, 0] for name, some in members.items() if some.any()}
+        labels = split.labels.cpu()
+        has_shortcut = split.has_shortcut.cpu()
+        for label in labels.unique().tolist():
+            members[f"class {label}, shortcut"] = (labels == label) & has_shortcut
+            members[f"class {label}, no shortcut"] = (labels == label) & ~has_shortcut
+    return {
+        name: is_in.nonzero()[:, 0] for name, is_in in members.items() if is_in.any()
+    }
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
@@ -49,13 +55,18 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     Returns:
         Their index, and the name of its group for each, on two lines.
     """
-    found = groups(split)
-    index = [some[:: max(1, len(some) // per_group)][:per_group] for some in found.values()]
-    titles = [name.replace(", ", "\n") for name, i in zip(found, index, strict=True) for _ in i]
-    return torch.cat(index), titles
+    chosen, titles = [], []
+    for name, index in groups(split).items():
+        step = max(1, len(index) // per_group)
+        spread = index[::step][:per_group]
+        chosen.append(spread)
+        titles += [name.replace(", ", "\n")] * len(spread)
+    return torch.cat(chosen), titles
 
 
-def add_square(images: Tensor, size: int, color: str, row: int = 0, column: int = 0) -> Tensor:
+def add_square(
+    images: Tensor, size: int, color: str, row: int = 0, column: int = 0
+) -> Tensor:
     """A copy of images with a square in each.
 
     Args:
@@ -75,7 +86,9 @@ def _pixel(color: str) -> Tensor:
     return (255 * torch.tensor(to_rgb(color))).round().to(torch.uint8).view(3, 1, 1)
 
 
-def square(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def square(
+    images: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Tensor:
     """In the top left corner.
 
     Args, as of all shortcuts:
@@ -89,19 +102,26 @@ def square(images: Tensor, settings: DataSettings, generator: torch.Generator) -
     return add_square(images, settings.square_size, settings.square_color)
 
 
-def square_anywhere(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def square_anywhere(
+    images: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Tensor:
     """At a random place in every image."""
-    size, pixels = settings.square_size, torch.arange(28)
+    size = settings.square_size
+    pixels = torch.arange(28)
     first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
     rows, columns = (first <= pixels) & (pixels < first + size)
     area = rows[:, None, :, None] & columns[:, None, None, :]
     return torch.where(area, _pixel(settings.square_color), images)
 
 
-def two_squares(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def two_squares(
+    images: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Tensor:
     """In the top left corner, and a red one in the bottom right corner."""
     far = 28 - settings.square_size
-    return add_square(square(images, settings, generator), settings.square_size, "red", far, far)
+    return add_square(
+        square(images, settings, generator), settings.square_size, "red", far, far
+    )
 
 
 def frame(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
@@ -111,26 +131,44 @@ def frame(images: Tensor, settings: DataSettings, generator: torch.Generator) ->
     return torch.where(edge, _pixel(settings.square_color), images)
 
 
-def pixels(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def pixels(
+    images: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Tensor:
     """49 scattered pixels, the same in all images."""
     places = torch.randperm(784, generator=torch.Generator().manual_seed(0))
-    return torch.where((places < 49).view(28, 28), _pixel(settings.square_color), images)
+    return torch.where(
+        (places < 49).view(28, 28), _pixel(settings.square_color), images
+    )
 
 
-def digit_color(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def digit_color(
+    images: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Tensor:
     """The digit itself is coloured."""
     return (images * (_pixel(settings.square_color) / 255)).round().to(torch.uint8)
 
 
-def background(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def background(
+    images: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Tensor:
     """A dark tint behind the digit."""
     return torch.maximum(images, (0.3 * _pixel(settings.square_color)).to(torch.uint8))
 
 
-SHORTCUTS = square, square_anywhere, two_squares, frame, pixels, digit_color, background
+SHORTCUTS = {
+    "square": square,
+    "square_anywhere": square_anywhere,
+    "two_squares": two_squares,
+    "frame": frame,
+    "pixels": pixels,
+    "digit_color": digit_color,
+    "background": background,
+}
 
 
-def plant(split: Split, which: Tensor, settings: DataSettings, generator: torch.Generator) -> Split:
+def plant(
+    split: Split, which: Tensor, settings: DataSettings, generator: torch.Generator
+) -> Split:
     """Plant the shortcut in some of the images.
 
     Args:
@@ -139,9 +177,11 @@ def plant(split: Split, which: Tensor, settings: DataSettings, generator: torch.
         settings: if its `shortcut` is `none`, these images get the square.
         generator: see `square`.
     """
-    add = {kind.__name__: kind for kind in SHORTCUTS}.get(settings.shortcut, square)
-    images, before = split.images.clone(), split.images[which]
-    images[which] = after = add(before, settings, generator)
+    add = SHORTCUTS.get(settings.shortcut, square)
+    before = split.images[which]
+    after = add(before, settings, generator)
+    images = split.images.clone()
+    images[which] = after
     area = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
     area[which] = (after != before).any(1)
     return Split(images, split.labels, split.digits, area)
@@ -152,7 +192,9 @@ def halves(labels: Tensor) -> Tensor:
     return (labels > labels.max() // 2).long()
 
 
-def place(split: Split, placement: str, conflicting: float, generator: torch.Generator) -> Tensor:
+def place(
+    split: Split, placement: str, conflicting: float, generator: torch.Generator
+) -> Tensor:
     """Choose the training images that get the shortcut: most of class 0, few of class 1.
 
     With digits as classes, 0–4 stand for class 0 and 5–9 for class 1.
@@ -168,7 +210,8 @@ def place(split: Split, placement: str, conflicting: float, generator: torch.Gen
     Returns:
         N, bool.
     """
-    shares, half = torch.tensor([1 - conflicting, conflicting]), halves(split.labels)
+    shares = torch.tensor([1 - conflicting, conflicting])
+    half = halves(split.labels)
     if placement == "random":
         return torch.rand(len(split), generator=generator) < shares[half]
     has_shortcut = torch.zeros(len(split), dtype=torch.bool)
@@ -193,29 +236,36 @@ def load(settings: DataSettings) -> BiasedSets:
         ValueError: see `data.load`; a class has no training images left; or none can be held out.
     """
     train, test = data.load(settings)
+    num_classes = len(train.labels.unique())
     generator = torch.Generator().manual_seed(settings.seed)
-    which, held_out = torch.zeros(2, len(train), dtype=torch.bool)
-    classes = len(train.labels.unique())
-    biased, count = test[:0], round(settings.validation_share * len(train))
+    which = torch.zeros(len(train), dtype=torch.bool)
     if settings.dataset != "folder" and settings.shortcut != "none":
         which = place(train, settings.placement, settings.conflicting_share, generator)
-    held_out[torch.randperm(len(train), generator=generator)[:count]] = True
-    if count and train.images.nbytes > decoding.IN_MEMORY:
-        allowed = f"0 for more than {decoding.IN_MEMORY:,} bytes of images"
-        raise ValueError(f"validation_share is {settings.validation_share}; allowed: {allowed}.")
+    held_out_count = round(settings.validation_share * len(train))
+    is_held_out = torch.zeros(len(train), dtype=torch.bool)
+    is_held_out[torch.randperm(len(train), generator=generator)[:held_out_count]] = True
+    if held_out_count and train.images.nbytes > IN_MEMORY:
+        allowed = f"0 for more than {IN_MEMORY:,} bytes of images"
+        raise ValueError(
+            f"validation_share is {settings.validation_share}; allowed: {allowed}."
+        )
+    biased = test[:0]
     if settings.dataset != "folder":
         train = plant(train, which, settings, generator)
         biased = plant(test, halves(test.labels) == 1, settings, generator)
-    validation = train[held_out]
-    if count:
-        train = train[~held_out]
+    validation = train[is_held_out]
+    if held_out_count:
+        train = train[~is_held_out]
     if settings.half is not None:
         two_halves = data.stratified_halves(train.labels, settings.seed)
         validation = train[two_halves[1 - settings.half]]
         train = train[two_halves[settings.half]]
-    if len(train.labels.unique()) < classes:
-        share = "validation_share" if settings.half is None else "half"
-        raise ValueError(f"{share} leaves a class without training images; allowed: more images.")
-    parts = train, test, biased, validation
+    if len(train.labels.unique()) < num_classes:
+        name = "validation_share" if settings.half is None else "half"
+        raise ValueError(
+            f"{name} leaves a class without training images; allowed: more images."
+        )
     device = models.resolve_device(settings.device)
-    return BiasedSets(*(part.to(device) for part in parts))
+    return BiasedSets(
+        *(split.to(device) for split in (train, test, biased, validation))
+    )

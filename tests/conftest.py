@@ -11,15 +11,21 @@ import pytest
 from masktune_utils import models, shortcuts, training
 from masktune_utils.settings import Settings
 
-MASKTUNE = str(Path(sys.executable).with_name("masktune"))  # the command, as it is installed
+MASKTUNE = str(
+    Path(sys.executable).with_name("masktune")
+)  # the command, as it is installed
 
 
-def write_idx_files(folder: Path, labels: list[int], test_labels: list[int] | None = None):
+def write_idx_files(
+    folder: Path, labels: list[int], test_labels: list[int] | None = None
+):
     """A data set in torchvision's layout, of random images; returns those of the training set."""
     folder.mkdir(parents=True)
     tests = labels if test_labels is None else test_labels
     for part, digits in {"t10k": tests, "train": labels}.items():
-        images = np.random.default_rng(0).integers(0, 256, (len(digits), 28, 28), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(
+            0, 256, (len(digits), 28, 28), dtype=np.uint8
+        )
         header = struct.pack(">4i", 0x803, *images.shape)
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         header = struct.pack(">2i", 0x801, len(digits))

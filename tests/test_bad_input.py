@@ -17,10 +17,13 @@ import pytest
 from conftest import write_idx_files
 from PIL import Image
 
-from masktune_utils import command, data, models
+from masktune_utils import data, models
+from masktune_utils.runner import command
 from masktune_utils.settings import REPOSITORY, Settings
 
-SHORTCUTS = "'square', 'square_anywhere', 'two_squares', 'frame', 'pixels', 'digit_color', "
+SHORTCUTS = (
+    "'square', 'square_anywhere', 'two_squares', 'frame', 'pixels', 'digit_color', "
+)
 SHORTCUTS += "'background' or 'none'"
 
 
@@ -30,12 +33,17 @@ def refused(capsys, tmp_path):
 
     def files() -> dict[Path, int]:
         found = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
-        return {path: found[path] for path in found if path.suffix != ".npy"}  # decoded images
+        return {
+            path: found[path] for path in found if path.suffix != ".npy"
+        }  # decoded images
 
     def run(message: str, *arguments: str) -> None:
         before = files()
         try:
-            code, usage = command.main(["sweep", *arguments, f"--directory={tmp_path}/new"]), []
+            code, usage = (
+                command.main(["sweep", *arguments, f"--directory={tmp_path}/new"]),
+                [],
+            )
         except SystemExit as stop:  # argparse's own
             code, usage = stop.code, [f"usage: {command.USAGE}"]
         printed = capsys.readouterr()
@@ -50,8 +58,14 @@ def refused(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--method foo", "method is 'foo'; allowed: 'threshold', 'top_k', 'mean', 'mean_std' or"),
-        ("--upsample map cubic", "upsample is 'cubic'; allowed: 'bilinear', 'nearest' or 'map'."),
+        (
+            "--method foo",
+            "method is 'foo'; allowed: 'threshold', 'top_k', 'mean', 'mean_std' or",
+        ),
+        (
+            "--upsample map cubic",
+            "upsample is 'cubic'; allowed: 'bilinear', 'nearest' or 'map'.",
+        ),
         ("--param 7", "param is 7; allowed: 0 to 1 for method 'threshold'."),
         ("--param -0.1", "param is -0.1; allowed: greater than or equal to 0."),
         ("--param nan", "param is 'nan'; allowed: a valid number."),
@@ -59,28 +73,58 @@ def refused(capsys, tmp_path):
         ("--param None", "param is None; allowed: a valid number."),
         ("--param", "argument --param: expected at least one argument"),
         ("--dataset cifar", "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'"),
-        ("--dataset folder", "train_folder is ''; allowed: with dataset 'folder', a folder"),
-        ("--train_folder pets", "train_folder is 'pets'; allowed: with dataset 'folder', a"),
+        (
+            "--dataset folder",
+            "train_folder is ''; allowed: with dataset 'folder', a folder",
+        ),
+        (
+            "--train_folder pets",
+            "train_folder is 'pets'; allowed: with dataset 'folder', a",
+        ),
         ("--seed x", "seed is 'x'; allowed: a valid integer."),
-        ("--seed 99999999999", "seed is 99999999999; allowed: less than or equal to 4294967295."),
+        (
+            "--seed 99999999999",
+            "seed is 99999999999; allowed: less than or equal to 4294967295.",
+        ),
         ("--shortcut circle", f"shortcut is 'circle'; allowed: {SHORTCUTS}."),
         ("--fill white", "fill is 'white'; allowed: 'zero' or 'resample'."),
-        ("--finetune_schedule cosine", "finetune_schedule is 'cosine'; allowed: 'constant' or 'li"),
-        ("--finetune_batch_size 1", "finetune_batch_size is 1; allowed: greater than or equal to"),
+        (
+            "--finetune_schedule cosine",
+            "finetune_schedule is 'cosine'; allowed: 'constant' or 'li",
+        ),
+        (
+            "--finetune_batch_size 1",
+            "finetune_batch_size is 1; allowed: greater than or equal to",
+        ),
         ("--rounds 0", "rounds is 0; allowed: greater than or equal to 1."),
-        ("--finetune_epochs 0", "finetune_epochs is 0; allowed: greater than or equal to 1."),
+        (
+            "--finetune_epochs 0",
+            "finetune_epochs is 0; allowed: greater than or equal to 1.",
+        ),
         ("--half 0", "half is not a parameter of 04_finetune_sweep; leave it out."),
         ("--limit 33", "limit is 33; allowed: a multiple of 10."),
         ("--limit 0", "limit is 0; allowed: greater than or equal to 20."),
         ("--limit 5000", "limit is 5000; allowed: at most 4000 here."),
-        ("--square_color blau", "square_color is 'blau'; allowed: name of a colour, such as"),
+        (
+            "--square_color blau",
+            "square_color is 'blau'; allowed: name of a colour, such as",
+        ),
         ("--square_size 2.5", "square_size is 2.5; allowed: a valid integer."),
         ("--epochs True", "epochs is True; allowed: a valid integer."),
         ("--lr 1e999", "lr is inf; allowed: a finite number."),
-        ("--finetune_lr 0", "finetune_lr is 0; allowed: greater than or equal to 0.00000001."),
+        (
+            "--finetune_lr 0",
+            "finetune_lr is 0; allowed: greater than or equal to 0.00000001.",
+        ),
         ("--cross_fit 1", "cross_fit is 1; allowed: a valid boolean."),
-        ("--device abacus", "device is 'abacus'; allowed: auto, cpu, or a device of this machine"),
-        ("--device cuda:99", "device is 'cuda:99'; allowed: auto, cpu, or a device of this"),
+        (
+            "--device abacus",
+            "device is 'abacus'; allowed: auto, cpu, or a device of this machine",
+        ),
+        (
+            "--device cuda:99",
+            "device is 'cuda:99'; allowed: auto, cpu, or a device of this",
+        ),
         ("--metod top_k", "error: unrecognized arguments: --metod top_k"),
         ("--jobs 0", "argument --jobs: invalid choice: 0"),
         ("--jobs x", "argument --jobs: invalid int value: 'x'"),
@@ -123,7 +167,15 @@ def test_grid_files(content, message, refused, tmp_path):
 
 def test_a_directory_that_cannot_be_written_to(capsys):
     """Nothing can be made below /proc, not even by root."""
-    arguments = ["run", "--dataset", "mnist5k", "--directory", "/proc/new", "--epochs", "1"]
+    arguments = [
+        "run",
+        "--dataset",
+        "mnist5k",
+        "--directory",
+        "/proc/new",
+        "--epochs",
+        "1",
+    ]
     assert command.main(arguments) == 2
     message = "masktune: directory is '/proc/new'; allowed: a folder to write to, or a new one ("
     assert message in capsys.readouterr().err
@@ -131,7 +183,10 @@ def test_a_directory_that_cannot_be_written_to(capsys):
 
 PARAMETERS = {
     "02_erm": ({"epoch": 3}, "epoch is not a parameter; allowed: directory, device"),
-    "05_plots": ({"finetuned_model": "nowhere.pth"}, "nowhere.pth is not a file; give the path of"),
+    "05_plots": (
+        {"finetuned_model": "nowhere.pth"},
+        "nowhere.pth is not a file; give the path of",
+    ),
 }
 
 
@@ -169,7 +224,9 @@ def test_masktune_data_is_no_folder(dataset, root, refused, monkeypatch):
 @pytest.mark.parametrize("dataset", data.TORCHVISION)
 def test_masktune_data_is_empty_and_there_is_no_network(dataset, root, refused):
     name = data.TORCHVISION[dataset]
-    refused(f"{name} is neither in {root} nor can it be downloaded", f"--dataset={dataset}")
+    refused(
+        f"{name} is neither in {root} nor can it be downloaded", f"--dataset={dataset}"
+    )
 
 
 def test_files_that_are_not_those_of_mnist(root, refused):
@@ -183,8 +240,14 @@ def test_files_that_are_not_those_of_mnist(root, refused):
     ("name", "content"),
     [
         ("train-images-idx3-ubyte", b""),
-        ("train-images-idx3-ubyte", struct.pack(">4i", 0x803, 20, 28, 28) + bytes(28 * 28 * 19)),
-        ("train-images-idx3-ubyte", struct.pack(">4i", 0x803, 20, 20, 20) + bytes(20 * 20 * 20)),
+        (
+            "train-images-idx3-ubyte",
+            struct.pack(">4i", 0x803, 20, 28, 28) + bytes(28 * 28 * 19),
+        ),
+        (
+            "train-images-idx3-ubyte",
+            struct.pack(">4i", 0x803, 20, 20, 20) + bytes(20 * 20 * 20),
+        ),
         ("t10k-labels-idx1-ubyte", struct.pack(">2i", 0x801, 3) + bytes(3)),
         ("t10k-labels-idx1-ubyte", struct.pack(">2i", 0x801, 20) + bytes(range(20))),
         ("t10k-labels-idx1-ubyte", b"<html>not found</html>"),
@@ -200,12 +263,22 @@ def test_damaged_files_of_other_sets(name, content, root, refused):
 @pytest.mark.parametrize(
     ("labels", "test_labels", "message"),
     [
-        ([0, 1], [0, 7], "kmnist has images of one class only; allowed: 2 classes or more."),
-        ([0, 7], [8, 9], "kmnist has images of one class only; allowed: 2 classes or more."),
+        (
+            [0, 1],
+            [0, 7],
+            "kmnist has images of one class only; allowed: 2 classes or more.",
+        ),
+        (
+            [0, 7],
+            [8, 9],
+            "kmnist has images of one class only; allowed: 2 classes or more.",
+        ),
         ([0, 7], [], "holds damaged files"),
     ],
 )
-def test_one_class_only_and_no_images_at_all(labels, test_labels, message, root, refused):
+def test_one_class_only_and_no_images_at_all(
+    labels, test_labels, message, root, refused
+):
     write_idx_files(root / "KMNIST" / "raw", labels, test_labels)
     refused(message, "--dataset=kmnist")
 
@@ -219,7 +292,9 @@ def answer_by_half(server: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("replies", [False, True])
-def test_a_server_that_is_silent_or_stops_halfway_is_given_up(replies, root, monkeypatch):
+def test_a_server_that_is_silent_or_stops_halfway_is_given_up(
+    replies, root, monkeypatch
+):
     monkeypatch.setattr(models, "SILENCE", 0.3)
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -249,7 +324,9 @@ def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch, tmp_path_fac
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         kind = "torchvision.datasets.KMNIST"
-        monkeypatch.setattr(f"{kind}.mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(
+            f"{kind}.mirrors", [f"http://127.0.0.1:{server.server_port}/"]
+        )
         monkeypatch.setattr(f"{kind}.resources", wrong)
         with pytest.raises(FileNotFoundError, match="nor can it be downloaded"):
             data.load(Settings(dataset="kmnist"))
@@ -264,8 +341,14 @@ def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch, tmp_path_fac
     ("change", "message"),
     [
         (lambda test: shutil.rmtree(test), "test_folder is '{test}'; allowed: "),
-        (lambda test: shutil.rmtree(test / "a"), "classes are ['a', 'b'], ['b']; allowed: the"),
-        (lambda test: (test / "b").rename(test / "c"), "classes are ['a', 'b'], ['a', 'c']; allo"),
+        (
+            lambda test: shutil.rmtree(test / "a"),
+            "classes are ['a', 'b'], ['b']; allowed: the",
+        ),
+        (
+            lambda test: (test / "b").rename(test / "c"),
+            "classes are ['a', 'b'], ['a', 'c']; allo",
+        ),
         (lambda test: (test / "b/0.png").unlink(), "no valid file for the classes b"),
         (
             lambda test: (test / "b/0.png").write_text("no image"),

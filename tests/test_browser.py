@@ -15,25 +15,39 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from masktune_utils import sweep
+from masktune_utils.runner import jobs
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs pip install playwright"
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="needs apt-get install chromium"
+)
 
 
 @pytest.fixture
 def lab(tmp_path):
     """Address of notebook 03, with tiny parameters, in a JupyterLab."""
-    values = {"dataset": "mnist5k", "epochs": 1, "limit": 200, "directory": str(tmp_path)}
-    notebook = load_notebook_node(str(sweep.NOTEBOOKS / "03_saliency_masks.ipynb"))
+    values = {
+        "dataset": "mnist5k",
+        "epochs": 1,
+        "limit": 200,
+        "directory": str(tmp_path),
+    }
+    notebook = load_notebook_node(str(jobs.NOTEBOOKS / "03_saliency_masks.ipynb"))
     nbformat.write(parameterize_notebook(notebook, values), tmp_path / "03.ipynb")
     options = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={tmp_path}"]
     options.append("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
-    kinds = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    kinds = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+        "IPYTHONDIR",
+    )
     environment = os.environ | {kind: str(tmp_path / kind) for kind in kinds}
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
@@ -41,9 +55,14 @@ def lab(tmp_path):
     address = re.compile(r"(http://127.0.0.1:\d+/lab)(\?token=\w+)")
     try:
         wait(lambda: address.search((tmp_path / "log").read_text()), tmp_path / "log")
-        yield address.search((tmp_path / "log").read_text()).expand(r"\1/tree/03.ipynb\2")
+        yield address.search((tmp_path / "log").read_text()).expand(
+            r"\1/tree/03.ipynb\2"
+        )
     finally:
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        family = [
+            psutil.Process(server.pid),
+            *psutil.Process(server.pid).children(recursive=True),
+        ]
         server.terminate()  # and its kernels with it
         for left in psutil.wait_procs(family, timeout=10)[1]:
             left.kill()
@@ -60,7 +79,9 @@ def test_the_picture_follows_the_slider(lab, tmp_path):
     with playwright.sync_playwright() as driver:
         flags = [*FLAGS.split(), *["--no-sandbox"] * (os.geteuid() == 0)]
         options = {"executable_path": BROWSER, "args": flags}
-        browser = driver.chromium.launch_persistent_context(tmp_path / "profile", **options)
+        browser = driver.chromium.launch_persistent_context(
+            tmp_path / "profile", **options
+        )
         page = browser.pages[0]
         page.goto(lab)
         page.get_by_text("| Idle").wait_for(timeout=60_000)

@@ -22,7 +22,10 @@ def load(**settings) -> shortcuts.BiasedSets:
 
 def squares(split: data.Split) -> list[float]:
     """Share of each class that has the square."""
-    return [split.has_shortcut[split.labels == label].double().mean().item() for label in (0, 1)]
+    return [
+        split.has_shortcut[split.labels == label].double().mean().item()
+        for label in (0, 1)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,11 @@ def test_test_sets_differ_by_the_square_on_class_1_alone(size, name, rgb):
 
 @pytest.mark.parametrize("size", [1, 6, 28])
 def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(size):
-    pairs = zip(load(square_size=size), load(square_size=size, shortcut="two_squares"), strict=True)
+    pairs = zip(
+        load(square_size=size),
+        load(square_size=size, shortcut="two_squares"),
+        strict=True,
+    )
     for one, two in pairs:
         marked = one.has_shortcut
         assert torch.equal(two.has_shortcut, marked)
@@ -64,27 +71,45 @@ def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(
 
 
 @pytest.mark.parametrize("kind", shortcuts.SHORTCUTS)
-def test_each_shortcut_changes_its_area_of_the_marked_images_and_nothing_else(kind, full):
-    sets, repeated = (load(shortcut=kind.__name__) for _ in range(2))
-    for planted, clean in ((sets.biased, sets.raw), (sets.train, load(shortcut="none").train)):
+def test_each_shortcut_changes_its_area_of_the_marked_images_and_nothing_else(
+    kind, full
+):
+    sets, repeated = (load(shortcut=kind) for _ in range(2))
+    for planted, clean in (
+        (sets.biased, sets.raw),
+        (sets.train, load(shortcut="none").train),
+    ):
         assert torch.equal(planted.shortcut, (planted.images != clean.images).any(1))
-    assert torch.equal(sets.raw.images, full.raw.images) and not sets.raw.has_shortcut.any()
+    assert (
+        torch.equal(sets.raw.images, full.raw.images)
+        and not sets.raw.has_shortcut.any()
+    )
     assert torch.equal(sets.train.has_shortcut, full.train.has_shortcut)
     assert torch.equal(sets.biased.has_shortcut, sets.biased.labels == 1)
-    assert all(torch.equal(a.images, b.images) for a, b in zip(sets, repeated, strict=True))
+    assert all(
+        torch.equal(a.images, b.images) for a, b in zip(sets, repeated, strict=True)
+    )
     areas, ink = sets.biased.shortcut[sets.biased.has_shortcut], sets.raw.images.any(1)
-    sizes = {"square": 36, "square_anywhere": 36, "two_squares": 72, "frame": 208, "pixels": 49}
-    if kind.__name__ in sizes:
-        assert (areas.sum((1, 2)) == sizes[kind.__name__]).all()
-        assert torch.equal(areas.any(0), areas.all(0)) == (kind.__name__ != "square_anywhere")
-    elif kind.__name__ == "digit_color":
+    sizes = {
+        "square": 36,
+        "square_anywhere": 36,
+        "two_squares": 72,
+        "frame": 208,
+        "pixels": 49,
+    }
+    if kind in sizes:
+        assert (areas.sum((1, 2)) == sizes[kind]).all()
+        assert torch.equal(areas.any(0), areas.all(0)) == (kind != "square_anywhere")
+    elif kind == "digit_color":
         assert torch.equal(areas, ink[sets.raw.labels == 1])
     else:
         assert (areas | ink[sets.raw.labels == 1]).all()
 
 
 def test_random_placement_follows_the_share_and_the_seed(full):
-    assert squares(full.train) == pytest.approx([0.99, 0.01], abs=0.008)  # 3.6 standard deviations
+    assert squares(full.train) == pytest.approx(
+        [0.99, 0.01], abs=0.008
+    )  # 3.6 standard deviations
     assert torch.equal(full.train.has_shortcut, load().train.has_shortcut)
     assert not torch.equal(full.train.has_shortcut, load(seed=1).train.has_shortcut)
 
@@ -93,25 +118,38 @@ def test_ordered_placement_and_other_shares_are_counted_exactly():
     train = load(placement="ordered").train
     assert train.has_shortcut[train.digits == 4].tolist() == [True] * 380 + [False] * 20
     assert train.has_shortcut[train.digits == 5].tolist() == [True] * 20 + [False] * 380
-    assert squares(load(placement="ordered", conflicting_share=0.25).train) == [0.75, 0.25]
+    assert squares(load(placement="ordered", conflicting_share=0.25).train) == [
+        0.75,
+        0.25,
+    ]
     assert squares(load(shortcut="none").train) == [0, 0]
 
 
 @pytest.mark.parametrize("placement", ["random", "ordered"])
 def test_with_ten_classes_the_same_images_get_the_shortcut(placement):
-    two, ten = (load(labels=labels, placement=placement) for labels in ("halves", "digits"))
+    two, ten = (
+        load(labels=labels, placement=placement) for labels in ("halves", "digits")
+    )
     for one, other in zip(two, ten, strict=True):
-        assert torch.equal(one.images, other.images) and torch.equal(other.labels, one.digits)
+        assert torch.equal(one.images, other.images) and torch.equal(
+            other.labels, one.digits
+        )
         assert torch.equal(one.shortcut, other.shortcut)
     assert torch.equal(ten.biased.has_shortcut, ten.biased.labels >= 5)
 
 
 def test_what_is_held_out_is_a_tenth_with_the_same_bias(full):
     held, other = load(validation_share=0.1), load(validation_share=0.1, seed=1)
-    assert (len(held.train), len(held.validation), len(full.validation)) == (3600, 400, 0)
+    assert (len(held.train), len(held.validation), len(full.validation)) == (
+        3600,
+        400,
+        0,
+    )
     assert squares(held.validation) == pytest.approx([0.99, 0.01], abs=0.04)
     together = torch.cat([held.train.images, held.validation.images]).flatten(1)
-    assert torch.equal(together.unique(dim=0), full.train.images.flatten(1).unique(dim=0))
+    assert torch.equal(
+        together.unique(dim=0), full.train.images.flatten(1).unique(dim=0)
+    )
     assert torch.equal(held.raw.images, full.raw.images)
     again = load(validation_share=0.1)
     assert torch.equal(held.validation.images, again.validation.images)
@@ -121,7 +159,9 @@ def test_what_is_held_out_is_a_tenth_with_the_same_bias(full):
 def test_limit_takes_equally_many_of_each_digit(splits):
     assert splits.train.digits.bincount().tolist() == [20] * 10
     assert splits.raw.digits.bincount().tolist() == [20] * 10
-    with pytest.raises(ValueError, match=r"limit is 4010; allowed: at most 4000 here\."):
+    with pytest.raises(
+        ValueError, match=r"limit is 4010; allowed: at most 4000 here\."
+    ):
         load(limit=4010)
 
 
@@ -160,7 +200,11 @@ def test_other_sets_are_read_from_torchvisions_layout(dataset, monkeypatch, tmp_
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_folders_of_classes_are_resized_and_get_no_square(classes, tmp_path):
-    names = [f"{part}/{name}" for part in ("train", "test") for name in "abcdefghij"[:classes]]
+    names = [
+        f"{part}/{name}"
+        for part in ("train", "test")
+        for name in "abcdefghij"[:classes]
+    ]
     for number, name in enumerate(names):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (40, 20), (10 * number, 0, 9)).save(tmp_path / name / "a.png")
@@ -171,10 +215,14 @@ def test_folders_of_classes_are_resized_and_get_no_square(classes, tmp_path):
     assert sets.train.images.shape == (classes + 1, 3, 28, 28)
     assert sets.train.labels.tolist() == sorted([*range(classes), 1])
     assert sets.train.images[:3, 0, 3, 3].tolist() == [0, 10, 77]
-    assert sets.raw.images[:, 0, 3, 3].tolist() == [10 * (classes + n) for n in range(classes)]
+    assert sets.raw.images[:, 0, 3, 3].tolist() == [
+        10 * (classes + n) for n in range(classes)
+    ]
     assert [*sets.tests] == ["test"] and not len(sets.biased)
     assert not any(split.has_shortcut.any() for split in sets)
-    with pytest.raises(ValueError, match="validation_share leaves a class without training images"):
+    with pytest.raises(
+        ValueError, match="validation_share leaves a class without training images"
+    ):
         load(dataset="folder", **folders, validation_share=0.5)
 
 
@@ -193,16 +241,22 @@ IMAGES, LABELS = torch.zeros(4, 3, 28, 28), torch.tensor([0, 1, 0, 1])
     ],
 )
 def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, labels):
-    with pytest.raises(ValueError, match=r"images are .*; allowed: N×C×H×W, uint8 or floating"):
+    with pytest.raises(
+        ValueError, match=r"images are .*; allowed: N×C×H×W, uint8 or floating"
+    ):
         data.Split(images, labels)
 
 
 def test_the_code_of_notebook_10_for_your_own_network_runs(tmp_path):
     write_idx_files(tmp_path / "data" / "FashionMNIST" / "raw", list(range(10)) * 26)
-    notebook = nbformat.read(REPOSITORY / "notebooks" / "10_your_own.ipynb", as_version=4)
+    notebook = nbformat.read(
+        REPOSITORY / "notebooks" / "10_your_own.ipynb", as_version=4
+    )
     code = notebook.cells[-1].source.split("```python\n")[-1].split("```")[0]
     command = [sys.executable, "-c", code]
-    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    printed = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
     assert 0 <= float(printed.stdout) <= 1
 
 

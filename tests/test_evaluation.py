@@ -2,7 +2,6 @@ import json
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn import metrics as sk
@@ -18,18 +17,26 @@ def test_metrics_equal_scikit_learns(classes):
     logits = torch.randn(500, classes, generator=generator)
     labels = torch.randint(classes, (500,), generator=generator)
     ours, predicted = evaluation.metrics(logits, labels), logits.argmax(1)
-    assert ours["loss"] == pytest.approx(sk.log_loss(labels, logits.double().softmax(1)), rel=1e-5)
+    assert ours["loss"] == pytest.approx(
+        sk.log_loss(labels, logits.double().softmax(1)), rel=1e-5
+    )
     assert ours["accuracy"] == sk.accuracy_score(labels, predicted)
     recalls = sk.recall_score(labels, predicted, average=None)
     np.testing.assert_allclose(ours["class_accuracy"], recalls)
     assert ours["confusion_matrix"] == sk.confusion_matrix(labels, predicted).tolist()
-    scores = {"precision": sk.precision_score, "recall": sk.recall_score, "f1": sk.f1_score}
+    scores = {
+        "precision": sk.precision_score,
+        "recall": sk.recall_score,
+        "f1": sk.f1_score,
+    }
     for name, score in scores.items():
         assert ours[name] == score(labels, predicted, average="macro")
 
 
 def test_a_class_without_images_is_nan():
-    ours = evaluation.metrics(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+    ours = evaluation.metrics(
+        torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
+    )
     assert ours["class_accuracy"][0] == 0.5 and math.isnan(ours["class_accuracy"][1])
 
 
@@ -55,7 +62,9 @@ def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
 def test_predictions_are_made_in_evaluation_mode_in_any_batch(model, splits):
     expected = evaluation.predict(model, splits.raw)
     model.train()
-    torch.testing.assert_close(evaluation.predict(model, splits.raw, batch_size=7), expected)
+    torch.testing.assert_close(
+        evaluation.predict(model, splits.raw, batch_size=7), expected
+    )
     assert model.training
 
 
@@ -67,7 +76,9 @@ def evaluated(model: models.SmallCNN, **settings) -> str:
 def test_a_plain_state_dict_can_be_evaluated(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     report = evaluation.evaluate_checkpoint(tmp_path / "theirs.pth", dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model) and 0 < report["biased"]["accuracy"] < 1
+    assert (
+        json.dumps(report) == evaluated(model) and 0 < report["biased"]["accuracy"] < 1
+    )
 
 
 def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
@@ -80,7 +91,9 @@ def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
 
 def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
     identity = Settings(dataset="mnist5k", labels="digits").identity(base=True)
-    store.save_checkpoint(tmp_path / "ten.pth", models.new_model(0, num_classes=10), identity, [])
+    store.save_checkpoint(
+        tmp_path / "ten.pth", models.new_model(0, num_classes=10), identity, []
+    )
     report = evaluation.evaluate_checkpoint(tmp_path / "ten.pth", dataset="mnist5k")
     assert [sum(row) for row in report["raw"]["confusion_matrix"]] == [100] * 10
 
@@ -88,18 +101,7 @@ def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
 def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):
     identity = Settings(dataset="mnist").identity(base=True)
     store.save_checkpoint(tmp_path / "ours.pth", model, identity, [])
-    with pytest.raises(CheckpointError, match=r"ours\.pth was trained on 'mnist'; use dataset="):
+    with pytest.raises(
+        CheckpointError, match=r"ours\.pth was trained on 'mnist'; use dataset="
+    ):
         evaluation.evaluate_checkpoint(tmp_path / "ours.pth", dataset="mnist5k")
-
-
-def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
-    columns = ["configuration", "raw", "biased", "worst_group"]
-    rows = [("base", 0.5, 0.25, 0.1), ("base", 0.7, 0.25, 0.1), ("top_k_0.1", 0.9, 0.8, math.nan)]
-    table = pd.DataFrame(rows, columns=columns).assign(experiment="mnist")
-    summary = evaluation.summarize(table)
-    assert list(summary.columns) == ["raw", "biased", "worst group", "seeds"]
-    assert summary.loc["base"].tolist() == ["60.00 ± 14.14", "25.00 ± 0.00", "10.00 ± 0.00", 2]
-    assert summary.loc["top_k_0.1"].tolist() == ["90.00", "80.00", "", 1]
-    both = pd.concat([table, table.assign(experiment="mnist_epochs=2")])
-    summary = evaluation.summarize(both, store.KEY[:2], ["raw"])
-    assert summary.loc[("mnist_epochs=2", "base")].tolist() == ["60.00 ± 14.14", 2]

@@ -8,7 +8,16 @@ import re
 import pytest
 import torch
 
-from masktune_utils import data, evaluation, experiment, masking, saliency, store, training
+from masktune_utils import (
+    data,
+    evaluation,
+    experiment,
+    masking,
+    results,
+    saliency,
+    store,
+    training,
+)
 from masktune_utils.experiment import Trained
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError, weights_sha256
@@ -41,15 +50,23 @@ def changed(base: Trained) -> Trained:
     model = copy.deepcopy(base.model)
     with torch.no_grad():
         model.linear[3].bias += torch.tensor([1e6, 0.0])
-    return dataclasses.replace(base, model=model, sha256=sha256(model), base_sha256=sha256(model))
+    return dataclasses.replace(
+        base, model=model, sha256=sha256(model), base_sha256=sha256(model)
+    )
 
 
 def test_base_model_is_trained_once(settings, splits):
     path = settings.checkpoint_path("base")
     first = experiment.base_model(settings, splits.train)
-    assert first.sha256 == first.base_sha256 == sha256(first.model) and first.seconds > 0
-    assert first.configuration == "base" and not first.model.training and first.masked is None
-    assert store.load_checkpoint(path)[1]["settings"] == settings.identity(base=True)
+    assert (
+        first.sha256 == first.base_sha256 == sha256(first.model) and first.seconds > 0
+    )
+    assert (
+        first.configuration == "base"
+        and not first.model.training
+        and first.masked is None
+    )
+    assert store.load_checkpoint(path).settings == settings.identity(base=True)
     written = path.stat().st_mtime_ns
     second = experiment.base_model(settings, splits.train)
     assert second.sha256 == first.sha256 and second.history == first.history[:1]
@@ -58,11 +75,13 @@ def test_base_model_is_trained_once(settings, splits):
     assert path.stat().st_mtime_ns != written
 
 
-def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(settings, splits, masked):
+def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(
+    settings, splits, masked
+):
     contents = []
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         folder = f"{settings.directory}/{name}"
-        one = dataclasses.replace(settings, directory=folder, seed=seed)
+        one = settings.replace(directory=folder, seed=seed)
         base = experiment.base_model(one, splits.train)
         experiment.finetuned_model(one, base, masked)
         paths = [one.checkpoint_path(kind) for kind in ("base", one.configuration)]
@@ -71,12 +90,17 @@ def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(settings, sp
     assert contents[0][0] != contents[2][0] and contents[0][1] != contents[2][1]
 
 
-def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused(settings, splits, model):
+def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused(
+    settings, splits, model
+):
     path = settings.checkpoint_path("base")
     identity = settings.identity(base=True)
     store.save_checkpoint(path, model, identity | {"momentum": 0.5}, [])
     other = path.read_bytes()
-    for content, message in ((other, "was made with momentum = 0.5"), (other[:-5], "is damaged")):
+    for content, message in (
+        (other, "was made with momentum = 0.5"),
+        (other[:-5], "is damaged"),
+    ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} {message}"):
             experiment.base_model(settings, splits.train)
@@ -101,7 +125,7 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told(
     settings, base, masked, values, expected
 ):
-    settings = dataclasses.replace(settings, epochs=50, **values)
+    settings = settings.replace(epochs=50, **values)
     tuned = experiment.finetuned_model(settings, base, masked)
     assert [epoch["lr"] for epoch in tuned.history] == expected
 
@@ -111,10 +135,20 @@ def masked_round_by_round(settings, base, train):
     images, earlier, network = train.images, None, base.model
     for _ in range(settings.rounds):
         maps = saliency.saliency_maps(network, images, train.labels)
-        rule = {"upsample": "map", "dilation": 1, "seed": settings.seed, "fill": settings.fill}
+        rule = {
+            "upsample": "map",
+            "dilation": 1,
+            "seed": settings.seed,
+            "fill": settings.fill,
+        }
         earlier = masking.mask_dataset(train, maps, "mean", 2, **rule, earlier=earlier)
         network, images = copy.deepcopy(base.model), earlier.images
-        options = {"epochs": 2, "lr": settings.lr, "schedule": "linear", "batch_size": 50}
+        options = {
+            "epochs": 2,
+            "lr": settings.lr,
+            "schedule": "linear",
+            "batch_size": 50,
+        }
         training.train(network, earlier, seed=settings.seed, **options)
     return earlier, network
 
@@ -126,7 +160,7 @@ HOW |= {"finetune_schedule": "linear", "finetune_batch_size": 50, "finetune_epoc
 @pytest.mark.parametrize("fill", ["zero", "resample"])
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, fill):
-    settings = dataclasses.replace(settings, **HOW, fill=fill)
+    settings = settings.replace(**HOW, fill=fill)
     expected, network = masked_round_by_round(settings, base, splits.train)
     tuned = experiment.masktune(settings, base, splits.train)
     assert tuned.sha256 == sha256(network) and tuned.base_sha256 == base.sha256
@@ -141,29 +175,41 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_cross_fit_hands_over_the_masks_of_two_halves(settings, splits, base):
-    settings = dataclasses.replace(settings, **HOW, cross_fit=True)
+    settings = settings.replace(**HOW, cross_fit=True)
     tuned = experiment.masktune(settings, base, splits.train)
     network = copy.deepcopy(base.model)
-    for half, index in enumerate(data.stratified_halves(splits.train.labels, settings.seed)):
-        of_half = dataclasses.replace(settings, half=half, cross_fit=False)
+    for half, index in enumerate(
+        data.stratified_halves(splits.train.labels, settings.seed)
+    ):
+        of_half = settings.replace(half=half, cross_fit=False)
         train = splits.train[index]
-        masked, _ = masked_round_by_round(of_half, experiment.base_model(of_half, train), train)
+        masked, _ = masked_round_by_round(
+            of_half, experiment.base_model(of_half, train), train
+        )
         assert torch.equal(tuned.masked.own_masks[index], masked.own_masks)
     training.train(network, tuned.masked, **settings.finetuning)
     assert tuned.sha256 == sha256(network)
-    assert not [*settings.folder("checkpoints").glob("CNN_saliency*")]  # of the whole: none needed
+    assert not [
+        *settings.folder("checkpoints").glob("CNN_saliency*")
+    ]  # of the whole: none needed
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_saliency_is_computed_once_per_base_model(settings, splits, base, monkeypatch):
     first = experiment.training_saliency(settings, base, splits.train)
     calls, compute = [], saliency.saliency_maps
-    monkeypatch.setattr(saliency, "saliency_maps", lambda *a: calls.append(1) or compute(*a))
-    assert torch.equal(experiment.training_saliency(settings, base, splits.train), first)
+    monkeypatch.setattr(
+        saliency, "saliency_maps", lambda *a: calls.append(1) or compute(*a)
+    )
+    assert torch.equal(
+        experiment.training_saliency(settings, base, splits.train), first
+    )
     assert not calls
     (path,) = settings.folder("checkpoints").glob("CNN_saliency_XGradCAM.pth")
     path.write_bytes(b"damaged")
-    assert torch.equal(experiment.training_saliency(settings, base, splits.train), first)
+    assert torch.equal(
+        experiment.training_saliency(settings, base, splits.train), first
+    )
     assert len(calls) == 1
     other = changed(base)
     torch.nn.init.zeros_(other.model.linear[3].weight)
@@ -175,9 +221,14 @@ def test_a_result_tells_what_made_it_and_how_good_it_is(settings, splits, masked
     tuned = experiment.finetuned_model(settings, base, masked)
     experiment.record(base, splits)
     row = experiment.record(tuned, splits)
-    assert row["experiment"] == "mnist5k_limit=200_epochs=1" and row["configuration"] == "top_k_0.1"
+    assert (
+        row["experiment"] == "mnist5k_limit=200_epochs=1"
+        and row["configuration"] == "top_k_0.1"
+    )
     assert row.items() >= settings.identity(base=False).items()
-    assert row["sha256"] == sha256(tuned.model) and row["base_sha256"] == sha256(base.model)
+    assert row["sha256"] == sha256(tuned.model) and row["base_sha256"] == sha256(
+        base.model
+    )
     assert row["seconds"] == tuned.seconds > 0 and row["device"] == "cpu"
     assert row["metrics"] == evaluation.evaluate(tuned.model, splits)
     assert row["biased"] == row["metrics"]["biased"]["accuracy"]
@@ -185,7 +236,7 @@ def test_a_result_tells_what_made_it_and_how_good_it_is(settings, splits, masked
     assert row["hidden_shortcut"] == masking.hidden_shares(masked)["shortcut"]
     path = settings.folder("results") / "top_k_0.1.json"
     assert json.loads(path.read_text()) == row
-    table = store.collect(settings.directory)
+    table = results.collect(settings.directory)
     assert table["configuration"].tolist() == ["base", "top_k_0.1"]
     assert table["raw"].tolist()[1] == row["raw"]
 
@@ -208,4 +259,6 @@ def test_a_result_keeps_how_its_weights_were_trained(settings, splits, monkeypat
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     again = experiment.record(loaded, splits)
     names = ("seconds", "threads", "torch", "device")
-    assert loaded.seconds is None and [again[n] for n in names] == [first[n] for n in names]
+    assert loaded.seconds is None and [again[n] for n in names] == [
+        first[n] for n in names
+    ]

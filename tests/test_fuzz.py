@@ -1,6 +1,5 @@
 """Properties that hold for whatever comes: 200 examples each, the same in every run."""
 
-import dataclasses
 from typing import get_args
 
 import numpy as np
@@ -13,7 +12,9 @@ from hypothesis.extra import numpy as st_numpy
 from masktune_utils import data, evaluation, masking, shortcuts
 from masktune_utils.settings import DEFAULTS, PARAM_RANGES, Settings, Upsample
 
-settings.register_profile("properties", max_examples=200, derandomize=True, deadline=None)
+settings.register_profile(
+    "properties", max_examples=200, derandomize=True, deadline=None
+)
 settings.load_profile("properties")
 
 SIZE = (28, 28)
@@ -44,7 +45,9 @@ def random_images(count: int, seed: int) -> torch.Tensor:
 
 def one_by_one(labels: torch.Tensor, **options) -> data.Split:
     """A split of images of one pixel."""
-    return data.Split(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels, **options)
+    return data.Split(
+        torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels, **options
+    )
 
 
 @given(MAPS, RULES, UPSAMPLES, st.integers(0, 26))
@@ -53,7 +56,9 @@ def test_masks_lie_in_0_1_and_are_monotone_in_dilation(maps, rule, upsample, dil
     assert masks.shape == (len(maps), *SIZE) and masks.dtype == torch.float32
     assert ((masks >= 0) & (masks <= 1)).all()
     assert upsample == "bilinear" or ((masks == 0) | (masks == 1)).all()
-    assert (masks <= masking.image_masks(maps, SIZE, *rule, upsample, dilation + 1)).all()
+    assert (
+        masks <= masking.image_masks(maps, SIZE, *rule, upsample, dilation + 1)
+    ).all()
     assert not masking.image_masks(0 * maps, SIZE, *rule, upsample, dilation).any()
 
 
@@ -62,8 +67,14 @@ def test_masks_are_monotone_in_param(maps, rule, share, upsample):
     """More of `top_k` hides more; of the other methods it hides less."""
     method, high = rule
     params = (share * high, high)
-    less, more = (masking.image_masks(maps, SIZE, method, p, upsample, 0) for p in params)
-    assert (less <= more + 1e-6).all() if method == "top_k" else (less >= more - 1e-6).all()
+    less, more = (
+        masking.image_masks(maps, SIZE, method, p, upsample, 0) for p in params
+    )
+    assert (
+        (less <= more + 1e-6).all()
+        if method == "top_k"
+        else (less >= more - 1e-6).all()
+    )
 
 
 @given(MAPS, RULES, st.sampled_from(["nearest", "map"]), SEEDS)
@@ -93,12 +104,16 @@ def test_random_patches_are_squares_of_up_to_twice_the_share(count, share, seed)
     assert patches.shape == (count, *SIZE)
     assert torch.equal(patches, masking.random_patches(count, share, seed, SIZE))
     rows, columns = patches.any(2).sum(1), patches.any(1).sum(1)
-    assert torch.equal(rows, columns) and torch.equal(patches.sum((1, 2)), rows * columns)
+    assert torch.equal(rows, columns) and torch.equal(
+        patches.sum((1, 2)), rows * columns
+    )
     assert (rows <= round((2 * share * 28 * 28) ** 0.5) + 1e-6).all()
 
 
 @given(integers(9, 200), SEEDS, st.floats(0, 1))
-def test_placement_marks_the_shares_and_in_order_the_first_of_each_class(digits, seed, share):
+def test_placement_marks_the_shares_and_in_order_the_first_of_each_class(
+    digits, seed, share
+):
     split = one_by_one((digits >= 5).long(), digits=digits)
     ordered = shortcuts.place(split, "ordered", share, generator(seed))
     for label, marked_share in enumerate([1 - share, share]):
@@ -118,7 +133,9 @@ COLORS = st.tuples(*[st.integers(0, 255)] * 3)
 
 
 @given(st.integers(1, 28), st.integers(0, 27), st.integers(0, 27), COLORS, SEEDS)
-def test_a_square_changes_what_it_covers_and_nothing_else(size, row, column, color, seed):
+def test_a_square_changes_what_it_covers_and_nothing_else(
+    size, row, column, color, seed
+):
     images = random_images(2, seed)
     name = "#{:02x}{:02x}{:02x}".format(*color)
     changed = shortcuts.add_square(images, size, name, row, column)
@@ -156,7 +173,11 @@ def test_metrics_do_not_depend_on_the_order(labels, seed, classes):
 
 
 VALUES = {"dataset": ["mnist", "mnist5k"], "seed": [1, 11], "limit": [20, 200]}
-VALUES |= {"square_size": [1, 16], "square_color": ["red", "#0000ff"], "placement": ["ordered"]}
+VALUES |= {
+    "square_size": [1, 16],
+    "square_color": ["red", "#0000ff"],
+    "placement": ["ordered"],
+}
 VALUES |= {
     "shortcut": ["none", "frame", "two_squares"],
     "conflicting_share": [0.0, 0.1],
@@ -166,12 +187,19 @@ VALUES |= {"epochs": [1, 10], "batch_size": [2], "lr": [0.1], "momentum": [0.0, 
 VALUES |= {"weight_decay": [0.0], "lr_decay_epochs": [1, 10], "lr_decay_factor": [0.1]}
 VALUES |= {"cam": ["GradCAM"], "method": ["mean", "mean_std"], "param": [0.11, 1e-7, 1]}
 VALUES |= {"upsample": ["map"], "dilation": [1, 11], "finetune_optimizer": ["adam"]}
-VALUES |= {"finetune_lr": [0.01, 0.1], "rounds": [2, 12], "cross_fit": [True], "half": [0, 1]}
+VALUES |= {
+    "finetune_lr": [0.01, 0.1],
+    "rounds": [2, 12],
+    "cross_fit": [True],
+    "half": [0, 1],
+}
 VALUES |= {"finetune_schedule": ["linear"], "finetune_batch_size": [3, 32]}
 VALUES |= {"finetune_epochs": [2, 10]}
 VALUES |= {"fill": ["resample"], "labels": ["digits"], "flip": [True]}
 VALUES |= {"model": ["resnet18"], "weights": ["DEFAULT", "nets/a.pth"]}
-FIELDS = {name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()}
+FIELDS = {
+    name: st.sampled_from([DEFAULTS[name], *values]) for name, values in VALUES.items()
+}
 SETTINGS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda some: Settings(**some))
 
 
@@ -183,8 +211,10 @@ def test_every_setting_but_the_folders_is_tried_below():
 
 @given(SETTINGS, SETTINGS, st.sampled_from([*FIELDS]))
 def test_two_settings_share_a_file_only_if_they_are_the_same(one, other, name):
-    for two in (other, dataclasses.replace(one, **{name: getattr(other, name)})):
+    for two in (other, one.replace(**{name: getattr(other, name)})):
         same_base = one.checkpoint_path("base") == two.checkpoint_path("base")
         assert same_base == (one.identity(base=True) == two.identity(base=True))
         paths = [some.checkpoint_path(some.configuration) for some in (one, two)]
-        assert (paths[0] == paths[1]) == (one.identity(base=False) == two.identity(base=False))
+        assert (paths[0] == paths[1]) == (
+            one.identity(base=False) == two.identity(base=False)
+        )

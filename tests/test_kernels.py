@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from tiny_runs import contents, tiny
 
-from masktune_utils import kernels, sweep
+from masktune_utils.runner import jobs, kernels
 
 pytest_plugins = ["tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,11 +46,21 @@ print("random:", torch.rand(1), np.random.rand())
 def run(folder: Path, *sources: str, **options: object) -> str:
     """What a notebook of these cells prints."""
     path = folder / "notebook.ipynb"
-    metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python"}}
+    metadata = {
+        "kernelspec": {
+            "name": "python3",
+            "language": "python",
+            "display_name": "Python",
+        }
+    }
     cells = [new_code_cell(source) for source in sources]
     nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
-    done = papermill.execute_notebook(path, None, progress_bar=False, cwd=folder, **options)
-    return "".join(output.get("text", "") for cell in done.cells for output in cell.outputs)
+    done = papermill.execute_notebook(
+        path, None, progress_bar=False, cwd=folder, **options
+    )
+    return "".join(
+        output.get("text", "") for cell in done.cells for output in cell.outputs
+    )
 
 
 def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path):
@@ -76,7 +86,9 @@ def outputs(path: Path) -> list:
     found = []
     for cell in nbformat.read(path, as_version=4).cells:
         printed = "".join(output.get("text", "") for output in cell.get("outputs", []))
-        shown = [output.get("data") for output in cell.get("outputs", []) if "data" in output]
+        shown = [
+            output.get("data") for output in cell.get("outputs", []) if "data" in output
+        ]
         found.append((cell.get("execution_count"), printed, shown))
     return found
 
@@ -87,7 +99,7 @@ def test_warm_and_cold_and_in_any_order_the_same(whole_run, tmp_path):
     for folder, params in {"a": (0.1, 0.3), "b": (0.3, 0.1)}.items():
         grid = [tiny(tmp_path / folder, param=param) for param in params]
         for stem in names:
-            for job in sweep.make_stage(stem, grid):
+            for job in jobs.make_stage(stem, grid):
                 assert job.run(1) == (job, None)
         left = contents(tmp_path / folder)
         copies = sorted((tmp_path / folder).glob("runs/*/*/*.ipynb"))
@@ -95,13 +107,16 @@ def test_warm_and_cold_and_in_any_order_the_same(whole_run, tmp_path):
     assert found[0] == found[1] and len(found[0][1]) == 4
     expected = contents(whole_run.directory)
     assert [name for name in found[0][0] if found[0][0][name] != expected[name]] == []
-    assert len(kernels._idle["1"]) == 1
+    assert len(kernels.idle_kernels["1"]) == 1
 
 
 def test_a_kernel_that_failed_or_died_is_replaced(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError), kernels.warm(tmp_path, 1) as kernel:
+    with (
+        pytest.raises(papermill.PapermillExecutionError),
+        kernels.warm(tmp_path, 1) as kernel,
+    ):
         run(tmp_path, "1 / 0", km=kernel)
-    assert not kernels._idle["1"] and not kernel.is_alive()
+    assert not kernels.idle_kernels["1"] and not kernel.is_alive()
     with kernels.warm(tmp_path, 1) as kernel:
         run(tmp_path, "1", km=kernel)
         pid = kernel.provisioner.pid
@@ -119,4 +134,4 @@ def test_two_at_once_have_two_kernels(tmp_path):
     with kernels.warm(tmp_path, 1) as one, kernels.warm(tmp_path, 1) as other:
         assert run(tmp_path, "1", km=one) == run(tmp_path, "1", km=other) == ""
         assert one.provisioner.pid != other.provisioner.pid
-    assert len(kernels._idle["1"]) == 2
+    assert len(kernels.idle_kernels["1"]) == 2

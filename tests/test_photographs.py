@@ -1,7 +1,10 @@
-"""Folders of photographs: decoding, groups, networks of torchvision, and what is refused."""
+"""Folders of photographs: images, groups, networks of torchvision, and what is refused."""
 
+<<<<<<< main
 import copy
 import dataclasses
+=======
+>>>>>>> redesign
 import os
 import urllib.error
 from pathlib import Path
@@ -13,11 +16,12 @@ from PIL import Image
 
 from masktune_utils import (
     data,
-    decoding,
     evaluation,
     experiment,
+    images,
     masking,
     models,
+    results,
     saliency,
     shortcuts,
     store,
@@ -26,14 +30,16 @@ from masktune_utils import (
 from masktune_utils.settings import Settings
 
 
-def save(path: Path, color: object, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> str:
+def save(
+    path: Path, color: object, mode: str = "RGB", size: tuple[int, int] = (40, 30)
+) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color).save(path)
     return str(path)
 
 
 def decode(*paths: str, side: int = 8) -> torch.Tensor:
-    return decoding.decode(paths, side, Path(paths[0]).parent / "decoded")
+    return images.decode(paths, side, Path(paths[0]).parent / "decoded")
 
 
 @pytest.fixture
@@ -53,13 +59,17 @@ def photographs(tmp_path) -> Settings:
             Image.fromarray(pixels).save(tmp_path / path / f"{k} é.png")
     folders = {f"{part}_folder": str(tmp_path / part) for part in ("train", "test")}
     more = {"epochs": 1, "batch_size": 4, "directory": str(tmp_path / "out")}
-    return Settings(dataset="folder", **folders, model="resnet18", image_size=64, **more)
+    return Settings(
+        dataset="folder", **folders, model="resnet18", image_size=64, **more
+    )
 
 
 def test_groups_are_the_folders_below_the_classes(photographs):
     sets = shortcuts.load(photographs)
     assert {name: len(part) for name, part in sets.tests.items()} == {"test": 9}
-    groups = {name: index.tolist() for name, index in shortcuts.groups(sets.raw).items()}
+    groups = {
+        name: index.tolist() for name, index in shortcuts.groups(sets.raw).items()
+    }
     assert groups == {
         "Sumpf vögel, on land": [0, 1],
         "Sumpf vögel, on water": [2, 3, 4],
@@ -69,8 +79,10 @@ def test_groups_are_the_folders_below_the_classes(photographs):
     assert [*shortcuts.groups(sets.raw[5:])] == ["陸, on land"]
 
 
-def test_a_limit_takes_equally_many_images_of_each_class_and_of_each_group_to_test_on(photographs):
-    sets = shortcuts.load(dataclasses.replace(photographs, limit=20))
+def test_a_limit_takes_equally_many_images_of_each_class_and_of_each_group_to_test_on(
+    photographs,
+):
+    sets = shortcuts.load(photographs.replace(limit=20))
     assert sets.train.labels.bincount().tolist() == [10, 10]
     groups = shortcuts.groups(sets.raw)
     assert len(groups) == 3 and {len(index) for index in groups.values()} == {2}
@@ -85,28 +97,49 @@ def test_one_test_set_is_reported_by_group_and_nothing_is_raw_or_biased(photogra
     for name, index in shortcuts.groups(sets.raw).items():
         assert row[f"group {name}"] == right[index].mean().item()
     assert row["worst_group"] == min(row["metrics"]["groups"].values())
-    table = evaluation.summarize(store.collect(photographs.directory))
+    table = results.summarize(results.collect(photographs.directory))
     assert [*table.columns] == ["test", "worst group", "seeds"]
+<<<<<<< main
     again, _ = store.load_checkpoint(photographs.checkpoint_path("base"))
     expected = evaluation.predict(base.model, sets.raw)
     assert torch.equal(evaluation.predict(again, sets.raw), expected)
+=======
+    again = store.load_checkpoint(photographs.checkpoint_path("base")).model
+    assert torch.equal(
+        evaluation.predict(again, sets.raw), evaluation.predict(base, sets.raw)
+    )
+>>>>>>> redesign
 
 
 def test_a_model_may_be_tested_on_other_photographs(photographs):
     sets = shortcuts.load(photographs)
+<<<<<<< main
     base = experiment.base_model(photographs, sets.train)
     other = dataclasses.replace(photographs, test_folder=photographs.train_folder)
     again = experiment.base_model(other, sets.train)
     assert again.seconds is None and again.sha256 == base.sha256
     row = experiment.record(again, shortcuts.load(other))
     assert {name for name in row if name.startswith("group ")} == {"group Sumpf vögel", "group 陸"}
+=======
+    _, about = experiment.base_model(photographs, sets.train)
+    other = photographs.replace(test_folder=photographs.train_folder)
+    model, again = experiment.base_model(other, sets.train)
+    assert again["seconds"] is None and again["sha256"] == about["sha256"]
+    row = experiment.record(other, model, again, shortcuts.load(other))
+    assert {name for name in row if name.startswith("group ")} == {
+        "group Sumpf vögel",
+        "group 陸",
+    }
+>>>>>>> redesign
 
 
 def test_dropout_draws_from_the_seed():
     images, labels = torch.rand(8, 3, 64, 64), torch.arange(8) % 2
     found = set()
     for k in range(2):
-        torch.manual_seed(k)  # what others did with the global generator has no influence
+        torch.manual_seed(
+            k
+        )  # what others did with the global generator has no influence
         model = models.new_model(0, name="mobilenet_v3_small")
         training.train(model, data.Split(images, labels), epochs=1, batch_size=4)
         found.add(store.weights_sha256(model.state_dict()))
@@ -156,7 +189,7 @@ def test_images_are_decoded_once_and_again_when_a_file_changes(tmp_path, monkeyp
     path = save(tmp_path / "a.png", "red")
     first = decode(path)
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "_read", None)
+        patch.setattr(images, "_read", None)
         assert torch.equal(decode(path), first)
     save(tmp_path / "a.png", "blue", size=(41, 30))
     assert decode(path)[0, :, 3, 3].tolist() == [0, 0, 255]
@@ -176,19 +209,25 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_images_in_a_file_give_the_same_as_in_memory(photographs, monkeypatch):
     found = []
-    for limit in (decoding.IN_MEMORY, 0):
-        monkeypatch.setattr(decoding, "IN_MEMORY", limit)
+    for limit in (images.IN_MEMORY, 0):
+        monkeypatch.setattr(images, "IN_MEMORY", limit)
         monkeypatch.setattr(data, "IN_MEMORY", limit)
         sets = shortcuts.load(photographs)
         model = models.new_model(0, **photographs.network)
         history = training.train(model, sets.train, epochs=1, batch_size=4)
         maps = saliency.saliency_maps(model, sets.train.images, sets.train.labels)
-        masked = masking.mask_dataset(sets.train, maps, "mean_std", 1.0, fill="resample")
+        masked = masking.mask_dataset(
+            sets.train, maps, "mean_std", 1.0, fill="resample"
+        )
         found.append((history[0]["loss"], maps, masked.batch(torch.arange(3))[0]))
     assert found[0][0] == found[1][0]
-    assert all(torch.equal(*pair) for pair in zip(found[0][1:], found[1][1:], strict=True))
-    with pytest.raises(ValueError, match=r"validation_share is 0\.2; allowed: 0 for more than"):
-        shortcuts.load(dataclasses.replace(photographs, validation_share=0.2))
+    assert all(
+        torch.equal(*pair) for pair in zip(found[0][1:], found[1][1:], strict=True)
+    )
+    with pytest.raises(
+        ValueError, match=r"validation_share is 0\.2; allowed: 0 for more than"
+    ):
+        shortcuts.load(photographs.replace(validation_share=0.2))
 
 
 @pytest.mark.parametrize(
@@ -206,16 +245,28 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name, mo
     monkeypatch.setattr(models, "target_layer", target_layer)
     torch.manual_seed(0)
     images, labels = torch.rand(6, 3, 96, 96), torch.arange(6) % 3
+<<<<<<< main
     model = models.new_model(0, num_classes=3, name=name).double()
+=======
+    model = models.new_model(
+        0, num_classes=3, name=name
+    ).double()  # rounding is not tested here
+>>>>>>> redesign
     images = images.double()
     maps = saliency.saliency_maps(model, images, labels)
     assert min(maps.shape[1:]) >= 2 and 0.5 < maps.amax() <= 1
-    alone = [saliency.saliency_maps(model, images[k : k + 1], labels[k : k + 1]) for k in range(6)]
+    alone = [
+        saliency.saliency_maps(model, images[k : k + 1], labels[k : k + 1])
+        for k in range(6)
+    ]
     torch.testing.assert_close(torch.cat(alone), maps, rtol=0, atol=1e-6)
 
 
 def test_weights_for_other_classes_are_loaded_but_for_the_last_layer(tmp_path):
-    known, path = models.new_model(1, num_classes=10, name="resnet18")[1], tmp_path / "weights.pth"
+    known, path = (
+        models.new_model(1, num_classes=10, name="resnet18")[1],
+        tmp_path / "weights.pth",
+    )
     torch.save(known.state_dict(), path)
     model = models.new_model(0, num_classes=2, name="resnet18", weights=str(path))[1]
     own = models.new_model(0, num_classes=2, name="resnet18")[1]
@@ -223,7 +274,9 @@ def test_weights_for_other_classes_are_loaded_but_for_the_last_layer(tmp_path):
     assert torch.equal(model.fc.weight, own.fc.weight) and model.fc.out_features == 2
     same = models.new_model(0, num_classes=10, name="resnet18", weights=str(path))[1]
     assert torch.equal(same.fc.weight, known.fc.weight)
-    with pytest.raises(ValueError, match=r"weights.pth: no weights of resnet34 \(.*; allowed: DEF"):
+    with pytest.raises(
+        ValueError, match=r"weights.pth: no weights of resnet34 \(.*; allowed: DEF"
+    ):
         models.new_model(0, name="resnet34", weights=str(path))
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="no weights of resnet18"):
@@ -236,18 +289,26 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setattr("torch.hub.get_dir", lambda: "/nowhere")
-    with pytest.raises(ValueError, match=r"weights are DEFAULT: no weights of resnet18 .*network"):
+    with pytest.raises(
+        ValueError, match=r"weights are DEFAULT: no weights of resnet18 .*network"
+    ):
         models.new_model(0, name="resnet18", weights="DEFAULT")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((96, "resnet", ""), "model is 'resnet'; allowed: small_cnn, alexnet, .*resnet18"),
+        (
+            (96, "resnet", ""),
+            "model is 'resnet'; allowed: small_cnn, alexnet, .*resnet18",
+        ),
         ((96, "googlenet", ""), "model is 'googlenet'; allowed: small_cnn, alexnet"),
         ((96, "small_cnn", ""), "image_size is 96; allowed: 28 with small_cnn"),
         ((16, "convnext_tiny", ""), "image_size is 16; allowed: 28 with small_cnn"),
-        ((96, "vit_b_16", ""), r"image_size is 96; .*\(Wrong image height! Expected 224"),
+        (
+            (96, "vit_b_16", ""),
+            r"image_size is 96; .*\(Wrong image height! Expected 224",
+        ),
         ((8, "alexnet", ""), "image_size is 8; allowed: 28 with small_cnn"),
     ],
 )
@@ -257,7 +318,9 @@ def test_networks_that_do_not_exist_or_do_not_fit_are_refused(given, message):
 
 
 def test_the_size_of_digits_is_fixed():
-    with pytest.raises(ValueError, match="image_size is 96; allowed: 28, except with dataset"):
+    with pytest.raises(
+        ValueError, match="image_size is 96; allowed: 28, except with dataset"
+    ):
         Settings(image_size=96)
 
 
@@ -280,7 +343,8 @@ def test_flip_mirrors_half_of_the_images(splits):
     mirrored = 0
     for image in spy.seen:
         same, turned = (
-            (originals == one).flatten(1).all(1).any() for one in (image, image.flip(-1))
+            (originals == one).flatten(1).all(1).any()
+            for one in (image, image.flip(-1))
         )
         assert same or turned
         mirrored += not same

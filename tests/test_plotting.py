@@ -4,7 +4,9 @@ from masktune_utils import plotting
 from masktune_utils.settings import Settings
 
 
-def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(monkeypatch, tmp_path):
+def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
+    monkeypatch, tmp_path
+):
     displayed = []
     monkeypatch.setattr(plotting, "display", displayed.append)
     settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, epochs=2)

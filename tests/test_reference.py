@@ -8,24 +8,43 @@ import nbformat
 import pandas as pd
 import pytest
 
+<<<<<<< main
 from masktune_utils import data, evaluation, sweep
+=======
+from masktune_utils import data, results
+from masktune_utils.runner import grids
+>>>>>>> redesign
 from masktune_utils.settings import REPOSITORY
 
 ADAM = "_finetune_optimizer=adam_finetune_lr=0.001"
 LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
 RESULTS = pd.read_csv(REPOSITORY / "results" / "reference.csv")
 SHARES = [name for name in RESULTS if name.startswith("hidden_")]
+<<<<<<< main
 PICKED = RESULTS[RESULTS["chosen"].astype(str).eq("True")]  # what the choices ended with
 ROWS = [RESULTS, PICKED.assign(configuration="chosen")]
 KNOWN = evaluation.summarize(
     pd.concat(ROWS), ["experiment", "configuration"], [*evaluation.ACCURACIES, *SHARES]
+=======
+TUNED = RESULTS[RESULTS["chosen"].notna()]
+BEST = TUNED.loc[TUNED.groupby(["experiment", "seed"])["worst_group"].idxmax()]
+ROWS = [
+    RESULTS,
+    TUNED[TUNED["chosen"].eq(True)].assign(configuration="chosen"),
+    BEST.assign(configuration="best"),
+]
+KNOWN = results.summarize(
+    pd.concat(ROWS), ["experiment", "configuration"], [*results.ACCURACIES, *SHARES]
+>>>>>>> redesign
 )
 STUDIES = {  # table of a study → what tells its rows apart
     "08_alternatives": ["dataset", "placement", "asks for", "method"],
     "09_selective": ["dataset", "labels", "placement", "rule"],
     "10_your_own": ["planted", "model"],
 }
-README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "results/README.md"))
+README, TABLES = (
+    (REPOSITORY / path).read_text() for path in ("README.md", "results/README.md")
+)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +61,16 @@ README, TABLES = ((REPOSITORY / path).read_text() for path in ("README.md", "res
     ],
 )
 def test_the_table_of_readme(name, experiment, configuration):
+<<<<<<< main
     start = f"| {name}"
     (row,) = [
         line for line in README.splitlines() if line.startswith(start) and line.count("|") == 5
+=======
+    (row,) = [
+        line
+        for line in README.splitlines()
+        if re.match(rf"\| {re.escape(name)}.*±", line)
+>>>>>>> redesign
     ]
     numbers = [cell.strip() for cell in row.strip("| ").split("|")][1:]
     assert numbers == KNOWN.loc[(experiment, configuration)].iloc[:3].tolist()
@@ -52,18 +78,31 @@ def test_the_table_of_readme(name, experiment, configuration):
 
 def study(stem: str) -> pd.DataFrame:
     """Every number of a study over its seeds, as text."""
-    table, by = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv"), STUDIES[stem]
+    table, by = (
+        pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv"),
+        STUDIES[stem],
+    )
     numbers = table.select_dtypes(float).columns.difference([*by, "seconds", "gain"])
-    return evaluation.summarize(table, by, numbers)
+    return results.summarize(table, by, numbers)
 
 
 @pytest.fixture(scope="module")
 def published() -> pd.DataFrame:
     """The table of the published configurations: SGD, Adam, and the earlier reproduction."""
-    lines = [line for line in TABLES.splitlines() if re.match(r"\| `\w+_0\.\d` \|.*±", line)]
-    rows = [[cell.strip(" `") for cell in line.strip("| ").split("|")] for line in lines]
-    numbers = [f"{how} {name}" for how in ("sgd", "adam") for name in ("raw", "biased", "worst")]
-    return pd.DataFrame(rows, columns=["name", *numbers, "raw", "biased"]).set_index("name")
+    lines = [
+        line for line in TABLES.splitlines() if re.match(r"\| `\w+_0\.\d` \|.*±", line)
+    ]
+    rows = [
+        [cell.strip(" `") for cell in line.strip("| ").split("|")] for line in lines
+    ]
+    numbers = [
+        f"{how} {name}"
+        for how in ("sgd", "adam")
+        for name in ("raw", "biased", "worst")
+    ]
+    return pd.DataFrame(rows, columns=["name", *numbers, "raw", "biased"]).set_index(
+        "name"
+    )
 
 
 def test_the_table_of_the_published_configurations(published):
@@ -71,7 +110,9 @@ def test_the_table_of_the_published_configurations(published):
     for how, suffix in {"sgd": "", "adam": ADAM}.items():
         for name, row in published.iterrows():
             known = KNOWN.loc[("mnist", f"{name}{suffix}")]
-            assert row[[f"{how} raw", f"{how} biased", f"{how} worst"]].tolist() == list(known[:3])
+            assert row[
+                [f"{how} raw", f"{how} biased", f"{how} worst"]
+            ].tolist() == list(known[:3])
             assert known["seeds"] == 5
 
 
@@ -85,11 +126,17 @@ def test_rank_correlations_are_those_of_the_table(published):
 
 
 def test_the_published_numbers_are_those_of_notebook_6(published):
-    cells = nbformat.read(REPOSITORY / "notebooks" / "06_study.ipynb", as_version=4).cells
+    cells = nbformat.read(
+        REPOSITORY / "notebooks" / "06_study.ipynb", as_version=4
+    ).cells
     source = next(cell.source for cell in cells if cell.source.startswith("theirs = {"))
     for method, pairs in ast.literal_eval(ast.parse(source).body[0].value).items():
-        rows = published[published.index.str.match(rf"{method}_0")].astype({"raw": float})
-        assert list(zip(rows["raw"], rows["biased"].astype(float), strict=True)) == pairs
+        rows = published[published.index.str.match(rf"{method}_0")].astype(
+            {"raw": float}
+        )
+        assert (
+            list(zip(rows["raw"], rows["biased"].astype(float), strict=True)) == pairs
+        )
 
 
 @pytest.mark.parametrize(
@@ -102,22 +149,34 @@ def test_the_published_numbers_are_those_of_notebook_6(published):
 def test_the_choices_and_their_numbers(rule, score):
     (row,) = [line for line in TABLES.splitlines() if line.startswith(f"| {rule} |")]
     _, _, names, *numbers = [cell.strip() for cell in row.strip("| ").split("|")]
-    candidates = RESULTS[RESULTS["validation_worst_class"].notna() & RESULTS["method"].notna()]
+    candidates = RESULTS[
+        RESULTS["validation_worst_class"].notna() & RESULTS["method"].notna()
+    ]
     chosen = candidates.loc[candidates.groupby("seed")[score].idxmax()]
     short = chosen["configuration"].str.removesuffix("_finetune_lr=0.01")
     assert re.findall("`(.*?)`", names) == short.tolist()
-    assert evaluation.summarize(chosen.assign(all=0), ["all"]).iloc[0].tolist() == [*numbers, 5]
+    assert results.summarize(chosen.assign(all=0), ["all"]).iloc[0].tolist() == [
+        *numbers,
+        5,
+    ]
 
 
 def test_the_table_of_masks_and_schedules():
     found = re.findall(r"\| `(\w+)` ([\d.]+)(?: dilated by (\d))? \|(.*± .*)\|", TABLES)
     assert len(found) == 5
     for method, param, dilation, cells in found:
-        name = f"{method}_{float(param)}" + (f"_dilation={dilation}" if dilation else "")
-        constant, linear = (
-            KNOWN.loc[("mnist", f"{name}{suffix}")] for suffix in ("_finetune_lr=0.01", LINEAR)
+        name = f"{method}_{float(param)}" + (
+            f"_dilation={dilation}" if dilation else ""
         )
-        expected = [*constant.iloc[:3], *linear.iloc[:3], constant["hidden shortcut whole"]]
+        constant, linear = (
+            KNOWN.loc[("mnist", f"{name}{suffix}")]
+            for suffix in ("_finetune_lr=0.01", LINEAR)
+        )
+        expected = [
+            *constant.iloc[:3],
+            *linear.iloc[:3],
+            constant["hidden shortcut whole"],
+        ]
         assert [cell.strip() for cell in cells.split("|")] == expected
         assert constant["seeds"] == linear["seeds"] == 5
 
@@ -147,6 +206,7 @@ def choices(experiment: str) -> list[str]:
 
 
 def test_the_table_of_choices():
+<<<<<<< main
     found = re.findall(r"^\| `(mnist\S*)` \|(.*\d of \d.*)\|$", TABLES, re.MULTILINE)
     assert {name for name, _ in found} == {*PICKED["experiment"]}
     for name, cells in found:
@@ -168,6 +228,23 @@ def test_the_table_of_shortcuts_in_readme():
     for name, cells in found.items():
         erm, _, chosen, _, kept, _ = choices(names[name])
         assert cells == [erm, chosen, kept]
+=======
+    found = re.findall(r"\| `(mnist\S*)` \|(.*)\| (\d) of (\d) \|", TABLES)
+    assert {name for name, *_ in found} == {*TUNED["experiment"]}
+    models = ["base", "mean_std_2.0_finetune_lr=0.01"]
+    models += [
+        f"mean_std_3.5_dilation=3{LINEAR}_finetune_batch_size=32",
+        "chosen",
+        "best",
+    ]
+    for name, cells, doubts, count in found:
+        known = [KNOWN.loc[(name, model)] for model in models]
+        assert [cell.strip() for cell in cells.split("|")][:5] == [
+            row["worst group"] for row in known
+        ]
+        gain = TUNED[TUNED["chosen"].eq(True) & (TUNED["experiment"] == name)]["gain"]
+        assert (int(doubts), int(count)) == ((gain < selection.LITTLE).sum(), len(gain))
+>>>>>>> redesign
 
 
 @pytest.mark.parametrize("text", [README, TABLES])
@@ -181,7 +258,9 @@ def test_every_measured_number_is_in_the_reference_results(text):
 
 @pytest.mark.parametrize("stem", STUDIES)
 def test_the_text_of_a_study_has_its_numbers(stem):
-    cells = nbformat.read(REPOSITORY / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    cells = nbformat.read(
+        REPOSITORY / "notebooks" / f"{stem}.ipynb", as_version=4
+    ).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     measured, found = set(re.findall(r"\d+\.\d\d ± \d+\.\d\d", text)), study(stem)
     assert len(measured) > 3 and measured <= {*found.to_numpy().flat}
@@ -190,16 +269,20 @@ def test_the_text_of_a_study_has_its_numbers(stem):
 
 @pytest.mark.parametrize("stem", STUDIES)
 def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "load", lambda settings: None)  # the full MNIST may be absent
+    monkeypatch.setattr(
+        data, "load", lambda settings: None
+    )  # the full MNIST may be absent
     monkeypatch.setattr("masktune_utils.settings.REPOSITORY", tmp_path)
     for planted in ("watermark", "tint"):
         for part in ("train", "test"):
             (tmp_path / "data" / "textures" / planted / part).mkdir(parents=True)
-    name, grid = sweep.read_grid(REPOSITORY / "sweeps" / f"{stem[3:]}.yaml", {})
+    name, grid = grids.read_grid(REPOSITORY / "sweeps" / f"{stem[3:]}.yaml", {})
     table = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv")
     keys = ["dataset", "shortcut", "labels", "placement", "planted", "seed"]
     keys = [key for key in keys if key in table]
-    made = pd.DataFrame(vars(one) | {"planted": Path(one.train_folder).parent.name} for one in grid)
+    made = pd.DataFrame(
+        vars(one) | {"planted": Path(one.train_folder).parent.name} for one in grid
+    )
     assert name == stem
     assert {*table[keys].itertuples(index=False, name=None)} == {
         *made[keys].itertuples(index=False, name=None)
@@ -207,16 +290,34 @@ def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
 
 
 def test_the_grids_of_the_reference_run_list_every_row(monkeypatch):
+<<<<<<< main
     monkeypatch.setattr(data, "load", lambda settings: None)  # the full MNIST may be absent
     files = [REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("reference", "choices")]
     grid = [one for file in files for one in sweep.read_grid(file, {})[1]]
     options = {"method": ["mean_std"], "param": [2.0], "finetune_lr": [0.01]}
     grid += sweep.read_grid(REPOSITORY / "sweeps" / "choices.yaml", options)[1]
+=======
+    monkeypatch.setattr(
+        data, "load", lambda settings: None
+    )  # the full MNIST may be absent
+    files = [
+        REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("reference", "choices")
+    ]
+    grid = [one for file in files for one in grids.read_grid(file, {})[1]]
+>>>>>>> redesign
     made = {
-        (one.experiment, name, one.seed) for one in grid for name in ("base", one.configuration)
+        (one.experiment, name, one.seed)
+        for one in grid
+        for name in ("base", one.configuration)
     }
+<<<<<<< main
     others = RESULTS[~RESULTS.index.isin(PICKED.index)]
     rows = others[["experiment", "configuration", "seed"]].itertuples(index=False, name=None)
+=======
+    rows = RESULTS[["experiment", "configuration", "seed"]].itertuples(
+        index=False, name=None
+    )
+>>>>>>> redesign
     assert set(rows) <= made
     bases = {(experiment, seed) for experiment, name, seed in made if name == "base"}
     assert set(PICKED[["experiment", "seed"]].itertuples(index=False, name=None)) <= bases

@@ -12,7 +12,9 @@ from masktune_utils.settings import Cam
 @pytest.fixture
 def few(splits) -> data.Split:
     """Some images of both classes, with and without the square."""
-    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(
+        len(splits.train), generator=torch.Generator().manual_seed(0)
+    )
     return splits.train[order[:24]]
 
 
@@ -35,7 +37,9 @@ def test_xgradcam_equals_that_of_the_package_grad_cam(model, few):
         theirs(images, [ClassifierOutputTarget(label) for label in labels.tolist()])
         kept = theirs.activations_and_grads
         arrays = kept.activations[0].numpy(), kept.gradients[0].numpy()
-        maps = torch.as_tensor(theirs.get_cam_image(images, layer, None, *arrays)).clamp(min=0)
+        maps = torch.as_tensor(
+            theirs.get_cam_image(images, layer, None, *arrays)
+        ).clamp(min=0)
     maps -= maps.amin((1, 2), keepdim=True)
     maps /= maps.amax((1, 2), keepdim=True) + 1e-8
     torch.testing.assert_close(ours, maps, atol=1e-4, rtol=1e-4)
@@ -51,20 +55,30 @@ def test_smoothed_maps_are_reproducible_whatever_the_global_generator(model, few
 def test_maps_explain_the_label_that_is_given(model, few):
     own = saliency.saliency_maps(model, few.images, few.labels)
     assert own.amin() >= 0 and own.amax() <= 1
-    assert not torch.allclose(own, saliency.saliency_maps(model, few.images, 1 - few.labels))
+    assert not torch.allclose(
+        own, saliency.saliency_maps(model, few.images, 1 - few.labels)
+    )
 
 
 def test_the_model_is_left_as_it_is(model, few):
     model.train()
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
     saliency.saliency_maps(model, few.images, few.labels)
-    assert model.training and not any(module._forward_hooks for module in model.modules())
-    assert all(weights.requires_grad and weights.grad is None for weights in model.parameters())
-    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert model.training and not any(
+        module._forward_hooks for module in model.modules()
+    )
+    assert all(
+        weights.requires_grad and weights.grad is None for weights in model.parameters()
+    )
+    assert all(
+        torch.equal(before[name], now) for name, now in model.state_dict().items()
+    )
 
 
 def test_maps_that_are_zero_everywhere_are_counted(model, few):
-    torch.nn.init.zeros_(model.linear[3].weight)  # no evidence at all: every gradient is zero
+    torch.nn.init.zeros_(
+        model.linear[3].weight
+    )  # no evidence at all: every gradient is zero
     with pytest.warns(UserWarning, match="24 of 24 maps are zero everywhere"):
         maps = saliency.saliency_maps(model, few.images, few.labels)
     assert torch.equal(maps, torch.zeros(24, 8, 8))
@@ -72,7 +86,9 @@ def test_maps_that_are_zero_everywhere_are_counted(model, few):
 
 def test_a_model_without_a_layer_to_explain_is_refused(few):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 784, 2))
-    message = "no layer of Sequential has a map; it needs a method get_grad_cam_target_layer"
+    message = (
+        "no layer of Sequential has a map; it needs a method get_grad_cam_target_layer"
+    )
     with pytest.raises(TypeError, match=message):
         saliency.saliency_maps(model, few.images, few.labels)
 

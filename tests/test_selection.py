@@ -13,7 +13,16 @@ import pandas as pd
 import pytest
 import torch
 
-from masktune_utils import data, evaluation, experiment, masking, selection, shortcuts, store
+from masktune_utils import (
+    data,
+    evaluation,
+    experiment,
+    masking,
+    results,
+    selection,
+    shortcuts,
+    store,
+)
 from masktune_utils.data import Split
 from masktune_utils.selection import HeldOut
 from masktune_utils.settings import Settings
@@ -45,11 +54,20 @@ def test_the_candidates_go_from_few_salient_pixels_to_many_in_both_fills():
         assert candidate.identity(base=True) == settings.identity(base=True)
         assert candidate.cross_fit and candidate.finetune_schedule == "linear"
     assert {candidate.fill for candidate in listed} == {"zero", "resample"}
-    epochs = {count: selection.candidates(settings, count)[0].finetune_epochs for count in COUNTS}
+    epochs = {
+        count: selection.candidates(settings, count)[0].finetune_epochs
+        for count in COUNTS
+    }
     assert epochs == COUNTS
 
 
-COUNTS = {100: 6, 4000: 6, 12_000: 2, 24_000: 1, 60_000: 1}  # images → epochs of 32 images a step
+COUNTS = {
+    100: 6,
+    4000: 6,
+    12_000: 2,
+    24_000: 1,
+    60_000: 1,
+}  # images → epochs of 32 images a step
 
 
 def held_out() -> HeldOut:
@@ -57,7 +75,9 @@ def held_out() -> HeldOut:
     labels = torch.tensor([0] * 6 + [1] * 6)
     erm = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0])
     candidates = {
-        "a": torch.tensor([0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1]),  # 3 of 4 mistakes, 6 of 8 others
+        "a": torch.tensor(
+            [0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1]
+        ),  # 3 of 4 mistakes, 6 of 8 others
         "b": torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0]),  # 1 of 4, 8 of 8
     }
     return HeldOut(labels, erm, candidates, {"a": 0.1, "b": 0.2})
@@ -74,8 +94,14 @@ def test_a_candidate_is_judged_by_the_mistakes_of_erm_and_by_the_rest():
     for name, share in {"a": 0.75, "b": 0.25}.items():
         z, n = 1.959963984540054, 4  # Wilson, 1927
         middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-        width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        assert judged[name]["interval"] == pytest.approx([middle - width, middle + width])
+        width = (
+            z
+            * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+            / (1 + z * z / n)
+        )
+        assert judged[name]["interval"] == pytest.approx(
+            [middle - width, middle + width]
+        )
 
 
 def row(right: int, rest: int, hidden: float, count: int = 40) -> dict:
@@ -97,24 +123,37 @@ def test_of_the_candidates_within_one_standard_error_the_one_that_hides_least_is
     }
     chosen, reason = selection.by_mistakes(judged)
     assert chosen == "near"
-    assert reason == ". With rule 0.2, 37 of these are right (80–97 %), and 97.0% of the others."
+    assert (
+        reason
+        == ". With rule 0.2, 37 of these are right (80–97 %), and 97.0% of the others."
+    )
     judged["near"] = row(40, 910, 0.2)  # the rest is what it gets wrong
     assert selection.by_mistakes(judged)[0] == "best"
 
 
 def test_erm_is_kept_unless_most_of_its_mistakes_are_right_beyond_doubt():
-    chosen, reason = selection.by_mistakes({"a": row(25, 999, 0.1), "b": row(20, 999, 0.2)})
+    chosen, reason = selection.by_mistakes(
+        {"a": row(25, 999, 0.1), "b": row(20, 999, 0.2)}
+    )
     assert chosen == "base"
     kept = ". No candidate gets most of them right beyond doubt, so ERM is kept. With the best, "
-    assert reason == f"{kept}rule 0.1, 25 of these are right (47–76 %), and 99.9% of the others."
+    assert (
+        reason
+        == f"{kept}rule 0.1, 25 of these are right (47–76 %), and 99.9% of the others."
+    )
     assert selection.by_mistakes({"a": row(27, 999, 0.1)})[0] == "a"  # 52–80 %
     of_many = {"a": row(220, 999, 0.1, count=400)}  # 50–60 %
-    assert of_many["a"]["interval"][0] > 0.5 and selection.by_mistakes(of_many)[0] == "a"
+    assert (
+        of_many["a"]["interval"][0] > 0.5 and selection.by_mistakes(of_many)[0] == "a"
+    )
 
 
 def test_candidates_that_differ_in_their_rounds_alone_form_a_chain(small_rules):
     listed = selection.candidates(Settings(**SMALL), 400)
-    rounds = [[candidate.rounds for candidate in chain] for chain in selection.chains(listed[::-1])]
+    rounds = [
+        [candidate.rounds for candidate in chain]
+        for chain in selection.chains(listed[::-1])
+    ]
     assert sorted(rounds) == [[1], [1, 2]]
 
 
@@ -125,7 +164,9 @@ def test_the_choice_equals_one_made_step_by_step(small_rules, tmp_path):
     labels = sets.train.labels
     halves = data.stratified_halves(labels, settings.seed)
     erm = torch.zeros_like(labels)
-    predicted = {candidate.configuration: torch.zeros_like(labels) for candidate in listed}
+    predicted = {
+        candidate.configuration: torch.zeros_like(labels) for candidate in listed
+    }
     for half, other in ((0, 1), (1, 0)):
         train, rest = sets.train[halves[half]], sets.train[halves[other]]
         for candidate in listed:
@@ -161,18 +202,24 @@ def test_neither_test_images_nor_groups_nor_the_shortcut_are_known_to_the_choice
     def disguised(settings):
         """The training images and classes as they are, and everything else changed."""
         sets = load(settings)
-        noise = Split(torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8), torch.arange(50) % 2)
+        noise = Split(
+            torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8), torch.arange(50) % 2
+        )
         parts = []
         for split in (sets.train, sets.validation):
             shortcut = torch.rand(len(split), 28, 28) < 0.5
             groups = torch.randint(10, (len(split),))
             parts.append(dataclasses.replace(split, shortcut=shortcut, digits=groups))
-        return sets._replace(train=parts[0], raw=noise, biased=noise, validation=parts[1])
+        return sets._replace(
+            train=parts[0], raw=noise, biased=noise, validation=parts[1]
+        )
 
     for name, how in {"as it is": load, "disguised": disguised}.items():
         settings, sets = with_base(tmp_path / name)
         monkeypatch.setattr(shortcuts, "load", how)
-        choices.append(selection.choose(selection.candidates(settings, len(sets.train))))
+        choices.append(
+            selection.choose(selection.candidates(settings, len(sets.train)))
+        )
         monkeypatch.setattr(shortcuts, "load", load)
     assert choices[0] == choices[1]
 
@@ -182,7 +229,7 @@ def test_without_a_shortcut_erm_is_kept(small_rules, tmp_path):
     choice = selection.choose(selection.candidates(settings, len(sets.train)))
     assert choice["configuration"] == "base" and choice["mistakes"] >= selection.FEW
     assert "so ERM is kept" in choice["reason"]
-    table = store.collect(str(tmp_path))
+    table = results.collect(str(tmp_path))
     assert table["chosen"].tolist() == [True]
 
 
@@ -193,7 +240,9 @@ def test_without_mistakes_resampled_images_are_the_judge(small_rules, tmp_path):
     assert choice["mistakes"] < selection.FEW
     shortfalls = selection.resampled_shortfalls(listed)
     found, reason = selection.by_shortfalls(choice["candidates"], shortfalls)
-    assert choice["configuration"] == found != "base" and choice["reason"].endswith(reason)
+    assert choice["configuration"] == found != "base" and choice["reason"].endswith(
+        reason
+    )
     assert "too few to judge by" in reason and "in doubt" in reason
     assert shortfalls[found] < shortfalls["base"]
 
@@ -211,28 +260,46 @@ def test_shortfalls_are_those_of_a_computation_by_hand(small_rules, tmp_path):
         sample = torch.randperm(len(train), generator=generator)[: selection.SAMPLE]
         for candidate in listed:
             of_half = selection.of_half(candidate, half)
-            tuned = experiment.masktune(of_half, experiment.base_model(of_half, train), train)
+            tuned = experiment.masktune(
+                of_half, experiment.base_model(of_half, train), train
+            )
             masks = tuned.masked.own_masks[sample]
-            images = masking.MaskedDataset(train[sample], masks, "resample", settings.seed)
+            images = masking.MaskedDataset(
+                train[sample], masks, "resample", settings.seed
+            )
             for name in names:
                 of_other = selection.of_half(candidate, other)
                 if name != "base":
                     same = {one.configuration: one for one in listed}[name]
                     name_of_half = selection.of_half(same, other).configuration
-                path = of_other.checkpoint_path("base" if name == "base" else name_of_half)
-                network, _ = store.load_checkpoint(path)
-                metrics = evaluation.metrics(evaluation.predict(network, images), images.labels)
-                worst.loc[name, candidate.configuration] += min(metrics["class_accuracy"]) / 2
+                path = of_other.checkpoint_path(
+                    "base" if name == "base" else name_of_half
+                )
+                network = store.load_checkpoint(path).model
+                metrics = evaluation.metrics(
+                    evaluation.predict(network, images), images.labels
+                )
+                worst.loc[name, candidate.configuration] += (
+                    min(metrics["class_accuracy"]) / 2
+                )
     expected = (worst.max() - worst).max(axis=1)
     assert selection.resampled_shortfalls(listed) == pytest.approx(expected.to_dict())
 
 
 def test_by_shortfalls_erm_is_kept_only_if_no_candidate_falls_behind_less():
     judged = {"a": row(0, 999, 0.3), "b": row(0, 999, 0.1)}
-    chosen, reason = selection.by_shortfalls(judged, {"base": 0.4, "a": 0.05, "b": 0.055})
-    assert chosen == "b" and "rule 0.1 is at most 6 points behind the best, and ERM 40" in reason
+    chosen, reason = selection.by_shortfalls(
+        judged, {"base": 0.4, "a": 0.05, "b": 0.055}
+    )
+    assert (
+        chosen == "b"
+        and "rule 0.1 is at most 6 points behind the best, and ERM 40" in reason
+    )
     assert selection.by_shortfalls(judged, {"base": 0.4, "a": 0.05, "b": 0.2})[0] == "a"
-    assert selection.by_shortfalls(judged, {"base": 0.02, "a": 0.05, "b": 0.2})[0] == "base"
+    assert (
+        selection.by_shortfalls(judged, {"base": 0.02, "a": 0.05, "b": 0.2})[0]
+        == "base"
+    )
 
 
 def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
@@ -250,7 +317,7 @@ def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
     assert [*few["candidates"]] == [candidate.configuration for candidate in listed[:2]]
     path = settings.folder("results") / "chosen.json"
     path.write_text(json.dumps(few | {"base_sha256": "of another base model"}))
-    assert store.collect(str(tmp_path))["chosen"].isna().all()
+    assert results.collect(str(tmp_path))["chosen"].isna().all()
     selection.choose(listed[:2])
     assert len(calls) == 3
 
@@ -273,7 +340,9 @@ selection.choose(selection.candidates(settings, 400))
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/**/*.pth")}
+    before = {
+        path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/**/*.pth")
+    }
     assert not (settings.folder("results") / "chosen.json").exists()
     found = selection.choose(selection.candidates(settings, len(sets.train)))
     assert found["candidates"].keys() == expected["candidates"].keys()
@@ -281,43 +350,8 @@ selection.choose(selection.candidates(settings, 400))
     assert len([*tmp_path.glob("killed/**/*.pth")]) > len(before)
 
 
-def test_a_damaged_choice_is_refused_by_name(tmp_path):
-    path = tmp_path / "results" / "chosen.json"
-    path.parent.mkdir()
-    for content in ('{"configuration": "base"}', "[", "[1]"):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=f"{path} is damaged or not a result"):
-            store.collect(str(tmp_path))
-
-
-def test_what_a_choice_is_worth_is_told_by_four_rows():
-    settings = Settings(dataset="mnist")
-    oracle = dataclasses.replace(settings, shortcut="none").experiment
-    rows = [
-        ("mnist", "base", 0, 0.3, False),
-        ("mnist", "top_k_0.1", 0, 0.6, False),
-        ("mnist", "top_k_0.3", 0, 0.7, False),
-        ("mnist", "mean_std_3.0", 0, 0.9, True),
-        ("mnist", "base", 1, 0.3, True),  # ERM was kept
-        ("mnist", "top_k_0.1", 1, 0.1, False),
-        ("mnist_epochs=2", "base", 0, 0.3, None),
-        (oracle, "base", 0, 1.0, None),
-    ]
-    table = pd.DataFrame(rows, columns=[*store.KEY, "worst_group", "chosen"])
-    compared = selection.compare(table, settings).groupby("model")["configuration"].apply(list)
-    assert compared.to_dict() == {
-        "ERM": ["base", "base"],
-        "best of the others, by the test sets": ["top_k_0.3", "top_k_0.1"],
-        "chosen by ERM's mistakes": ["mean_std_3.0", "base"],
-        "oracle: ERM without the shortcut": ["base"],
-    }
-    assert selection.compare(table[table["configuration"] == "base"], settings)["seed"].any()
-
-
 def test_a_candidate_in_words():
-    candidate = Settings(method="mean_std", param=3.5, dilation=3, finetune_lr=0.02)
-    assert selection.describe(candidate) == "mean_std 3.5 dilated by 3"
-    candidate = dataclasses.replace(candidate, fill="resample", rounds=2, cross_fit=True)
-    assert selection.describe(candidate) == "mean_std 3.5 dilated by 3, resampled, 2 rounds"
-    name = "mean_std_3.5_dilation=3_fill=resample_rounds=2"
-    assert selection.short(candidate.configuration) == name
+    described = results.describe("mean_std", 3.5, 3)
+    assert described == "mean_std 3.5 dilated by 3"
+    described = results.describe("mean_std", 4.0, 3, "resample", 2)
+    assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"

@@ -1,8 +1,6 @@
-"""Files: checkpoints, results and the table of results; whole, or refused by name."""
+"""Files: checkpoints, whole or refused by name."""
 
-import json
 import pickle
-import re
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,47 +22,62 @@ def saved(tmp_path, model):
 
 
 def test_checkpoint_round_trip(model, saved):
-    loaded, about = store.load_checkpoint(saved, IDENTITY)
+    checkpoint = store.load_checkpoint(saved, IDENTITY)
     sha256 = weights_sha256(model.state_dict())
-    assert weights_sha256(loaded.state_dict()) == sha256 and not loaded.training
-    history = [{"epoch": 1, "loss": 0.5}]
-    assert about == {"settings": IDENTITY, "history": history, "sha256": sha256}
+    assert weights_sha256(checkpoint.model.state_dict()) == sha256 == checkpoint.sha256
+    assert not checkpoint.model.training and checkpoint.settings == IDENTITY
+    assert checkpoint.history == [{"epoch": 1, "loss": 0.5}]
 
 
-COMMITTED = sorted((REPOSITORY / "checkpoints" / "mnist" / "seed0").glob("CNN_checkpoint*.pth"))
+COMMITTED = sorted(
+    (REPOSITORY / "checkpoints" / "mnist" / "seed0").glob("CNN_checkpoint*.pth")
+)
 
 
 def test_the_committed_checkpoints_were_made_with_what_their_names_say():
+<<<<<<< main
     assert len(COMMITTED) == 20
     base_sha256 = store.load_checkpoint(COMMITTED[0])[1]["sha256"]
+=======
+    assert len(COMMITTED) == 19
+    base_sha256 = store.load_checkpoint(COMMITTED[0]).sha256
+>>>>>>> redesign
     for path in COMMITTED:
-        _, about = store.load_checkpoint(path)
-        made_from = about["settings"].pop("base_sha256", None)
-        settings = Settings(**about["settings"])
-        assert settings.checkpoint_path(settings.configuration if made_from else "base") == path
-        assert about["settings"].items() <= settings.identity(base=not made_from).items()
+        made_with = store.load_checkpoint(path).settings
+        made_from = made_with.pop("base_sha256", None)
+        settings = Settings(**made_with)
+        assert (
+            settings.checkpoint_path(settings.configuration if made_from else "base")
+            == path
+        )
+        assert made_with.items() <= settings.identity(base=not made_from).items()
         assert made_from in (None, base_sha256)
 
 
 def test_random_damage_is_refused_by_name_or_touches_nothing(saved):
     """At 200 offsets a byte is changed, at 200 the file is cut off; half lie near its ends."""
     whole, random = saved.read_bytes(), np.random.default_rng(0)
-    _, about = store.load_checkpoint(saved, IDENTITY)
+    about = store.load_checkpoint(saved, IDENTITY)
     anywhere = random.integers(len(whole), size=(2, 100))
     near_the_ends = random.integers(-4000, 4000, size=(2, 100)) % len(whole)
     refused = 0
-    for cut, offsets in enumerate(np.concatenate([anywhere, near_the_ends], axis=1).tolist()):
+    for cut, offsets in enumerate(
+        np.concatenate([anywhere, near_the_ends], axis=1).tolist()
+    ):
         for offset in offsets:
             changed = bytes([whole[offset] ^ random.integers(1, 256)])
-            saved.write_bytes(whole[:offset] + (b"" if cut else changed + whole[offset + 1 :]))
+            saved.write_bytes(
+                whole[:offset] + (b"" if cut else changed + whole[offset + 1 :])
+            )
             try:
-                loaded, other = store.load_checkpoint(saved, IDENTITY)
+                other = store.load_checkpoint(saved, IDENTITY)
             except CheckpointError as error:
                 assert str(saved) in str(error)
                 refused += 1
             else:  # a byte of padding
-                assert not cut and repr(other) == repr(about)
-                assert weights_sha256(loaded.state_dict()) == about["sha256"]
+                assert not cut and other.settings == about.settings
+                assert other.history == about.history
+                assert weights_sha256(other.model.state_dict()) == about.sha256
     assert refused > 350
 
 
@@ -75,20 +88,34 @@ WEIGHTS = models.new_model(0).state_dict()
     "content",
     [
         {"state_dict": {"a": 1}, "settings": {}, "history": [], "sha256": ""},
-        {"state_dict": WEIGHTS, "settings": 1, "history": [], "sha256": weights_sha256(WEIGHTS)},
-        {"state_dict": WEIGHTS, "settings": {}, "history": [], "sha256": "of other weights"},
+        {
+            "state_dict": WEIGHTS,
+            "settings": 1,
+            "history": [],
+            "sha256": weights_sha256(WEIGHTS),
+        },
+        {
+            "state_dict": WEIGHTS,
+            "settings": {},
+            "history": [],
+            "sha256": "of other weights",
+        },
         [1, 2],
         torch.nn.Linear(2, 2).state_dict(),
     ],
 )
 def test_foreign_files_are_refused_by_name(content, tmp_path):
     torch.save(content, tmp_path / "foreign.pth")
-    with pytest.raises(CheckpointError, match=r"foreign\.pth is damaged or not a checkpoint \("):
+    with pytest.raises(
+        CheckpointError, match=r"foreign\.pth is damaged or not a checkpoint \("
+    ):
         store.load_checkpoint(tmp_path / "foreign.pth")
 
 
 def test_an_empty_file_is_refused_by_name_and_so_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"empty\.pth is not a file; give the path of a"):
+    with pytest.raises(
+        FileNotFoundError, match=r"empty\.pth is not a file; give the path of a"
+    ):
         store.load_checkpoint(tmp_path / "empty.pth")
     (tmp_path / "empty.pth").touch()
     with pytest.raises(CheckpointError, match=r"empty\.pth is damaged"):
@@ -102,27 +129,37 @@ class Malicious:
 
 def test_loading_runs_no_code(tmp_path):
     torch.save({"state_dict": Malicious()}, tmp_path / "archive.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"state_dict": Malicious()}, protocol=2))
+    (tmp_path / "pickle.pth").write_bytes(
+        pickle.dumps({"state_dict": Malicious()}, protocol=2)
+    )
     for path in tmp_path.iterdir():
-        with pytest.raises(CheckpointError, match=rf"{path.name} is damaged or not a checkpoint"):
+        with pytest.raises(
+            CheckpointError, match=rf"{path.name} is damaged or not a checkpoint"
+        ):
             store.load_checkpoint(path)
 
 
 def test_a_file_of_a_newer_version_is_refused_by_name(model, tmp_path):
     store.save_checkpoint(tmp_path / "new.pth", model, IDENTITY | {"dropout": 0.5}, [])
     for asked in (None, IDENTITY):
-        with pytest.raises(CheckpointError, match=r"new\.pth .* newer version .* setting dropout"):
+        with pytest.raises(
+            CheckpointError, match=r"new\.pth .* newer version .* setting dropout"
+        ):
             store.load_checkpoint(tmp_path / "new.pth", asked)
 
 
 def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(model, tmp_path):
-    made_with = {name: IDENTITY[name] for name in IDENTITY if name != "validation_share"}
+    made_with = {
+        name: IDENTITY[name] for name in IDENTITY if name != "validation_share"
+    }
     store.save_checkpoint(tmp_path / "old.pth", model, made_with, [])
     store.load_checkpoint(tmp_path / "old.pth", IDENTITY)
     hint = r"Use retrain = True to replace it, or another directory\."
     message = rf"old\.pth was made with validation_share = 0\.0, not 0\.1\. {hint}"
     with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(tmp_path / "old.pth", IDENTITY | {"validation_share": 0.1})
+        store.load_checkpoint(
+            tmp_path / "old.pth", IDENTITY | {"validation_share": 0.1}
+        )
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
@@ -134,52 +171,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
     assert path.read_bytes() == b"old" and [*path.parent.iterdir()] == [path]
 
 
-@pytest.fixture
-def results(tmp_path):
-    """Results of two seeds, each of a base model and of one that is fine-tuned."""
-    for seed in (1, 0):
-        for name in ("top_k_0.1", "base"):
-            row = dict.fromkeys(store.RESULT, 0.25) | {"experiment": "mnist", "configuration": name}
-            row |= {"seed": seed, "sha256": f"{name} {seed}", "base_sha256": f"base {seed}"}
-            row |= {"metrics": {"raw": {}}} | ({} if name == "base" else {"hidden_shortcut": 0.75})
-            path = tmp_path / "results" / "mnist" / f"seed{seed}" / f"{name}.json"
-            store.write_bytes(path, json.dumps(row).encode())
-            assert store.read_result(path) == row
-    return tmp_path
-
-
-def test_results_that_hold_are_collected_into_a_table(results):
-    table = store.collect(str(results))
-    keys = [["mnist", name, seed] for name in ("base", "top_k_0.1") for seed in (0, 1)]
-    assert table[store.KEY].to_numpy().tolist() == keys
-    assert (table["worst_group"] == 0.25).all() and "metrics" not in table
-    assert table["hidden_shortcut"].fillna(-1).tolist() == [-1, -1, 0.75, 0.75]
-    # a result of a base model that has been replaced is left out
-    path = results / "results" / "mnist" / "seed1" / "base.json"
-    other = {"sha256": "other", "base_sha256": "other"}
-    path.write_text(json.dumps(store.read_result(path) | other))
-    assert store.collect(str(results))["seed"].tolist() == [0, 1, 0]
-    path.unlink()
-    assert store.collect(str(results))["seed"].tolist() == [0, 0]
-    assert store.collect(str(results / "none"))[store.KEY].empty
-
-
-@pytest.mark.parametrize("content", ['{"raw": ', '{"seed": 0}', "3", "\xff"])
-def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
-    path = tmp_path / "results" / "mine.json"
-    store.write_bytes(path, content.encode("latin-1"))
-    message = re.escape(f"{path} is damaged or not a result (")
-    with pytest.raises(ValueError, match=message):
-        store.read_result(path)
-    with pytest.raises(ValueError, match=message):
-        store.collect(str(tmp_path))
-
-
 def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, model):
     old = IDENTITY | {"iterations": 1, "accumulate": False, "restart": False}
     store.save_checkpoint(saved, model, old, [])
-    _, about = store.load_checkpoint(saved, IDENTITY)
-    assert about["settings"] == IDENTITY
+    assert store.load_checkpoint(saved, IDENTITY).settings == IDENTITY
     store.save_checkpoint(saved, model, old | {"iterations": 3}, [])
     with pytest.raises(
         CheckpointError, match="an older version wrote it, with iterations other th"

@@ -14,12 +14,13 @@ import pytest
 from joblib import cpu_count
 from tiny_runs import OPTIONS, kernels, masktune, start, tiny
 
-from masktune_utils import command, selection, store, sweep
+from masktune_utils import results, store
+from masktune_utils.runner import command, jobs
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
-NOTEBOOKS = sorted(sweep.NOTEBOOKS.glob("*.ipynb"))
-ORDER = "progress models strict settings decoding data shortcuts training saliency masking store "
+NOTEBOOKS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
+ORDER = "progress models strict settings images data shortcuts training saliency masking store "
 ORDER += "evaluation experiment selection plotting kernels sweep command"
 OWN = {  # defaults of notebooks that differ from those of the settings
     "07_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
@@ -57,11 +58,13 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
     runs = directory / "runs"
     assert (runs / "mnist5k_limit=200" / "seed0" / "01_dataset.ipynb").exists()
     names = [path.stem for path in sorted(tiny(directory).folder("runs").iterdir())]
-    choice = store.read_result(tiny(directory).folder("results") / "chosen.json")
+    choice = results.read_choice(tiny(directory).folder("results") / "chosen.json")
     kept = choice["configuration"] == "base"
-    stages = ["02", "03", "04", "04", "05"] if kept else ["02", "03", "04", "04", "04", "05"]
+    stages = (
+        ["02", "03", "04", "04", "05"] if kept else ["02", "03", "04", "04", "04", "05"]
+    )
     assert [name[:2] for name in names] == stages
-    table = store.collect(str(directory))
+    table = results.collect(str(directory))
     table = table[table["dataset"] == "mnist5k"].set_index("configuration")
     expected = {"base", "top_k_0.1", "top_k_0.3", choice["configuration"]}
     assert {*table.index} == expected
@@ -70,7 +73,9 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
     }
     others = table.loc[["top_k_0.1", "top_k_0.3"], "worst_group"]
     rows = {"ERM": "base", "best of the others, by the test sets": others.idxmax()}
-    for name, configuration in (rows | {selection.CHOSEN: choice["configuration"]}).items():
+    for name, configuration in (
+        rows | {results.CHOSEN: choice["configuration"]}
+    ).items():
         row = table.loc[configuration]
         numbers = f"{100 * row.raw:.2f} +{100 * row.biased:.2f} +{100 * row.worst_group:.2f} +1\n"
         assert re.search(rf"{name} +{numbers}", printed)
@@ -85,26 +90,36 @@ def test_a_run_executes_every_notebook_and_prints_a_table(whole_run):
         assert str(tiny(directory).folder(kind)) in printed
     figures = {path.name[:2] for path in directory.glob("figures/*/*/*.png")}
     assert figures == {"01", "02", "03", "04", "05"}
-    assert not [path for path in runs.rglob("*.ipynb") if "widget-view" in path.read_text()]
+    assert not [
+        path for path in runs.rglob("*.ipynb") if "widget-view" in path.read_text()
+    ]
 
 
 def test_folders_of_three_classes_go_through_all_notebooks(whole_run):
-    table = store.collect(str(whole_run.directory)).set_index("dataset").loc[["folder"]]
+    table = (
+        results.collect(str(whole_run.directory)).set_index("dataset").loc[["folder"]]
+    )
     assert {"base", "top_k_0.1"} <= {*table["configuration"]}
     assert table["chosen"].eq(True).sum() == 1
     assert table["test_class_2"].between(0, 1).all() and table["raw"].isna().all()
-    copies = [path.stem[:2] for path in whole_run.directory.glob("runs/folder*/seed0/*.ipynb")]
+    copies = [
+        path.stem[:2] for path in whole_run.directory.glob("runs/folder*/seed0/*.ipynb")
+    ]
     assert {*copies} == {"01", "02", "03", "04", "05"}
 
 
-def test_what_is_done_is_skipped_and_force_does_a_configuration_again(directory, all_cores):
+def test_what_is_done_is_skipped_and_force_does_a_configuration_again(
+    directory, all_cores
+):
     before = changes(directory)
     assert masktune(directory, "--param", "0.1", "0.3") == 0
     assert changes(directory) == before
     assert masktune(directory, "--param", "0.1", "--force") == 0
     after = changes(directory)
     again = {path.name for path in before if before[path] != after[path]}
-    assert before.keys() == after.keys() and "04_finetune_sweep_top_k_0.1.ipynb" in again
+    assert (
+        before.keys() == after.keys() and "04_finetune_sweep_top_k_0.1.ipynb" in again
+    )
     trained = [name for name in again if name.endswith(".pth")]
     assert trained == [tiny(directory).checkpoint_path("top_k_0.1").name]
     assert results(directory)["top_k_0.1"]["threads"] == cpu_count()  # it had all cores
@@ -116,19 +131,39 @@ def test_a_dry_run_shows_what_is_done_and_runs_nothing(directory, capsys):
     printed = dry_run(capsys, *options)
     assert changes(directory) == before
     assert printed.startswith("2 configurations, images: mnist5k, device: ")
-    assert re.search("done .*=20 seed0 top_k_0.3\n     .*=20 seed0 top_k_0.5\n", printed)
+    assert re.search(
+        "done .*=20 seed0 top_k_0.3\n     .*=20 seed0 top_k_0.5\n", printed
+    )
     assert printed.endswith("1 of them are done\n")
 
 
 def test_options_win_over_the_blocks_of_a_grid_file(tmp_path, capsys):
     file = tmp_path / "grid.yaml"
-    first, second = "{method: [mean, top_k], param: 0.5, epochs: 7}", "{dilation: 2, epochs: 9}"
+    first, second = (
+        "{method: [mean, top_k], param: 0.5, epochs: 7}",
+        "{dilation: 2, epochs: 9}",
+    )
     file.write_text(f"- {first}\n- {second}\n")
-    given = ["--dataset", "mnist5k", "--param", "0.1", "0.3", "--seed", "0", "1", "--epochs", "3"]
+    given = [
+        "--dataset",
+        "mnist5k",
+        "--param",
+        "0.1",
+        "0.3",
+        "--seed",
+        "0",
+        "1",
+        "--epochs",
+        "3",
+    ]
     printed = dry_run(capsys, str(file), *given, "--directory", str(tmp_path))
-    names = [f"{method}_{param}" for param in (0.1, 0.3) for method in ("mean", "top_k")]
+    names = [
+        f"{method}_{param}" for param in (0.1, 0.3) for method in ("mean", "top_k")
+    ]
     names += ["top_k_0.1_dilation=2", "top_k_0.3_dilation=2"]
-    expected = {f"mnist5k_epochs=3 seed{seed} {name}" for seed in (0, 1) for name in names}
+    expected = {
+        f"mnist5k_epochs=3 seed{seed} {name}" for seed in (0, 1) for name in names
+    }
     assert {line.strip() for line in printed.splitlines()[1:-1]} == expected
     assert printed.endswith("\n0 of them are done\n") and len(expected) == 12
 
@@ -144,9 +179,14 @@ def test_a_grid_may_name_its_notebook(directory, capsys):
         folder.mkdir(exist_ok=True)
         (folder / "02_erm.csv").write_text(f"seed,found\n{seed},0.5\n")
     assert command.main(["choose", str(file), *given]) == 2
-    assert "notebook is '02_erm'; allowed, except with sweep: 04_f" in capsys.readouterr().err
+    assert (
+        "notebook is '02_erm'; allowed, except with sweep: 04_f"
+        in capsys.readouterr().err
+    )
     assert command.main(["sweep", str(file), *given]) == 0
-    assert (directory / "results" / "02_erm.csv").read_text() == "seed,found\n0,0.5\n1,0.5\n"
+    assert (
+        directory / "results" / "02_erm.csv"
+    ).read_text() == "seed,found\n0,0.5\n1,0.5\n"
     (copy,) = tiny(directory, seed=1).folder("runs").iterdir()
     assert copy.name == "02_erm.ipynb"
     file.write_text("- notebook: 01_dataset\n")
@@ -159,8 +199,12 @@ def test_a_grid_may_name_its_notebook(directory, capsys):
 def test_the_grids_of_the_repository_are_valid(tmp_path, capsys):
     given = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
     files = sorted(REPOSITORY.glob("sweeps/*.yaml"))
-    files = [path for path in files if path.stem != "your_own"]  # needs images of notebook 10
-    counts = {path.stem: int(dry_run(capsys, str(path), *given).split()[0]) for path in files}
+    files = [
+        path for path in files if path.stem != "your_own"
+    ]  # needs images of notebook 10
+    counts = {
+        path.stem: int(dry_run(capsys, str(path), *given).split()[0]) for path in files
+    }
     assert (counts["published"], counts["paper"]) == (15, 1)
 
 
@@ -169,7 +213,7 @@ def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, 
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for name, field in Settings.__pydantic_fields__.items():
+    for name, field in Settings.model_fields.items():
         about = f"{field.description} (default: {DEFAULTS[name]!r})"
         value = r" VALUE( \[VALUE ...\])?"
         spellings = rf" --{name}{value}(, --{name.replace('_', '-')}{value})?"
@@ -201,16 +245,32 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys, all_
     for path in bad:
         path.unlink()
     found = results(directory)
-    assert {"top_k_0.1", "top_k_0.3", "top_k_0.8"} < found.keys() and "top_k_0.6" not in found
-    assert results(directory)["top_k_0.8"]["threads"] == max(1, cpu_count() // 2)  # two at once
+    assert {
+        "top_k_0.1",
+        "top_k_0.3",
+        "top_k_0.8",
+    } < found.keys() and "top_k_0.6" not in found
+    assert results(directory)["top_k_0.8"]["threads"] == max(
+        1, cpu_count() // 2
+    )  # two at once
     shown = dry_run(capsys, *OPTIONS, "--directory", str(directory), *arguments)
     assert re.findall("done .* (seed.*)", shown) == ["seed0 top_k_0.8"]
 
 
-def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(directory, capsys):
+def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
+    directory, capsys
+):
     file = directory / "two.yaml"
     file.write_text("- param: [0.1, 0.3]\n")
-    arguments = ["choose", str(file), *OPTIONS, "--directory", str(directory), "--jobs", "1"]
+    arguments = [
+        "choose",
+        str(file),
+        *OPTIONS,
+        "--directory",
+        str(directory),
+        "--jobs",
+        "1",
+    ]
     path = tiny(directory, half=1).checkpoint_path("base")
     content, before = path.read_bytes(), changes(directory)
     path.write_bytes(b"damaged")
@@ -225,7 +285,7 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(directory,
     names = ["top_k_0.1_cross_fit=True", "top_k_0.3_cross_fit=True"]
     assert [*choice["candidates"]] == names
     assert f"seed 0: {choice['reason']}" in printed
-    assert re.search(rf"{selection.CHOSEN} +\d", printed)
+    assert re.search(rf"{results.CHOSEN} +\d", printed)
 
 
 def test_a_folder_is_run_without_the_published_rules_unless_a_grid_asks_for_them(
@@ -238,7 +298,9 @@ def test_a_folder_is_run_without_the_published_rules_unless_a_grid_asks_for_them
     assert command.main(["run", *given, *options]) == 0
     printed = capsys.readouterr().out
     copies = [path.stem for path in tmp_path.glob("runs/*/*/*.ipynb")]
-    assert not [name for name in copies if name.startswith("04") and "cross_fit" not in name]
+    assert not [
+        name for name in copies if name.startswith("04") and "cross_fit" not in name
+    ]
     assert {name[:2] for name in copies} >= {"01", "02", "03", "05"}
     assert "seed 0: ERM gets" in printed and "best of the others" not in printed
 
@@ -260,9 +322,16 @@ def test_an_interrupt_ends_the_kernels_too_and_progress_is_seen_before(directory
 def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        sweeping = start(directory, "--param", "0.4", "0.5", "--dask", cluster.scheduler_address)
-        while not (busy := [worker for worker, tasks in client.processing().items() if tasks]):
+    with (
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        sweeping = start(
+            directory, "--param", "0.4", "0.5", "--dask", cluster.scheduler_address
+        )
+        while not (
+            busy := [worker for worker, tasks in client.processing().items() if tasks]
+        ):
             assert sweeping.poll() is None, sweeping.stderr.read()
             time.sleep(0.1)
         os.kill(client.run(os.getpid, workers=busy[:1])[busy[0]], signal.SIGKILL)
@@ -276,9 +345,15 @@ def test_no_module_imports_one_that_comes_after_it():
     assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}
     for position, name in enumerate(order):
         for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
-            assert not isinstance(node, ast.Import) or "masktune_utils" not in ast.unparse(node)
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("masktune_utils"):
-                parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+            assert not isinstance(
+                node, ast.Import
+            ) or "masktune_utils" not in ast.unparse(node)
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(
+                "masktune_utils"
+            ):
+                parts = node.module.split(".")[1:] or [
+                    alias.name for alias in node.names
+                ]
                 assert set(parts) <= set(order[:position]), name
 
 
@@ -296,18 +371,26 @@ def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
     counts = [cell.execution_count for cell in notebook.code]
     assert counts == list(range(1, len(counts) + 1))
     outputs = [output for cell in notebook.code for output in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [
+        o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"
+    ]
     assert not re.search("/(work|tmp|root|home)/", notebook.path.read_text())
     assert notebook.path.stat().st_size < 1_000_000
 
 
 def test_notebooks_are_short(notebook):
     assert len(notebook.cells) <= 25
-    assert [c.source for c in notebook.code[1:] if len(c.source.splitlines()) > 20] == []
+    assert [
+        c.source for c in notebook.code[1:] if len(c.source.splitlines()) > 20
+    ] == []
 
 
 def test_parameters_are_literals_with_default_and_comment_of_the_settings(notebook):
-    lines = [line for line in notebook.code[0].source.splitlines() if not line.startswith("# ")]
+    lines = [
+        line
+        for line in notebook.code[0].source.splitlines()
+        if not line.startswith("# ")
+    ]
     found = {name: line for name, _, line in (line.partition(" = ") for line in lines)}
     if notebook.path.stem == "05_plots":
         for name in ("base_model", "finetuned_model"):
@@ -317,4 +400,4 @@ def test_parameters_are_literals_with_default_and_comment_of_the_settings(notebo
         value, _, comment = line.partition("  # ")
         default = OWN.get(notebook.path.stem, {}).get(name, DEFAULTS[name])
         assert repr(ast.literal_eval(value)) == repr(default)
-        assert comment == Settings.__pydantic_fields__[name].description
+        assert comment == Settings.model_fields[name].description

@@ -12,8 +12,8 @@ import pytest
 from conftest import MASKTUNE, outcome
 from PIL import Image
 
-from masktune_utils import command
-from masktune_utils import kernels as kept
+from masktune_utils.runner import command
+from masktune_utils.runner import kernels as kept
 from masktune_utils.settings import Settings
 
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
@@ -33,9 +33,19 @@ def masktune(directory: Path, *arguments: str) -> int:
 
 def start(directory: Path, *arguments: str) -> subprocess.Popen:
     """`masktune sweep`, in a process group that hears Ctrl-C even if pytest does not."""
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    )
     code += "from masktune_utils.command import main; sys.exit(main())"
-    process = [sys.executable, "-c", code, "sweep", *OPTIONS, "--directory", str(directory)]
+    process = [
+        sys.executable,
+        "-c",
+        code,
+        "sweep",
+        *OPTIONS,
+        "--directory",
+        str(directory),
+    ]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     options |= {"start_new_session": True, "env": os.environ | ONE_THREAD}
     return subprocess.Popen([*process, *arguments], **options)
@@ -44,7 +54,9 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen:
 def kernels(process: subprocess.Popen) -> list[psutil.Process]:
     """The kernels that a running command has started."""
     family = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())]
+    return [
+        child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())
+    ]
 
 
 def contents(directory: Path) -> dict[tuple[Path, str], object]:
@@ -71,11 +83,25 @@ def whole_run(tmp_path_factory) -> Run:
         for name, color in {"a": "red", "b": "lime", "c": "blue"}.items():
             (directory / part / name).mkdir(parents=True)
             for k in range(count):
-                Image.new("RGB", (30 + k, 30), color).save(directory / part / name / f"{k}.png")
+                Image.new("RGB", (30 + k, 30), color).save(
+                    directory / part / name / f"{k}.png"
+                )
     folders = f"train_folder: {directory}/train, test_folder: {directory}/test"
-    blocks = "{dataset: mnist5k, limit: 200, param: [0.1, 0.3]}", f"{{dataset: folder, {folders}}}"
+    blocks = (
+        "{dataset: mnist5k, limit: 200, param: [0.1, 0.3]}",
+        f"{{dataset: folder, {folders}}}",
+    )
     (directory / "grid.yaml").write_text("".join(f"- {block}\n" for block in blocks))
-    given = ["--epochs", "2", "--batch_size", "20", "--directory", directory, "--jobs", "2"]
+    given = [
+        "--epochs",
+        "2",
+        "--batch_size",
+        "20",
+        "--directory",
+        directory,
+        "--jobs",
+        "2",
+    ]
     run = [MASKTUNE, "run", directory / "grid.yaml", *given]
     options = {"capture_output": True, "text": True, "env": os.environ | ONE_THREAD}
     done = subprocess.run(run, check=False, **options)

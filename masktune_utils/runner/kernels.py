@@ -16,13 +16,20 @@ import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
 
-RESET = "from masktune_utils import kernels; kernels.reset()"
+RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 
-_idle: dict[str, list["Manager"]] = defaultdict(list)  # by their number of threads
-_random = random.getstate(), np.random.get_state(), torch.get_rng_state()  # of a fresh kernel
-_filters, _folder, _threads = [*warnings.filters], Path.cwd(), torch.get_num_threads()
+idle_kernels: dict[str, list["Manager"]] = defaultdict(
+    list
+)  # by their number of threads
+# Of a fresh kernel:
+_python_random = random.getstate()
+_numpy_random = np.random.get_state()
+_torch_random = torch.get_rng_state()
+_filters = list(warnings.filters)
+_folder = Path.cwd()
+_threads = torch.get_num_threads()
 
 
 class Manager(KernelManager):
@@ -45,18 +52,19 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
     Raises:
         RuntimeError: it does not start, or no longer answers.
     """
-    environment = {"OMP_NUM_THREADS": f"{threads}"} | os.environ
-    idle, manager = _idle[environment["OMP_NUM_THREADS"]], Manager(client_class=CLIENT)
-    with contextlib.suppress(IndexError):  # none is left
-        while not manager.is_alive():
-            manager = idle.pop()
+    environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
+    idle = idle_kernels[environment["OMP_NUM_THREADS"]]
+    manager = Manager(client_class=CLIENT)
+    while idle and not manager.is_alive():
+        manager = idle.pop()
     try:
         if not manager.is_alive():
             manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder, env=environment)
         client = manager.blocking_client()
         client.start_channels()
         client.wait_for_ready(timeout=60)
-        client.execute(RESET, store_history=False)  # a kernel keeps the order of what it is sent
+        # a kernel keeps the order of what it is sent
+        client.execute(RESET, store_history=False)
         client.stop_channels()
         yield manager
         manager.latest.stop_channels()
@@ -69,8 +77,8 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
 @atexit.register
 def close() -> None:
     """End the kernels of this process."""
-    while _idle:
-        for manager in _idle.popitem()[1]:
+    while idle_kernels:
+        for manager in idle_kernels.popitem()[1]:
             manager.shutdown_kernel(now=True)
 
 
@@ -83,9 +91,9 @@ def reset() -> None:
     gc.collect()  # with the names go models, hooks and images
     gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
-    random.setstate(_random[0])
-    np.random.set_state(_random[1])
-    torch.set_rng_state(_random[2])
+    random.setstate(_python_random)
+    np.random.set_state(_numpy_random)
+    torch.set_rng_state(_torch_random)
     torch.set_num_threads(_threads)
     os.chdir(_folder)
     warnings.filters[:] = _filters

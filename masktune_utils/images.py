@@ -1,6 +1,5 @@
 """Image files as one uint8 tensor. They are decoded once, into a file that is read from then on."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -8,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, hash
+from joblib import Parallel, delayed
+from joblib import hash as fingerprint
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from masktune_utils import progress
 
-IN_MEMORY = 4 * 2**30  # bytes of images; more stay in the file, and go to a GPU batch by batch
+IN_MEMORY = (
+    4 * 2**30
+)  # bytes of images; more stay in the file, and go to a GPU batch by batch
 
 
 def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
@@ -32,26 +34,32 @@ def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
         OSError: the disk has no room.
         ValueError: files cannot be read; or the file of decoded images is damaged.
     """
-    shape = len(paths), side, side, 3
-    about = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    file = folder / f"{hash((side, about))}.npy"
-    if not file.exists():
+    shape = (len(paths), side, side, 3)
+    files = []
+    for path in paths:
+        status = Path(path).stat()
+        files.append((path, status.st_size, status.st_mtime_ns))
+    decoded = folder / f"{fingerprint((side, files))}.npy"
+    if not decoded.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < np.prod(shape):
-            raise OSError(f"{folder} has no room for {np.prod(shape):,} bytes of images.")
+            raise OSError(
+                f"{folder} has no room for {np.prod(shape):,} bytes of images."
+            )
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            part = Path(unfinished) / file.name
+            part = Path(unfinished) / decoded.name
             _read(paths, np.lib.format.open_memmap(part, "w+", np.uint8, shape))
-            part.replace(file)
+            part.replace(decoded)
     try:
-        images = torch.from_numpy(np.load(file, "c", allow_pickle=False).reshape(shape))
+        pixels = np.load(decoded, "c", allow_pickle=False).reshape(shape)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is damaged ({error}). Delete it.") from error
-    return images.permute(0, 3, 1, 2)
+        raise ValueError(f"{decoded} is damaged ({error}). Delete it.") from error
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _read(paths: Sequence[str], images: np.ndarray) -> None:
-    size = images.shape[1:3]
+def _read(paths: Sequence[str], pixels: np.ndarray) -> None:
+    """Read all images side by side into N×side×side×3."""
+    size = pixels.shape[1:3]
 
     def read(k: int) -> str:
         try:
@@ -60,13 +68,17 @@ def _read(paths: Sequence[str], images: np.ndarray) -> None:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bit
                     image = image.point(lambda value: value / 256).convert("L")
-                images[k] = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+                pixels[k] = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
         except Exception as error:  # noqa: BLE001 - PIL has many
             return f"{paths[k]} ({error})"
         return ""
 
-    count = len(paths)
-    lines = Parallel(-1, prefer="threads", return_as="generator")(map(delayed(read), range(count)))
-    lines = progress.bar(lines, total=count, unit="image", desc="reading images")
-    if bad := [line for line in lines if line]:
-        raise ValueError(f"{len(bad)} of {count} images cannot be read: {', '.join(bad[:10])}.")
+    parallel = Parallel(-1, prefer="threads", return_as="generator")
+    messages = parallel(delayed(read)(k) for k in range(len(paths)))
+    messages = progress.bar(
+        messages, total=len(paths), unit="image", desc="reading images"
+    )
+    bad = [message for message in messages if message]
+    if bad:
+        first = ", ".join(bad[:10])
+        raise ValueError(f"{len(bad)} of {len(paths)} images cannot be read: {first}.")

@@ -1,0 +1,256 @@
+"""Results: one JSON file per model, gathered into a table; tables summarized, compared and saved."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.store import write_bytes
+
+KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
+ACCURACIES = ["test", "raw", "biased", "worst_group"]
+RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
+CHOICE_KEYS = {
+    "configuration",
+    "reason",
+    "images",
+    "mistakes",
+    "candidates",
+    "base_sha256",
+}
+CHOSEN = "chosen by ERM's mistakes"
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A saved result, see `experiment.record`.
+
+    Raises:
+        ValueError: the file is damaged, or not a result.
+    """
+    return _read_json(path, RESULT_KEYS)
+
+
+def read_choice(path: Path) -> dict[str, Any]:
+    """A saved choice, see `selection.choose`.
+
+    Raises:
+        ValueError: the file is damaged, or not a choice.
+    """
+    return _read_json(path, CHOICE_KEYS)
+
+
+def _read_json(path: Path, keys: set[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        missing = keys - set(content)
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a result ({error}). Delete it."
+        ) from error
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Save a result or a choice."""
+    write_bytes(path, json.dumps(content, indent=1).encode())
+
+
+def collect(directory: str = "") -> pd.DataFrame:
+    """Gather all saved results into a table.
+
+    A result whose base model has been replaced since is left out.
+
+    Args:
+        directory: see `Settings.directory`.
+
+    Returns:
+        One row per result, base models first; without `metrics`, what `experiment.record` returns.
+        Also `chosen`: whether `selection.choose` chose it; None if there was no choice.
+
+    Raises:
+        ValueError: a JSON file there is damaged, or not a result.
+    """
+    results, choices = {}, {}
+    for path in sorted((REPOSITORY / directory / "results").rglob("*.json")):
+        if path.name == "chosen.json":
+            choices[path.parent] = read_choice(path)
+        else:
+            results[path] = read_result(path)
+    bases = {
+        path.parent: row["sha256"]
+        for path, row in results.items()
+        if path.stem == "base"
+    }
+    rows = []
+    for path, row in results.items():
+        if row["base_sha256"] != bases.get(path.parent):
+            continue
+        row["chosen"] = None
+        choice = choices.get(path.parent)
+        if choice and choice["base_sha256"] == row["base_sha256"]:
+            row["chosen"] = row["configuration"] == choice["configuration"]
+        rows.append(row)
+    if not rows:
+        return pd.DataFrame(columns=[*KEY, "chosen"])
+    table = pd.DataFrame(rows).drop(columns="metrics")
+    return table.sort_values(
+        KEY, key=lambda column: column.replace("base", ""), ignore_index=True
+    )
+
+
+def finished(directory: str) -> set[tuple]:
+    """All saved results: experiment, configuration, seed, test folder."""
+    table = collect(directory).reindex(columns=[*KEY, "test_folder"])
+    return set(table.itertuples(index=False, name=None))
+
+
+def summarize(
+    table: pd.DataFrame,
+    by: Sequence[str] = ("configuration",),
+    shares: Sequence = ACCURACIES,
+) -> pd.DataFrame:
+    """Shares in %, one row per group of rows; with several seeds, mean ± sample standard deviation.
+
+    Args:
+        table: see `collect`.
+        by: columns that tell the rows apart.
+        shares: names of the columns that are summarized, where there is anything in them.
+
+    Returns:
+        The `shares`, with blanks in their names, and `seeds`, as text.
+    """
+    columns = [name for name in shares if name in table and table[name].notna().any()]
+    groups = table.groupby(list(by), sort=False, dropna=False)[columns]
+    mean = 100 * groups.mean()
+    std = 100 * groups.std()
+    text = mean.map("{:.2f}".format).where(mean.notna(), "")
+    text += std.map(" ± {:.2f}".format).where(std.notna(), "")
+    return text.assign(seeds=groups.size()).rename(
+        columns=lambda name: name.replace("_", " ")
+    )
+
+
+def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Rows of the table of results that tell what the choice is worth.
+
+    Args:
+        table: see `collect`.
+        settings: the experiment.
+
+    Returns:
+        The rows of ERM; of the best of the other configurations by the test sets, if there are any; of
+        what was chosen, which may be ERM; and of the oracle, if there is one; `model` tells them apart.
+    """
+    of_experiment = table[table["experiment"] == settings.experiment]
+    is_base = of_experiment["configuration"] == "base"
+    is_chosen = of_experiment["chosen"].eq(True)
+    others = of_experiment[~is_base & ~is_chosen]
+    best = others.loc[others.groupby("seed")["worst_group"].idxmax()]
+    without_shortcut = settings.replace(shortcut="none").experiment
+    is_oracle = table["experiment"].eq(without_shortcut) & table["configuration"].eq(
+        "base"
+    )
+    rows = {
+        "ERM": of_experiment[is_base],
+        "best of the others, by the test sets": best,
+        CHOSEN: of_experiment[is_chosen],
+        "oracle: ERM without the shortcut": table[is_oracle],
+    }
+    return pd.concat([part.assign(model=name) for name, part in rows.items()])
+
+
+def describe(
+    method: str,
+    param: float,
+    dilation: int = 0,
+    fill: str = "zero",
+    rounds: int = 1,
+    upsample: str = "bilinear",
+) -> str:
+    """A configuration in words, without how it is fine-tuned; see `Settings` for the arguments."""
+    words = f"{method} {param:g}"
+    if upsample != "bilinear":
+        words += f" {upsample}"
+    if dilation:
+        words += f" dilated by {dilation:.0f}"
+    if fill == "resample":
+        words += ", resampled"
+    if rounds > 1:
+        words += f", {rounds:.0f} rounds"
+    return words
+
+
+def names(table: pd.DataFrame) -> pd.Series:
+    """The configuration of each row in words, or `ERM`."""
+    columns = ["method", "param", "dilation", "fill", "rounds", "upsample"]
+    described = {}
+    for index, row in table.reindex(columns=columns).iterrows():
+        described[index] = describe(**row) if isinstance(row["method"], str) else "ERM"
+    return pd.Series(described, dtype=object)
+
+
+def conclude(bases: Sequence[Settings]) -> str:
+    """For each experiment what was chosen, why, and what it is worth, as text.
+
+    Args:
+        bases: the settings of the base models.
+    """
+    table = collect(bases[0].directory)
+    choices = {}  # experiment → its settings and choices, one for each seed
+    for base in bases:
+        path = base.folder("results") / "chosen.json"
+        if path.exists():
+            choices.setdefault(base.experiment, []).append((base, read_choice(path)))
+    text = ""
+    for experiment, seeds in choices.items():
+        text += f"\n{experiment}\n\n"
+        for base, choice in seeds:
+            text += f"seed {base.seed}: {choice['reason']}\n"
+        settings, _ = seeds[0]
+        rows = compare(table, settings)
+        worst = rows.groupby("model")["worst_group"].mean()
+        groups = [name for name in rows if name.startswith("group ")]
+        text += f"\nAccuracy in %\n\n{summarize(rows, ['model']).to_string()}\n\n"
+        text += (
+            f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images; "
+        )
+        text += f"what was chosen, on {worst[CHOSEN]:.1%}.\n"
+        text += f"{summarize(rows, ['model'], groups).T.to_string()}\n\n"
+        picture = settings.folder("figures") / "05_chosen.png"
+        if picture.exists():
+            text += f"See {picture}\n"
+    return text
+
+
+def save_table(table: pd.DataFrame, path: Path) -> None:
+    """Save a table as CSV."""
+    write_bytes(path, table.to_csv(index=False).encode())
+
+
+def save_study(table: pd.DataFrame, settings: Settings, name: str) -> None:
+    """Save what the notebook of a study found for one experiment, as `results/…/{name}.csv`.
+
+    Args:
+        table: see the notebook.
+        settings: the experiment.
+        name: of the notebook.
+    """
+    save_table(table, settings.folder("results") / f"{name}.csv")
+
+
+def gather_study(directory: str, name: str) -> None:
+    """Join what a study has saved for each experiment into `results/{name}.csv`.
+
+    Args:
+        directory: see `Settings.directory`.
+        name: of the notebook.
+    """
+    folder = REPOSITORY / directory / "results"
+    parts = [pd.read_csv(path) for path in sorted(folder.glob(f"*/seed*/{name}.csv"))]
+    if parts:
+        save_table(pd.concat(parts), folder / f"{name}.csv")

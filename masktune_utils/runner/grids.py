@@ -1,0 +1,84 @@
+"""Grids: YAML files of settings → all their combinations. No image is read, and no network is built."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sklearn.model_selection import ParameterGrid
+
+from masktune_utils.settings import REPOSITORY, Settings
+
+SWEEPS = REPOSITORY / "sweeps"
+FINETUNE = "04_finetune_sweep"
+
+
+def read_grid(
+    file: Path | None, options: dict[str, list]
+) -> tuple[str, list[Settings]]:
+    """All configurations of a grid file.
+
+    Args:
+        file: None: the defaults alone. YAML; blocks of settings, each with a value or a list of values.
+            A block stands for all their combinations. The first may name the `notebook`, by default 04.
+        options: values from the command line, by name, which win over those of the file.
+
+    Returns:
+        The name of the notebook, and the settings.
+
+    Raises:
+        ValueError: the file is missing or no YAML; or a setting or value is not allowed. The message
+            names the file, the block and the setting.
+    """
+    blocks = [{}] if file is None else _read_blocks(file)
+    notebook = blocks[0].pop("notebook", FINETUNE)
+    if not isinstance(notebook, str):
+        raise ValueError(
+            f"{file}, block 1: notebook is {notebook!r}; allowed: the name of one."
+        )
+    configurations = []
+    for number, block in enumerate(blocks, start=1):
+        values = {name: _as_list(value) for name, value in {**block, **options}.items()}
+        empty = [name for name in values if not values[name]]
+        if empty:
+            raise ValueError(
+                f"{file}, block {number}: {empty[0]} is []; allowed: a value or several."
+            )
+        for combination in ParameterGrid(values):
+            try:
+                configurations.append(Settings(**combination))
+            except ValueError as error:
+                if file is None or not _is_valid(
+                    {name: combination[name] for name in options}
+                ):
+                    raise  # a bad option, wherever it is used
+                raise ValueError(f"{file}, block {number}: {error}") from None
+    return notebook, list(dict.fromkeys(configurations))
+
+
+def _is_valid(values: dict) -> bool:
+    try:
+        Settings(**values)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _read_blocks(file: Path) -> list[dict[str, Any]]:
+    allowed = "allowed: a list of blocks of settings"
+    try:
+        blocks = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{file}: {allowed} ({reason}).") from error
+    if not isinstance(blocks, list) or not blocks:
+        raise ValueError(f"{file}: {allowed}.")
+    for number, block in enumerate(blocks, start=1):
+        if not isinstance(block, dict) or not all(
+            isinstance(name, str) for name in block
+        ):
+            raise ValueError(f"{file}, block {number}: {allowed}.")
+    return blocks

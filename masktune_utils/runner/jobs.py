@@ -1,0 +1,213 @@
+"""Jobs: a notebook to execute with settings, by papermill; many of them side by side, by joblib."""
+
+import contextlib
+import logging
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import papermill
+from joblib import Parallel, cpu_count, delayed
+from tqdm import tqdm
+
+from masktune_utils import progress, results, store
+from masktune_utils.runner import kernels
+from masktune_utils.runner.grids import FINETUNE
+from masktune_utils.settings import (
+    DEFAULTS,
+    REPOSITORY,
+    BaseSettings,
+    DataSettings,
+    Settings,
+)
+
+logging.getLogger("papermill").setLevel(
+    logging.ERROR
+)  # it warns of settings not in the cell
+NOTEBOOKS = REPOSITORY / "notebooks"
+BASE = ("02_erm", "03_saliency_masks")
+ALWAYS = ("01_dataset", "05_plots")  # they are quick, and show what is there
+SCOPES = {
+    "01_dataset": DataSettings,
+    FINETUNE: Settings,
+}  # else BaseSettings: what they depend on
+
+
+class Job(NamedTuple):
+    """One notebook to execute.
+
+    Attributes:
+        stem: name of the notebook.
+        settings: those that the notebook depends on; the others have their defaults.
+        name: the configuration, or `base`.
+    """
+
+    stem: str
+    settings: Settings
+    name: str
+
+    @property
+    def copy(self) -> Path:
+        """The executed notebook."""
+        suffix = f"_{self.name}" if self.stem == FINETUNE else ""
+        return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
+
+    def is_done(self, finished: set[tuple]) -> bool:
+        """Whether it went through, and what it makes is saved; never for those of `ALWAYS`.
+
+        Args:
+            finished: see `results.finished`.
+        """
+        settings = self.settings
+        key = (settings.experiment, self.name, settings.seed, settings.test_folder)
+        if key not in finished or self.stem in ALWAYS:
+            return False
+        return self.copy.exists() and settings.checkpoint_path(self.name).exists()
+
+    def run(self, threads: int, force: bool = False) -> tuple["Job", str | None]:
+        """Execute the notebook in a kernel that has forgotten all others.
+
+        Args:
+            threads: see `kernels.warm`.
+            force: train again.
+
+        Returns:
+            The job, and None or the error that ended it, in one line.
+        """
+        values = {}
+        for name in scope(self.stem).model_fields:
+            value = getattr(self.settings, name)
+            if name in parameters(self.stem) or value != DEFAULTS[name]:
+                values[name] = value
+        if force:
+            values["retrain"] = True
+        source = NOTEBOOKS / f"{self.stem}.ipynb"
+        error = None
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy.ipynb"
+            try:
+                with kernels.warm(NOTEBOOKS, threads) as kernel:
+                    papermill.execute_notebook(
+                        source,
+                        copy,
+                        values,
+                        km=kernel,
+                        progress_bar=False,
+                        stdout_file=progress.Bars(),
+                    )
+                store.write_bytes(self.copy, copy.read_bytes())
+            except Exception as failure:  # noqa: BLE001 - any failure: the other notebooks go on
+                kind = getattr(failure, "ename", type(failure).__name__)
+                error = f"{kind}: {getattr(failure, 'evalue', failure)}".splitlines()[0]
+                failed = self.copy.with_stem(f"{self.copy.stem}_failed")
+                with contextlib.suppress(OSError):
+                    store.write_bytes(failed, copy.read_bytes())
+        return self, error
+
+
+def scope(stem: str) -> type[DataSettings]:
+    """The settings that a notebook depends on."""
+    return SCOPES.get(stem, BaseSettings)
+
+
+@cache
+def parameters(stem: str) -> list[str]:
+    """Names in the cell of parameters of a notebook."""
+    return list(papermill.inspect_notebook(NOTEBOOKS / f"{stem}.ipynb"))
+
+
+def check_scope(stem: str, configurations: list[Settings]) -> None:
+    """Refuse a notebook that does not exist, and settings that it does not depend on.
+
+    Raises:
+        ValueError: the message names it, and what is allowed.
+    """
+    stems = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if stem not in stems:
+        raise ValueError(f"notebook is {stem!r}; allowed: {', '.join(stems)}.")
+    foreign = Settings.model_fields.keys() - scope(stem).model_fields
+    for configuration in configurations:
+        for name in sorted(foreign):
+            if getattr(configuration, name) != DEFAULTS[name]:
+                raise ValueError(f"{name} is not a setting of {stem}; leave it out.")
+
+
+def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
+    """A notebook for each of the settings, without those that differ only in what it ignores."""
+    names = scope(stem).model_fields
+    jobs = []
+    for configuration in configurations:
+        settings = Settings(**{name: getattr(configuration, name) for name in names})
+        name = settings.configuration if stem == FINETUNE else "base"
+        jobs.append(Job(stem, settings, name))
+    return list(dict.fromkeys(jobs))
+
+
+def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Job, str]:
+    """Run notebooks, those of a stage side by side, one stage after the other.
+
+    What is done is skipped. A notebook that fails stops only those that need its base model.
+
+    Args:
+        stages: the notebooks.
+        count: how many at once. Each has its share of the cores by the size of its whole stage, so
+            that a sweep that goes on after a stop computes with as many threads, to the same bits.
+        force: do configurations again that are done.
+
+    Returns:
+        The error of each job that failed or could not be run.
+    """
+    errors = {}
+    with tqdm(total=sum(map(len, stages)), unit="notebook", ncols=110) as bar:
+        for stage in stages:
+            bases_missing = {
+                job.settings.folder("runs") for job in errors if job.stem in BASE
+            }
+            again = force and stage[0].stem not in (*BASE, *ALWAYS)
+            finished = results.finished(stage[0].settings.directory)
+            todo = []
+            for job in stage:
+                if job.settings.folder("runs") in bases_missing:
+                    errors[job] = "not run, because its base model is missing"
+                elif again or not job.is_done(finished):
+                    todo.append(job)
+            bar.update(len(stage) - len(todo))
+            together = min(count, len(stage))
+            run = partial(Job.run, threads=max(1, cpu_count() // together), force=again)
+            parallel = Parallel(
+                together, prefer="threads", return_as="generator_unordered"
+            )
+            for job, error in parallel(delayed(run)(job) for job in todo):
+                if error:
+                    errors[job] = error
+                bar.set_description(
+                    f"{job.copy.stem}, seed {job.settings.seed}", refresh=False
+                )
+                bar.update()
+    return errors
+
+
+def report(stages: list[list[Job]], summary: bool = True) -> None:
+    """Save the table of all results, and print where everything is.
+
+    Args:
+        stages: what was run.
+        summary: print the results of these notebooks first, over their seeds.
+    """
+    jobs = [job for stage in stages for job in stage]
+    directory = jobs[0].settings.directory
+    table = results.collect(directory)
+    results.save_table(table, REPOSITORY / directory / "results" / "results.csv")
+    for stem in dict.fromkeys(job.stem for job in jobs):
+        results.gather_study(directory, stem)
+    wanted = {(job.settings.experiment, job.name, job.settings.seed) for job in jobs}
+    keys = table[results.KEY].itertuples(index=False, name=None)
+    table = table[[key in wanted for key in keys]]
+    if len(table) and summary:
+        print(
+            f"\nAccuracy in %\n\n{results.summarize(table, results.KEY[:2]).to_string()}\n"
+        )
+    for kind in ("checkpoints", "results", "runs", "figures"):
+        folders = dict.fromkeys(str(job.settings.folder(kind)) for job in jobs)
+        print(f"{kind}:", *folders, sep="\n  ")
