@@ -1,3 +1,5 @@
+"""What several tests share: one tiny experiment, sets of images, and what a run leaves."""
+
 import copy
 import json
 import struct
@@ -7,25 +9,35 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from masktune_utils import models, shortcuts, training
 from masktune_utils.settings import Settings
 
-MASKTUNE = str(
-    Path(sys.executable).with_name("masktune")
-)  # the command, as it is installed
+# The command, as it is installed.
+MASKTUNE = str(Path(sys.executable).with_name("masktune"))
+TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
 
 
 def write_idx_files(
     folder: Path, labels: list[int], test_labels: list[int] | None = None
-):
-    """A data set in torchvision's layout, of random images; returns those of the training set."""
+) -> np.ndarray:
+    """A data set in torchvision's layout, of random images.
+
+    Args:
+        folder: a new folder.
+        labels: of the training images.
+        test_labels: by default the same.
+
+    Returns:
+        The training images.
+    """
     folder.mkdir(parents=True)
-    tests = labels if test_labels is None else test_labels
-    for part, digits in {"t10k": tests, "train": labels}.items():
-        images = np.random.default_rng(0).integers(
-            0, 256, (len(digits), 28, 28), dtype=np.uint8
-        )
+    if test_labels is None:
+        test_labels = labels
+    for part, digits in {"t10k": test_labels, "train": labels}.items():
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (len(digits), 28, 28), dtype=np.uint8)
         header = struct.pack(">4i", 0x803, *images.shape)
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         header = struct.pack(">2i", 0x801, len(digits))
@@ -33,18 +45,55 @@ def write_idx_files(
     return images
 
 
+def write_photographs(directory: Path, counts: dict[str, int]) -> dict[str, str]:
+    """Folders of random pictures, 40×50.
+
+    Args:
+        directory: where `train` and `test` are made.
+        counts: folder, from `train` or `test` on → number of pictures.
+
+    Returns:
+        The settings that name them.
+    """
+    random = np.random.default_rng(0)
+    for name, count in counts.items():
+        folder = directory / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 256, (50, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number} é.png")
+    return {
+        "dataset": "folder",
+        "train_folder": str(directory / "train"),
+        "test_folder": str(directory / "test"),
+    }
+
+
 def outcome(directory: Path) -> dict[str, object]:
-    """What a run leaves: bytes of checkpoints, maps and pictures; results without their seconds."""
-    found = {}
+    """What a run leaves, by name of the file.
+
+    Checkpoints, maps and pictures as bytes; results without their seconds.
+    """
+    contents = {}
     for path in sorted(directory.rglob("*.*")):
-        if path.suffix in (".pth", ".png") and not path.name.startswith("."):
-            found[path.name] = path.read_bytes()
+        if path.name.startswith("."):
+            continue
+        if path.suffix in (".pth", ".png"):
+            contents[path.name] = path.read_bytes()
         elif path.suffix == ".json":
-            found[path.name] = json.loads(path.read_text())
-            found[path.name].pop("seconds", None)  # a choice has none
+            result = json.loads(path.read_text())
+            result.pop("seconds", None)  # a choice has none
+            contents[path.name] = result
         elif path.name == "results.csv":
-            found[path.name] = pd.read_csv(path).drop(columns="seconds").to_csv()
-    return found
+            table = pd.read_csv(path)
+            contents[path.name] = table.drop(columns="seconds").to_csv()
+    return contents
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    """The tiny experiment, in a directory of its own."""
+    return Settings(**TINY, directory=str(tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +103,14 @@ def splits() -> shortcuts.BiasedSets:
 
 
 @pytest.fixture(scope="session")
-def _trained(splits) -> models.SmallCNN:
+def trained(splits) -> models.SmallCNN:
+    """A network that is right on some of the test images and wrong on others."""
     model = models.new_model(seed=3)
     training.train(model, splits.train, epochs=3, batch_size=32)
     return model.eval()
 
 
 @pytest.fixture
-def model(_trained) -> models.SmallCNN:
-    """A network that is right on some of the test images and wrong on others; one for each test."""
-    return copy.deepcopy(_trained)
+def model(trained) -> models.SmallCNN:
+    """The trained network, one copy for each test."""
+    return copy.deepcopy(trained)

@@ -1,3 +1,5 @@
+"""Predictions, their metrics, and the evaluation of a saved model."""
+
 import json
 import math
 
@@ -16,28 +18,26 @@ def test_metrics_equal_scikit_learns(classes):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, classes, generator=generator)
     labels = torch.randint(classes, (500,), generator=generator)
-    ours, predicted = evaluation.metrics(logits, labels), logits.argmax(1)
-    assert ours["loss"] == pytest.approx(
-        sk.log_loss(labels, logits.double().softmax(1)), rel=1e-5
-    )
-    assert ours["accuracy"] == sk.accuracy_score(labels, predicted)
+    predicted = logits.argmax(1)
+    metrics = evaluation.metrics(logits, labels)
+    loss = sk.log_loss(labels, logits.double().softmax(1))
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["accuracy"] == sk.accuracy_score(labels, predicted)
     recalls = sk.recall_score(labels, predicted, average=None)
-    np.testing.assert_allclose(ours["class_accuracy"], recalls)
-    assert ours["confusion_matrix"] == sk.confusion_matrix(labels, predicted).tolist()
-    scores = {
-        "precision": sk.precision_score,
-        "recall": sk.recall_score,
-        "f1": sk.f1_score,
-    }
-    for name, score in scores.items():
-        assert ours[name] == score(labels, predicted, average="macro")
+    np.testing.assert_allclose(metrics["class_accuracy"], recalls)
+    matrix = sk.confusion_matrix(labels, predicted)
+    assert metrics["confusion_matrix"] == matrix.tolist()
+    precision = sk.precision_score(labels, predicted, average="macro")
+    assert metrics["precision"] == precision
+    assert metrics["recall"] == sk.recall_score(labels, predicted, average="macro")
+    assert metrics["f1"] == sk.f1_score(labels, predicted, average="macro")
 
 
 def test_a_class_without_images_is_nan():
-    ours = evaluation.metrics(
-        torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
-    )
-    assert ours["class_accuracy"][0] == 0.5 and math.isnan(ours["class_accuracy"][1])
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    metrics = evaluation.metrics(logits, torch.tensor([0, 0]))
+    assert metrics["class_accuracy"][0] == 0.5
+    assert math.isnan(metrics["class_accuracy"][1])
 
 
 def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
@@ -61,47 +61,57 @@ def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
 
 def test_predictions_are_made_in_evaluation_mode_in_any_batch(model, splits):
     expected = evaluation.predict(model, splits.raw)
+    assert not model.training
     model.train()
-    torch.testing.assert_close(
-        evaluation.predict(model, splits.raw, batch_size=7), expected
-    )
+    in_small_batches = evaluation.predict(model, splits.raw, batch_size=7)
+    torch.testing.assert_close(in_small_batches, expected)
+    assert model.training
+
+
+def test_an_error_leaves_the_model_in_its_mode(model, splits):
+    model.train()
+    model.linear[3] = torch.nn.Linear(3, 2)  # it fits no other layer
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        evaluation.predict(model, splits.raw)
     assert model.training
 
 
 def evaluated(model: models.SmallCNN, **settings) -> str:
+    """A report as text, in which NaN equals NaN."""
     sets = shortcuts.load(Settings(dataset="mnist5k", **settings))
     return json.dumps(evaluation.evaluate(model, sets))
 
 
 def test_a_plain_state_dict_can_be_evaluated(model, tmp_path):
-    torch.save(model.state_dict(), tmp_path / "theirs.pth")
-    report = evaluation.evaluate_checkpoint(tmp_path / "theirs.pth", dataset="mnist5k")
-    assert (
-        json.dumps(report) == evaluated(model) and 0 < report["biased"]["accuracy"] < 1
-    )
+    path = tmp_path / "theirs.pth"
+    torch.save(model.state_dict(), path)
+    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
+    assert json.dumps(report) == evaluated(model)
+    assert 0 < report["biased"]["accuracy"] < 1
 
 
 def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
+    path = tmp_path / "ours.pth"
     square = {"square_size": 9, "square_color": "red"}
     identity = Settings(dataset="mnist5k", **square).identity(base=True)
-    store.save_checkpoint(tmp_path / "ours.pth", model, identity, [])
-    report = evaluation.evaluate_checkpoint(tmp_path / "ours.pth", dataset="mnist5k")
+    store.save_checkpoint(path, model, identity, [])
+    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
     assert json.dumps(report) == evaluated(model, **square) != evaluated(model)
 
 
 def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
+    path = tmp_path / "ten.pth"
+    model = models.new_model(0, num_classes=10)
     identity = Settings(dataset="mnist5k", labels="digits").identity(base=True)
-    store.save_checkpoint(
-        tmp_path / "ten.pth", models.new_model(0, num_classes=10), identity, []
-    )
-    report = evaluation.evaluate_checkpoint(tmp_path / "ten.pth", dataset="mnist5k")
+    store.save_checkpoint(path, model, identity, [])
+    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
     assert [sum(row) for row in report["raw"]["confusion_matrix"]] == [100] * 10
 
 
 def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):
+    path = tmp_path / "ours.pth"
     identity = Settings(dataset="mnist").identity(base=True)
-    store.save_checkpoint(tmp_path / "ours.pth", model, identity, [])
-    with pytest.raises(
-        CheckpointError, match=r"ours\.pth was trained on 'mnist'; use dataset="
-    ):
-        evaluation.evaluate_checkpoint(tmp_path / "ours.pth", dataset="mnist5k")
+    store.save_checkpoint(path, model, identity, [])
+    message = r"ours\.pth was trained on 'mnist'; use dataset='mnist'"
+    with pytest.raises(CheckpointError, match=message):
+        evaluation.evaluate_checkpoint(path, dataset="mnist5k")

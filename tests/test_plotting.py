@@ -1,3 +1,5 @@
+"""Figures that are saved and displayed."""
+
 import torch
 
 from masktune_utils import plotting
@@ -10,9 +12,20 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
     displayed = []
     monkeypatch.setattr(plotting, "display", displayed.append)
     settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, epochs=2)
-    figure = plotting.grid({"image": torch.rand(2, 3, 28, 28)}, ["first", "second"])
-    plotting.show(figure, settings, "some", seeds=[2, 1])
-    path = tmp_path / "figures" / "mnist5k_epochs=2" / "seed3" / "some.png"
+    images = torch.rand(2, 3, 28, 28)
+    figure = plotting.grid({"image": images}, ["first", "second"])
+    plotting.show(figure, settings, "picture", seeds=[2, 1])
+    path = tmp_path / "figures" / "mnist5k_epochs=2" / "seed3" / "picture.png"
     assert displayed[0].data == path.read_bytes()
     assert figure.texts[0].get_text() == "mnist5k_epochs=2, seed 1, 2"
     assert [ax.get_ylabel() for ax in figure.axes] == ["first", "second"]
+
+
+def test_maps_become_pictures_that_are_brighter_where_they_are_larger():
+    maps = torch.linspace(0, 1, 12).view(1, 3, 4)
+    pictures = plotting.heat(maps)
+    assert pictures.shape == (1, 3, 3, 4)
+    brightness = pictures.sum(1).flatten()
+    assert (brightness.diff() > 0).all()
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1

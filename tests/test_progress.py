@@ -1,7 +1,6 @@
-"""Progress bars, for people and for logs; `test_sweep.py` has that of a running notebook."""
+"""Progress bars, for people and for logs; test_sweep.py has that of a running notebook."""
 
 import re
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,32 +9,37 @@ from masktune_utils import progress
 
 
 @pytest.fixture
-def kernel(monkeypatch) -> dict[str, str]:
-    """Let this process look like a kernel; what the front end sends with the cell."""
-    metadata = {}
-    shell = SimpleNamespace(kernel=None, get_parent=lambda: {"metadata": metadata})
+def metadata(monkeypatch) -> dict[str, str]:
+    """What the front end sends with a cell; this process looks like a kernel."""
+    sent = {}
+    shell = SimpleNamespace(kernel=None, get_parent=lambda: {"metadata": sent})
     monkeypatch.setattr(progress, "get_ipython", lambda: shell)
-    return metadata
+    return sent
 
 
-def test_a_person_looks_on_if_the_front_end_names_the_cell(kernel):
+def test_a_person_looks_on_if_the_front_end_names_the_cell(metadata):
     assert not progress.is_live()
-    kernel["cellId"] = "03-13"
+    metadata["cellId"] = "03-13"
     assert progress.is_live()
 
 
-def test_a_headless_notebook_prints_a_line_every_five_seconds_and_none_for_short_work(
-    kernel, capsys
-):
+@pytest.mark.usefixtures("metadata")
+def test_a_headless_notebook_prints_nothing_for_short_work(capsys):
     assert list(progress.bar(range(1000))) == list(range(1000))
     assert capsys.readouterr().out == ""
-    started = time.time()
+
+
+@pytest.mark.usefixtures("metadata")
+def test_a_headless_notebook_prints_a_line_every_five_seconds(capsys, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
     with progress.bar(total=100, desc="ERM") as bar:
-        for second in range(20):
-            bar._time = lambda now=started + second: now  # the bar's clock
+        for _ in range(20):
             bar.update(5)
+            clock.now += 1
     lines = [line for line in capsys.readouterr().out.split("\r") if line.strip()]
-    assert 3 <= len(lines) <= 5 and lines[-1].startswith("ERM: 100%")
+    assert 3 <= len(lines) <= 5
+    assert lines[-1].startswith("ERM: 100%")
 
 
 def test_of_what_a_headless_notebook_prints_the_command_shows_the_bars_alone(capsys):

@@ -1,11 +1,12 @@
-"""Settings: what is allowed, and where files go. Most bad values are in test_bad_input.py."""
+"""Settings: what is allowed, and where files go. More bad values: test_bad_input.py."""
 
 import re
+from typing import get_args
 
 import pytest
 
-from masktune_utils import experiment, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
+from masktune_utils import experiment, masking, shortcuts, store
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Method, Settings, Shortcut
 
 
 def test_names_of_files_tell_what_is_not_the_default(tmp_path):
@@ -14,13 +15,23 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
     assert settings.checkpoint_path("base") == folder / "CNN_checkpoint_base.pth"
     path = settings.checkpoint_path(settings.configuration)
     assert path == folder / "CNN_checkpoint_finetuned_top_k_0.1.pth"
-    settings = Settings(
-        dataset="mnist5k", limit=200, epochs=1, seed=2, method="mean", dilation=1
-    )
-    assert (
-        settings.folder("runs") == REPOSITORY / "runs/mnist5k_limit=200_epochs=1/seed2"
-    )
+    of_base = {"dataset": "mnist5k", "limit": 200, "epochs": 1, "seed": 2}
+    settings = Settings(**of_base, method="mean", dilation=1)
+    folder = REPOSITORY / "runs/mnist5k_limit=200_epochs=1/seed2"
+    assert settings.folder("runs") == folder
     assert settings.configuration == "mean_0.1_dilation=1"
+
+
+def test_folders_that_end_alike_have_experiments_of_their_own(tmp_path):
+    experiments = set()
+    for name in ("a", "b"):
+        folder = tmp_path / name / "birds" / "train"
+        folder.mkdir(parents=True)
+        paths = {"train_folder": str(folder), "test_folder": str(folder)}
+        settings = Settings(dataset="folder", **paths)
+        assert settings.experiment.startswith("folder-birds-train")
+        experiments.add(settings.experiment)
+    assert len(experiments) == 2
 
 
 @pytest.mark.parametrize(
@@ -39,41 +50,66 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
 def test_a_bad_value_is_refused_and_named_with_what_is_allowed(values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Settings(**values)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Settings().replace(**values)
 
 
-def test_a_directory_that_cannot_be_written_to_is_refused_and_a_new_one_is_made(
-    tmp_path,
-):
-    (tmp_path / "file").touch()
-    for directory in (tmp_path / "file", tmp_path / "file" / "below", "/proc/new"):
-        with pytest.raises(
-            ValueError, match=f"^directory is '{directory}'; allowed: a folder to wr"
-        ):
+def test_the_names_that_are_allowed_are_those_of_the_functions():
+    assert {*get_args(Method)} == {*masking.RULES, "random"}
+    assert {*get_args(Shortcut)} == {*shortcuts.SHORTCUTS, "none"}
+
+
+def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for directory in (file, file / "below", "/proc/new"):
+        message = f"^directory is '{directory}'; allowed: a folder to write to"
+        with pytest.raises(ValueError, match=message):
             store.check_writable(str(directory))
     store.check_writable(str(tmp_path / "a" / "b"))
     assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
 
 
-SHOWN = 'directory = ""  # where files go\ndataset = "mnist5k"\nseed = 0  # of every'
+@pytest.fixture
+def shown(tmp_path) -> str:
+    """A notebook's cell of parameters."""
+    return f'directory = "{tmp_path}"\ndataset = "mnist5k"\nseed = 0  # of all\n'
 
 
-def test_settings_of_a_notebook_are_read_from_its_cells(tmp_path):
-    shown = SHOWN.replace('""', repr(str(tmp_path)))
-    cells = [
-        "",
-        shown,
-        "# Parameters\nseed = 3\nrounds = 2\n",
-        "import torch",
-        "seed = 9",
-    ]
+@pytest.fixture
+def expected(tmp_path) -> Settings:
+    """What that cell stands for."""
+    return Settings(directory=str(tmp_path), dataset="mnist5k")
+
+
+def test_settings_of_a_notebook_are_read_from_its_cells(shown, expected):
+    cells = ["", shown, "# Parameters\nseed = 3\nrounds = 2\n", "import torch"]
     namespace = {"In": cells, "seed": 9, "lrs": [1]}
-    expected = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, rounds=2)
+    injected = expected.replace(seed=3, rounds=2)
+    assert experiment.from_notebook(namespace) == injected
+    assert experiment.from_notebook(namespace, epochs=7) == injected.replace(epochs=7)
+    # the first cell, changed by hand and run once more
+    cells.append(shown.replace("seed = 0", "seed = 5"))
+    assert experiment.from_notebook(namespace) == expected.replace(seed=5)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        "images, labels = sets.train.batch(slice(0, 10))",
+        "labels = 3\nprint(labels)",
+        "labels = 3",
+        "for seed in range(3):\n    print(seed)",
+        "seed = [settings.seed]\ndirectory = textures / 'train'",
+        "%matplotlib inline",
+    ],
+)
+def test_later_cells_may_use_the_names_of_parameters(shown, expected, later):
+    names = {"labels": 3, "seed": 2, "directory": "/nowhere"}
+    namespace = {"In": ["", shown, later], **names}
     assert experiment.from_notebook(namespace) == expected
-    cells.append(
-        shown.replace("seed = 0", "seed = 5")
-    )  # run once more, changed by hand
-    assert experiment.from_notebook(namespace) == expected.replace(seed=5, rounds=1)
-    assert experiment.from_notebook(namespace, epochs=2).epochs == 2
+    namespace["In"] += [shown, later]
+    assert experiment.from_notebook(namespace) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,7 +120,9 @@ def test_settings_of_a_notebook_are_read_from_its_cells(tmp_path):
         ("seed = -1", "seed is -1; allowed: greater than or equal to 0."),
     ],
 )
-def test_unknown_parameters_are_refused_with_the_nearest_known_one(injected, message):
-    cells = ["", SHOWN, f"# Parameters\n{injected}\n"]
+def test_unknown_parameters_are_refused_with_the_nearest_known_one(
+    injected, message, shown
+):
+    cells = ["", shown, f"# Parameters\n{injected}\n"]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         experiment.from_notebook({"In": cells})

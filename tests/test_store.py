@@ -12,6 +12,8 @@ from masktune_utils.settings import REPOSITORY, Settings
 from masktune_utils.store import CheckpointError, weights_sha256
 
 IDENTITY = Settings(dataset="mnist5k").identity(base=True)
+COMMITTED_FOLDER = REPOSITORY / "checkpoints" / "mnist" / "seed0"
+COMMITTED = sorted(COMMITTED_FOLDER.glob("CNN_checkpoint*.pth"))
 
 
 @pytest.fixture
@@ -24,142 +26,135 @@ def saved(tmp_path, model):
 def test_checkpoint_round_trip(model, saved):
     checkpoint = store.load_checkpoint(saved, IDENTITY)
     sha256 = weights_sha256(model.state_dict())
-    assert weights_sha256(checkpoint.model.state_dict()) == sha256 == checkpoint.sha256
-    assert not checkpoint.model.training and checkpoint.settings == IDENTITY
+    assert weights_sha256(checkpoint.model.state_dict()) == sha256
+    assert checkpoint.sha256 == sha256
+    assert not checkpoint.model.training
+    assert checkpoint.settings == IDENTITY
     assert checkpoint.history == [{"epoch": 1, "loss": 0.5}]
 
 
-COMMITTED = sorted(
-    (REPOSITORY / "checkpoints" / "mnist" / "seed0").glob("CNN_checkpoint*.pth")
-)
-
-
 def test_the_committed_checkpoints_were_made_with_what_their_names_say():
-<<<<<<< main
     assert len(COMMITTED) == 20
-    base_sha256 = store.load_checkpoint(COMMITTED[0])[1]["sha256"]
-=======
-    assert len(COMMITTED) == 19
     base_sha256 = store.load_checkpoint(COMMITTED[0]).sha256
->>>>>>> redesign
     for path in COMMITTED:
         made_with = store.load_checkpoint(path).settings
         made_from = made_with.pop("base_sha256", None)
         settings = Settings(**made_with)
-        assert (
-            settings.checkpoint_path(settings.configuration if made_from else "base")
-            == path
-        )
+        configuration = settings.configuration if made_from else "base"
+        assert settings.checkpoint_path(configuration) == path
         assert made_with.items() <= settings.identity(base=not made_from).items()
         assert made_from in (None, base_sha256)
 
 
+def random_offsets(length: int) -> tuple[list[int], list[int]]:
+    """Two times 200 offsets in a file; half of them near its ends."""
+    random = np.random.default_rng(0)
+    anywhere = random.integers(length, size=(2, 100))
+    near_the_ends = random.integers(-4000, 4000, size=(2, 100)) % length
+    first, second = np.concatenate([anywhere, near_the_ends], axis=1).tolist()
+    return first, second
+
+
 def test_random_damage_is_refused_by_name_or_touches_nothing(saved):
-    """At 200 offsets a byte is changed, at 200 the file is cut off; half lie near its ends."""
-    whole, random = saved.read_bytes(), np.random.default_rng(0)
-    about = store.load_checkpoint(saved, IDENTITY)
-    anywhere = random.integers(len(whole), size=(2, 100))
-    near_the_ends = random.integers(-4000, 4000, size=(2, 100)) % len(whole)
+    whole = saved.read_bytes()
+    undamaged = store.load_checkpoint(saved, IDENTITY)
+    random = np.random.default_rng(0)
+    offsets, _ = random_offsets(len(whole))
     refused = 0
-    for cut, offsets in enumerate(
-        np.concatenate([anywhere, near_the_ends], axis=1).tolist()
-    ):
-        for offset in offsets:
-            changed = bytes([whole[offset] ^ random.integers(1, 256)])
-            saved.write_bytes(
-                whole[:offset] + (b"" if cut else changed + whole[offset + 1 :])
-            )
-            try:
-                other = store.load_checkpoint(saved, IDENTITY)
-            except CheckpointError as error:
-                assert str(saved) in str(error)
-                refused += 1
-            else:  # a byte of padding
-                assert not cut and other.settings == about.settings
-                assert other.history == about.history
-                assert weights_sha256(other.model.state_dict()) == about.sha256
-    assert refused > 350
+    for offset in offsets:
+        changed = bytes([whole[offset] ^ random.integers(1, 256)])
+        saved.write_bytes(whole[:offset] + changed + whole[offset + 1 :])
+        try:
+            checkpoint = store.load_checkpoint(saved, IDENTITY)
+        except CheckpointError as error:
+            assert str(saved) in str(error)
+            refused += 1
+        else:  # it was a byte of padding
+            assert checkpoint.settings == undamaged.settings
+            assert checkpoint.history == undamaged.history
+            sha256 = weights_sha256(checkpoint.model.state_dict())
+            assert sha256 == undamaged.sha256
+    assert refused > 150
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(saved):
+    whole = saved.read_bytes()
+    _, offsets = random_offsets(len(whole))
+    for offset in offsets:
+        saved.write_bytes(whole[:offset])
+        with pytest.raises(CheckpointError, match=r"saved\.pth is damaged"):
+            store.load_checkpoint(saved, IDENTITY)
 
 
 WEIGHTS = models.new_model(0).state_dict()
+NOTHING_ELSE = {"settings": {}, "history": [], "sha256": ""}
+SHA256 = weights_sha256(WEIGHTS)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        {"state_dict": {"a": 1}, "settings": {}, "history": [], "sha256": ""},
-        {
-            "state_dict": WEIGHTS,
-            "settings": 1,
-            "history": [],
-            "sha256": weights_sha256(WEIGHTS),
-        },
-        {
-            "state_dict": WEIGHTS,
-            "settings": {},
-            "history": [],
-            "sha256": "of other weights",
-        },
+        {**NOTHING_ELSE, "state_dict": {"a": 1}},
+        {"state_dict": WEIGHTS, "settings": 1, "history": [], "sha256": SHA256},
+        {**NOTHING_ELSE, "state_dict": WEIGHTS, "sha256": "of other weights"},
         [1, 2],
         torch.nn.Linear(2, 2).state_dict(),
     ],
 )
 def test_foreign_files_are_refused_by_name(content, tmp_path):
-    torch.save(content, tmp_path / "foreign.pth")
-    with pytest.raises(
-        CheckpointError, match=r"foreign\.pth is damaged or not a checkpoint \("
-    ):
-        store.load_checkpoint(tmp_path / "foreign.pth")
+    path = tmp_path / "foreign.pth"
+    torch.save(content, path)
+    message = r"foreign\.pth is damaged or not a checkpoint \("
+    with pytest.raises(CheckpointError, match=message):
+        store.load_checkpoint(path)
 
 
 def test_an_empty_file_is_refused_by_name_and_so_is_none(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"empty\.pth is not a file; give the path of a"
-    ):
-        store.load_checkpoint(tmp_path / "empty.pth")
-    (tmp_path / "empty.pth").touch()
+    path = tmp_path / "empty.pth"
+    message = r"empty\.pth is not a file; give the path of a checkpoint"
+    with pytest.raises(FileNotFoundError, match=message):
+        store.load_checkpoint(path)
+    path.touch()
     with pytest.raises(CheckpointError, match=r"empty\.pth is damaged"):
-        store.load_checkpoint(tmp_path / "empty.pth")
+        store.load_checkpoint(path)
 
 
 class Malicious:
+    """Would end the tests if it were unpickled."""
+
     def __reduce__(self):
         return exec, ("raise SystemExit",)
 
 
 def test_loading_runs_no_code(tmp_path):
-    torch.save({"state_dict": Malicious()}, tmp_path / "archive.pth")
-    (tmp_path / "pickle.pth").write_bytes(
-        pickle.dumps({"state_dict": Malicious()}, protocol=2)
-    )
+    content = {"state_dict": Malicious()}
+    torch.save(content, tmp_path / "archive.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(content, protocol=2))
     for path in tmp_path.iterdir():
-        with pytest.raises(
-            CheckpointError, match=rf"{path.name} is damaged or not a checkpoint"
-        ):
+        message = rf"{path.name} is damaged or not a checkpoint"
+        with pytest.raises(CheckpointError, match=message):
             store.load_checkpoint(path)
 
 
 def test_a_file_of_a_newer_version_is_refused_by_name(model, tmp_path):
-    store.save_checkpoint(tmp_path / "new.pth", model, IDENTITY | {"dropout": 0.5}, [])
+    path = tmp_path / "new.pth"
+    store.save_checkpoint(path, model, IDENTITY | {"dropout": 0.5}, [])
+    message = r"new\.pth .* newer version .* setting dropout"
     for asked in (None, IDENTITY):
-        with pytest.raises(
-            CheckpointError, match=r"new\.pth .* newer version .* setting dropout"
-        ):
-            store.load_checkpoint(tmp_path / "new.pth", asked)
+        with pytest.raises(CheckpointError, match=message):
+            store.load_checkpoint(path, asked)
 
 
 def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(model, tmp_path):
-    made_with = {
-        name: IDENTITY[name] for name in IDENTITY if name != "validation_share"
-    }
-    store.save_checkpoint(tmp_path / "old.pth", model, made_with, [])
-    store.load_checkpoint(tmp_path / "old.pth", IDENTITY)
+    path = tmp_path / "old.pth"
+    made_with = dict(IDENTITY)
+    del made_with["validation_share"]
+    store.save_checkpoint(path, model, made_with, [])
+    store.load_checkpoint(path, IDENTITY)
     hint = r"Use retrain = True to replace it, or another directory\."
     message = rf"old\.pth was made with validation_share = 0\.0, not 0\.1\. {hint}"
     with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(
-            tmp_path / "old.pth", IDENTITY | {"validation_share": 0.1}
-        )
+        store.load_checkpoint(path, IDENTITY | {"validation_share": 0.1})
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
@@ -168,7 +163,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
     monkeypatch.setattr("os.fsync", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old" and [*path.parent.iterdir()] == [path]
+    assert path.read_bytes() == b"old"
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, model):
@@ -176,7 +172,6 @@ def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, 
     store.save_checkpoint(saved, model, old, [])
     assert store.load_checkpoint(saved, IDENTITY).settings == IDENTITY
     store.save_checkpoint(saved, model, old | {"iterations": 3}, [])
-    with pytest.raises(
-        CheckpointError, match="an older version wrote it, with iterations other th"
-    ):
+    message = "an older version wrote it, with iterations other than 1"
+    with pytest.raises(CheckpointError, match=message):
         store.load_checkpoint(saved)

@@ -9,17 +9,24 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import MASKTUNE, outcome
-from PIL import Image
+from conftest import MASKTUNE, TINY, outcome, write_photographs
 
 from masktune_utils.runner import command
-from masktune_utils.runner import kernels as kept
+from masktune_utils.runner import kernels as kept_kernels
 from masktune_utils.settings import Settings
 
-TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
-OPTIONS = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
+OPTIONS = []  # of the command, for the tiny experiment
+for setting, value in TINY.items():
+    OPTIONS += [f"--{setting}", str(value)]
 OPTIONS += ["--method", "top_k"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# A process group of its own does not hear Ctrl-C, unless it is told to.
+SWEEP = """
+import signal, sys
+from masktune_utils.runner.command import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
 
 
 def tiny(directory: Path, **settings: object) -> Settings:
@@ -32,23 +39,16 @@ def masktune(directory: Path, *arguments: str) -> int:
 
 
 def start(directory: Path, *arguments: str) -> subprocess.Popen:
-    """`masktune sweep`, in a process group that hears Ctrl-C even if pytest does not."""
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    """`masktune sweep` in a process group of its own."""
+    options = ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | ONE_THREAD,
     )
-    code += "from masktune_utils.command import main; sys.exit(main())"
-    process = [
-        sys.executable,
-        "-c",
-        code,
-        "sweep",
-        *OPTIONS,
-        "--directory",
-        str(directory),
-    ]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    options |= {"start_new_session": True, "env": os.environ | ONE_THREAD}
-    return subprocess.Popen([*process, *arguments], **options)
 
 
 def kernels(process: subprocess.Popen) -> list[psutil.Process]:
@@ -60,70 +60,70 @@ def kernels(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def contents(directory: Path) -> dict[tuple[Path, str], object]:
-    """What `masktune` left of the digits with seed 0, by folder and name, see `outcome`."""
-    return {
-        (folder.relative_to(directory), name): content
-        for folder in directory.glob("*/mnist5k*/seed0")
-        for name, content in outcome(folder).items()
-    }
+    """What `masktune` left of the digits with seed 0, by folder and name."""
+    left = {}
+    for folder in directory.glob("*/mnist5k*/seed0"):
+        for name, content in outcome(folder).items():
+            left[folder.relative_to(directory), name] = content
+    return left
 
 
 class Run(NamedTuple):
+    """A finished process."""
+
     directory: Path
     code: int
     printed: str
     error: str
 
 
+GRID = """
+- {{dataset: mnist5k, limit: 200, param: [0.1, 0.3]}}
+- {{dataset: folder, train_folder: {train_folder}, test_folder: {test_folder}}}
+"""
+
+
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory) -> Run:
-    """`masktune run` with a grid of two blocks: digits, and folders of images in three classes."""
+    """`masktune run` with a grid of two blocks: digits, and photographs of 3 classes."""
     directory = tmp_path_factory.mktemp("run")
-    for part, count in {"train": 20, "test": 5}.items():
-        for name, color in {"a": "red", "b": "lime", "c": "blue"}.items():
-            (directory / part / name).mkdir(parents=True)
-            for k in range(count):
-                Image.new("RGB", (30 + k, 30), color).save(
-                    directory / part / name / f"{k}.png"
-                )
-    folders = f"train_folder: {directory}/train, test_folder: {directory}/test"
-    blocks = (
-        "{dataset: mnist5k, limit: 200, param: [0.1, 0.3]}",
-        f"{{dataset: folder, {folders}}}",
+    counts = {}
+    for name in "abc":
+        counts[f"train/{name}"] = 20
+        counts[f"test/{name}"] = 5
+    folders = write_photographs(directory, counts)
+    grid = directory / "grid.yaml"
+    grid.write_text(GRID.format(**folders))
+    options = ["--epochs", "2", "--batch_size", "20", "--jobs", "2"]
+    process = subprocess.run(
+        [MASKTUNE, "run", grid, *options, "--directory", directory],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | ONE_THREAD,
     )
-    (directory / "grid.yaml").write_text("".join(f"- {block}\n" for block in blocks))
-    given = [
-        "--epochs",
-        "2",
-        "--batch_size",
-        "20",
-        "--directory",
-        directory,
-        "--jobs",
-        "2",
-    ]
-    run = [MASKTUNE, "run", directory / "grid.yaml", *given]
-    options = {"capture_output": True, "text": True, "env": os.environ | ONE_THREAD}
-    done = subprocess.run(run, check=False, **options)
-    return Run(directory, done.returncode, done.stdout, done.stderr)
+    return Run(directory, process.returncode, process.stdout, process.stderr)
 
 
 @pytest.fixture
 def one_thread(monkeypatch):
     """Notebooks compute with one thread; no kernel is kept from before, or for later."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kept.close()
+    kept_kernels.close()
     yield
-    kept.close()
+    kept_kernels.close()
 
 
 @pytest.fixture
-def all_cores(one_thread, monkeypatch):
-    """Notebooks share the cores, whatever the environment says; no kernel is kept from before."""
-    monkeypatch.delenv("OMP_NUM_THREADS")
+def all_cores(monkeypatch):
+    """Notebooks share the cores; no kernel is kept from before, or for later."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    kept_kernels.close()
+    yield
+    kept_kernels.close()
 
 
 @pytest.fixture
 def directory(whole_run, tmp_path) -> Path:
-    """A copy of what that left, to do things to."""
+    """A copy of what that run left, to do things to."""
     return shutil.copytree(whole_run.directory, tmp_path / "copy")
