@@ -29,12 +29,13 @@ def machine() -> str:
         if line.startswith("model name")
     ]
     device = models.resolve_device()
+    can = torch.cpu.get_capabilities()
     hardware = [
         names[0] if names else platform.processor(),
         f"{torch.get_num_threads()} threads",
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        f"AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}",
-        f"AVX-512 BF16 {'yes' if torch.cpu._is_avx512_bf16_supported() else 'no'}",
+        f"AMX {'yes' if can.get('amx_tile') else 'no'}",
+        f"AVX-512 BF16 {'yes' if can.get('avx512_bf16') else 'no'}",
         f"accelerator {'none' if device.type == 'cpu' else models.describe_device(device)}",
         f"torch {torch.__version__.split('+')[0]}",
     ]
@@ -109,7 +110,7 @@ def work(backward: bool) -> tuple[float, float]:
     model, numbers = models.SmallCNN(), []
     for layer in [*model.backbone, *model.linear]:
         layer.register_forward_hook(
-            lambda layer, inputs, output: numbers.append(output.numel())
+            lambda _layer, _inputs, output: numbers.append(output.numel())
         )
     with FlopCounterMode(display=False) as counter:
         logits = model(torch.zeros(2, 3, 28, 28))

@@ -39,7 +39,9 @@ def main() -> None:
             with switch:
                 base = experiment.base_model(settings, splits.train)
             result = experiment.record(base, splits)
-            rows.append({"precision": precision, "seed": seed, "loss": base.history[-1]["loss"]})
+            rows.append(
+                {"precision": precision, "seed": seed, "loss": base.history[-1]["loss"]}
+            )
             rows[-1] |= {name: 100 * result[name] for name in ("raw", "biased")}
             print(rows[-1], flush=True)
     print(machine())

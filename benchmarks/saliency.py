@@ -48,7 +48,7 @@ def main() -> None:
     size = arguments.batch_size
     with base_model_alone() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
-        model, _ = store.load_checkpoint(path)
+        model = store.load_checkpoint(path).model
     split = shortcuts.load(Settings(dataset="mnist")).train[: arguments.images]
     seconds = alternate(
         {

@@ -7,8 +7,8 @@ import plain
 from common import BIN, base_model_alone, machine, measure
 
 from masktune_utils import shortcuts
-from masktune_utils.settings import Settings
 from masktune_utils.runner.jobs import GRIDS, read_grid
+from masktune_utils.settings import Settings
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import pandas as pd
 import psutil
 from common import alternate, base_model_alone, machine
 
-from masktune_utils import evaluation, experiment, kernels, shortcuts, store
-from masktune_utils.settings import Settings
+from masktune_utils import evaluation, experiment, results, shortcuts
+from masktune_utils.runner import kernels
 from masktune_utils.runner.jobs import BASE, FINETUNE, make_stage
+from masktune_utils.settings import Settings
 
 NOTEBOOKS = 50
 MOMENTS = (1, 10, 25, NOTEBOOKS)

@@ -1,7 +1,10 @@
 """The package under the MaskTune notebooks, one module for each stage.
 
-progress, models, strict, settings → decoding, data, shortcuts → training → saliency → masking → store, evaluation → experiment
-→ selection → plotting → kernels → sweep → command. A module imports only from those before it.
+progress, settings, models, images → data, shortcuts → training → saliency → masking →
+store, evaluation → results → experiment → selection → plotting; and, for the command,
+runner: grids, kernels → jobs → command. A module imports only from those before it, and
+no notebook imports runner.
 
-Paper: Asgari Taghanaki et al., "MaskTune: Mitigating Spurious Correlations by Forcing to Explore", NeurIPS 2022.
+Paper: Asgari Taghanaki et al., "MaskTune: Mitigating Spurious Correlations by Forcing to
+Explore", NeurIPS 2022.
 """

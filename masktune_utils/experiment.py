@@ -1,4 +1,4 @@
-"""The models of an experiment, their saliency maps and results: loaded if they are saved, else made."""
+"""The models of an experiment, their saliency maps and results: loaded, or else made."""
 
 import ast
 import contextlib
@@ -58,16 +58,18 @@ class Trained:
 def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
     """Make a notebook's parameters into settings.
 
-    They are read from the cell of parameters as it was last run, and from the cell that papermill adds
-    to it, so that later cells may use the same names. The first cell shows the parameters that its
-    reader plays with; papermill can inject every other setting, too.
+    They are read from the cell of parameters as it was last run, and from the cell that
+    papermill adds to it, so that later cells may use the same names. The first cell
+    shows the parameters that its reader plays with; papermill can inject every other
+    setting, too.
 
     Args:
         namespace: the notebook's `globals()`.
         **derived: settings that the notebook has computed.
 
     Raises:
-        ValueError: see `Settings`; an unknown parameter; or a directory that cannot be written to.
+        ValueError: see `Settings`; an unknown parameter; or a directory that cannot be
+            written to.
     """
     shown, injected = {}, {}
     for source in namespace["In"]:
@@ -138,7 +140,7 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
 def finetuned_model(
     settings: Settings, base: Trained, masked: MaskedDataset, retrain: bool = False
 ) -> Trained:
-    """The base model after the epoch on the masked images (`finetune_epochs`: the paper has one).
+    """The base model after fine-tuning on the masked images (in the paper, one epoch).
 
     Args:
         settings: the experiment.
@@ -147,8 +149,8 @@ def finetuned_model(
         retrain: fine-tune and save it again in any case.
 
     Raises:
-        CheckpointError: the saved one is damaged, foreign, or made with other settings or from
-            another base model.
+        CheckpointError: the saved one is damaged, foreign, or made with other settings
+            or from another base model.
     """
     name = settings.configuration
     path = settings.checkpoint_path(name)
@@ -178,8 +180,9 @@ def masktune_rounds(
 ) -> Iterator[Trained]:
     """MaskTune with 1, 2, … `rounds` of masking, one model for each.
 
-    Each round explains the model of the round before on the images that it was fine-tuned on, adds what it looks at to
-    what is hidden, and fine-tunes the base model anew.
+    Each round explains the model of the round before on the images that it was
+    fine-tuned on, adds what it looks at to what is hidden, and fine-tunes the base
+    model anew.
 
     Args:
         settings: the experiment.
@@ -195,9 +198,8 @@ def masktune_rounds(
         tuned = finetuned_model(this_round, base, masked, retrain)
         yield tuned
         if rounds < settings.rounds:
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # of maps that are zero everywhere
+            # A map that is zero everywhere hides nothing more.
+            with warnings.catch_warnings(action="ignore"):
                 maps = saliency.saliency_maps(
                     tuned.model, masked.images, train.labels, settings.cam
                 )
@@ -208,14 +210,16 @@ def masktune(
 ) -> Trained:
     """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
 
-    With `cross_fit`, the masks are those of two base models, each trained on half of the images, and each masking its
-    own half; no map of the base model itself is needed.
+    With `cross_fit`, the masks are those of two base models, each trained on half of
+    the images, and each masking its own half; no map of the base model itself is
+    needed.
 
     Args:
         settings: the experiment.
         base: the ERM model; it is left as it is.
         train: the biased training set.
-        retrain: fine-tune and save it again in any case; with `cross_fit`, only the last model.
+        retrain: fine-tune and save it again in any case; with `cross_fit`, only the
+            last model.
 
     Raises:
         CheckpointError: see `base_model` and `finetuned_model`.
@@ -225,16 +229,15 @@ def masktune(
     parts = data.stratified_halves(train.labels, settings.seed)
     masks = []
     for half, index in enumerate(parts):
-        settings_of_half = settings.replace(half=half, cross_fit=False)
+        settings_of_half = settings.replace(half=half, cross_fit=False, repeat=0)
         images = train[index]
         base_of_half = base_model(settings_of_half, images)
         tuned = list(masktune_rounds(settings_of_half, base_of_half, images))[-1]
         masks.append(tuned.masked.own_masks)
-    order = torch.cat(
-        parts
-    ).argsort()  # from the order of the halves to that of the images
-    own_masks = torch.cat(masks)[order.to(train.labels.device)]
-    masked = MaskedDataset(train, own_masks, settings.fill, settings.seed)
+    # from the order of the halves to that of the images
+    order = torch.cat(parts).argsort().to(train.labels.device)
+    own_masks = torch.cat(masks)[order]
+    masked = MaskedDataset(train, own_masks, settings.fill, settings.finetune_seed)
     return finetuned_model(settings, base, masked, retrain)
 
 
@@ -264,14 +267,16 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         sets: the images.
 
     Returns:
-        A row of the table of results: `experiment`, `configuration` and `seed`, which tell it from
-        all others; the settings; `sha256` of the weights and `base_sha256` of the base model's;
-        `seconds`, `threads`, `device`, `torch` of the training that made them, if known; `raw`
-        and `biased`, or `test`; `worst_group` and `{raw,biased,test}_class_{0,1,…}`, accuracies in
-        [0, 1]; `group {name}`, the same; if images are held out, `validation_worst_class` and
+        A row of the table of results: `experiment`, `configuration` and `seed`, which
+            tell it from
+        all others; the settings; `sha256` of the weights and `base_sha256` of the base
+        model's; `seconds`, `threads`, `device`, `torch` of the training that made them,
+        if known; `raw` and `biased`, or `test`; `worst_group` and
+        `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1]; `group {name}`, the
+        same; if images are held out, `validation_worst_class` and
         `validation_worst_group`; for a fine-tuned model
-        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All of
-        `evaluation.evaluate` is in `metrics`.
+        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All
+        of `evaluation.evaluate` is in `metrics`.
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
@@ -286,9 +291,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         if saved["sha256"] == trained.sha256:
             if settings.dataset != "folder":  # whose images may have changed
                 return saved
-            made = {
-                name: saved.get(name) for name in made
-            }  # of the training of these weights
+            # of the training that made these weights
+            made = {name: saved.get(name) for name in made}
     report = evaluation.evaluate(trained.model, sets)
     row = {
         "experiment": settings.experiment,

@@ -1,4 +1,4 @@
-"""Image files as one uint8 tensor. They are decoded once, into a file that is read from then on."""
+"""Image files as one uint8 tensor. They are decoded once, into a file that is kept."""
 
 import shutil
 import tempfile
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from masktune_utils import progress
 
-IN_MEMORY = (
-    4 * 2**30
-)  # bytes of images; more stay in the file, and go to a GPU batch by batch
+# Bytes of images; more stay in the file, and go to a GPU batch by batch.
+IN_MEMORY = 4 * 2**30
 
 
 def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
@@ -25,7 +24,8 @@ def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
     Args:
         paths: of the files; of an animated image the first picture is read.
         side: of the squares, in pixels.
-        folder: where the decoded images are kept, until a file or its time of change differs.
+        folder: where the decoded images are kept, until a file or its time of change
+            differs.
 
     Returns:
         N×3×side×side, uint8, channels last.

@@ -1,6 +1,6 @@
-"""From saliency maps to masks, and from masks to the masked training set (MaskTune, section 3, equation 1).
+"""From saliency maps to masks, and from masks to the masked training set.
 
-A mask is True, or 1, where the image is hidden.
+MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ def threshold(maps: Tensor, param: float) -> Tensor:
 
 
 def top_k(maps: Tensor, param: float) -> Tensor:
-    """Hide where `s` exceeds its (1 − param) quantile: about the share `param` of the pixels."""
+    """Hide where `s` exceeds its (1 − param) quantile: a share `param` of the pixels."""
     if not len(maps):  # quantile refuses an empty batch
         return maps > 0
     limit = maps.flatten(-2).quantile(1 - param, dim=-1)
@@ -59,7 +59,8 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
         param: of the method.
 
     Returns:
-        ...×H×W, bool, True where the image is hidden. A map that is zero everywhere hides nothing.
+        ...×H×W, bool, True where the image is hidden. A map that is zero everywhere
+        hides nothing.
 
     Raises:
         ValueError: an unknown method.
@@ -72,11 +73,12 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
 def random_patches(
     count: int, share: float, seed: int, size: tuple[int, int]
 ) -> Tensor:
-    """Masks that do not depend on any map: a square patch of random size and place, as a control.
+    """Masks that depend on no map, as a control: square patches of random size and place.
 
     Args:
         count: N.
-        share: mean share of the image that a patch hides; one patch hides up to twice as much.
+        share: mean share of the image that a patch hides; one patch hides up to twice
+            as much.
         seed: decides sizes and places.
         size: H, W of the images.
 
@@ -112,13 +114,14 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
 def apply_mask(
     images: Tensor, mask: Tensor, upsample: str = "bilinear", fill: Tensor | None = None
 ) -> Tensor:
-    """Multiply images by 1 − mask, after the mask is resized to them; and add mask · fill, if given.
+    """Multiply images by 1 − mask, resized to them; and add mask · fill, if given.
 
     Args:
         images: ...×C×H×W, float or uint8.
         mask: ...×h×w, bool or in [0, 1].
         upsample: `bilinear` gives soft edges, `nearest` hard ones.
-        fill: what takes the place of what is hidden, of the shape of the images or one that fits.
+        fill: what takes the place of what is hidden, of the shape of the images or one
+            that fits.
 
     Returns:
         The masked images, of the same type.
@@ -148,11 +151,13 @@ def image_masks(
         size: H, W of the images.
         method: see `create_mask`.
         param: see `create_mask`.
-        upsample: how the mask gets from the map's size to the image's. `bilinear`: the mask is
-            resized, with soft edges. `nearest`: the mask is resized, with hard edges. `map`: the
-            map is resized bilinearly before the rule is applied, with hard edges, as in the
-            authors' code. `mean_std` is always applied as in `map`.
-        dilation: by which the mask is dilated, in all eight directions, in 28ths of the side.
+        upsample: how the mask gets from the map's size to the image's. `bilinear`: the
+            mask is resized, with soft edges. `nearest`: the mask is resized, with hard
+            edges. `map`: the map is resized bilinearly before the rule is applied, with
+            hard edges, as in the authors' code. `mean_std` is always applied as in
+            `map`.
+        dilation: by which the mask is dilated, in all eight directions, in 28ths of the
+            side.
 
     Returns:
         ...×H×W float32 in [0, 1], 1 where the image is hidden.
@@ -162,10 +167,11 @@ def image_masks(
     else:
         mask = resize(create_mask(saliency_map, method, param), size, upsample)
     pixels = round(dilation * size[0] / 28)
-    for _ in range(
-        2 if pixels else 0
-    ):  # along the rows, along the columns; quick on a CPU
-        mask = F.pad(mask, (pixels, pixels)).unfold(-1, 2 * pixels + 1, 1).amax(-1).mT
+    if pixels:
+        # A maximum along the rows, then along the columns, is quick on a CPU.
+        for _ in ("rows", "columns"):
+            neighbours = F.pad(mask, (pixels, pixels)).unfold(-1, 2 * pixels + 1, 1)
+            mask = neighbours.amax(-1).mT
     return mask
 
 
@@ -173,13 +179,15 @@ def image_masks(
 class MaskedDataset:
     """A split that is masked batch by batch, so that float images of the whole set never exist.
 
-    With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become those of a partner, a random image
-    of any class: x_i · (1 − M) + x_j · M, where M = max(m_i, m_j) hides what the mask of either image hides. Then
-    neither the pixels inside M nor its shape tell the class of i.
+    With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become
+    those of a partner, a random image of any class: x_i · (1 − M) + x_j · M, where M =
+    max(m_i, m_j) hides what the mask of either image hides. Then neither the pixels
+    inside M nor its shape tell the class of i.
 
     Attributes:
         split: the images.
-        own_masks: N×H×W, True, or up to 1 in float32, where the image's own mask hides it.
+        own_masks: N×H×W, True, or up to 1 in float32, where the image's own mask hides
+            it.
         fill: `zero` or `resample`.
         seed: of the partners.
         epoch: from 1; each has its own partners.
@@ -201,7 +209,7 @@ class MaskedDataset:
 
     @cached_property
     def partners(self) -> Tensor:
-        """Index of the partner of each image, N; a permutation that depends on `seed` and `epoch` alone."""
+        """Index of each image's partner, N: a permutation by `seed` and `epoch` alone."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return torch.randperm(len(self), generator=generator).to(self.labels.device)
 
@@ -259,8 +267,10 @@ def mask_dataset(
         upsample: see `image_masks`.
         dilation: see `image_masks`.
         seed: of `random`, and of the partners of `resample`.
-        fill: what takes the place of what is hidden, `zero` or `resample`, see `MaskedDataset`.
-        earlier: a masked dataset of the same split; what its own masks hide stays hidden.
+        fill: what takes the place of what is hidden, `zero` or `resample`, see
+            `MaskedDataset`.
+        earlier: a masked dataset of the same split; what its own masks hide stays
+            hidden.
 
     Raises:
         ValueError: the number of maps is not that of the images.
@@ -293,9 +303,12 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
         dataset: the masked images.
 
     Returns:
-        `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`: share of the
-        images whose shortcut is hidden to more than 99 %; `rest`: mean share of the area outside;
-        `digit`: mean share of the digit's ink (grey value outside the shortcut). All are NaN if no
+        `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`:
+            share of the
+        images whose shortcut is hidden to more than 99 %; `rest`: mean share of the
+        area outside;
+        `digit`: mean share of the digit's ink (grey value outside the shortcut). All
+            are NaN if no
         image has a shortcut.
     """
     shares = {name: [] for name in ("shortcut", "rest", "digit", "shortcut_whole")}

@@ -13,7 +13,7 @@ SILENCE = 15  # seconds without an answer, after which a download is given up
 
 
 class SmallCNN(nn.Module):
-    """Four 3×3 convolutions without padding and two linear layers, as in the authors' code for MNIST.
+    """Four 3×3 convolutions without padding and two linear layers, as the authors have.
 
     Args:
         num_classes: number of logits.
@@ -42,7 +42,7 @@ class SmallCNN(nn.Module):
         return self.linear(self.backbone(images))
 
     def get_grad_cam_target_layer(self) -> nn.Module:
-        """The layer whose output is explained: the ReLU after the last convolution, N×32×8×8."""
+        """The layer that is explained: the ReLU after the last convolution, N×32×8×8."""
         return self.backbone[-3]
 
 
@@ -81,11 +81,12 @@ def new_model(
         device: where to put it.
         num_classes: number of logits.
         name: see `build`.
-        weights: empty: random. `DEFAULT`: those of torchvision. Or a file with a state dict. If
-            they are for another number of classes, the last layer is random.
+        weights: empty: random. `DEFAULT`: those of torchvision. Or a file with a state
+            dict. If they are for another number of classes, the last layer is random.
 
     Raises:
-        ValueError: the weights cannot be downloaded or read, or are not of this network.
+        ValueError: the weights cannot be downloaded or read, or are not of this
+            network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -94,13 +95,9 @@ def new_model(
         network = model if name == "small_cnn" else model[1]
         try:
             _fit(network, _read_weights(name, weights))
-        except (
-            Exception
-        ) as error:  # torch has no error class of its own for a damaged file
+        except Exception as error:  # torch has no class of its own for a damaged file
             reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
-            allowed = (
-                "DEFAULT with a network to download from, or the path of a state dict"
-            )
+            allowed = "DEFAULT, while online, or the path of a state dict"
             raise ValueError(
                 f"weights are {weights}: {reason}; allowed: {allowed}."
             ) from error
@@ -138,11 +135,8 @@ def check(image_size: int, name: str, weights: str) -> None:
         return
     from torchvision import models
 
-    left_out = (
-        "googlenet",
-        "inception*",
-        "mnasnet*",
-    )  # several outputs, or no plain state dict
+    # These have several outputs, or no plain state dict.
+    left_out = ("googlenet", "inception*", "mnasnet*")
     known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
     if name not in known:
         raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
@@ -174,7 +168,8 @@ def resolve_device(device: str = "auto") -> torch.device:
     """The device to compute on; `auto` takes CUDA if there is one, then MPS, then the CPU.
 
     Raises:
-        ValueError: PyTorch does not know the name, or this machine does not have the device.
+        ValueError: PyTorch does not know the name, or this machine does not have the
+            device.
     """
     if device == "auto":
         return torch.accelerator.current_accelerator(
@@ -196,9 +191,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def target_layer(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The layer that is explained: what `model.get_grad_cam_target_layer()` returns, if there is one.
+    """The layer that is explained: what `model.get_grad_cam_target_layer()` returns.
 
-    Else torchcam finds the last layer whose output is larger than one pixel.
+    Without this method, the last layer whose output is larger than one pixel, as torchcam
+    finds it.
 
     Args:
         model: any network for images.

@@ -1,4 +1,4 @@
-"""Figures that more than one notebook draws; `show` saves any figure as PNG and displays that file."""
+"""Figures that more than one notebook draws; `show` saves and displays any figure."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -30,7 +30,7 @@ COLORS = [
 def show(
     figure: Figure, settings: Settings, name: str, seeds: Sequence[int] = ()
 ) -> None:
-    """Save a figure as `figures/{dataset}/seed{seed}/{name}.png`, with its images and seeds, and display it.
+    """Save a figure as PNG, with the name of its images and seeds, and display it.
 
     Args:
         figure: the figure.
@@ -60,7 +60,8 @@ def grid(
     """A table of pictures.
 
     Args:
-        columns: title → B×3×H×W images, uint8 or in [0, 1]; or B×H×W masks (white: hidden).
+        columns: title → B×3×H×W images, uint8 or in [0, 1]; or B×H×W masks (white:
+            hidden).
         row_titles: B titles.
         size: of a picture, in inches.
     """

@@ -24,7 +24,10 @@ def silence() -> Iterator[None]:
 
 
 def is_live() -> bool:
-    """Whether a person runs this cell. JupyterLab sends the cell's ID; papermill, nbval and nbconvert do not."""
+    """Whether a person runs this cell.
+
+    JupyterLab sends the cell's ID; papermill, nbval and nbconvert do not.
+    """
     shell = get_ipython()
     return hasattr(shell, "kernel") and "cellId" in shell.get_parent().get(
         "metadata", {}
@@ -32,19 +35,21 @@ def is_live() -> bool:
 
 
 def bar(*args: Any, **options: Any) -> std.tqdm:
-    """A tqdm progress bar: a widget in JupyterLab, a line in a terminal. It goes away when it is done.
+    """A tqdm progress bar: a widget in JupyterLab, a line in a terminal.
 
-    In a notebook that runs headless, it prints a line every five seconds, and nothing for shorter work.
+    It goes away when it is done.
+    In a notebook that runs headless, it prints a line every five seconds, and nothing
+    for shorter work.
 
     Args:
         *args: see tqdm.
         **options: see tqdm.
     """
     if _is_silent.get():
-        return std.tqdm(*args, **options | {"disable": True})
+        return std.tqdm(*args, **{**options, "disable": True})
     if hasattr(get_ipython(), "kernel") and not is_live():
         headless = {"file": sys.stdout, "mininterval": 5, "delay": 5, "ncols": 110}
-        return std.tqdm(*args, **options | headless)
+        return std.tqdm(*args, **{**options, **headless})
     return auto.tqdm(*args, leave=False, **options)
 
 

@@ -1,4 +1,4 @@
-"""Results: one JSON file per model, gathered into a table; tables summarized, compared and saved."""
+"""Results: one JSON file per model, gathered into a table; and tables of tables."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from masktune_utils.settings import REPOSITORY, Settings
 from masktune_utils.store import write_bytes
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
-ACCURACIES = ["test", "raw", "biased", "worst_group"]
+ACCURACIES = ["raw", "biased", "worst_group"]
 RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
 CHOICE_KEYS = {
     "configuration",
@@ -21,6 +21,7 @@ CHOICE_KEYS = {
     "candidates",
     "base_sha256",
 }
+DESCRIBED = {"method", "param", "dilation", "fill", "rounds", "upsample"}
 CHOSEN = "chosen by ERM's mistakes"
 
 
@@ -69,8 +70,9 @@ def collect(directory: str = "") -> pd.DataFrame:
         directory: see `Settings.directory`.
 
     Returns:
-        One row per result, base models first; without `metrics`, what `experiment.record` returns.
-        Also `chosen`: whether `selection.choose` chose it; None if there was no choice.
+        One row per result, base models first; without `metrics`, what
+        `experiment.record` returns. Also `chosen`: whether `selection.choose` chose it;
+        None if there was no choice.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
@@ -112,14 +114,15 @@ def finished(directory: str) -> set[tuple]:
 def summarize(
     table: pd.DataFrame,
     by: Sequence[str] = ("configuration",),
-    shares: Sequence = ACCURACIES,
+    shares: Sequence = ("test", *ACCURACIES),
 ) -> pd.DataFrame:
-    """Shares in %, one row per group of rows; with several seeds, mean ± sample standard deviation.
+    """Shares in %, one row per group of rows: mean ± sample standard deviation over seeds.
 
     Args:
         table: see `collect`.
         by: columns that tell the rows apart.
-        shares: names of the columns that are summarized, where there is anything in them.
+        shares: names of the columns that are summarized, where there is anything in
+            them.
 
     Returns:
         The `shares`, with blanks in their names, and `seeds`, as text.
@@ -143,8 +146,9 @@ def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         settings: the experiment.
 
     Returns:
-        The rows of ERM; of the best of the other configurations by the test sets, if there are any; of
-        what was chosen, which may be ERM; and of the oracle, if there is one; `model` tells them apart.
+        The rows of ERM; of the best of the other configurations by the test sets, if
+        there are any; of what was chosen, which may be ERM; and of the oracle, if there
+        is one; `model` tells them apart.
     """
     of_experiment = table[table["experiment"] == settings.experiment]
     is_base = of_experiment["configuration"] == "base"
@@ -172,7 +176,7 @@ def describe(
     rounds: int = 1,
     upsample: str = "bilinear",
 ) -> str:
-    """A configuration in words, without how it is fine-tuned; see `Settings` for the arguments."""
+    """A configuration in words, without how it is fine-tuned; see `Settings`."""
     words = f"{method} {param:g}"
     if upsample != "bilinear":
         words += f" {upsample}"
@@ -187,9 +191,8 @@ def describe(
 
 def names(table: pd.DataFrame) -> pd.Series:
     """The configuration of each row in words, or `ERM`."""
-    columns = ["method", "param", "dilation", "fill", "rounds", "upsample"]
     described = {}
-    for index, row in table.reindex(columns=columns).iterrows():
+    for index, row in table.reindex(columns=list(DESCRIBED)).iterrows():
         described[index] = describe(**row) if isinstance(row["method"], str) else "ERM"
     return pd.Series(described, dtype=object)
 
@@ -216,10 +219,9 @@ def conclude(bases: Sequence[Settings]) -> str:
         worst = rows.groupby("model")["worst_group"].mean()
         groups = [name for name in rows if name.startswith("group ")]
         text += f"\nAccuracy in %\n\n{summarize(rows, ['model']).to_string()}\n\n"
-        text += (
-            f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images; "
-        )
-        text += f"what was chosen, on {worst[CHOSEN]:.1%}.\n"
+        erm, chosen = worst["ERM"], worst[CHOSEN]
+        text += f"In its worst group, ERM is right on {erm:.1%} of the images; "
+        text += f"what was chosen, on {chosen:.1%}.\n"
         text += f"{summarize(rows, ['model'], groups).T.to_string()}\n\n"
         picture = settings.folder("figures") / "05_chosen.png"
         if picture.exists():
@@ -233,7 +235,7 @@ def save_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def save_study(table: pd.DataFrame, settings: Settings, name: str) -> None:
-    """Save what the notebook of a study found for one experiment, as `results/…/{name}.csv`.
+    """Save what a study found for one experiment, as `results/…/{name}.csv`.
 
     Args:
         table: see the notebook.

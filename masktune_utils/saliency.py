@@ -1,4 +1,4 @@
-"""What the model looks at: class activation maps at the last convolution, from the library torchcam."""
+"""What the model looks at: class activation maps, from the library torchcam."""
 
 import copy
 import warnings
@@ -19,21 +19,23 @@ def saliency_maps(
     cam: str = "XGradCAM",
     batch_size: int = 100,
 ) -> Tensor:
-    """Saliency of each image for the score of its own label (XGradCAM: Fu et al., 2020, equation 8).
+    """Saliency of each image for the score of its own label.
+
+    XGradCAM: Fu et al., 2020, equation 8.
 
     Args:
-        model: a SmallCNN, or any network of images, see `models.target_layer`. It is explained in
-            evaluation mode, and is itself left as it is.
+        model: a SmallCNN, or any network of images, see `models.target_layer`. It is
+            explained in evaluation mode, and is itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], on the model's device.
         labels: N; the class whose score is explained, one per image.
         cam: a gradient CAM of torchcam, by the name of its class.
-        batch_size: images at a time. It only changes the speed, except for SmoothGradCAMpp, which
-            adds noise from a fixed seed.
+        batch_size: images at a time. It only changes the speed, except for
+            SmoothGradCAMpp, which adds noise from a fixed seed.
 
     Returns:
-        N×h×w float32, the size of the layer's output (SmallCNN: 8×8), each map scaled to [0, 1] by
-        its minimum and maximum. A map that is the same everywhere gives zeros; a warning counts
-        these.
+        N×h×w float32, the size of the layer's output (SmallCNN: 8×8), each map scaled
+        to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
+        zeros; a warning counts these.
 
     Raises:
         TypeError: the model does not name a layer to explain.

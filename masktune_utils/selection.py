@@ -1,21 +1,15 @@
-"""Choosing among candidates by the mistakes that ERM makes on images that it has not seen.
+"""Choosing among candidates by the mistakes that ERM makes on images it has not seen.
 
-Two base models are trained, each on half of the training images, and tested on the other half. Where a
-shortcut decides, nearly all of their mistakes are images that go against it. So a candidate is judged by
-how many of these mistakes it gets right, and how many of the other images, by models that have not seen
-them either. Only training images and their classes are used.
+Two base models are trained, each on half of the training images, and tested on the
+other half. Where a shortcut decides, nearly all of their mistakes are images that go
+against it. So a candidate is judged by how many of these mistakes it gets right, and
+how many of the other images, by models that have not seen them either. Only training
+images and their classes are used.
 
-Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). The worst of such groups to choose by:
-uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
+Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). The worst of such
+groups to choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
 """
 
-<<<<<<< main
-import dataclasses
-import json
-=======
-import contextlib
-import io
->>>>>>> redesign
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +63,8 @@ class HeldOut:
     Attributes:
         labels: N.
         erm: N, the class that the base model of the other half predicts.
-        candidates: name → N, the class that the fine-tuned model of the other half predicts.
+        candidates: name → N, the class that the fine-tuned model of the other half
+            predicts.
         hidden: name → mean share of the image that its own mask hides.
     """
 
@@ -80,11 +75,12 @@ class HeldOut:
 
 
 def candidates(settings: BaseSettings, count: int) -> list[Settings]:
-    """The candidates for one base model, from few very salient pixels, widely dilated, to many.
+    """The candidates for one base model: from few pixels, widely dilated, to many.
 
     Args:
         settings: of the base model.
-        count: number of training images. If they are few, fine-tuning takes several epochs.
+        count: number of training images. If they are few, fine-tuning takes several
+            epochs.
     """
     rules = COARSE_RULES if settings.dataset == "folder" else RULES
     batch_size = 16 if settings.dataset == "folder" else 32
@@ -121,9 +117,10 @@ def choose(
         retrain: train the models of both halves again.
 
     Returns:
-        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept; `reason`, in
-        a few sentences; `images` and `mistakes`, their numbers; `candidates`: for each what `judge` returns, and its
-        `description` and `fill`; `base_sha256`.
+        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
+        kept; `reason`, in a few sentences; `images` and `mistakes`, their numbers;
+        `candidates`: for each what `judge` returns, and its `description` and `fill`;
+            `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
@@ -136,17 +133,14 @@ def choose(
     judged = judge(held_out)
     for candidate in candidates:
         row = judged[candidate.configuration]
-        row["description"] = results.describe(
-            candidate.method,
-            candidate.param,
-            candidate.dilation,
-            candidate.fill,
-            candidate.rounds,
-            candidate.upsample,
-        )
+        rule = candidate.model_dump(include=results.DESCRIBED)
+        row["description"] = results.describe(**rule)
         row["fill"] = candidate.fill
     mistakes = int((held_out.erm != held_out.labels).sum())
-    introduction = f"ERM gets {mistakes} of {len(held_out.labels):,} training images wrong that it has not seen"
+    images = len(held_out.labels)
+    introduction = (
+        f"ERM gets {mistakes} of {images:,} training images wrong that it has not seen"
+    )
     if mistakes >= FEW:
         chosen, reason = by_mistakes(judged)
     else:
@@ -155,7 +149,7 @@ def choose(
     choice = {
         "configuration": chosen,
         "reason": f"{introduction}{reason}",
-        "images": len(held_out.labels),
+        "images": images,
         "mistakes": mistakes,
         "candidates": judged,
         "base_sha256": base_sha256,
@@ -267,7 +261,7 @@ def _rounds(
 def _predict_chain(
     chain: Sequence[Settings], retrain: bool
 ) -> list[tuple[Tensor, float]]:
-    """For each candidate of a half: its predictions for the other half, and the share it hides."""
+    """Of each candidate of a half: predictions for the other half, and hidden share."""
     predicted = []
     with progress.silence():
         sets = shortcuts.load(chain[0])
@@ -279,15 +273,16 @@ def _predict_chain(
 
 
 def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
-    """How many of ERM's mistakes, and how many of the other images, each candidate gets right.
+    """How many of ERM's mistakes, and of the other images, each candidate gets right.
 
     Args:
         held_out: predictions.
 
     Returns:
-        By candidate: `mistakes` and `rest`, each with `right` and `all`, numbers of images by class;
-        `score`, the smaller of the two accuracies, in [0, 1]; `interval`, the 95 % interval (Wilson) of
-        the accuracy on mistakes; and `hidden`, see `HeldOut`.
+        By candidate: `mistakes` and `rest`, each with `right` and `all`, numbers of
+            images by class;
+        `score`, the smaller of the two accuracies, in [0, 1]; `interval`, the 95 %
+        interval (Wilson) of the accuracy on mistakes; and `hidden`, see `HeldOut`.
     """
     from scipy.stats import binomtest  # takes a second
 
@@ -322,14 +317,16 @@ def share(cell: dict[str, list[int]]) -> float:
 def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     """Choose by ERM's mistakes.
 
-    Candidates that get most of the mistakes right, beyond doubt (the interval lies above one half), are
-    admitted. Of those within one standard error of the best score, the one that hides least is chosen.
+    Candidates that get most of the mistakes right, beyond doubt (the interval lies
+    above one half), are admitted. Of those within one standard error of the best score,
+    the one that hides least is chosen.
 
     Args:
         judged: see `judge`.
 
     Returns:
-        The chosen configuration, or `base` if there is none; and the rest of the reason.
+        The chosen configuration, or `base` if there is none; and the rest of the
+        reason.
     """
     admitted = {name: row for name, row in judged.items() if row["interval"][0] > 0.5}
     among = admitted or judged
@@ -341,7 +338,8 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     row = judged[chosen]
     right = sum(row["mistakes"]["right"])
     low, high = (round(100 * limit) for limit in row["interval"])
-    found = f"{right} of these are right ({low}–{high} %), and {share(row['rest']):.1%} of the others."
+    of_others = f"{share(row['rest']):.1%} of the others"
+    found = f"{right} of these are right ({low}–{high} %), and {of_others}."
     if admitted:
         return chosen, f". With {row['description']}, {found}"
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
@@ -349,17 +347,19 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
-    """How far each model falls behind the best one on images that are resampled by anyone's masks.
+    """How far each model falls behind the best one on resampled images.
 
-    A model that relies on what a mask hides loses accuracy where that comes from another image. `SAMPLE`
-    images of each half are resampled by the masks of each candidate, which the models of that half have
-    made; the models of the other half predict them.
+    A model that relies on what a mask hides loses accuracy where that comes from
+    another image. `SAMPLE` images of each half are resampled by the masks of each
+    candidate, which the models of that half have made; the models of the other half
+    predict them.
 
     Args:
         candidates: see `choose`; their models are saved.
 
     Returns:
-        By configuration, `base` among them: the largest difference, over all sets of images, between
+        By configuration, `base` among them: the largest difference, over all sets of
+            images, between
         the best model's accuracy in its worst class and this one's, in [0, 1].
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
@@ -382,7 +382,7 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
 def _networks_of_half(
     candidates: Sequence[Settings], half: int
 ) -> dict[str, nn.Module]:
-    """The saved models of a half, by configuration of the candidate, and its base model."""
+    """The saved models of a half, by configuration; and its base model."""
     device = models.resolve_device(candidates[0].device)
     paths = {"base": of_half(candidates[0], half).checkpoint_path("base")}
     for candidate in candidates:
@@ -434,9 +434,8 @@ def by_shortfalls(
     few = ", too few to judge by. On images resampled by the masks of all candidates,"
     behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
     if shortfalls["base"] <= least:
-        return (
-            "base",
-            f"{few} no candidate falls less behind the best than ERM, which is kept.",
-        )
-    reason = f"{few} {judged[chosen]['description']} is at most {behind[chosen]} behind the best, "
-    return chosen, f"{reason}and ERM {behind['base']}. That is in doubt."
+        kept = "no candidate falls less behind the best than ERM, which is kept."
+        return "base", f"{few} {kept}"
+    description = judged[chosen]["description"]
+    reason = f"{description} is at most {behind[chosen]} behind the best, and ERM"
+    return chosen, f"{few} {reason} {behind['base']}. That is in doubt."

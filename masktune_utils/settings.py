@@ -1,15 +1,16 @@
-"""Every setting of an experiment: its type, range, default and one line of documentation, in one place.
+"""Every setting of an experiment: its type, range, default and documentation.
 
-The classes add to each other: where to run and what the images depend on → what the base model depends
-on → what fine-tuning depends on. Under `directory` (default: the repository) lie
+The classes add to each other: where to run and what the images depend on → what the
+base model depends on → what fine-tuning depends on. Under `directory` (default: the
+repository) lie
 
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_finetuned_{configuration}.pth
     checkpoints/{experiment}/seed{seed}/CNN_saliency_{cam}.pth
     figures/…/*.png, results/…/*.json, runs/…/*.ipynb, in the same way
 
-`experiment` is the data set and `configuration` is `{method}_{param}`, each with every other setting
-that is not the default, so that different settings never share a file.
+`experiment` is the data set and `configuration` is `{method}_{param}`, each with every
+other setting that is not the default, so that different settings never share a file.
 """
 
 import hashlib
@@ -29,13 +30,8 @@ from pydantic import (
 )
 
 REPOSITORY = Path(__file__).parents[1]
-PARAM_RANGES = {
-    "threshold": 1,
-    "top_k": 1,
-    "mean": 64,
-    "mean_std": 28,
-    "random": 0.5,
-}  # from 0
+# Largest `param` of each method; the smallest is 0.
+PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28, "random": 0.5}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
 ALWAYS_IN_PATH = ("dataset", "train_folder", "test_folder", "seed", "method", "param")
 
@@ -66,7 +62,8 @@ class DataSettings(BaseModel):
     """Where to run (no result depends on it), and what the images depend on.
 
     Raises:
-        ValueError: an unknown name or a bad value, in one line: the name, the value, what is allowed.
+        ValueError: an unknown name or a bad value, in one line: the name, the value,
+            what is allowed.
     """
 
     model_config = ConfigDict(
@@ -157,7 +154,7 @@ class DataSettings(BaseModel):
 
     @property
     def experiment(self) -> str:
-        """Name of the base model without its seed: the data set and what is not the default."""
+        """Name of the base model: the data set and what is not the default."""
         parts = Path(self.train_folder).parts
         name = "-".join([self.dataset, *parts[-2:]])
         if len(parts) > 2:  # other folders may end alike
@@ -281,13 +278,16 @@ class Settings(BaseSettings):
     finetune_epochs: int = Field(
         1, description="epochs of fine-tuning; the paper has 1", ge=1, le=10_000
     )
+    repeat: int = Field(
+        0, description="of fine-tuning, with the images in another order", ge=0, le=1000
+    )
 
     @field_validator("param")
     @classmethod
     def _in_range(cls, param: float, info: ValidationInfo) -> float:
         method = info.data.get("method", "mean")
-        if param > PARAM_RANGES[method]:
-            raise ValueError(f"0 to {PARAM_RANGES[method]} for method {method!r}")
+        if param > PARAM_LIMITS[method]:
+            raise ValueError(f"0 to {PARAM_LIMITS[method]} for method {method!r}")
         return param
 
     @property
@@ -310,8 +310,14 @@ class Settings(BaseSettings):
             "batch_size": self.finetune_batch_size or self.batch_size,
             "optimizer": self.finetune_optimizer,
             "schedule": self.finetune_schedule,
+            "seed": self.finetune_seed,
             "description": self.configuration,
         }
+
+    @property
+    def finetune_seed(self) -> int:
+        """Of the order of the images in fine-tuning, and of their partners."""
+        return self.seed + 1000 * self.repeat
 
     @property
     def mask_rule(self) -> dict[str, Any]:
@@ -322,7 +328,7 @@ class Settings(BaseSettings):
             "upsample": self.upsample,
             "dilation": self.dilation,
             "fill": self.fill,
-            "seed": self.seed,
+            "seed": self.finetune_seed,
         }
 
 

@@ -1,4 +1,4 @@
-"""The shortcut: what is planted in the images, the biased test set, and the groups class × shortcut."""
+"""The shortcut that is planted in the images, the biased test set, and the groups."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,8 @@ def groups(split: Split) -> dict[str, Tensor]:
     """Index of the images of each group, on the CPU; empty groups are left out.
 
     Returns:
-        Name of the group → index. The groups are those of the folders, else class × shortcut.
+        Name of the group → index. The groups are those of the folders, else class ×
+        shortcut.
     """
     members = {}
     if split.names:
@@ -74,7 +75,8 @@ def add_square(
         size: side in pixels.
         color: name of a colour or `#rrggbb`, as matplotlib understands it.
         row: of the square's top-left pixel.
-        column: of the square's top-left pixel. What reaches over the edge is cut off there.
+        column: of the square's top-left pixel. What reaches over the edge is cut off
+            there.
     """
     images = images.clone()
     images[:, :, row : row + size, column : column + size] = _pixel(color)
@@ -188,7 +190,7 @@ def plant(
 
 
 def halves(labels: Tensor) -> Tensor:
-    """0 for the lower half of the classes (class 0, or digits 0–4), 1 for the upper half; N, int64."""
+    """0 for the lower half of the classes (digits 0–4), 1 for the upper; N, int64."""
     return (labels > labels.max() // 2).long()
 
 
@@ -201,9 +203,10 @@ def place(
 
     Args:
         split: the images.
-        placement: `random`: each image independently. `ordered`: the images are sorted by digit,
-            and the first of each class get it, as in the authors' code. Every class-0 image without
-            a square is then a 4, every class-1 image with one a 5.
+        placement: `random`: each image independently. `ordered`: the images are sorted
+            by digit, and the first of each class get it, as in the authors' code. Every
+            class-0 image without a square is then a 4, every class-1 image with one a
+            5.
         conflicting: share of class 0 without and of class 1 with the shortcut.
         generator: source of the random choice.
 
@@ -226,14 +229,16 @@ def load(settings: DataSettings) -> BiasedSets:
     """Read the images, plant the shortcut, and hold some of the training images out.
 
     Returns:
-        `train`; `raw`, the test images without a shortcut; `biased`, the test images with it in
-        every image of class 1 and in no other; `validation`, what is held out of `train`: the
-        `validation_share`, or the other `half`. Nothing is planted in a folder of images: its test
+        `train`; `raw`, the test images without a shortcut; `biased`, the test images
+        with it in every image of class 1 and in no other; `validation`, what is held
+        out of `train`: the `validation_share`, or the other `half`. Nothing is planted
+            in a folder of images: its test
         set is `raw`, and `biased` is empty.
 
     Raises:
         FileNotFoundError: see `data.load`.
-        ValueError: see `data.load`; a class has no training images left; or none can be held out.
+        ValueError: see `data.load`; a class has no training images left; or none can be
+            held out.
     """
     train, test = data.load(settings)
     num_classes = len(train.labels.unique())

@@ -1,4 +1,4 @@
-"""Files: atomic writing, and checkpoints, which are refused by name if anything is wrong."""
+"""Files: atomic writing, and checkpoints, refused by name if anything is wrong."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ RETIRED = {"iterations": 1, "accumulate": False, "restart": False}
 
 
 class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this project, is damaged, or was made with other settings."""
+    """A file that is damaged, foreign, or was made with other settings."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def check_writable(directory: str) -> None:
-    """Make the folder of an experiment's files, unless it is there, and see whether it can be written to.
+    """Make the folder of all files, unless it is there, and see if it can be written to.
 
     Args:
         directory: see `Settings.directory`.
@@ -59,7 +59,7 @@ def check_writable(directory: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that takes the place of `path` once it is complete; an error leaves nothing behind."""
+    """Write a file that takes the place of `path` only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=path.parent, prefix=f".{path.name}."
@@ -90,14 +90,13 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `write_tensors` saved. No code in the file is run; a damaged file raises some exception."""
+    """What `write_tensors` saved. No code is run; a damaged file raises some exception."""
     file = io.BytesIO(path.read_bytes())
     if zipfile.is_zipfile(file):
         damaged = zipfile.ZipFile(file).testzip()
         if damaged:
-            raise ValueError(
-                f"its part {damaged} has another CRC"
-            )  # torch does not look
+            # torch does not look
+            raise ValueError(f"its part {damaged} has another CRC")
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -113,7 +112,8 @@ def save_checkpoint(
         path: the file; it is replaced once the new one is complete.
         model: the model.
         settings: what made it, as plain values.
-        history: see `training.train`; saved without the seconds, which differ from run to run.
+        history: see `training.train`; saved without the seconds, which differ from run
+            to run.
     """
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -134,13 +134,14 @@ def load_checkpoint(
     """Load a model, and refuse it if anything is wrong. No code in the file is run.
 
     Args:
-        path: a file of `save_checkpoint`; if `settings` is None, also a plain state dict.
+        path: a file of `save_checkpoint`; if `settings` is None, also a plain state
+            dict.
         settings: what the model must have been made with.
         device: where to put the model.
 
     Raises:
-        CheckpointError: the file is damaged, foreign, or made with other settings. The message
-            names the file and what is wrong.
+        CheckpointError: the file is damaged, foreign, or made with other settings. The
+            message names the file and what is wrong.
         FileNotFoundError: no such file.
     """
     path = Path(path)
@@ -157,17 +158,14 @@ def load_checkpoint(
                 "sha256": sha256,
             }
         checkpoint = _checked(content)
-    except (
-        Exception
-    ) as error:  # torch.load has no error class of its own for a damaged file
+    except Exception as error:  # torch has no class of its own for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({reason})."
         ) from error
     for name, asked in (settings or {}).items():
-        made_with = checkpoint.settings.get(
-            name, DEFAULTS.get(name)
-        )  # younger settings: default
+        # A setting that is younger than the file had its default.
+        made_with = checkpoint.settings.get(name, DEFAULTS.get(name))
         if made_with != asked and name != "test_folder":  # any images may serve to test
             hint = "Use retrain = True to replace it, or another directory."
             raise CheckpointError(

@@ -12,14 +12,15 @@ from masktune_utils import progress
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16: recent CUDA devices, CPUs with AVX-512 BF16."""
+    """Whether the hardware multiplies in bfloat16: recent GPUs, CPUs with AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    return torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - older PyTorch has no other
+    # Older PyTorch has no public name for it.
+    return torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
 
 
 def train(
@@ -49,17 +50,20 @@ def train(
         lr: first learning rate.
         momentum: of SGD.
         weight_decay: L2 penalty.
-        lr_decay_epochs: with schedule `constant`, epochs between two decays of the rate.
+        lr_decay_epochs: with schedule `constant`, epochs between two decays of the
+            rate.
         lr_decay_factor: factor of each decay.
         optimizer: `sgd`, with momentum, or `adam`; both with weight decay.
-        schedule: of the learning rate. `constant`: it only decays every `lr_decay_epochs`.
+        schedule: of the learning rate. `constant`: it only decays every
+            `lr_decay_epochs`.
             `linear`: it falls step by step, to 0 at the end of the last epoch.
         flip: mirror half of the images, at random.
         seed: of the order of the images, of `flip`, and of dropout.
         description: name of the progress bar.
 
     Returns:
-        One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the training images
+        One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the
+            training images
         in training mode), `lr` and `seconds`.
 
     Raises:
@@ -67,9 +71,7 @@ def train(
     """
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
-    steps = math.ceil(
-        (len(dataset) - 1) / batch_size
-    )  # a last batch of one is left out
+    steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
     if optimizer == "sgd":
         torch_optimizer = optim.SGD(
             model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True
@@ -122,7 +124,7 @@ def train(
 
 
 def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:
-    """One pass; returns mean loss and accuracy, which stay on the device until the bar is drawn."""
+    """One pass; returns mean loss and accuracy, which stay on the device."""
     device = dataset.labels.device
     bfloat16 = has_bfloat16(device)
     sums = torch.zeros(2, device=device)

@@ -157,15 +157,8 @@ def test_disk_full_at_each_write(disk, whole, undisturbed):
 def test_permission_lost_midway(disk, undisturbed):
     assert in_process(disturbed, disk, "open", f"/{WRITES[0]}", lock) == errno.EROFS
     assert outcome(disk) == {WRITES[0]: undisturbed[WRITES[0]]}
-<<<<<<< main
     with pytest.raises(ValueError, match=f"directory is '{disk}'; allowed: a folder to write to"):
         store.check_writable(str(disk))
-=======
-    with pytest.raises(
-        ValueError, match=f"directory is '{disk}'; allowed: a folder to write to"
-    ):
-        Settings(directory=str(disk))
->>>>>>> redesign
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert in_process(pipeline, disk) == 0
     assert outcome(disk) == undisturbed

@@ -1,10 +1,7 @@
 """Folders of photographs: images, groups, networks of torchvision, and what is refused."""
 
-<<<<<<< main
 import copy
 import dataclasses
-=======
->>>>>>> redesign
 import os
 import urllib.error
 from pathlib import Path
@@ -99,38 +96,19 @@ def test_one_test_set_is_reported_by_group_and_nothing_is_raw_or_biased(photogra
     assert row["worst_group"] == min(row["metrics"]["groups"].values())
     table = results.summarize(results.collect(photographs.directory))
     assert [*table.columns] == ["test", "worst group", "seeds"]
-<<<<<<< main
     again, _ = store.load_checkpoint(photographs.checkpoint_path("base"))
     expected = evaluation.predict(base.model, sets.raw)
     assert torch.equal(evaluation.predict(again, sets.raw), expected)
-=======
-    again = store.load_checkpoint(photographs.checkpoint_path("base")).model
-    assert torch.equal(
-        evaluation.predict(again, sets.raw), evaluation.predict(base, sets.raw)
-    )
->>>>>>> redesign
 
 
 def test_a_model_may_be_tested_on_other_photographs(photographs):
     sets = shortcuts.load(photographs)
-<<<<<<< main
     base = experiment.base_model(photographs, sets.train)
     other = dataclasses.replace(photographs, test_folder=photographs.train_folder)
     again = experiment.base_model(other, sets.train)
     assert again.seconds is None and again.sha256 == base.sha256
     row = experiment.record(again, shortcuts.load(other))
     assert {name for name in row if name.startswith("group ")} == {"group Sumpf vögel", "group 陸"}
-=======
-    _, about = experiment.base_model(photographs, sets.train)
-    other = photographs.replace(test_folder=photographs.train_folder)
-    model, again = experiment.base_model(other, sets.train)
-    assert again["seconds"] is None and again["sha256"] == about["sha256"]
-    row = experiment.record(other, model, again, shortcuts.load(other))
-    assert {name for name in row if name.startswith("group ")} == {
-        "group Sumpf vögel",
-        "group 陸",
-    }
->>>>>>> redesign
 
 
 def test_dropout_draws_from_the_seed():
@@ -245,13 +223,7 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name, mo
     monkeypatch.setattr(models, "target_layer", target_layer)
     torch.manual_seed(0)
     images, labels = torch.rand(6, 3, 96, 96), torch.arange(6) % 3
-<<<<<<< main
     model = models.new_model(0, num_classes=3, name=name).double()
-=======
-    model = models.new_model(
-        0, num_classes=3, name=name
-    ).double()  # rounding is not tested here
->>>>>>> redesign
     images = images.double()
     maps = saliency.saliency_maps(model, images, labels)
     assert min(maps.shape[1:]) >= 2 and 0.5 < maps.amax() <= 1

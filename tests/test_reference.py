@@ -8,34 +8,18 @@ import nbformat
 import pandas as pd
 import pytest
 
-<<<<<<< main
-from masktune_utils import data, evaluation, sweep
-=======
 from masktune_utils import data, results
 from masktune_utils.runner import grids
->>>>>>> redesign
 from masktune_utils.settings import REPOSITORY
 
 ADAM = "_finetune_optimizer=adam_finetune_lr=0.001"
 LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
 RESULTS = pd.read_csv(REPOSITORY / "results" / "reference.csv")
 SHARES = [name for name in RESULTS if name.startswith("hidden_")]
-<<<<<<< main
 PICKED = RESULTS[RESULTS["chosen"].astype(str).eq("True")]  # what the choices ended with
 ROWS = [RESULTS, PICKED.assign(configuration="chosen")]
 KNOWN = evaluation.summarize(
     pd.concat(ROWS), ["experiment", "configuration"], [*evaluation.ACCURACIES, *SHARES]
-=======
-TUNED = RESULTS[RESULTS["chosen"].notna()]
-BEST = TUNED.loc[TUNED.groupby(["experiment", "seed"])["worst_group"].idxmax()]
-ROWS = [
-    RESULTS,
-    TUNED[TUNED["chosen"].eq(True)].assign(configuration="chosen"),
-    BEST.assign(configuration="best"),
-]
-KNOWN = results.summarize(
-    pd.concat(ROWS), ["experiment", "configuration"], [*results.ACCURACIES, *SHARES]
->>>>>>> redesign
 )
 STUDIES = {  # table of a study → what tells its rows apart
     "08_alternatives": ["dataset", "placement", "asks for", "method"],
@@ -61,16 +45,9 @@ README, TABLES = (
     ],
 )
 def test_the_table_of_readme(name, experiment, configuration):
-<<<<<<< main
     start = f"| {name}"
     (row,) = [
         line for line in README.splitlines() if line.startswith(start) and line.count("|") == 5
-=======
-    (row,) = [
-        line
-        for line in README.splitlines()
-        if re.match(rf"\| {re.escape(name)}.*±", line)
->>>>>>> redesign
     ]
     numbers = [cell.strip() for cell in row.strip("| ").split("|")][1:]
     assert numbers == KNOWN.loc[(experiment, configuration)].iloc[:3].tolist()
@@ -206,7 +183,6 @@ def choices(experiment: str) -> list[str]:
 
 
 def test_the_table_of_choices():
-<<<<<<< main
     found = re.findall(r"^\| `(mnist\S*)` \|(.*\d of \d.*)\|$", TABLES, re.MULTILINE)
     assert {name for name, _ in found} == {*PICKED["experiment"]}
     for name, cells in found:
@@ -228,23 +204,6 @@ def test_the_table_of_shortcuts_in_readme():
     for name, cells in found.items():
         erm, _, chosen, _, kept, _ = choices(names[name])
         assert cells == [erm, chosen, kept]
-=======
-    found = re.findall(r"\| `(mnist\S*)` \|(.*)\| (\d) of (\d) \|", TABLES)
-    assert {name for name, *_ in found} == {*TUNED["experiment"]}
-    models = ["base", "mean_std_2.0_finetune_lr=0.01"]
-    models += [
-        f"mean_std_3.5_dilation=3{LINEAR}_finetune_batch_size=32",
-        "chosen",
-        "best",
-    ]
-    for name, cells, doubts, count in found:
-        known = [KNOWN.loc[(name, model)] for model in models]
-        assert [cell.strip() for cell in cells.split("|")][:5] == [
-            row["worst group"] for row in known
-        ]
-        gain = TUNED[TUNED["chosen"].eq(True) & (TUNED["experiment"] == name)]["gain"]
-        assert (int(doubts), int(count)) == ((gain < selection.LITTLE).sum(), len(gain))
->>>>>>> redesign
 
 
 @pytest.mark.parametrize("text", [README, TABLES])
@@ -290,34 +249,18 @@ def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
 
 
 def test_the_grids_of_the_reference_run_list_every_row(monkeypatch):
-<<<<<<< main
     monkeypatch.setattr(data, "load", lambda settings: None)  # the full MNIST may be absent
     files = [REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("reference", "choices")]
     grid = [one for file in files for one in sweep.read_grid(file, {})[1]]
     options = {"method": ["mean_std"], "param": [2.0], "finetune_lr": [0.01]}
     grid += sweep.read_grid(REPOSITORY / "sweeps" / "choices.yaml", options)[1]
-=======
-    monkeypatch.setattr(
-        data, "load", lambda settings: None
-    )  # the full MNIST may be absent
-    files = [
-        REPOSITORY / "sweeps" / f"{name}.yaml" for name in ("reference", "choices")
-    ]
-    grid = [one for file in files for one in grids.read_grid(file, {})[1]]
->>>>>>> redesign
     made = {
         (one.experiment, name, one.seed)
         for one in grid
         for name in ("base", one.configuration)
     }
-<<<<<<< main
     others = RESULTS[~RESULTS.index.isin(PICKED.index)]
     rows = others[["experiment", "configuration", "seed"]].itertuples(index=False, name=None)
-=======
-    rows = RESULTS[["experiment", "configuration", "seed"]].itertuples(
-        index=False, name=None
-    )
->>>>>>> redesign
     assert set(rows) <= made
     bases = {(experiment, seed) for experiment, name, seed in made if name == "base"}
     assert set(PICKED[["experiment", "seed"]].itertuples(index=False, name=None)) <= bases

@@ -58,11 +58,4 @@ def test_one_notebook_alone_by_papermill(whole_run, tmp_path):
     }
     papermill.execute_notebook(source, None, cwd=tmp_path, **options)
     expected, found = contents(whole_run.directory), contents(tmp_path)
-<<<<<<< main
     assert len(found) == 7 and [name for name in found if found[name] != expected[name]] == []
-=======
-    assert (
-        len(found) == 6
-        and [name for name in found if found[name] != expected[name]] == []
-    )
->>>>>>> redesign

@@ -1,4 +1,4 @@
-"""The command `masktune`: the notebooks in their order, a sweep, or a choice among candidates."""
+"""The command `masktune`: the notebooks in their order, a sweep, or a choice."""
 
 import argparse
 import ast
@@ -19,7 +19,8 @@ STAGES = {
     "sweep": (*BASE, FINETUNE),
     "choose": BASE,
 }
-USAGE = "masktune run|sweep|choose [GRID] [--SETTING VALUE …] [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"
+USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
+       [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"masktune: {error}", file=sys.stderr)
         return 2
     stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
-    if (
-        arguments.command == "run" and file is None
-    ):  # nothing to compare the choice with
+    if arguments.command == "run" and file is None:  # nothing to compare with
         stems = [name for name in stems if name != FINETUNE]
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    commands = "run: all notebooks, and a choice; sweep: 02, 03 and 04; choose: among candidates"
+    commands = "run: all notebooks, and a choice; sweep: 02, 03 and 04; choose: a mask"
     parser.add_argument("command", choices=STAGES, help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
@@ -119,7 +118,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, list]:
 
 
 def _grid_file(arguments: argparse.Namespace) -> Path | None:
-    """The file that was given; for digits, `sweep` and `run` have the published configurations."""
+    """The file that was given; else, except for a folder, the published one."""
     if arguments.grid is not None or arguments.command == "choose":
         return arguments.grid
     is_folder = arguments.dataset == ["folder"]
@@ -137,7 +136,7 @@ def _connect(address: str) -> None:
 
 
 def check_sources(grid: list[Settings]) -> list[Settings]:
-    """Refuse networks that do not fit, and images that cannot be read, before anything runs.
+    """Refuse networks that do not fit and images that cannot be read.
 
     Returns:
         The grid, with the data set for which `auto` stands.
@@ -207,8 +206,9 @@ def choose(
     """Choose a configuration for each base model of the grid.
 
     Args:
-        command: with `choose`, several configurations of one base model are its candidates. Else, and of
-            a base model with one configuration, those of `selection.candidates` are.
+        command: with `choose`, several configurations of one base model are its
+            candidates. Else, and of a base model with one configuration, those of
+            `selection.candidates` are.
         grid: all configurations.
         count: how many processes.
         force: train the models of the halves again.
@@ -233,7 +233,7 @@ def choose(
                 images = len(shortcuts.load(job.settings).train)
                 candidates = selection.candidates(job.settings, images)
             choice = selection.choose(candidates, count, force)
-        except Exception as error:  # noqa: BLE001 - any failure: the other choices go on
+        except Exception as error:  # noqa: BLE001 - the other choices go on
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             errors[job._replace(stem="choice")] = message
             continue

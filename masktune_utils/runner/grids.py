@@ -1,4 +1,4 @@
-"""Grids: YAML files of settings → all their combinations. No image is read, and no network is built."""
+"""Grids: YAML files of settings → all their combinations."""
 
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,24 @@ def read_grid(
     """All configurations of a grid file.
 
     Args:
-        file: None: the defaults alone. YAML; blocks of settings, each with a value or a list of values.
-            A block stands for all their combinations. The first may name the `notebook`, by default 04.
-        options: values from the command line, by name, which win over those of the file.
+        file: None: the defaults alone. YAML; blocks of settings, each with a value or a
+            list of values. A block stands for all their combinations. The first may
+            name the `notebook`, by default 04.
+        options: values from the command line, by name, which win over those of the
+            file.
 
     Returns:
         The name of the notebook, and the settings.
 
     Raises:
-        ValueError: the file is missing or no YAML; or a setting or value is not allowed. The message
-            names the file, the block and the setting.
+        ValueError: the file is missing or no YAML; or a setting or value is not
+            allowed. The message names the file, the block and the setting.
     """
     blocks = [{}] if file is None else _read_blocks(file)
     notebook = blocks[0].pop("notebook", FINETUNE)
     if not isinstance(notebook, str):
-        raise ValueError(
-            f"{file}, block 1: notebook is {notebook!r}; allowed: the name of one."
-        )
+        problem = f"notebook is {notebook!r}; allowed: the name of one"
+        raise ValueError(f"{file}, block 1: {problem}.")  # noqa: TRY004
     configurations = []
     for number, block in enumerate(blocks, start=1):
         values = {name: _as_list(value) for name, value in {**block, **options}.items()}

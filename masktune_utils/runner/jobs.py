@@ -1,4 +1,4 @@
-"""Jobs: a notebook to execute with settings, by papermill; many of them side by side, by joblib."""
+"""Jobs: notebooks executed with settings by papermill, side by side by joblib."""
 
 import contextlib
 import logging
@@ -22,16 +22,13 @@ from masktune_utils.settings import (
     Settings,
 )
 
-logging.getLogger("papermill").setLevel(
-    logging.ERROR
-)  # it warns of settings not in the cell
+# It warns of settings that are not in the cell of parameters.
+logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
 BASE = ("02_erm", "03_saliency_masks")
 ALWAYS = ("01_dataset", "05_plots")  # they are quick, and show what is there
-SCOPES = {
-    "01_dataset": DataSettings,
-    FINETUNE: Settings,
-}  # else BaseSettings: what they depend on
+# What a notebook depends on; the others on BaseSettings.
+SCOPES = {"01_dataset": DataSettings, FINETUNE: Settings}
 
 
 class Job(NamedTuple):
@@ -54,7 +51,7 @@ class Job(NamedTuple):
         return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
 
     def is_done(self, finished: set[tuple]) -> bool:
-        """Whether it went through, and what it makes is saved; never for those of `ALWAYS`.
+        """Whether it went through and what it makes is saved; never for those of `ALWAYS`.
 
         Args:
             finished: see `results.finished`.
@@ -97,7 +94,7 @@ class Job(NamedTuple):
                         stdout_file=progress.Bars(),
                     )
                 store.write_bytes(self.copy, copy.read_bytes())
-            except Exception as failure:  # noqa: BLE001 - any failure: the other notebooks go on
+            except Exception as failure:  # noqa: BLE001 - the others go on
                 kind = getattr(failure, "ename", type(failure).__name__)
                 error = f"{kind}: {getattr(failure, 'evalue', failure)}".splitlines()[0]
                 failed = self.copy.with_stem(f"{self.copy.stem}_failed")
@@ -147,12 +144,14 @@ def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
 def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Job, str]:
     """Run notebooks, those of a stage side by side, one stage after the other.
 
-    What is done is skipped. A notebook that fails stops only those that need its base model.
+    What is done is skipped. A notebook that fails stops only those that need its base
+    model.
 
     Args:
         stages: the notebooks.
-        count: how many at once. Each has its share of the cores by the size of its whole stage, so
-            that a sweep that goes on after a stop computes with as many threads, to the same bits.
+        count: how many at once. Each has its share of the cores by the size of its
+            whole stage, so that a sweep that goes on after a stop computes with as many
+            threads, to the same bits.
         force: do configurations again that are done.
 
     Returns:
@@ -205,9 +204,8 @@ def report(stages: list[list[Job]], summary: bool = True) -> None:
     keys = table[results.KEY].itertuples(index=False, name=None)
     table = table[[key in wanted for key in keys]]
     if len(table) and summary:
-        print(
-            f"\nAccuracy in %\n\n{results.summarize(table, results.KEY[:2]).to_string()}\n"
-        )
+        summary_table = results.summarize(table, ["experiment", "configuration"])
+        print(f"\nAccuracy in %\n\n{summary_table.to_string()}\n")
     for kind in ("checkpoints", "results", "runs", "figures"):
         folders = dict.fromkeys(str(job.settings.folder(kind)) for job in jobs)
         print(f"{kind}:", *folders, sep="\n  ")

@@ -20,9 +20,8 @@ RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 
-idle_kernels: dict[str, list["Manager"]] = defaultdict(
-    list
-)  # by their number of threads
+# By their number of threads:
+idle_kernels: dict[str, list["Manager"]] = defaultdict(list)
 # Of a fresh kernel:
 _python_random = random.getstate()
 _numpy_random = np.random.get_state()
