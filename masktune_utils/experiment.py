@@ -293,7 +293,6 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
                 return saved
             # of the training that made these weights
             made = {name: saved.get(name) for name in made}
-    report = evaluation.evaluate(trained.model, sets)
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,
@@ -301,9 +300,16 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         **made,
         "sha256": trained.sha256,
         "base_sha256": trained.base_sha256,
-        "worst_group": report["worst_group"],
-        "metrics": report,
+        **_measure(trained, sets),
     }
+    results.write_json(path, row)
+    return row
+
+
+def _measure(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
+    """What `record` adds to the settings of a model: accuracies, and what masks hide."""
+    report = evaluation.evaluate(trained.model, sets)
+    row = {"worst_group": report["worst_group"], "metrics": report}
     for test in sets.tests:
         row[test] = report[test]["accuracy"]
         for label, share in enumerate(report[test]["class_accuracy"]):
@@ -316,5 +322,4 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     if trained.masked is not None:
         for part, share in masking.hidden_shares(trained.masked).items():
             row[f"hidden_{part}"] = share
-    results.write_json(path, row)
     return row

@@ -15,6 +15,8 @@ ACCURACIES = ["raw", "biased", "worst_group"]
 RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
 CHOICE_KEYS = {
     "configuration",
+    "candidate",
+    "repeat",
     "reason",
     "images",
     "mistakes",

@@ -21,6 +21,7 @@ from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 from masktune_utils import (
+    data,
     evaluation,
     experiment,
     models,
@@ -38,6 +39,8 @@ FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled then
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
+REPEATS = 3  # of the last fine-tuning, at most
+ENOUGH = 0.95  # score of a fine-tuning after which there is no other
 RULES = (  # fill, param of mean_std, dilation, rounds at most
     ("resample", 4.0, 3, 2),
     ("resample", 3.0, 4, 4),
@@ -117,10 +120,10 @@ def choose(
         retrain: train the models of both halves again.
 
     Returns:
-        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
-        kept; `reason`, in a few sentences; `images` and `mistakes`, their numbers;
-        `candidates`: for each what `judge` returns, and its `description` and `fill`;
-            `base_sha256`.
+        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept;
+        `candidate` and `repeat`, of which it is made; `reason`, in a few sentences;
+        `images` and `mistakes`, their numbers; `candidates`: for each what `judge` returns,
+        and its `description` and `fill`; `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
@@ -132,30 +135,88 @@ def choose(
     held_out = predict_held_out(candidates, jobs, retrain)
     judged = judge(held_out)
     for candidate in candidates:
-        row = judged[candidate.configuration]
         rule = candidate.model_dump(include=results.DESCRIBED)
-        row["description"] = results.describe(**rule)
-        row["fill"] = candidate.fill
-    mistakes = int((held_out.erm != held_out.labels).sum())
+        judged[candidate.configuration]["description"] = results.describe(**rule)
+        judged[candidate.configuration]["fill"] = candidate.fill
     images = len(held_out.labels)
-    introduction = (
-        f"ERM gets {mistakes} of {images:,} training images wrong that it has not seen"
-    )
+    mistakes = int((held_out.erm != held_out.labels).sum())
     if mistakes >= FEW:
         chosen, reason = by_mistakes(judged)
     else:
-        shortfalls = resampled_shortfalls(candidates)
-        chosen, reason = by_shortfalls(judged, shortfalls)
+        chosen, reason = by_shortfalls(judged, resampled_shortfalls(candidates))
+    wrong = f"ERM gets {mistakes} of {images:,} training images wrong"
     choice = {
         "configuration": chosen,
-        "reason": f"{introduction}{reason}",
+        "candidate": chosen,
+        "repeat": 0,
+        "reason": f"{wrong} that it has not seen{reason}",
         "images": images,
         "mistakes": mistakes,
         "candidates": judged,
         "base_sha256": base_sha256,
     }
+    if chosen != "base" and mistakes >= FEW:
+        _choose_repeat(choice, candidates, held_out, retrain)
     results.write_json(path, choice)
     return choice
+
+
+def _choose_repeat(
+    choice: dict, candidates: Sequence[Settings], held_out: HeldOut, retrain: bool
+) -> None:
+    """Add to a choice which of several fine-tunings is kept."""
+    scores = score_repeats(chosen_settings(choice, candidates), held_out, retrain)
+    choice["repeat"] = scores.index(max(scores))
+    choice["configuration"] = chosen_settings(choice, candidates).configuration
+    if len(scores) > 1:
+        number = choice["repeat"] + 1
+        choice["reason"] += f" Of {len(scores)} fine-tunings, number {number} is kept."
+
+
+def score_repeats(candidate: Settings, held_out: HeldOut, retrain: bool) -> list[float]:
+    """Fine-tune the base model with the images in one order after the other.
+
+    Where masks leave some of the shortcut, it depends on the order how far a network
+    takes it up again. What was ERM's mistake tells, even of images that were seen masked.
+
+    Args:
+        candidate: the chosen one.
+        held_out: the predictions of ERM.
+        retrain: fine-tune again in any case.
+
+    Returns:
+        The scores, see `judge`, on the training images, which are not masked then; at most
+        `REPEATS`, and none after one that is `ENOUGH`.
+    """
+    train = shortcuts.load(candidate).train
+    base = experiment.base_model(candidate, train)
+    halves = data.stratified_halves(train.labels, candidate.seed)
+    order = torch.cat([halves[1], halves[0]])  # of what the halves have predicted
+    is_mistake = held_out.erm != held_out.labels
+    scores = []
+    for repeat in range(REPEATS):
+        settings = candidate.replace(repeat=repeat)
+        tuned = experiment.masktune(settings, base, train, retrain)
+        predictions = evaluation.predict(tuned.model, train).argmax(1)[order]
+        is_right = (predictions == held_out.labels).double()
+        cells = (is_right[is_mistake], is_right[~is_mistake])
+        scores.append(min(cell.mean().item() for cell in cells))
+        if scores[-1] >= ENOUGH:
+            break
+    return scores
+
+
+def chosen_settings(choice: dict, candidates: Sequence[Settings]) -> Settings | None:
+    """The settings of what was chosen; None if ERM is kept.
+
+    Args:
+        choice: see `choose`.
+        candidates: among which it was made.
+    """
+    for candidate in candidates:
+        if candidate.configuration == choice["candidate"]:
+            return candidate.replace(repeat=choice["repeat"])
+    return None
 
 
 def chosen_model(
@@ -174,10 +235,10 @@ def chosen_model(
         train: the biased training set.
         retrain: see `experiment.masktune`.
     """
-    by_name = {candidate.configuration: candidate for candidate in candidates}
-    if choice["configuration"] == "base":
+    settings = chosen_settings(choice, candidates)
+    if settings is None:
         return base
-    return experiment.masktune(by_name[choice["configuration"]], base, train, retrain)
+    return experiment.masktune(settings, base, train, retrain)
 
 
 def predict_held_out(

@@ -134,8 +134,8 @@ class DataSettings(BaseModel):
     @classmethod
     def _has_images(cls, folder: str, info: ValidationInfo) -> str:
         is_needed = info.data.get("dataset") == "folder"
-        is_there = bool(folder) and (REPOSITORY / folder).is_dir()
-        if is_needed != is_there:
+        is_there = (REPOSITORY / folder).is_dir()
+        if is_needed != bool(folder) or not is_there:
             raise ValueError(
                 "with dataset 'folder', a folder with one folder per class; else ''"
             )

@@ -243,34 +243,43 @@ def load(settings: DataSettings) -> BiasedSets:
     train, test = data.load(settings)
     num_classes = len(train.labels.unique())
     generator = torch.Generator().manual_seed(settings.seed)
+    biased = test[:0]
     which = torch.zeros(len(train), dtype=torch.bool)
     if settings.dataset != "folder" and settings.shortcut != "none":
         which = place(train, settings.placement, settings.conflicting_share, generator)
-    held_out_count = round(settings.validation_share * len(train))
-    is_held_out = torch.zeros(len(train), dtype=torch.bool)
-    is_held_out[torch.randperm(len(train), generator=generator)[:held_out_count]] = True
-    if held_out_count and train.images.nbytes > IN_MEMORY:
-        allowed = f"0 for more than {IN_MEMORY:,} bytes of images"
-        raise ValueError(
-            f"validation_share is {settings.validation_share}; allowed: {allowed}."
-        )
-    biased = test[:0]
+    held_out_order = torch.randperm(len(train), generator=generator)
     if settings.dataset != "folder":
         train = plant(train, which, settings, generator)
         biased = plant(test, halves(test.labels) == 1, settings, generator)
-    validation = train[is_held_out]
-    if held_out_count:
-        train = train[~is_held_out]
-    if settings.half is not None:
-        two_halves = data.stratified_halves(train.labels, settings.seed)
-        validation = train[two_halves[1 - settings.half]]
-        train = train[two_halves[settings.half]]
+    train, validation = _hold_out(train, held_out_order, settings)
     if len(train.labels.unique()) < num_classes:
         name = "validation_share" if settings.half is None else "half"
         raise ValueError(
             f"{name} leaves a class without training images; allowed: more images."
         )
     device = models.resolve_device(settings.device)
-    return BiasedSets(
-        *(split.to(device) for split in (train, test, biased, validation))
-    )
+    splits = (train, test, biased, validation)
+    return BiasedSets(*(split.to(device) for split in splits))
+
+
+def _hold_out(
+    train: Split, order: Tensor, settings: DataSettings
+) -> tuple[Split, Split]:
+    """What is left of the training images, and what is held out, see `load`."""
+    count = round(settings.validation_share * len(train))
+    validation = train[:0]
+    if count:
+        if train.images.nbytes > IN_MEMORY:
+            allowed = f"0 for more than {IN_MEMORY:,} bytes of images"
+            raise ValueError(
+                f"validation_share is {settings.validation_share}; allowed: {allowed}."
+            )
+        is_held_out = torch.zeros(len(train), dtype=torch.bool)
+        is_held_out[order[:count]] = True
+        validation = train[is_held_out]
+        train = train[~is_held_out]
+    if settings.half is not None:
+        two_halves = data.stratified_halves(train.labels, settings.seed)
+        validation = train[two_halves[1 - settings.half]]
+        train = train[two_halves[settings.half]]
+    return train, validation

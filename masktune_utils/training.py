@@ -71,24 +71,13 @@ def train(
     """
     device = dataset.labels.device
     torch.backends.cudnn.deterministic = True
+    torch_optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
     steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
-    if optimizer == "sgd":
-        torch_optimizer = optim.SGD(
-            model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True
-        )
-    elif optimizer == "adam":
-        torch_optimizer = optim.Adam(
-            model.parameters(), lr, weight_decay=weight_decay, fused=True
-        )
-    else:
-        raise ValueError(f"optimizer is {optimizer!r}; allowed: sgd or adam.")
     if schedule == "linear":
         scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, epochs * steps)
     elif schedule == "constant":
-        interval = lr_decay_epochs * steps
-        scheduler = optim.lr_scheduler.StepLR(
-            torch_optimizer, interval, lr_decay_factor
-        )
+        decay = (lr_decay_epochs * steps, lr_decay_factor)
+        scheduler = optim.lr_scheduler.StepLR(torch_optimizer, *decay)
     else:
         raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
     generator = torch.Generator().manual_seed(seed)
@@ -101,26 +90,27 @@ def train(
         torch.manual_seed(seed)  # of dropout
         for epoch in range(1, epochs + 1):
             bar.set_description(f"{description}, epoch {epoch}/{epochs}", refresh=False)
+            row = {"epoch": epoch, "lr": torch_optimizer.param_groups[0]["lr"]}
             started = time.perf_counter()
-            rate = torch_optimizer.param_groups[0]["lr"]
             order = torch.randperm(len(dataset), generator=generator).to(device)
             # batch normalisation is undefined for a single image
             batches = [index for index in order.split(batch_size) if len(index) > 1]
             images = dataset.in_epoch(epoch)
-            loss, accuracy = _train_epoch(
-                model, images, batches, scheduler, bar, mirror
-            ).tolist()
-            seconds = time.perf_counter() - started
-            history.append(
-                {
-                    "epoch": epoch,
-                    "loss": loss,
-                    "accuracy": accuracy,
-                    "lr": rate,
-                    "seconds": seconds,
-                }
-            )
+            sums = _train_epoch(model, images, batches, scheduler, bar, mirror)
+            row["loss"], row["accuracy"] = sums.tolist()
+            row["seconds"] = time.perf_counter() - started
+            history.append(row)
     return history
+
+
+def _optimizer(name, model, lr, momentum, weight_decay) -> optim.Optimizer:
+    if name == "sgd":
+        options = {"momentum": momentum, "weight_decay": weight_decay, "fused": True}
+        return optim.SGD(model.parameters(), lr, **options)
+    if name == "adam":
+        options = {"weight_decay": weight_decay, "fused": True}
+        return optim.Adam(model.parameters(), lr, **options)
+    raise ValueError(f"optimizer is {name!r}; allowed: sgd or adam.")
 
 
 def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:

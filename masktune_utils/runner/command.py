@@ -24,24 +24,16 @@ USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the command. Bad arguments end it with exit code 2 before anything runs."""
+    """Entry point of the command. Bad arguments end it with exit code 2 at once."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        file = _grid_file(arguments)
-        stem, grid = read_grid(file, _options(arguments))
-        if stem != FINETUNE and arguments.command != "sweep":
-            raise ValueError(
-                f"notebook is {stem!r}; allowed, except with sweep: {FINETUNE}."
-            )
-        jobs.check_scope(stem, grid)
-        grid = check_sources(grid)
+        stem, grid = _read(arguments)
         device = models.resolve_device(grid[0].device)
         finished = results.finished(grid[0].directory)
         if arguments.dask:
             _connect(arguments.dask)
-        print(
-            f"{len(grid)} configurations, images: {grid[0].dataset}, device: {device}"
-        )
+        images = grid[0].dataset
+        print(f"{len(grid)} configurations, images: {images}, device: {device}")
         if arguments.dry_run:
             print_states(make_stage(stem, grid), finished)
             return 0
@@ -50,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"masktune: {error}", file=sys.stderr)
         return 2
     stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
-    if arguments.command == "run" and file is None:  # nothing to compare with
-        stems = [name for name in stems if name != FINETUNE]
+    if arguments.command == "run" and _grid_file(arguments) is None:
+        stems = ("01_dataset", *BASE)  # no configuration to compare the choice with
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = run_stages(arguments.command, stems, grid, count, arguments.force)
@@ -60,14 +52,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nmasktune: {reason}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 130
     for job, error in errors.items():
-        print(
-            f"failed: {job.copy.stem}, seed {job.settings.seed}: {error}",
-            file=sys.stderr,
-        )
+        name = f"{job.copy.stem}, seed {job.settings.seed}"
+        print(f"failed: {name}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} notebooks failed")
     if arguments.command != "sweep":
         print(results.conclude([job.settings for job in make_stage(BASE[0], grid)]))
     return 1 if errors else 0
+
+
+def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
+    """The name of the notebook that the command is about, and all configurations.
+
+    Raises:
+        FileNotFoundError: see `check_sources`.
+        ValueError: see `read_grid`, `jobs.check_scope` and `check_sources`.
+    """
+    stem, grid = read_grid(_grid_file(arguments), _options(arguments))
+    if stem != FINETUNE and arguments.command != "sweep":
+        allowed = f"allowed, except with sweep: {FINETUNE}"
+        raise ValueError(f"notebook is {stem!r}; {allowed}.")
+    jobs.check_scope(stem, grid)
+    return stem, check_sources(grid)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -237,7 +242,7 @@ def choose(
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             errors[job._replace(stem="choice")] = message
             continue
-        for candidate in candidates:
-            if candidate.configuration == choice["configuration"]:
-                chosen.append(candidate)
+        settings = selection.chosen_settings(choice, candidates)
+        if settings is not None:
+            chosen.append(settings)
     return chosen
