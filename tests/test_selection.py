@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from conftest import TINY
 
 from masktune_utils import (
     data,
@@ -27,17 +29,23 @@ from masktune_utils.data import Split
 from masktune_utils.selection import HeldOut
 from masktune_utils.settings import Settings
 
-SMALL = {"dataset": "mnist5k", "limit": 400, "epochs": 4, "batch_size": 20}
+SMALL = TINY | {"limit": 400, "epochs": 4}
 RULES = [("resample", 4.0, 3, 2), ("zero", 2.0, 1, 1)]
+# Number of images → epochs of fine-tuning, of 32 images a step.
+EPOCHS = {100: 6, 4000: 6, 12_000: 2, 24_000: 1, 60_000: 1}
 
 
 @pytest.fixture
 def small_rules(monkeypatch) -> None:
+    """Three candidates, which are quick to train."""
     monkeypatch.setattr(selection, "RULES", RULES)
     monkeypatch.setattr(selection, "MOST_EPOCHS", 2)
 
 
-def with_base(directory, **values) -> tuple[Settings, shortcuts.BiasedSets]:
+with_small_rules = pytest.mark.usefixtures("small_rules")
+
+
+def with_base(directory: Path, **values) -> tuple[Settings, shortcuts.BiasedSets]:
     """Settings, whose base model and its result are saved, and images."""
     settings = Settings(**(SMALL | values), directory=str(directory))
     sets = shortcuts.load(settings)
@@ -45,42 +53,53 @@ def with_base(directory, **values) -> tuple[Settings, shortcuts.BiasedSets]:
     return settings, sets
 
 
+def names_of(candidates: list[Settings]) -> list[str]:
+    return [candidate.configuration for candidate in candidates]
+
+
 def test_the_candidates_go_from_few_salient_pixels_to_many_in_both_fills():
     settings = Settings(dataset="mnist5k", square_size=8, seed=3, epochs=7)
-    listed = selection.candidates(settings, 4000)
-    names = [candidate.configuration for candidate in listed]
-    assert len({*names}) == len(names) == sum(rounds for *_, rounds in selection.RULES)
-    for candidate in listed:
+    candidates = selection.candidates(settings, 4000)
+    assert len(candidates) == sum(rounds for *_, rounds in selection.RULES)
+    assert len({*names_of(candidates)}) == len(candidates)
+    for candidate in candidates:
         assert candidate.identity(base=True) == settings.identity(base=True)
-        assert candidate.cross_fit and candidate.finetune_schedule == "linear"
-    assert {candidate.fill for candidate in listed} == {"zero", "resample"}
-    epochs = {
-        count: selection.candidates(settings, count)[0].finetune_epochs
-        for count in COUNTS
-    }
-    assert epochs == COUNTS
+        assert candidate.cross_fit
+        assert candidate.finetune_schedule == "linear"
+    assert {candidate.fill for candidate in candidates} == {"zero", "resample"}
 
 
-COUNTS = {
-    100: 6,
-    4000: 6,
-    12_000: 2,
-    24_000: 1,
-    60_000: 1,
-}  # images → epochs of 32 images a step
+def test_few_images_are_seen_in_more_epochs():
+    settings = Settings(dataset="mnist5k")
+    epochs = {}
+    for count in EPOCHS:
+        candidates = selection.candidates(settings, count)
+        epochs[count] = candidates[0].finetune_epochs
+    assert epochs == EPOCHS
 
 
 def held_out() -> HeldOut:
-    """Twelve images of two classes; ERM is wrong on the first and last two of each."""
-    labels = torch.tensor([0] * 6 + [1] * 6)
-    erm = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0])
-    candidates = {
-        "a": torch.tensor(
-            [0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1]
-        ),  # 3 of 4 mistakes, 6 of 8 others
-        "b": torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0]),  # 1 of 4, 8 of 8
-    }
-    return HeldOut(labels, erm, candidates, {"a": 0.1, "b": 0.2})
+    """Twelve images of two classes; ERM is wrong on the first or last two of each.
+
+    Candidate a is right on 3 of 4 mistakes and 6 of 8 others, b on 1 of 4 and 8 of 8.
+    """
+    a = torch.tensor([0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1])
+    b = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
+    return HeldOut(
+        labels=torch.tensor([0] * 6 + [1] * 6),
+        erm=torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]),
+        candidates={"a": a, "b": b},
+        hidden={"a": 0.1, "b": 0.2},
+    )
+
+
+def wilson(share: float, count: int) -> list[float]:
+    """The 95 % interval of Wilson, 1927."""
+    z = 1.959963984540054
+    scale = 1 + z * z / count
+    middle = share + z * z / (2 * count)
+    width = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
+    return [(middle - width) / scale, (middle + width) / scale]
 
 
 def test_a_candidate_is_judged_by_the_mistakes_of_erm_and_by_the_rest():
@@ -89,33 +108,28 @@ def test_a_candidate_is_judged_by_the_mistakes_of_erm_and_by_the_rest():
     assert judged["a"]["rest"] == {"right": [3, 3], "all": [4, 4]}
     assert judged["b"]["mistakes"] == {"right": [0, 1], "all": [2, 2]}
     assert judged["b"]["rest"] == {"right": [4, 4], "all": [4, 4]}
-    assert (judged["a"]["score"], judged["b"]["score"]) == (0.75, 0.25)
-    assert (judged["a"]["hidden"], judged["b"]["hidden"]) == (0.1, 0.2)
-    for name, share in {"a": 0.75, "b": 0.25}.items():
-        z, n = 1.959963984540054, 4  # Wilson, 1927
-        middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-        width = (
-            z
-            * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-            / (1 + z * z / n)
-        )
-        assert judged[name]["interval"] == pytest.approx(
-            [middle - width, middle + width]
-        )
+    assert judged["a"]["score"] == 0.75
+    assert judged["b"]["score"] == 0.25
+    assert judged["a"]["hidden"] == 0.1
+    assert judged["b"]["hidden"] == 0.2
+    assert judged["a"]["interval"] == pytest.approx(wilson(0.75, 4))
+    assert judged["b"]["interval"] == pytest.approx(wilson(0.25, 4))
 
 
-def row(right: int, rest: int, hidden: float, count: int = 40) -> dict:
-    """A judged candidate, of `count` mistakes and 1,000 other images."""
-    labels = torch.zeros(count + 1000, dtype=torch.long)
-    erm = torch.cat([torch.ones(count), torch.zeros(1000)]).long()
-    wrong = [0] * right + [1] * (count - right) + [0] * rest + [1] * (1000 - rest)
-    (judged,) = selection.judge(
-        HeldOut(labels, erm, {"a": torch.tensor(wrong)}, {"a": hidden})
-    ).values()
+def row(right: int, rest: int, hidden: float, mistakes: int = 40) -> dict:
+    """A judged candidate, of some mistakes and of 1,000 other images."""
+    labels = torch.zeros(mistakes + 1000, dtype=torch.long)
+    erm = labels.clone()
+    erm[:mistakes] = 1
+    predictions = labels.clone()
+    predictions[right:mistakes] = 1
+    predictions[mistakes + rest :] = 1
+    predicted = HeldOut(labels, erm, {"a": predictions}, {"a": hidden})
+    judged = selection.judge(predicted)["a"]
     return judged | {"description": f"rule {hidden}"}
 
 
-def test_of_the_candidates_within_one_standard_error_the_one_that_hides_least_is_chosen():
+def test_of_the_candidates_within_a_standard_error_the_one_that_hides_least_is_chosen():
     judged = {
         "best": row(38, 960, 0.3),  # 0.95; its standard error is 0.034
         "near": row(37, 970, 0.2),  # 0.925
@@ -123,231 +137,306 @@ def test_of_the_candidates_within_one_standard_error_the_one_that_hides_least_is
     }
     chosen, reason = selection.by_mistakes(judged)
     assert chosen == "near"
-    assert (
-        reason
-        == ". With rule 0.2, 37 of these are right (80–97 %), and 97.0% of the others."
-    )
+    numbers = "37 of these are right (80–97 %), and 97.0% of the others."
+    assert reason == f". With rule 0.2, {numbers}"
     judged["near"] = row(40, 910, 0.2)  # the rest is what it gets wrong
-    assert selection.by_mistakes(judged)[0] == "best"
+    chosen, _ = selection.by_mistakes(judged)
+    assert chosen == "best"
 
 
 def test_erm_is_kept_unless_most_of_its_mistakes_are_right_beyond_doubt():
-    chosen, reason = selection.by_mistakes(
-        {"a": row(25, 999, 0.1), "b": row(20, 999, 0.2)}
-    )
+    judged = {"a": row(25, 999, 0.1), "b": row(20, 999, 0.2)}
+    chosen, reason = selection.by_mistakes(judged)
     assert chosen == "base"
-    kept = ". No candidate gets most of them right beyond doubt, so ERM is kept. With the best, "
-    assert (
-        reason
-        == f"{kept}rule 0.1, 25 of these are right (47–76 %), and 99.9% of the others."
-    )
-    assert selection.by_mistakes({"a": row(27, 999, 0.1)})[0] == "a"  # 52–80 %
-    of_many = {"a": row(220, 999, 0.1, count=400)}  # 50–60 %
-    assert (
-        of_many["a"]["interval"][0] > 0.5 and selection.by_mistakes(of_many)[0] == "a"
-    )
+    kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
+    numbers = "25 of these are right (47–76 %), and 99.9% of the others."
+    assert reason == f". {kept} With the best, rule 0.1, {numbers}"
 
 
-def test_candidates_that_differ_in_their_rounds_alone_form_a_chain(small_rules):
-    listed = selection.candidates(Settings(**SMALL), 400)
-    rounds = [
-        [candidate.rounds for candidate in chain]
-        for chain in selection.chains(listed[::-1])
-    ]
+@pytest.mark.parametrize(("right", "mistakes"), [(27, 40), (220, 400)])
+def test_a_candidate_is_admitted_if_its_interval_lies_above_one_half(right, mistakes):
+    judged = {"a": row(right, 999, 0.1, mistakes)}
+    assert judged["a"]["interval"][0] > 0.5
+    chosen, _ = selection.by_mistakes(judged)
+    assert chosen == "a"
+
+
+@with_small_rules
+def test_candidates_that_differ_in_their_rounds_alone_form_a_chain():
+    candidates = selection.candidates(Settings(**SMALL), 400)
+    chains = selection.chains(candidates[::-1])
+    rounds = [[candidate.rounds for candidate in chain] for chain in chains]
     assert sorted(rounds) == [[1], [1, 2]]
 
 
-def test_the_choice_equals_one_made_step_by_step(small_rules, tmp_path):
-    settings, sets = with_base(tmp_path, conflicting_share=0.1)
-    listed = selection.candidates(settings, len(sets.train))
-    choice = selection.choose(listed)
-    labels = sets.train.labels
-    halves = data.stratified_halves(labels, settings.seed)
-    erm = torch.zeros_like(labels)
-    predicted = {
-        candidate.configuration: torch.zeros_like(labels) for candidate in listed
-    }
+def predict_step_by_step(
+    settings: Settings, candidates: list[Settings], train: Split
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Held-out predictions of ERM and of each candidate, in the order of the images."""
+    halves = data.stratified_halves(train.labels, settings.seed)
+    erm = torch.zeros_like(train.labels)
+    predicted = {name: erm.clone() for name in names_of(candidates)}
     for half, other in ((0, 1), (1, 0)):
-        train, rest = sets.train[halves[half]], sets.train[halves[other]]
-        for candidate in listed:
+        seen = train[halves[half]]
+        unseen = train[halves[other]]
+        for candidate in candidates:
             of_half = selection.of_half(candidate, half)
-            base = experiment.base_model(of_half, train)
-            erm[halves[other]] = evaluation.predict(base.model, rest).argmax(1)
-            tuned = experiment.masktune(of_half, base, train)
-            predictions = evaluation.predict(tuned.model, rest).argmax(1)
-            predicted[candidate.configuration][halves[other]] = predictions
-    hidden = {name: judged["hidden"] for name, judged in choice["candidates"].items()}
+            base = experiment.base_model(of_half, seen)
+            tuned = experiment.masktune(of_half, base, seen)
+            erm_logits = evaluation.predict(base.model, unseen)
+            logits = evaluation.predict(tuned.model, unseen)
+            erm[halves[other]] = erm_logits.argmax(1)
+            predicted[candidate.configuration][halves[other]] = logits.argmax(1)
+    return erm, predicted
+
+
+@with_small_rules
+def test_the_choice_equals_one_made_step_by_step(tmp_path):
+    settings, sets = with_base(tmp_path, conflicting_share=0.1)
+    labels = sets.train.labels
+    candidates = selection.candidates(settings, len(sets.train))
+    choice = selection.choose(candidates)
+    erm, predicted = predict_step_by_step(settings, candidates, sets.train)
+    hidden = {name: row["hidden"] for name, row in choice["candidates"].items()}
     judged = selection.judge(HeldOut(labels, erm, predicted, hidden))
     for name, expected in judged.items():
-        found = choice["candidates"][name]
-        assert {key: found[key] for key in expected} == expected
+        assert choice["candidates"][name].items() >= expected.items()
     assert choice["mistakes"] == (erm != labels).sum() >= selection.FEW
     assert choice["images"] == 400
-    found, reason = selection.by_mistakes(choice["candidates"])
-    assert choice["configuration"] == found and choice["reason"].endswith(reason)
+    chosen, reason = selection.by_mistakes(choice["candidates"])
+    assert choice["candidate"] == chosen != "base"
+    assert reason in choice["reason"]
     path = settings.folder("results") / "chosen.json"
     assert json.loads(path.read_text()) == choice
+
+
+@with_small_rules
+def test_the_chosen_model_is_the_fine_tuning_that_the_choice_names(tmp_path):
+    settings, sets = with_base(tmp_path, conflicting_share=0.1)
+    candidates = selection.candidates(settings, len(sets.train))
+    choice = selection.choose(candidates)
     base = experiment.base_model(settings, sets.train)
-    model = selection.chosen_model(choice, listed, base, sets.train)
+    model = selection.chosen_model(choice, candidates, base, sets.train)
     assert model.configuration == choice["configuration"]
-    kept = choice | {"configuration": "base"}
-    assert selection.chosen_model(kept, listed, base, sets.train) is base
+    assert model.settings == selection.chosen_settings(choice, candidates)
+    assert model.settings.repeat == choice["repeat"]
+    kept = choice | {"configuration": "base", "candidate": "base"}
+    assert selection.chosen_model(kept, candidates, base, sets.train) is base
+    assert selection.chosen_settings(kept, candidates) is None
 
 
-def test_neither_test_images_nor_groups_nor_the_shortcut_are_known_to_the_choice(
-    small_rules, tmp_path, monkeypatch
+@with_small_rules
+def test_of_several_fine_tunings_the_one_with_the_best_score_is_kept(
+    tmp_path, monkeypatch
 ):
-    load, choices = shortcuts.load, []
+    monkeypatch.setattr(selection, "ENOUGH", 1.1)  # so that there are all
+    settings, sets = with_base(tmp_path, conflicting_share=0.1)
+    candidates = selection.candidates(settings, len(sets.train))
+    choice = selection.choose(candidates)
+    erm, _ = predict_step_by_step(settings, candidates, sets.train)
+    is_mistake = erm != sets.train.labels
+    base = experiment.base_model(settings, sets.train)
+    (candidate,) = [
+        candidate
+        for candidate in candidates
+        if candidate.configuration == choice["candidate"]
+    ]
+    scores = []
+    for repeat in range(selection.REPEATS):
+        tuned = experiment.masktune(candidate.replace(repeat=repeat), base, sets.train)
+        assert tuned.seconds is None  # the choice has made it
+        logits = evaluation.predict(tuned.model, sets.train)
+        is_right = (logits.argmax(1) == sets.train.labels).double()
+        of_mistakes = is_right[is_mistake].mean()
+        of_others = is_right[~is_mistake].mean()
+        scores.append(min(of_mistakes, of_others).item())
+    assert len({*scores}) > 1
+    assert choice["repeat"] == scores.index(max(scores))
+    number = choice["repeat"] + 1
+    assert choice["reason"].endswith(f" Of 3 fine-tunings, number {number} is kept.")
 
-    def disguised(settings):
-        """The training images and classes as they are, and everything else changed."""
-        sets = load(settings)
-        noise = Split(
-            torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8), torch.arange(50) % 2
-        )
-        parts = []
-        for split in (sets.train, sets.validation):
-            shortcut = torch.rand(len(split), 28, 28) < 0.5
-            groups = torch.randint(10, (len(split),))
-            parts.append(dataclasses.replace(split, shortcut=shortcut, digits=groups))
-        return sets._replace(
-            train=parts[0], raw=noise, biased=noise, validation=parts[1]
-        )
 
-    for name, how in {"as it is": load, "disguised": disguised}.items():
-        settings, sets = with_base(tmp_path / name)
-        monkeypatch.setattr(shortcuts, "load", how)
-        choices.append(
-            selection.choose(selection.candidates(settings, len(sets.train)))
-        )
-        monkeypatch.setattr(shortcuts, "load", load)
-    assert choices[0] == choices[1]
+@with_small_rules
+def test_a_fine_tuning_that_is_good_enough_is_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "ENOUGH", 0.0)
+    settings, sets = with_base(tmp_path, conflicting_share=0.1)
+    candidates = selection.candidates(settings, len(sets.train))
+    choice = selection.choose(candidates)
+    assert choice["configuration"] == choice["candidate"] != "base"
+    assert choice["repeat"] == 0
+    assert "fine-tunings" not in choice["reason"]
+    assert not [*settings.folder("checkpoints").glob("*repeat*")]
 
 
-def test_without_a_shortcut_erm_is_kept(small_rules, tmp_path):
+def disguised(sets: shortcuts.BiasedSets) -> shortcuts.BiasedSets:
+    """The training images and classes as they are, and everything else changed."""
+    changed = {}
+    for name in ("train", "validation"):
+        split = getattr(sets, name)
+        shortcut = torch.rand(len(split), 28, 28) < 0.5
+        groups = torch.randint(10, (len(split),))
+        changed[name] = dataclasses.replace(split, shortcut=shortcut, digits=groups)
+    pixels = torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8)
+    noise = Split(pixels, torch.arange(50) % 2)
+    return sets._replace(**changed, raw=noise, biased=noise)
+
+
+@with_small_rules
+def test_neither_test_images_nor_groups_nor_the_shortcut_are_known_to_the_choice(
+    tmp_path, monkeypatch
+):
+    load = shortcuts.load
+    settings, sets = with_base(tmp_path / "as they are")
+    expected = selection.choose(selection.candidates(settings, len(sets.train)))
+    settings, _ = with_base(tmp_path / "disguised")
+    monkeypatch.setattr(shortcuts, "load", lambda settings: disguised(load(settings)))
+    choice = selection.choose(selection.candidates(settings, len(sets.train)))
+    assert choice == expected
+
+
+@with_small_rules
+def test_without_a_shortcut_erm_is_kept(tmp_path):
     settings, sets = with_base(tmp_path, shortcut="none", limit=1000)
     choice = selection.choose(selection.candidates(settings, len(sets.train)))
-    assert choice["configuration"] == "base" and choice["mistakes"] >= selection.FEW
+    assert choice["configuration"] == "base"
+    assert choice["mistakes"] >= selection.FEW
     assert "so ERM is kept" in choice["reason"]
     table = results.collect(str(tmp_path))
     assert table["chosen"].tolist() == [True]
 
 
-def test_without_mistakes_resampled_images_are_the_judge(small_rules, tmp_path):
+@with_small_rules
+def test_without_mistakes_resampled_images_are_the_judge(tmp_path):
     settings, sets = with_base(tmp_path, conflicting_share=0.0, limit=1000)
-    listed = selection.candidates(settings, len(sets.train))
-    choice = selection.choose(listed)
+    candidates = selection.candidates(settings, len(sets.train))
+    choice = selection.choose(candidates)
     assert choice["mistakes"] < selection.FEW
-    shortfalls = selection.resampled_shortfalls(listed)
-    found, reason = selection.by_shortfalls(choice["candidates"], shortfalls)
-    assert choice["configuration"] == found != "base" and choice["reason"].endswith(
-        reason
-    )
-    assert "too few to judge by" in reason and "in doubt" in reason
-    assert shortfalls[found] < shortfalls["base"]
+    shortfalls = selection.resampled_shortfalls(candidates)
+    chosen, reason = selection.by_shortfalls(choice["candidates"], shortfalls)
+    assert choice["configuration"] == chosen != "base"
+    assert choice["reason"].endswith(reason)
+    assert "too few to judge by" in reason
+    assert "in doubt" in reason
+    assert shortfalls[chosen] < shortfalls["base"]
 
 
-def test_shortfalls_are_those_of_a_computation_by_hand(small_rules, tmp_path):
+def resampled(candidate: Settings, half: int, train: Split) -> masking.MaskedDataset:
+    """Some images of a half, resampled by the masks of a candidate."""
+    settings = selection.of_half(candidate, half)
+    tuned = experiment.masktune(settings, experiment.base_model(settings, train), train)
+    generator = torch.Generator().manual_seed(candidate.seed)
+    sample = torch.randperm(len(train), generator=generator)[: selection.SAMPLE]
+    masks = tuned.masked.own_masks[sample]
+    return masking.MaskedDataset(train[sample], masks, "resample", candidate.seed)
+
+
+def networks_of(candidates: list[Settings], half: int) -> dict[str, torch.nn.Module]:
+    """The saved networks of a half, ERM's among them."""
+    of_half = selection.of_half(candidates[0], half)
+    paths = {"base": of_half.checkpoint_path("base")}
+    for candidate in candidates:
+        of_half = selection.of_half(candidate, half)
+        path = of_half.checkpoint_path(of_half.configuration)
+        paths[candidate.configuration] = path
+    return {name: store.load_checkpoint(path).model for name, path in paths.items()}
+
+
+@with_small_rules
+def test_shortfalls_are_those_of_a_computation_by_hand(tmp_path):
     settings, sets = with_base(tmp_path)
-    listed = selection.candidates(settings, len(sets.train))[1:]
-    selection.choose(listed)
-    names = ["base", *(candidate.configuration for candidate in listed)]
-    worst = pd.DataFrame(0.0, index=names, columns=names[1:])
+    candidates = selection.candidates(settings, len(sets.train))[1:]
+    selection.choose(candidates)
+    names = names_of(candidates)
+    worst = pd.DataFrame(0.0, index=["base", *names], columns=names)
     halves = data.stratified_halves(sets.train.labels, settings.seed)
     for half, other in ((0, 1), (1, 0)):
-        train = sets.train[halves[half]]
-        generator = torch.Generator().manual_seed(settings.seed)
-        sample = torch.randperm(len(train), generator=generator)[: selection.SAMPLE]
-        for candidate in listed:
-            of_half = selection.of_half(candidate, half)
-            tuned = experiment.masktune(
-                of_half, experiment.base_model(of_half, train), train
-            )
-            masks = tuned.masked.own_masks[sample]
-            images = masking.MaskedDataset(
-                train[sample], masks, "resample", settings.seed
-            )
-            for name in names:
-                of_other = selection.of_half(candidate, other)
-                if name != "base":
-                    same = {one.configuration: one for one in listed}[name]
-                    name_of_half = selection.of_half(same, other).configuration
-                path = of_other.checkpoint_path(
-                    "base" if name == "base" else name_of_half
-                )
-                network = store.load_checkpoint(path).model
-                metrics = evaluation.metrics(
-                    evaluation.predict(network, images), images.labels
-                )
-                worst.loc[name, candidate.configuration] += (
-                    min(metrics["class_accuracy"]) / 2
-                )
+        networks = networks_of(candidates, other)
+        for candidate in candidates:
+            images = resampled(candidate, half, sets.train[halves[half]])
+            for name, network in networks.items():
+                logits = evaluation.predict(network, images)
+                metrics = evaluation.metrics(logits, images.labels)
+                worst_class = min(metrics["class_accuracy"])
+                worst.loc[name, candidate.configuration] += worst_class / 2
     expected = (worst.max() - worst).max(axis=1)
-    assert selection.resampled_shortfalls(listed) == pytest.approx(expected.to_dict())
+    shortfalls = selection.resampled_shortfalls(candidates)
+    assert shortfalls == pytest.approx(expected.to_dict())
 
 
-def test_by_shortfalls_erm_is_kept_only_if_no_candidate_falls_behind_less():
+@pytest.mark.parametrize(
+    ("shortfalls", "expected"),
+    [
+        ({"base": 0.4, "a": 0.05, "b": 0.055}, "b"),  # it hides less
+        ({"base": 0.4, "a": 0.05, "b": 0.2}, "a"),
+        ({"base": 0.02, "a": 0.05, "b": 0.2}, "base"),
+    ],
+)
+def test_by_shortfalls_erm_is_kept_only_if_no_candidate_falls_behind_less(
+    shortfalls, expected
+):
     judged = {"a": row(0, 999, 0.3), "b": row(0, 999, 0.1)}
-    chosen, reason = selection.by_shortfalls(
-        judged, {"base": 0.4, "a": 0.05, "b": 0.055}
-    )
-    assert (
-        chosen == "b"
-        and "rule 0.1 is at most 6 points behind the best, and ERM 40" in reason
-    )
-    assert selection.by_shortfalls(judged, {"base": 0.4, "a": 0.05, "b": 0.2})[0] == "a"
-    assert (
-        selection.by_shortfalls(judged, {"base": 0.02, "a": 0.05, "b": 0.2})[0]
-        == "base"
-    )
+    chosen, reason = selection.by_shortfalls(judged, shortfalls)
+    assert chosen == expected
+    if chosen == "b":
+        assert "rule 0.1 is at most 6 points behind the best, and ERM 40" in reason
 
 
+@with_small_rules
 def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
-    small_rules, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
     settings, sets = with_base(tmp_path)
-    listed = selection.candidates(settings, len(sets.train))
-    calls, predict = [], selection.predict_held_out
-    monkeypatch.setattr(
-        selection, "predict_held_out", lambda *given: calls.append(1) or predict(*given)
-    )
-    first = selection.choose(listed)
-    assert selection.choose(listed) == first and len(calls) == 1
-    few = selection.choose(listed[:2])
-    assert [*few["candidates"]] == [candidate.configuration for candidate in listed[:2]]
+    candidates = selection.candidates(settings, len(sets.train))
+    made = []
+    predict = selection.predict_held_out
+
+    def counted(candidates, jobs, retrain):
+        made.append(names_of(candidates))
+        return predict(candidates, jobs, retrain)
+
+    monkeypatch.setattr(selection, "predict_held_out", counted)
+    first = selection.choose(candidates)
+    assert selection.choose(candidates) == first
+    assert made == [names_of(candidates)]
+    of_two = selection.choose(candidates[:2])
+    assert [*of_two["candidates"]] == made[1] == names_of(candidates[:2])
     path = settings.folder("results") / "chosen.json"
-    path.write_text(json.dumps(few | {"base_sha256": "of another base model"}))
+    path.write_text(json.dumps(of_two | {"base_sha256": "of another base model"}))
     assert results.collect(str(tmp_path))["chosen"].isna().all()
-    selection.choose(listed[:2])
-    assert len(calls) == 3
+    selection.choose(candidates[:2])
+    assert len(made) == 3
 
 
-def test_a_choice_that_is_killed_goes_on(small_rules, tmp_path):
-    settings, sets = with_base(tmp_path / "undisturbed")
-    expected = selection.choose(selection.candidates(settings, len(sets.train)))
-    settings, sets = with_base(tmp_path / "killed")
-    code = f"""
+CHOOSE = """
 from masktune_utils import selection
 from masktune_utils.settings import Settings
-selection.RULES, selection.MOST_EPOCHS = {RULES}, 2
-settings = Settings(**{SMALL}, directory={str(tmp_path / "killed")!r})
+selection.RULES = {rules}
+selection.MOST_EPOCHS = 2
+settings = Settings(**{values})
 selection.choose(selection.candidates(settings, 400))
 """
+
+
+@with_small_rules
+def test_a_choice_that_is_killed_goes_on(tmp_path):
+    settings, sets = with_base(tmp_path / "undisturbed")
+    expected = selection.choose(selection.candidates(settings, len(sets.train)))
+    killed = tmp_path / "killed"
+    settings, _ = with_base(killed)
+    code = CHOOSE.format(rules=RULES, values=dict(settings))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    tuned = "checkpoints/*half=0*/seed0/*finetuned*rounds=2*.pth"
-    while not [*(tmp_path / "killed").glob(tuned)]:
+    while not [*killed.glob("checkpoints/*half=0*/seed0/*finetuned*rounds=2*.pth")]:
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    before = {
-        path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/**/*.pth")
-    }
     assert not (settings.folder("results") / "chosen.json").exists()
-    found = selection.choose(selection.candidates(settings, len(sets.train)))
-    assert found["candidates"].keys() == expected["candidates"].keys()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len([*tmp_path.glob("killed/**/*.pth")]) > len(before)
+    before = {path: path.stat().st_mtime_ns for path in killed.rglob("*.pth")}
+    choice = selection.choose(selection.candidates(settings, len(sets.train)))
+    assert choice["candidates"].keys() == expected["candidates"].keys()
+    for path, written in before.items():
+        assert path.stat().st_mtime_ns == written
+    assert len([*killed.rglob("*.pth")]) > len(before)
 
 
 def test_a_candidate_in_words():
