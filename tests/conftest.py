@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def trained(splits) -> models.SmallCNN:
 def model(trained) -> models.SmallCNN:
     """The trained network, one copy for each test."""
     return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a disk, as root of a container has it")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -1,0 +1,100 @@
+"""The notebooks' own form; that they run is told by test_sweep.py and test_studies.py."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+
+from masktune_utils.runner import jobs
+from masktune_utils.settings import DEFAULTS, Settings
+
+PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
+MOST_CELLS = 25
+MOST_LINES = 20  # of a cell of code
+MOST_PARAMETERS = 12
+# Parameters of one notebook alone, and the beginning of their documentation.
+EXTRA = {
+    "05_plots": {
+        "base_model": "path of a checkpoint; empty: ",
+        "finetuned_model": "path of a checkpoint; empty: ",
+    }
+}
+# Defaults of notebooks that are not those of the settings.
+OTHER_DEFAULTS = {
+    "07_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
+    "08_alternatives": {"dataset": "mnist5k", "validation_share": 0.2},
+    "09_selective": {"dataset": "mnist5k", "validation_share": 0.2},
+    "10_your_own": {
+        "dataset": "folder",
+        "image_size": 64,
+        "model": "resnet18",
+        "epochs": 10,
+        "batch_size": 32,
+    },
+}
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def notebook(request) -> nbformat.NotebookNode:
+    """A notebook; `path`: its file; `code`: its cells of code, the parameters first."""
+    content = nbformat.read(request.param, as_version=4)
+    content.path = request.param
+    content.code = [cell for cell in content.cells if cell.cell_type == "code"]
+    return content
+
+
+def test_there_are_ten_in_an_order():
+    assert [path.stem[:3] for path in PATHS] == [f"{n:02}_" for n in range(1, 11)]
+
+
+def test_the_first_cell_of_code_has_the_parameters_and_no_other_has(notebook):
+    first, *others = notebook.code
+    assert first.metadata.tags == ["parameters"]
+    for cell in others:
+        assert "parameters" not in cell.metadata.get("tags", [])
+
+
+def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
+    counts = [cell.execution_count for cell in notebook.code]
+    assert counts == list(range(1, len(counts) + 1))
+    for cell in notebook.code:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+    assert not re.search("/(work|tmp|root|home)/", notebook.path.read_text())
+    assert notebook.path.stat().st_size < 1_000_000
+
+
+def test_notebooks_are_short(notebook):
+    assert len(notebook.cells) <= MOST_CELLS
+    for cell in notebook.code:
+        assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
+
+
+def test_no_notebook_needs_the_runner(notebook):
+    for cell in notebook.code:
+        assert "masktune_utils.runner" not in cell.source
+        assert not re.search(r"import\b.*\brunner\b", cell.source)
+
+
+def test_parameters_are_few_literals_with_default_and_documentation(notebook):
+    stem = notebook.path.stem
+    defaults = DEFAULTS | OTHER_DEFAULTS.get(stem, {})
+    documentation = EXTRA.get(stem, {})
+    lines = notebook.code[0].source.splitlines()
+    assert len(lines) <= MOST_PARAMETERS
+    assigned = []
+    for line in lines:
+        name, value, text = re.fullmatch(r"(\w+) = (.+?)  # (.+)", line).groups()
+        assigned.append(name)
+        if name in documentation:
+            assert value == '""'
+            assert text.startswith(documentation[name])
+        else:
+            # by its text, since 1 == 1.0 == True
+            assert repr(ast.literal_eval(value)) == repr(defaults[name])
+            assert text == Settings.model_fields[name].description
+    assert len({*assigned}) == len(assigned)
+    assert "directory" in assigned
+    assert documentation.keys() <= {*assigned}

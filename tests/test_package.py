@@ -1,0 +1,79 @@
+"""The package as a whole: the order of its modules, and a repository that is read only."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from masktune_utils import evaluation, store
+from masktune_utils.settings import REPOSITORY, Settings
+
+PACKAGE = REPOSITORY / "masktune_utils"
+# A module imports only from those before it.
+ORDER = ["progress", "settings", "models", "images", "data", "shortcuts", "training"]
+ORDER += ["saliency", "masking", "store", "evaluation", "results", "experiment"]
+ORDER += ["selection", "plotting"]
+ORDER += ["runner.grids", "runner.kernels", "runner.jobs", "runner.command"]
+
+
+def name_of(path: Path) -> str:
+    """Name of a module in the package, such as `runner.jobs`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules of the package that a module imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert "masktune_utils" not in ast.unparse(node)  # from … import is used
+        elif isinstance(node, ast.ImportFrom) and "masktune_utils" in node.module:
+            _, _, module = node.module.partition(".")
+            for alias in node.names:
+                inside = f"{module}.{alias.name}".strip(".")
+                names.add(inside if inside in ORDER else module)
+    return names
+
+
+def test_the_order_of_the_modules_lists_them_all():
+    paths = [path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    assert {name_of(path) for path in paths} == {*ORDER}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_no_module_imports_one_that_comes_after_it(name):
+    path = PACKAGE / f"{name.replace('.', '/')}.py"
+    assert imported(path) <= {*ORDER[: ORDER.index(name)]}
+
+
+EVALUATE = """
+import sys
+from masktune_utils import settings
+print(settings.REPOSITORY)
+from masktune_utils import evaluation
+report = evaluation.evaluate_checkpoint(sys.argv[1], dataset="mnist5k")
+print(report["worst_group"])
+"""
+
+
+def test_a_checkpoint_is_evaluated_from_a_repository_that_is_read_only(disk, model):
+    repository = disk / "repository"
+    shutil.copytree(PACKAGE, repository / "masktune_utils")
+    path = repository / "saved.pth"
+    identity = Settings(dataset="mnist5k").identity(base=True)
+    store.save_checkpoint(path, model, identity, [])
+    expected = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (repository / "new").touch()
+    process = subprocess.run(
+        [sys.executable, "-c", EVALUATE, str(path)],
+        cwd=repository,  # from where the package is imported then
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.split() == [str(repository), str(expected["worst_group"])]
