@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import outcome
+from conftest import TINY, outcome
 from tiny_runs import contents, masktune
 
 from masktune_utils import experiment, plotting, shortcuts, store
@@ -20,48 +21,59 @@ from masktune_utils.settings import Settings
 
 pytest_plugins = ["tiny_runs"]
 PROCESSES = multiprocessing.get_context("forkserver")
-SLOW = [
+SLOW_TO_IMPORT = [
+    "masktune_utils.runner.command",
     "sklearn.metrics",
     "torch._dynamo",
     "matplotlib.backends.backend_agg",
-]  # to import
-PROCESSES.set_forkserver_preload(["masktune_utils.sweep", *SLOW])
-WRITES = ["CNN_checkpoint_base.pth", "base.json", "CNN_saliency_XGradCAM.pth"]
-WRITES += ["CNN_checkpoint_finetuned_top_k_0.1.pth", "top_k_0.1.json", "picture.png"]
+]
+PROCESSES.set_forkserver_preload(SLOW_TO_IMPORT)
+WRITES = [  # in their order
+    "CNN_checkpoint_base.pth",
+    "base.json",
+    "CNN_saliency_XGradCAM.pth",
+    "CNN_checkpoint_finetuned_top_k_0.1.pth",
+    "top_k_0.1.json",
+    "picture.png",
+]
 
 
 def pipeline(directory: Path) -> None:
     """What the notebooks write, in their order."""
     torch.set_num_threads(1)
-    settings = Settings(
-        directory=str(directory), dataset="mnist5k", limit=200, epochs=1
-    )
+    settings = Settings(**TINY, directory=str(directory))
     sets = shortcuts.load(settings)
     base = experiment.base_model(settings, sets.train)
     experiment.record(base, sets)
     tuned = experiment.masktune(settings, base, sets.train)
     experiment.record(tuned, sets)
-    pictures = {"masked": tuned.masked.batch(slice(0, 2))[0]}
-    plotting.show(plotting.grid(pictures), settings, "picture")
+    images, _ = tuned.masked.batch(slice(0, 2))
+    plotting.show(plotting.grid({"masked": images}), settings, "picture")
 
 
-def disturbed(directory: Path, event: str, name: str, fault) -> None:
-    """The pipeline, with a fault at the first event of Python's audit that names a file.
-
-    The number of the system's error that ends it is the exit code.
-    """
-    happened = []
-
-    def watch(now: str, arguments: tuple) -> None:
-        if now == event and not happened and name in str(arguments[0]):
-            happened.append(name)
-            fault(directory)
-
-    sys.addaudithook(watch)
+def pipeline_with_exit_code(directory: Path) -> None:
+    """The pipeline; the number of the system's error that ends it is the exit code."""
     try:
         pipeline(directory)
     except OSError as error:
         sys.exit(error.errno)
+
+
+def disturbed(
+    directory: Path, event: str, name: str, fault: Callable[[Path], None]
+) -> None:
+    """The pipeline, with a fault at the first event of Python's audit on a file."""
+    happened = []
+
+    def watch(current_event: str, arguments: tuple) -> None:
+        if current_event != event or happened:
+            return
+        if name in str(arguments[0]):
+            happened.append(name)
+            fault(directory)
+
+    sys.addaudithook(watch)
+    pipeline_with_exit_code(directory)
 
 
 def kill(_directory: Path) -> None:
@@ -73,11 +85,15 @@ def stop_at_a_thousand_bytes(_directory: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
+def remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
+
+
 def lock(disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    remount(disk, "ro")
 
 
-def in_process(target, *arguments: object) -> int:
+def in_process(target: Callable, *arguments: object) -> int:
     """Exit code of a process of its own."""
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()
@@ -95,71 +111,62 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(whole) -> dict[str, object]:
-    found = outcome(whole)
-    assert found.keys() == set(WRITES)
-    return found
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 64 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip(
-            "needs the right to mount a tmpfs: run the tests as root of a container"
-        )
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    """What that run leaves."""
+    left = outcome(whole)
+    assert left.keys() == {*WRITES}
+    return left
 
 
 def fill(disk: Path, free: int) -> None:
-    (disk / "filler").unlink(missing_ok=True)
-    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - free))
+    """Leave so many bytes free."""
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - free))
 
 
 def test_killed_during_each_write(undisturbed, tmp_path):
     """One directory, twelve faults, one after the other."""
-    for number, name in enumerate(WRITES):
-        half_written = "open", f"/.{name}.", stop_at_a_thousand_bytes
-        not_in_place = "os.rename", f"/.{name}.", kill
-        for fault, code in {
-            half_written: signal.SIGXFSZ,
-            not_in_place: signal.SIGKILL,
-        }.items():
-            assert in_process(disturbed, tmp_path, *fault) == -code
-            assert outcome(tmp_path) == {
-                whole: undisturbed[whole] for whole in WRITES[:number]
-            }
+    before = {}
+    for name in WRITES:
+        half_written = ("open", f"/.{name}.", stop_at_a_thousand_bytes)
+        assert in_process(disturbed, tmp_path, *half_written) == -signal.SIGXFSZ
+        assert outcome(tmp_path) == before
+        not_in_place = ("os.rename", f"/.{name}.", kill)
+        assert in_process(disturbed, tmp_path, *not_in_place) == -signal.SIGKILL
+        assert outcome(tmp_path) == before
+        before[name] = undisturbed[name]
     assert in_process(pipeline, tmp_path) == 0
     assert outcome(tmp_path) == undisturbed
 
 
 def test_disk_full_at_each_write(disk, whole, undisturbed):
-    sizes = {
-        path.name: -(-path.stat().st_size // 4096) * 4096 for path in whole.rglob("*.*")
-    }
-    for number in range(len(WRITES)):
-        shutil.rmtree(disk / "run", ignore_errors=True)
-        before = WRITES[:number]
-        fill(disk, sum(sizes[name] for name in before))
-        assert in_process(disturbed, disk / "run", "", "", None) == errno.ENOSPC
-        assert outcome(disk / "run") == {name: undisturbed[name] for name in before}
-        assert not list(
-            disk.glob("run/**/.*")
-        )  # no half file, which would fill it further
+    sizes = {}  # in whole pages
+    for path in whole.rglob("*.*"):
+        sizes[path.name] = -(-path.stat().st_size // 4096) * 4096
+    directory = disk / "run"
+    before = {}
+    for name in WRITES:
+        shutil.rmtree(directory, ignore_errors=True)
+        fill(disk, free=sum(sizes[written] for written in before))
+        code = in_process(pipeline_with_exit_code, directory)
+        assert code == errno.ENOSPC
+        assert outcome(directory) == before
+        # no half file, which would fill it further
+        assert not list(directory.glob("**/.*"))
+        before[name] = undisturbed[name]
     (disk / "filler").unlink()
-    assert in_process(pipeline, disk / "run") == 0
-    assert outcome(disk / "run") == undisturbed
+    assert in_process(pipeline, directory) == 0
+    assert outcome(directory) == undisturbed
 
 
 def test_permission_lost_midway(disk, undisturbed):
-    assert in_process(disturbed, disk, "open", f"/{WRITES[0]}", lock) == errno.EROFS
-    assert outcome(disk) == {WRITES[0]: undisturbed[WRITES[0]]}
-    with pytest.raises(ValueError, match=f"directory is '{disk}'; allowed: a folder to write to"):
+    first = WRITES[0]
+    assert in_process(disturbed, disk, "open", f"/{first}", lock) == errno.EROFS
+    assert outcome(disk) == {first: undisturbed[first]}
+    message = f"directory is '{disk}'; allowed: a folder to write to"
+    with pytest.raises(ValueError, match=message):
         store.check_writable(str(disk))
-    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    remount(disk, "rw")
     assert in_process(pipeline, disk) == 0
     assert outcome(disk) == undisturbed
 
@@ -167,11 +174,14 @@ def test_permission_lost_midway(disk, undisturbed):
 def test_the_clock_is_set_back(whole, undisturbed, tmp_path):
     """Files are then of the future."""
     directory = shutil.copytree(whole, tmp_path / "copy")
-    checkpoints = list(directory.glob("checkpoints/**/*.pth"))
+    future = 4e9
     for path in directory.rglob("*"):
-        os.utime(path, (4e9, 4e9))
+        os.utime(path, (future, future))
     assert in_process(pipeline, directory) == 0
-    assert {path.stat().st_mtime for path in checkpoints} == {4e9}
+    checkpoints = list(directory.glob("checkpoints/**/*.pth"))
+    assert len(checkpoints) == 3
+    for path in checkpoints:
+        assert path.stat().st_mtime == future
     assert outcome(directory) == undisturbed
 
 
@@ -187,15 +197,13 @@ def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
 
 def test_disk_full_during_a_sweep(directory, disk, capfd):
     """What is there stays whole, and no half file is left."""
-    shutil.copytree(directory, disk / "run")
-    for path in disk.rglob("*top_k_0.1*"):
+    copy = shutil.copytree(directory, disk / "run")
+    for path in copy.rglob("*top_k_0.1*"):
         path.unlink()
-    fill(disk, 100_000)
-    assert masktune(disk / "run", "--param", "0.1") == 1
+    fill(disk, free=100_000)
+    assert masktune(copy, "--param", "0.1") == 1
     error = capfd.readouterr().err
-    assert (
-        "failed: 04_finetune_sweep_top_k_0.1, seed 0: OSError: [Errno 28] No space"
-        in error
-    )
-    assert contents(disk / "run").items() <= contents(directory).items()
-    assert not list(disk.glob("run/**/.*"))
+    message = "04_finetune_sweep_top_k_0.1, seed 0: OSError: [Errno 28] No space"
+    assert f"failed: {message}" in error
+    assert contents(copy).items() <= contents(directory).items()
+    assert not list(copy.glob("**/.*"))
