@@ -1,6 +1,8 @@
-"""The formulas of notebook 08 against hand computations, and notebooks 07 to 10 on tiny data."""
+"""The formulas of notebook 08 against hand computations; 07 to 10 on tiny data."""
 
 import ast
+from collections.abc import Callable
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -9,6 +11,7 @@ import papermill
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -16,95 +19,113 @@ from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
 
 
-def functions(stem: str, *names: str) -> list:
-    """Functions that a notebook defines; nothing else of it is executed."""
-    cells = nbformat.read(jobs.NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells
+def function(name: str) -> Callable:
+    """A function that notebook 08 defines; nothing else of it is executed."""
+    path = jobs.NOTEBOOKS / "08_alternatives.ipynb"
+    cells = nbformat.read(path, as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    found = [
-        node for node in ast.parse(code).body if getattr(node, "name", None) in names
+    (definition,) = [
+        node
+        for node in ast.parse(code).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
     ]
-    space = {"torch": torch, "F": F, "count": 2}
-    exec(compile(ast.Module(found, []), stem, "exec"), space)  # noqa: S102
-    return [space[name] for name in names]
+    namespace = {"torch": torch, "F": F, "num_classes": 2}
+    exec(ast.unparse(definition), namespace)
+    return namespace[name]
 
 
 def test_generalized_cross_entropy_has_the_gradient_of_its_formula():
-    (loss,) = functions("08_alternatives", "generalized_cross_entropy")
-    logits, labels = (
-        torch.randn(7, 2, dtype=torch.double, requires_grad=True),
-        torch.arange(7) % 2,
-    )
-    loss(logits, labels).sum().backward()
-    found, logits.grad = logits.grad, None
-    own = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-    (
-        (1 - own**0.7) / 0.7
-    ).sum().backward()  # the paper's; the authors' code has 0.7 times it
-    torch.testing.assert_close(found, 0.7 * logits.grad)
+    loss = function("generalized_cross_entropy")
+    labels = torch.arange(7) % 2
+    logits = torch.randn(7, 2, dtype=torch.double, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), logits)
+    probability = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    of_the_paper = (1 - probability**0.7) / 0.7
+    (expected,) = torch.autograd.grad(of_the_paper.sum(), logits)
+    torch.testing.assert_close(gradient, 0.7 * expected)  # as in the authors' code
 
 
 def test_difficulty_is_the_share_of_the_biased_network():
-    (difficulty,) = functions("08_alternatives", "difficulty")
-    found = difficulty(torch.tensor([0.3, 0.0, 0.0]), torch.tensor([0.1, 0.5, 0.0]))
-    assert found.tolist() == pytest.approx([0.75, 0.0, 0.0], abs=1e-6)
+    difficulty = function("difficulty")
+    biased_losses = torch.tensor([0.3, 0.0, 0.0])
+    losses = torch.tensor([0.1, 0.5, 0.0])
+    shares = difficulty(biased_losses, losses).tolist()
+    assert shares == pytest.approx([0.75, 0.0, 0.0], abs=1e-6)
 
 
 def test_groupdro_means_and_weights_are_those_of_the_formula():
-    losses, weights = functions("08_alternatives", "group_losses", "group_weights")
-    found = losses(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 3]))
-    assert found.tolist() == [2.0, 0.0, 0.0, 5.0]
-    q = weights(torch.full((4,), 0.25), found)
-    raw = torch.tensor([2.0, 0.0, 0.0, 5.0]).mul(0.01).exp() / 4
-    torch.testing.assert_close(q, raw / raw.sum())
+    losses = torch.tensor([1.0, 3.0, 5.0])
+    groups = torch.tensor([0, 0, 3])
+    means = function("group_losses")(losses, groups)
+    assert means.tolist() == [2.0, 0.0, 0.0, 5.0]
+    weights = function("group_weights")(torch.full((4,), 0.25), means)
+    grown = torch.tensor([2.0, 0.0, 0.0, 5.0]).mul(0.01).exp() / 4
+    torch.testing.assert_close(weights, grown / grown.sum())
 
 
 def test_jtt_weighs_what_is_wrong_as_in_the_paper():
-    (error_weights,) = functions("08_alternatives", "error_weights")
-    wrong, losses = (
-        torch.tensor([False, True, False, True]),
-        torch.tensor([1.0, 2.0, 3.0, 4.0]),
-    )
-    objective = (
-        20 * losses[wrong].sum() + losses[~wrong].sum()
-    )  # its equation 2, times N
-    assert (error_weights(wrong, 20) * losses).sum() == objective
+    is_wrong = torch.tensor([False, True, False, True])
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    weights = function("error_weights")(is_wrong, 20)
+    # the paper's equation 2, times the number of images
+    objective = 20 * losses[is_wrong].sum() + losses[~is_wrong].sum()
+    assert (weights * losses).sum() == objective
 
 
-def test_dfr_averages_regressions_on_groups_of_equal_size():
-    balanced, last_layer = functions("08_alternatives", "balanced", "last_layer")
+def test_dfr_takes_equally_many_images_of_each_group():
     members = [torch.arange(0, 30), torch.arange(30, 37), torch.arange(37, 60)]
-    index = balanced(members, torch.Generator().manual_seed(0))
-    assert [len({*some.tolist()} & {*index.tolist()}) for some in members] == [7, 7, 7]
+    index = function("balanced")(members, torch.Generator().manual_seed(0))
+    for group in members:
+        assert torch.isin(group, index).sum() == 7
+    assert len(index) == len(index.unique()) == 21
+
+
+def test_dfr_averages_its_regressions():
     rng = np.random.default_rng(0)
-    inputs, labels = 3 * rng.normal(size=(60, 5)) + 2, np.arange(60) % 2
+    inputs = 3 * rng.normal(size=(60, 5)) + 2
+    labels = np.arange(60) % 2
     scaler = StandardScaler().fit(inputs)
     scaled = scaler.transform(inputs)
-    fits = [
-        LogisticRegression(C=c).fit(scaled + labels[:, None], labels) for c in (0.1, 1)
-    ]
-    weight, bias = last_layer(fits, scaler)
+    regressions = []
+    for strength in (0.1, 1):
+        regression = LogisticRegression(C=strength)
+        regressions.append(regression.fit(scaled + labels[:, None], labels))
+    weight, bias = function("last_layer")(regressions, scaler)
     logits = torch.tensor(inputs) @ weight.T + bias
-    mean = sum(one.decision_function(scaled) for one in fits) / 2
-    assert (logits[:, 1] - logits[:, 0]).numpy() == pytest.approx(mean)
+    difference = (logits[:, 1] - logits[:, 0]).numpy()
+    scores = [regression.decision_function(scaled) for regression in regressions]
+    assert difference == pytest.approx(np.mean(scores, axis=0))
 
 
-@pytest.mark.parametrize("stem", ["07_limits", "08_alternatives", "09_selective"])
-def test_the_studies_run_on_tiny_data(stem, tmp_path_factory):
-    directory = tmp_path_factory.getbasetemp() / "studies"
-    given = {"dataset": "mnist5k", "limit": 200, "epochs": 1, "batch_size": 20}
-    given |= {} if stem == "07_limits" else {"validation_share": 0.2}
-    (job,) = jobs.make_stage(stem, [Settings(**given, directory=str(directory))])
-    assert job.run(2) == (job, None)
-    found = pd.read_csv(job.settings.folder("results") / f"{stem}.csv")
-    assert found["seed"].eq(0).all() and len(found) > 4
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A directory, in which 09 finds the base model of 08."""
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.mark.parametrize(
+    ("stem", "validation_share"),
+    [("07_limits", 0.0), ("08_alternatives", 0.2), ("09_selective", 0.2)],
+)
+def test_the_studies_run_on_tiny_data(stem, validation_share, shared):
+    settings = Settings(
+        **TINY, validation_share=validation_share, directory=str(shared)
+    )
+    (job,) = jobs.make_stage(stem, [settings])
+    assert job.run(threads=1) == (job, None)
+    table = pd.read_csv(job.settings.folder("results") / f"{stem}.csv")
+    assert table["seed"].eq(0).all()
+    assert len(table) > 4
 
 
 def test_notebook_10_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
     values = {"directory": str(tmp_path), "limit": 40, "epochs": 1}
-    source, target = jobs.NOTEBOOKS / "10_your_own.ipynb", tmp_path / "copy.ipynb"
+    source = jobs.NOTEBOOKS / "10_your_own.ipynb"
+    target = tmp_path / "copy.ipynb"
     papermill.execute_notebook(source, target, values, progress_bar=False)
     (file,) = tmp_path.glob("results/folder-watermark-train*/seed0/10_your_own.csv")
-    found = pd.read_csv(file).set_index("model")
-    assert [*found.index] == ["ERM", "chosen", "oracle"]
-    groups = found[["rare", "usual"]]
-    assert groups.map(lambda share: 0 <= share <= 1).all(None)
+    table = pd.read_csv(file).set_index("model")
+    assert [*table.index] == ["ERM", "chosen", "oracle"]
+    shares = table[["rare", "usual"]].to_numpy()
+    assert shares.min() >= 0
+    assert shares.max() <= 1
