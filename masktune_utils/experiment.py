@@ -138,7 +138,11 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
 
 
 def finetuned_model(
-    settings: Settings, base: Trained, masked: MaskedDataset, retrain: bool = False
+    settings: Settings,
+    base: Trained,
+    masked: MaskedDataset,
+    retrain: bool = False,
+    start: Trained | None = None,
 ) -> Trained:
     """The base model after fine-tuning on the masked images (in the paper, one epoch).
 
@@ -147,6 +151,7 @@ def finetuned_model(
         base: the ERM model; it is left as it is.
         masked: the masked training set.
         retrain: fine-tune and save it again in any case.
+        start: the model that is fine-tuned, if not the base model.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings
@@ -158,7 +163,7 @@ def finetuned_model(
     device = masked.labels.device
     seconds = None
     if retrain or not path.exists():
-        model = copy.deepcopy(base.model)
+        model = copy.deepcopy((start or base).model)
         history = training.train(model, masked, **settings.finetuning)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
@@ -212,7 +217,7 @@ def masktune(
 
     With `cross_fit`, the masks are those of two base models, each trained on half of
     the images, and each masking its own half; no map of the base model itself is
-    needed.
+    needed. With `start_half`, one of these two is fine-tuned, on all images.
 
     Args:
         settings: the experiment.
@@ -227,18 +232,19 @@ def masktune(
     if not settings.cross_fit:
         return list(masktune_rounds(settings, base, train, retrain))[-1]
     parts = data.stratified_halves(train.labels, settings.seed)
-    masks = []
+    bases, masks = [], []
     for half, index in enumerate(parts):
-        settings_of_half = settings.replace(half=half, cross_fit=False, repeat=0)
+        of_half = settings.of_half(half)
         images = train[index]
-        base_of_half = base_model(settings_of_half, images)
-        tuned = list(masktune_rounds(settings_of_half, base_of_half, images))[-1]
+        bases.append(base_model(of_half, images))
+        tuned = list(masktune_rounds(of_half, bases[-1], images))[-1]
         masks.append(tuned.masked.own_masks)
     # from the order of the halves to that of the images
     order = torch.cat(parts).argsort().to(train.labels.device)
     own_masks = torch.cat(masks)[order]
-    masked = MaskedDataset(train, own_masks, settings.fill, settings.finetune_seed)
-    return finetuned_model(settings, base, masked, retrain)
+    masked = MaskedDataset(train, own_masks, settings.fill, settings.seed)
+    start = None if settings.start_half is None else bases[settings.start_half]
+    return finetuned_model(settings, base, masked, retrain, start)
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:

@@ -16,7 +16,7 @@ RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics
 CHOICE_KEYS = {
     "configuration",
     "candidate",
-    "repeat",
+    "start_half",
     "reason",
     "images",
     "mistakes",

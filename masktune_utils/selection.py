@@ -39,8 +39,12 @@ FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled then
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
-REPEATS = 3  # of the last fine-tuning, at most
-ENOUGH = 0.95  # score of a fine-tuning after which there is no other
+STARTS = (
+    None,
+    0,
+    1,
+)  # fine-tuned in the end: the base model of all images, or of a half
+ENOUGH = 0.95  # score of the first start that is taken without trying the others
 RULES = (  # fill, param of mean_std, dilation, rounds at most
     ("resample", 4.0, 3, 2),
     ("resample", 3.0, 4, 4),
@@ -121,7 +125,7 @@ def choose(
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept;
-        `candidate` and `repeat`, of which it is made; `reason`, in a few sentences;
+        `candidate` and `start_half`, of which it is made; `reason`, in a few sentences;
         `images` and `mistakes`, their numbers; `candidates`: for each what `judge` returns,
         and its `description` and `fill`; `base_sha256`.
     """
@@ -148,7 +152,7 @@ def choose(
     choice = {
         "configuration": chosen,
         "candidate": chosen,
-        "repeat": 0,
+        "start_half": None,
         "reason": f"{wrong} that it has not seen{reason}",
         "images": images,
         "mistakes": mistakes,
@@ -156,28 +160,31 @@ def choose(
         "base_sha256": base_sha256,
     }
     if chosen != "base" and mistakes >= FEW:
-        _choose_repeat(choice, candidates, held_out, retrain)
+        _choose_start(choice, candidates, held_out, retrain)
     results.write_json(path, choice)
     return choice
 
 
-def _choose_repeat(
+def _choose_start(
     choice: dict, candidates: Sequence[Settings], held_out: HeldOut, retrain: bool
 ) -> None:
-    """Add to a choice which of several fine-tunings is kept."""
-    scores = score_repeats(chosen_settings(choice, candidates), held_out, retrain)
-    choice["repeat"] = scores.index(max(scores))
+    """Add to a choice which base model is fine-tuned with the masks of the halves."""
+    scores = score_starts(chosen_settings(choice, candidates), held_out, retrain)
+    best = max(scores, key=scores.get)
+    choice["start_half"] = best
     choice["configuration"] = chosen_settings(choice, candidates).configuration
     if len(scores) > 1:
-        number = choice["repeat"] + 1
-        choice["reason"] += f" Of {len(scores)} fine-tunings, number {number} is kept."
+        of = "of all images" if best is None else f"of half {best}"
+        choice["reason"] += f" Of three base models, the one {of} is fine-tuned."
 
 
-def score_repeats(candidate: Settings, held_out: HeldOut, retrain: bool) -> list[float]:
-    """Fine-tune the base model with the images in one order after the other.
+def score_starts(
+    candidate: Settings, held_out: HeldOut, retrain: bool
+) -> dict[int | None, float]:
+    """Fine-tune one base model after the other with the masks of the halves.
 
-    Where masks leave some of the shortcut, it depends on the order how far a network
-    takes it up again. What was ERM's mistake tells, even of images that were seen masked.
+    Where these leave some of the shortcut, networks differ in how far they take it up
+    again. What was ERM's mistake tells, although it was seen in training, masked.
 
     Args:
         candidate: the chosen one.
@@ -185,23 +192,23 @@ def score_repeats(candidate: Settings, held_out: HeldOut, retrain: bool) -> list
         retrain: fine-tune again in any case.
 
     Returns:
-        The scores, see `judge`, on the training images, which are not masked then; at most
-        `REPEATS`, and none after one that is `ENOUGH`.
+        One of the `STARTS` → the score, see `judge`, on the training images, which are
+        not masked then. There is no other after one that is `ENOUGH`.
     """
     train = shortcuts.load(candidate).train
     base = experiment.base_model(candidate, train)
     halves = data.stratified_halves(train.labels, candidate.seed)
     order = torch.cat([halves[1], halves[0]])  # of what the halves have predicted
     is_mistake = held_out.erm != held_out.labels
-    scores = []
-    for repeat in range(REPEATS):
-        settings = candidate.replace(repeat=repeat)
+    scores = {}
+    for start in STARTS:
+        settings = candidate.replace(start_half=start)
         tuned = experiment.masktune(settings, base, train, retrain)
         predictions = evaluation.predict(tuned.model, train).argmax(1)[order]
         is_right = (predictions == held_out.labels).double()
         cells = (is_right[is_mistake], is_right[~is_mistake])
-        scores.append(min(cell.mean().item() for cell in cells))
-        if scores[-1] >= ENOUGH:
+        scores[start] = min(cell.mean().item() for cell in cells)
+        if scores[start] >= ENOUGH:
             break
     return scores
 
@@ -215,7 +222,7 @@ def chosen_settings(choice: dict, candidates: Sequence[Settings]) -> Settings | 
     """
     for candidate in candidates:
         if candidate.configuration == choice["candidate"]:
-            return candidate.replace(repeat=choice["repeat"])
+            return candidate.replace(start_half=choice["start_half"])
     return None
 
 
@@ -254,12 +261,12 @@ def predict_held_out(
     base = candidates[0]
     parallel = Parallel(jobs, return_as="generator")
     of_erm = list(
-        parallel(delayed(_predict_erm)(of_half(base, half), retrain) for half in (0, 1))
+        parallel(delayed(_predict_erm)(base.of_half(half), retrain) for half in (0, 1))
     )
     tasks = list(product(chains(candidates), (0, 1)))
     chain_of_half = (
         delayed(_predict_chain)(
-            [of_half(candidate, half) for candidate in chain], retrain
+            [candidate.of_half(half) for candidate in chain], retrain
         )
         for chain, half in tasks
     )
@@ -278,11 +285,6 @@ def predict_held_out(
         {name: torch.cat(predicted[name]) for name in names},
         {name: sum(hidden[name]) / 2 for name in names},
     )
-
-
-def of_half(settings: Settings, half: int) -> Settings:
-    """The settings of a half's models, whose masks `cross_fit` hands over."""
-    return settings.replace(half=half, cross_fit=False)
 
 
 def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
@@ -445,9 +447,9 @@ def _networks_of_half(
 ) -> dict[str, nn.Module]:
     """The saved models of a half, by configuration; and its base model."""
     device = models.resolve_device(candidates[0].device)
-    paths = {"base": of_half(candidates[0], half).checkpoint_path("base")}
+    paths = {"base": candidates[0].of_half(half).checkpoint_path("base")}
     for candidate in candidates:
-        settings = of_half(candidate, half)
+        settings = candidate.of_half(half)
         paths[candidate.configuration] = settings.checkpoint_path(
             settings.configuration
         )
@@ -461,11 +463,11 @@ def _resampled_samples(
     candidates: Sequence[Settings], half: int
 ) -> Iterator[tuple[str, MaskedDataset]]:
     """For each candidate, some images of a half that are resampled by its masks."""
-    train = shortcuts.load(of_half(candidates[0], half)).train
+    train = shortcuts.load(candidates[0].of_half(half)).train
     generator = torch.Generator().manual_seed(candidates[0].seed)
     sample = torch.randperm(len(train), generator=generator)[:SAMPLE]
     for chain in chains(candidates):
-        settings_of_half = [of_half(candidate, half) for candidate in chain]
+        settings_of_half = [candidate.of_half(half) for candidate in chain]
         for candidate, tuned in zip(
             chain, _rounds(settings_of_half, train), strict=True
         ):

@@ -265,6 +265,12 @@ class Settings(BaseSettings):
         False,
         description="masks by two base models, each trained on half of the images",
     )
+    start_half: int | None = Field(
+        None,
+        description="with cross_fit, 0 or 1: fine-tune the base model of this half",
+        ge=0,
+        le=1,
+    )
     finetune_optimizer: Optimizer = Field("sgd", description="sgd or adam")
     finetune_lr: float | None = Field(
         None, description="None: last lr of the base model", ge=1e-8, le=10
@@ -278,9 +284,15 @@ class Settings(BaseSettings):
     finetune_epochs: int = Field(
         1, description="epochs of fine-tuning; the paper has 1", ge=1, le=10_000
     )
-    repeat: int = Field(
-        0, description="of fine-tuning, with the images in another order", ge=0, le=1000
-    )
+
+    @field_validator("start_half")
+    @classmethod
+    def _with_masks_of_halves(
+        cls, half: int | None, info: ValidationInfo
+    ) -> int | None:
+        if half is not None and not info.data.get("cross_fit"):
+            raise ValueError("None without cross_fit")
+        return half
 
     @field_validator("param")
     @classmethod
@@ -294,6 +306,10 @@ class Settings(BaseSettings):
     def configuration(self) -> str:
         """Name of the fine-tuned model: `{method}_{param}` and what is not the default."""
         return f"{self.method}_{self.param}{self._unusual(Settings.__annotations__)}"
+
+    def of_half(self, half: int) -> Self:
+        """The same for one of the two halves whose masks `cross_fit` hands over."""
+        return self.replace(half=half, cross_fit=False, start_half=None)
 
     @property
     def finetuning(self) -> dict[str, Any]:
@@ -310,14 +326,8 @@ class Settings(BaseSettings):
             "batch_size": self.finetune_batch_size or self.batch_size,
             "optimizer": self.finetune_optimizer,
             "schedule": self.finetune_schedule,
-            "seed": self.finetune_seed,
             "description": self.configuration,
         }
-
-    @property
-    def finetune_seed(self) -> int:
-        """Of the order of the images in fine-tuning, and of their partners."""
-        return self.seed + 1000 * self.repeat
 
     @property
     def mask_rule(self) -> dict[str, Any]:
@@ -328,7 +338,7 @@ class Settings(BaseSettings):
             "upsample": self.upsample,
             "dilation": self.dilation,
             "fill": self.fill,
-            "seed": self.finetune_seed,
+            "seed": self.seed,
         }
 
 
