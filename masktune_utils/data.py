@@ -70,12 +70,12 @@ class Split:
             or labels.dtype != torch.int64
             or len(lengths) > 1
         ):
-            given = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}"
+            problem = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}"
             allowed = (
                 "N×C×H×W, uint8 or floating point from 0 to 1, with N int64 labels"
             )
             raise ValueError(
-                f"images are {given}, labels {labels}; allowed: {allowed}."
+                f"images are {problem}, labels {labels}; allowed: {allowed}."
             )
 
     def __len__(self) -> int:

@@ -98,25 +98,28 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
         and `worst_group` over both test sets together, whose images of class 0 are the
         same.
     """
-    logits = {name: None for name in sets.tests}
-    first = next(iter(logits))
-    logits[first] = predict(model, sets.tests[first])
-    if "biased" in logits:  # only the images of class 1 differ from the raw ones
-        is_changed = (sets.biased.images != sets.raw.images).flatten(1).any(1)
-        logits["biased"] = logits["raw"].clone()
-        logits["biased"][is_changed.cpu()] = predict(model, sets.biased[is_changed])
-    splits = dict(sets.tests)
-    if len(sets.validation):
-        splits["validation"] = sets.validation
-        logits["validation"] = predict(model, sets.validation)
+    raw_logits = predict(model, sets.raw)
     report = {}
-    for name, split in splits.items():
-        report[name] = metrics(logits[name], split.labels)
-        report[name]["groups"] = group_accuracy(logits[name], split)
-        report[name]["worst_group"] = min(report[name]["groups"].values())
     groups = {}
-    for name in sets.tests:
+    for name, split in sets.tests.items():
+        logits = raw_logits
+        if name == "biased":  # only some images of class 1 differ from the raw ones
+            is_changed = (sets.biased.images != sets.raw.images).flatten(1).any(1)
+            logits = raw_logits.clone()
+            logits[is_changed.cpu()] = predict(model, sets.biased[is_changed])
+        report[name] = _report(logits, split)
         groups.update(report[name]["groups"])
+    if len(sets.validation):
+        logits = predict(model, sets.validation)
+        report["validation"] = _report(logits, sets.validation)
+    report["groups"] = groups
+    report["worst_group"] = min(groups.values())
+    return report
+
+
+def _report(logits: Tensor, split: data.Split) -> dict[str, Any]:
+    groups = group_accuracy(logits, split)
+    report = metrics(logits, split.labels)
     report["groups"] = groups
     report["worst_group"] = min(groups.values())
     return report

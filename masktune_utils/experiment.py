@@ -326,6 +326,6 @@ def _measure(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         row["validation_worst_class"] = min(report["validation"]["class_accuracy"])
         row["validation_worst_group"] = report["validation"]["worst_group"]
     if trained.masked is not None:
-        for part, share in masking.hidden_shares(trained.masked).items():
-            row[f"hidden_{part}"] = share
+        for name, share in masking.hidden_shares(trained.masked).items():
+            row[f"hidden_{name}"] = share
     return row

@@ -24,13 +24,15 @@ def top_k(maps: Tensor, param: float) -> Tensor:
     """Hide where `s` exceeds its (1 − param) quantile: a share `param` of the pixels."""
     if not len(maps):  # quantile refuses an empty batch
         return maps > 0
-    limit = maps.flatten(-2).quantile(1 - param, dim=-1)
+    pixels = maps.flatten(-2)
+    limit = pixels.quantile(1 - param, dim=-1)
     return maps > limit[..., None, None]
 
 
 def mean(maps: Tensor, param: float) -> Tensor:
     """Hide where `s > param · mean(s)`."""
-    limit = param * maps.flatten(-2).mean(dim=-1)
+    pixels = maps.flatten(-2)
+    limit = param * pixels.mean(dim=-1)
     return maps > limit[..., None, None]
 
 
@@ -42,7 +44,8 @@ def mean_std(maps: Tensor, param: float) -> Tensor:
     pixels = maps.flatten(-2)
     positive = pixels.where(pixels > 0, torch.nan)
     center = positive.nanmean(dim=-1)
-    std = (positive - center[..., None]).square().nanmean(dim=-1).sqrt()
+    deviations = positive - center[..., None]
+    std = deviations.square().nanmean(dim=-1).sqrt()
     limit = center + param * std
     return maps > limit[..., None, None]
 
@@ -71,7 +74,10 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
 
 
 def random_patches(
-    count: int, share: float, seed: int, size: tuple[int, int]
+    count: int,
+    share: float,
+    seed: int,
+    size: tuple[int, int],
 ) -> Tensor:
     """Masks that depend on no map, as a control: square patches of random size and place.
 
@@ -88,7 +94,8 @@ def random_patches(
     height, width = size
     generator = torch.Generator().manual_seed(seed)
     area, row_place, column_place = torch.rand(3, count, 1, generator=generator)
-    side = (2 * share * area * height * width).sqrt().round()
+    pixels = 2 * share * area * height * width
+    side = pixels.sqrt().round()
     first_row = (row_place * (height - side + 1)).floor()
     first_column = (column_place * (width - side + 1)).floor()
     rows, columns = torch.arange(height), torch.arange(width)
@@ -107,12 +114,17 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
     """
     if maps.shape[-2:] == size:
         return maps.float()
+    batch_shape = maps.shape[:-2]
     flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
-    return F.interpolate(flat, size=size, mode=mode).reshape(*maps.shape[:-2], *size)
+    resized = F.interpolate(flat, size=size, mode=mode)
+    return resized.reshape(*batch_shape, *size)
 
 
 def apply_mask(
-    images: Tensor, mask: Tensor, upsample: str = "bilinear", fill: Tensor | None = None
+    images: Tensor,
+    mask: Tensor,
+    upsample: str = "bilinear",
+    fill: Tensor | None = None,
 ) -> Tensor:
     """Multiply images by 1 − mask, resized to them; and add mask · fill, if given.
 
@@ -127,7 +139,8 @@ def apply_mask(
         The masked images, of the same type.
     """
     size = tuple(images.shape[-2:])
-    hidden = resize(torch.as_tensor(mask), size, upsample).unsqueeze(-3)
+    resized = resize(torch.as_tensor(mask), size, upsample)
+    hidden = resized.unsqueeze(-3)  # the same in all channels
     masked = images * (1 - hidden)
     if fill is not None:
         masked = masked + fill * hidden
@@ -170,7 +183,8 @@ def image_masks(
     if pixels:
         # A maximum along the rows, then along the columns, is quick on a CPU.
         for _ in ("rows", "columns"):
-            neighbours = F.pad(mask, (pixels, pixels)).unfold(-1, 2 * pixels + 1, 1)
+            padded = F.pad(mask, (pixels, pixels))
+            neighbours = padded.unfold(-1, 2 * pixels + 1, 1)
             mask = neighbours.amax(-1).mT
     return mask
 
@@ -211,7 +225,8 @@ class MaskedDataset:
     def partners(self) -> Tensor:
         """Index of each image's partner, N: a permutation by `seed` and `epoch` alone."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return torch.randperm(len(self), generator=generator).to(self.labels.device)
+        partners = torch.randperm(len(self), generator=generator)
+        return partners.to(self.labels.device)
 
     def in_epoch(self, epoch: int) -> Self:
         """The same images with the partners of another epoch."""
@@ -219,11 +234,11 @@ class MaskedDataset:
 
     def masks(self, index: Tensor | slice) -> Tensor:
         """What is hidden, B×H×W, float32 in [0, 1]."""
-        own = self.own_masks[index].float()
-        if self.fill == "zero":
-            return own
-        of_partners = self.own_masks[self.partners[index]].float()
-        return torch.maximum(own, of_partners)
+        masks = self.own_masks[index].float()
+        if self.fill == "resample":
+            of_partners = self.own_masks[self.partners[index]].float()
+            masks = torch.maximum(masks, of_partners)
+        return masks
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
@@ -280,16 +295,16 @@ def mask_dataset(
         raise ValueError(
             f"{len(saliency_map)} maps; allowed: {len(split)}, one per image."
         )
-    soft = upsample == "bilinear" and method not in ("mean_std", "random")
+    is_soft = upsample == "bilinear" and method not in ("mean_std", "random")
     if method == "random":  # a patch is a map of the image's size
-        saliency_map = random_patches(len(split), param, seed, size).to(
-            split.labels.device
-        )
-        method, param = "threshold", 0.0
+        patches = random_patches(len(split), param, seed, size)
+        saliency_map = patches.to(split.labels.device)
+        method = "threshold"
+        param = 0.0
     parts = []
     for maps in saliency_map.split(1000):
         masks = image_masks(maps, size, method, param, upsample, dilation)
-        parts.append(masks if soft else masks.bool())
+        parts.append(masks if is_soft else masks.bool())
     own_masks = torch.cat(parts)
     if earlier is not None:
         own_masks = torch.maximum(own_masks, earlier.own_masks)
@@ -311,21 +326,21 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
             are NaN if no
         image has a shortcut.
     """
-    shares = {name: [] for name in ("shortcut", "rest", "digit", "shortcut_whole")}
-    for index in dataset.split.has_shortcut.nonzero()[:, 0].split(1000):
+    shares = {"shortcut": [], "rest": [], "digit": []}
+    with_shortcut = dataset.split.has_shortcut.nonzero()[:, 0]
+    for index in with_shortcut.split(1000):
         images = dataset.split[index]
         hidden = dataset.masks(index)
         inside = images.shortcut.float().expand_as(hidden)
         ink = images.images.sum(1, dtype=torch.float32) * (1 - inside)
-        for name, area in {
-            "shortcut": inside,
-            "rest": 1 - inside,
-            "digit": ink,
-        }.items():
-            share = (hidden * area).sum((1, 2)) / area.sum((1, 2))
-            shares[name].append(share.cpu())
-        shares["shortcut_whole"].append((shares["shortcut"][-1] > 0.99).float())
-    return {
-        name: torch.cat(parts or [torch.zeros(0)]).mean().item()
-        for name, parts in shares.items()
-    }
+        areas = {"shortcut": inside, "rest": 1 - inside, "digit": ink}
+        for name, area in areas.items():
+            hidden_area = (hidden * area).sum((1, 2))
+            share = hidden_area / area.sum((1, 2))
+            shares[name] += share.tolist()
+    is_whole = [float(share > 0.99) for share in shares["shortcut"]]
+    shares["shortcut_whole"] = is_whole
+    means = {}
+    for name, values in shares.items():
+        means[name] = torch.tensor(values).mean().item()
+    return means

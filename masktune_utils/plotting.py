@@ -28,7 +28,10 @@ COLORS = [
 
 
 def show(
-    figure: Figure, settings: Settings, name: str, seeds: Sequence[int] = ()
+    figure: Figure,
+    settings: Settings,
+    name: str,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Save a figure as PNG, with the name of its images and seeds, and display it.
 
@@ -38,24 +41,30 @@ def show(
         name: name of the file, without its suffix.
         seeds: the seeds shown, if not that of the experiment alone.
     """
-    seeds = sorted(seeds) or [settings.seed]
-    mark = f"{settings.experiment}, seed {', '.join(map(str, seeds))}"
-    figure.text(1, 0, mark, ha="right", va="top", fontsize=7, color="0.45")
+    shown_seeds = sorted(seeds) or [settings.seed]
+    numbers = ", ".join(map(str, shown_seeds))
+    mark = f"{settings.experiment}, seed {numbers}"
+    style = {"ha": "right", "va": "top", "fontsize": 7, "color": "0.45"}
+    figure.text(1, 0, mark, **style)
     path = settings.folder("figures") / f"{name}.png"
     buffer = BytesIO()
     figure.savefig(buffer, dpi=160, bbox_inches="tight")
-    store.write_bytes(path, buffer.getvalue())
-    display(Image(data=buffer.getvalue(), retina=True, alt=name))
+    png = buffer.getvalue()
+    store.write_bytes(path, png)
+    display(Image(data=png, retina=True, alt=name))
 
 
 def heat(maps: Tensor) -> Tensor:
     """Saliency maps, B×h×w in [0, 1], as pictures, B×3×h×w: the brighter, the more salient."""
-    colors = colormaps["magma"](maps.cpu().numpy())[..., :3]
-    return torch.from_numpy(colors).permute(0, 3, 1, 2)
+    magma = colormaps["magma"]
+    rgba = magma(maps.cpu().numpy())
+    return torch.from_numpy(rgba)[..., :3].permute(0, 3, 1, 2)
 
 
 def grid(
-    columns: dict[str, Tensor], row_titles: Sequence[str] = (), size: float = 1.1
+    columns: dict[str, Tensor],
+    row_titles: Sequence[str] = (),
+    size: float = 1.1,
 ) -> Figure:
     """A table of pictures.
 
@@ -66,25 +75,31 @@ def grid(
         size: of a picture, in inches.
     """
     num_rows = max(1, *map(len, columns.values()))
-    num_columns = len(columns)
-    figure = Figure(
-        (size * num_columns + 0.6, size * num_rows + 0.6), layout="constrained"
-    )
-    axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    width = size * len(columns) + 0.6
+    height = size * num_rows + 0.6
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(num_rows, len(columns), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
-    for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
+    for column, title in zip(axes.T, columns, strict=True):
         column[0].set_title(title, fontsize=9)
-        for ax, picture in zip(column, pictures.cpu(), strict=False):
-            pixels = picture.permute(1, 2, 0) if picture.ndim == 3 else picture
+        pictures = columns[title].cpu()
+        for ax, picture in zip(column, pictures, strict=False):
+            is_mask = picture.ndim == 2
+            pixels = picture if is_mask else picture.permute(1, 2, 0)
             ax.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
+    style = {"fontsize": 8, "rotation": 0, "ha": "right", "va": "center"}
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+        ax.set_ylabel(title, **style)
     return figure
 
 
 def dots(
-    ax: Axes, values: pd.Series, order: Sequence[str], color: str, label: str = ""
+    ax: Axes,
+    values: pd.Series,
+    order: Sequence[str],
+    color: str,
+    label: str = "",
 ) -> None:
     """Several seeds side by side: a row per name, a dot per value, and a bar at the mean.
 
@@ -97,7 +112,8 @@ def dots(
     """
     for height, name in enumerate(order):
         row = 100 * values[values.index == name]
-        ax.plot(row, [height] * len(row), "o", color=color, markersize=4, alpha=0.6)
+        heights = [height] * len(row)
+        ax.plot(row, heights, "o", color=color, markersize=4, alpha=0.6)
         ax.plot(row.mean(), height, "|", color=color, markersize=16)
     ax.plot([], [], "o", color=color, label=label)
     ax.set_yticks(range(len(order)), order)

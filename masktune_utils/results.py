@@ -167,7 +167,7 @@ def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         CHOSEN: of_experiment[is_chosen],
         "oracle: ERM without the shortcut": table[is_oracle],
     }
-    return pd.concat([part.assign(model=name) for name, part in rows.items()])
+    return pd.concat([rows[name].assign(model=name) for name in rows])
 
 
 def describe(

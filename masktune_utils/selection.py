@@ -13,7 +13,6 @@ groups to choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is o
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
 from typing import Any
 
 import torch
@@ -258,46 +257,37 @@ def predict_held_out(
         jobs: see `choose`.
         retrain: see `choose`.
     """
-    base = candidates[0]
+    first = candidates[0]
     parallel = Parallel(jobs, return_as="generator")
-    of_erm = list(
-        parallel(delayed(_predict_erm)(base.of_half(half), retrain) for half in (0, 1))
-    )
-    tasks = list(product(chains(candidates), (0, 1)))
-    chain_of_half = (
-        delayed(_predict_chain)(
-            [candidate.of_half(half) for candidate in chain], retrain
-        )
-        for chain, half in tasks
-    )
-    predicted, hidden = {}, {}
-    with progress.bar(total=len(tasks), unit="chain", desc="judging") as bar:
-        for (chain, _), part in zip(tasks, parallel(chain_of_half), strict=True):
-            for candidate, (predictions, share) in zip(chain, part, strict=True):
-                predicted.setdefault(candidate.configuration, []).append(predictions)
-                hidden.setdefault(candidate.configuration, []).append(share)
-            bar.update()
-    labels, erm = (torch.cat(parts) for parts in zip(*of_erm, strict=True))
-    names = [candidate.configuration for candidate in candidates]
+    halves = (0, 1)
+    erm_tasks = (delayed(_predict_erm)(first.of_half(half), retrain) for half in halves)
+    of_erm = list(parallel(erm_tasks))
+    tasks = [
+        delayed(_predict_chain)(chain, half, retrain)
+        for chain in chains(candidates)
+        for half in halves
+    ]
+    predictions = {candidate.configuration: [] for candidate in candidates}
+    shares = {candidate.configuration: [] for candidate in candidates}
+    options = {"total": len(tasks), "unit": "chain", "desc": "judging"}
+    for of_chain in progress.bar(parallel(tasks), **options):
+        for name, (classes, share) in of_chain.items():
+            predictions[name].append(classes)
+            shares[name].append(share)
     return HeldOut(
-        labels,
-        erm,
-        {name: torch.cat(predicted[name]) for name in names},
-        {name: sum(hidden[name]) / 2 for name in names},
+        labels=torch.cat([labels for labels, _ in of_erm]),
+        erm=torch.cat([classes for _, classes in of_erm]),
+        candidates={name: torch.cat(predictions[name]) for name in predictions},
+        hidden={name: sum(shares[name]) / 2 for name in shares},
     )
 
 
 def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
     """Candidates that differ only in their rounds, together and in this order."""
-
-    def first_round(candidate: Settings) -> Settings:
-        return candidate.replace(rounds=1)
-
-    def name_and_rounds(candidate: Settings) -> tuple[str, int]:
-        return first_round(candidate).configuration, candidate.rounds
-
-    ordered = sorted(candidates, key=name_and_rounds)
-    return [list(chain) for _, chain in groupby(ordered, first_round)]
+    of_first_round = {}
+    for candidate in sorted(candidates, key=lambda settings: settings.rounds):
+        of_first_round.setdefault(candidate.replace(rounds=1), []).append(candidate)
+    return list(of_first_round.values())
 
 
 def _predict_erm(settings: Settings, retrain: bool) -> tuple[Tensor, Tensor]:
@@ -306,8 +296,24 @@ def _predict_erm(settings: Settings, retrain: bool) -> tuple[Tensor, Tensor]:
         sets = shortcuts.load(settings)
         base = experiment.base_model(settings, sets.train, retrain)
         experiment.training_saliency(settings, base, sets.train)  # once, for all chains
-        predictions = evaluation.predict(base.model, sets.validation).argmax(1)
-    return sets.validation.labels.cpu(), predictions
+        classes = evaluation.predict(base.model, sets.validation).argmax(1)
+    return sets.validation.labels.cpu(), classes
+
+
+def _predict_chain(
+    chain: Sequence[Settings], half: int, retrain: bool
+) -> dict[str, tuple[Tensor, float]]:
+    """Of each candidate: predictions for the other half, and the share it hides."""
+    of_half = [candidate.of_half(half) for candidate in chain]
+    predicted = {}
+    with progress.silence():
+        sets = shortcuts.load(of_half[0])
+        models_of_half = _rounds(of_half, sets.train, retrain)
+        for candidate, tuned in zip(chain, models_of_half, strict=True):
+            classes = evaluation.predict(tuned.model, sets.validation).argmax(1)
+            share = tuned.masked.own_masks.float().mean().item()
+            predicted[candidate.configuration] = (classes, share)
+    return predicted
 
 
 def _rounds(
@@ -319,20 +325,6 @@ def _rounds(
     for tuned in experiment.masktune_rounds(chain[-1], base, train, retrain):
         if tuned.settings.rounds in wanted:
             yield tuned
-
-
-def _predict_chain(
-    chain: Sequence[Settings], retrain: bool
-) -> list[tuple[Tensor, float]]:
-    """Of each candidate of a half: predictions for the other half, and hidden share."""
-    predicted = []
-    with progress.silence():
-        sets = shortcuts.load(chain[0])
-        for tuned in _rounds(chain, sets.train, retrain):
-            predictions = evaluation.predict(tuned.model, sets.validation).argmax(1)
-            hidden = tuned.masked.own_masks.float().mean().item()
-            predicted.append((predictions, hidden))
-    return predicted
 
 
 def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
@@ -401,12 +393,12 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     row = judged[chosen]
     right = sum(row["mistakes"]["right"])
     low, high = (round(100 * limit) for limit in row["interval"])
-    of_others = f"{share(row['rest']):.1%} of the others"
-    found = f"{right} of these are right ({low}–{high} %), and {of_others}."
+    rest = f"{share(row['rest']):.1%} of the others"
+    result = f"{right} of these are right ({low}–{high} %), and {rest}."
     if admitted:
-        return chosen, f". With {row['description']}, {found}"
+        return chosen, f". With {row['description']}, {result}"
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
-    return "base", f". {kept} With the best, {row['description']}, {found}"
+    return "base", f". {kept} With the best, {row['description']}, {result}"
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:

@@ -45,9 +45,11 @@ def groups(split: Split) -> dict[str, Tensor]:
         for label in labels.unique().tolist():
             members[f"class {label}, shortcut"] = (labels == label) & has_shortcut
             members[f"class {label}, no shortcut"] = (labels == label) & ~has_shortcut
-    return {
-        name: is_in.nonzero()[:, 0] for name, is_in in members.items() if is_in.any()
-    }
+    index = {}
+    for name, is_in in members.items():
+        if is_in.any():
+            index[name] = is_in.nonzero()[:, 0]
+    return index
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
@@ -85,7 +87,8 @@ def add_square(
 
 def _pixel(color: str) -> Tensor:
     """3×1×1, uint8."""
-    return (255 * torch.tensor(to_rgb(color))).round().to(torch.uint8).view(3, 1, 1)
+    rgb = 255 * torch.tensor(to_rgb(color))
+    return rgb.round().to(torch.uint8).view(3, 1, 1)
 
 
 def square(
@@ -137,24 +140,26 @@ def pixels(
     images: Tensor, settings: DataSettings, generator: torch.Generator
 ) -> Tensor:
     """49 scattered pixels, the same in all images."""
-    places = torch.randperm(784, generator=torch.Generator().manual_seed(0))
-    return torch.where(
-        (places < 49).view(28, 28), _pixel(settings.square_color), images
-    )
+    same_places = torch.Generator().manual_seed(0)
+    order = torch.randperm(784, generator=same_places)
+    area = (order < 49).view(28, 28)
+    return torch.where(area, _pixel(settings.square_color), images)
 
 
 def digit_color(
     images: Tensor, settings: DataSettings, generator: torch.Generator
 ) -> Tensor:
     """The digit itself is coloured."""
-    return (images * (_pixel(settings.square_color) / 255)).round().to(torch.uint8)
+    colored = images * (_pixel(settings.square_color) / 255)
+    return colored.round().to(torch.uint8)
 
 
 def background(
     images: Tensor, settings: DataSettings, generator: torch.Generator
 ) -> Tensor:
     """A dark tint behind the digit."""
-    return torch.maximum(images, (0.3 * _pixel(settings.square_color)).to(torch.uint8))
+    dark = 0.3 * _pixel(settings.square_color)
+    return torch.maximum(images, dark.to(torch.uint8))
 
 
 SHORTCUTS = {

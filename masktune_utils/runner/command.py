@@ -150,9 +150,8 @@ def check_sources(grid: list[Settings]) -> list[Settings]:
         FileNotFoundError: see `data.load`.
         ValueError: see `data.load` and `models.check`.
     """
-    datasets = {
-        name: data.resolve_dataset(name) for name in {one.dataset for one in grid}
-    }
+    names = {settings.dataset for settings in grid}
+    datasets = {name: data.resolve_dataset(name) for name in names}
     grid = [settings.replace(dataset=datasets[settings.dataset]) for settings in grid]
     sources = {}
     for settings in grid:
