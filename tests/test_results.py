@@ -1,8 +1,8 @@
-"""Results: saved, gathered into a table, summarized, and refused by name if they are damaged."""
+"""Results: saved, gathered, summarized, compared, and refused by name if damaged."""
 
-import json
 import math
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,43 +11,56 @@ from masktune_utils import results, store
 from masktune_utils.settings import Settings
 
 
+def result(name: str, seed: int) -> dict:
+    row = dict.fromkeys(results.RESULT_KEYS, 0.25)
+    row |= {"experiment": "mnist", "configuration": name, "seed": seed}
+    row |= {"sha256": f"{name} {seed}", "base_sha256": f"base {seed}"}
+    row["metrics"] = {"raw": {}}
+    if name != "base":
+        row["hidden_shortcut"] = 0.75
+    return row
+
+
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path) -> Path:
     """Results of two seeds, each of a base model and of one that is fine-tuned."""
     for seed in (1, 0):
         for name in ("top_k_0.1", "base"):
-            row = dict.fromkeys(results.RESULT_KEYS, 0.25) | {
-                "experiment": "mnist",
-                "configuration": name,
-            }
-            row |= {
-                "seed": seed,
-                "sha256": f"{name} {seed}",
-                "base_sha256": f"base {seed}",
-            }
-            row |= {"metrics": {"raw": {}}} | (
-                {} if name == "base" else {"hidden_shortcut": 0.75}
-            )
             path = tmp_path / "results" / "mnist" / f"seed{seed}" / f"{name}.json"
-            store.write_bytes(path, json.dumps(row).encode())
-            assert results.read_result(path) == row
+            results.write_json(path, result(name, seed))
+            assert results.read_result(path) == result(name, seed)
     return tmp_path
 
 
-def test_results_that_hold_are_collected_into_a_table(saved):
+def test_results_are_collected_into_a_table(saved):
     table = results.collect(str(saved))
-    keys = [["mnist", name, seed] for name in ("base", "top_k_0.1") for seed in (0, 1)]
-    assert table[results.KEY].to_numpy().tolist() == keys
-    assert (table["worst_group"] == 0.25).all() and "metrics" not in table
+    assert table[results.KEY].to_numpy().tolist() == [
+        ["mnist", "base", 0],
+        ["mnist", "base", 1],
+        ["mnist", "top_k_0.1", 0],
+        ["mnist", "top_k_0.1", 1],
+    ]
+    assert (table["worst_group"] == 0.25).all()
+    assert "metrics" not in table
     assert table["hidden_shortcut"].fillna(-1).tolist() == [-1, -1, 0.75, 0.75]
-    # a result of a base model that has been replaced is left out
+    assert results.collect(str(saved / "none"))[results.KEY].empty
+
+
+def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
     path = saved / "results" / "mnist" / "seed1" / "base.json"
     other = {"sha256": "other", "base_sha256": "other"}
-    path.write_text(json.dumps(results.read_result(path) | other))
+    results.write_json(path, result("base", 1) | other)
     assert results.collect(str(saved))["seed"].tolist() == [0, 1, 0]
     path.unlink()
     assert results.collect(str(saved))["seed"].tolist() == [0, 0]
-    assert results.collect(str(saved / "none"))[results.KEY].empty
+
+
+def test_what_is_finished_is_told_by_experiment_name_seed_and_test_folder(saved):
+    path = saved / "results" / "mnist" / "seed0" / "base.json"
+    results.write_json(path, result("base", 0) | {"test_folder": "birds"})
+    finished = results.finished(str(saved))
+    assert len(finished) == 4
+    assert ("mnist", "base", 0, "birds") in finished
 
 
 @pytest.mark.parametrize("content", ['{"raw": ', '{"seed": 0}', "3", "\xff"])
@@ -61,35 +74,39 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
         results.collect(str(tmp_path))
 
 
-def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
+@pytest.mark.parametrize("content", ['{"configuration": "base"}', "[", "[1]"])
+def test_a_damaged_choice_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "results" / "chosen.json"
+    store.write_bytes(path, content.encode())
+    with pytest.raises(ValueError, match=f"{path} is damaged or not a result"):
+        results.collect(str(tmp_path))
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """Two seeds of ERM, and one of a configuration."""
     columns = ["configuration", "raw", "biased", "worst_group"]
     rows = [
         ("base", 0.5, 0.25, 0.1),
         ("base", 0.7, 0.25, 0.1),
         ("top_k_0.1", 0.9, 0.8, math.nan),
     ]
-    table = pd.DataFrame(rows, columns=columns).assign(experiment="mnist")
+    return pd.DataFrame(rows, columns=columns).assign(experiment="mnist")
+
+
+def test_summary_is_mean_and_sample_standard_deviation_in_per_cent(table):
     summary = results.summarize(table)
-    assert list(summary.columns) == ["raw", "biased", "worst group", "seeds"]
-    assert summary.loc["base"].tolist() == [
-        "60.00 ± 14.14",
-        "25.00 ± 0.00",
-        "10.00 ± 0.00",
-        2,
-    ]
+    assert [*summary.columns] == ["raw", "biased", "worst group", "seeds"]
+    of_two = ["60.00 ± 14.14", "25.00 ± 0.00", "10.00 ± 0.00", 2]
+    assert summary.loc["base"].tolist() == of_two
     assert summary.loc["top_k_0.1"].tolist() == ["90.00", "80.00", "", 1]
+
+
+def test_a_summary_may_tell_experiments_apart_and_have_some_shares_only(table):
     both = pd.concat([table, table.assign(experiment="mnist_epochs=2")])
-    summary = results.summarize(both, results.KEY[:2], ["raw"])
-    assert summary.loc[("mnist_epochs=2", "base")].tolist() == ["60.00 ± 14.14", 2]
-
-
-def test_a_damaged_choice_is_refused_by_name(tmp_path):
-    path = tmp_path / "results" / "chosen.json"
-    path.parent.mkdir()
-    for content in ('{"configuration": "base"}', "[", "[1]"):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=f"{path} is damaged or not a result"):
-            results.collect(str(tmp_path))
+    summary = results.summarize(both, ["experiment", "configuration"], ["raw"])
+    row = summary.loc[("mnist_epochs=2", "base")]
+    assert row.to_dict() == {"raw": "60.00 ± 14.14", "seeds": 2}
 
 
 def test_what_a_choice_is_worth_is_told_by_four_rows():
@@ -106,15 +123,43 @@ def test_what_a_choice_is_worth_is_told_by_four_rows():
         (oracle, "base", 0, 1.0, None),
     ]
     table = pd.DataFrame(rows, columns=[*results.KEY, "worst_group", "chosen"])
-    compared = (
-        results.compare(table, settings).groupby("model")["configuration"].apply(list)
-    )
-    assert compared.to_dict() == {
+    by_model = results.compare(table, settings).groupby("model")["configuration"]
+    assert by_model.apply(list).to_dict() == {
         "ERM": ["base", "base"],
         "best of the others, by the test sets": ["top_k_0.3", "top_k_0.1"],
         "chosen by ERM's mistakes": ["mean_std_3.0", "base"],
         "oracle: ERM without the shortcut": ["base"],
     }
-    assert results.compare(table[table["configuration"] == "base"], settings)[
-        "seed"
-    ].any()
+    without_others = table[table["configuration"] == "base"]
+    compared = results.compare(without_others, settings)
+    assert {*compared["model"]} == {
+        "ERM",
+        "chosen by ERM's mistakes",
+        "oracle: ERM without the shortcut",
+    }
+
+
+def test_configurations_are_named_in_words():
+    rows = [
+        {"configuration": "base"},
+        {"method": "top_k", "param": 0.1, "dilation": 0, "fill": "zero"},
+        {"method": "mean_std", "param": 4.0, "dilation": 3, "fill": "resample"},
+    ]
+    table = pd.DataFrame(rows).assign(rounds=2, upsample="bilinear")
+    assert results.names(table).tolist() == [
+        "ERM",
+        "top_k 0.1, 2 rounds",
+        "mean_std 4 dilated by 3, resampled, 2 rounds",
+    ]
+
+
+def test_tables_of_a_study_are_joined(tmp_path):
+    for seed in (0, 1):
+        settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=seed)
+        table = pd.DataFrame({"seed": [seed], "share": [0.5]})
+        results.save_study(table, settings, "study")
+    results.gather_study(str(tmp_path), "study")
+    joined = pd.read_csv(tmp_path / "results" / "study.csv")
+    assert joined.to_dict("list") == {"seed": [0, 1], "share": [0.5, 0.5]}
+    results.gather_study(str(tmp_path), "none")
+    assert not (tmp_path / "results" / "none.csv").exists()

@@ -1,3 +1,5 @@
+"""Training: reproducible, as its options say, and without waiting for the device."""
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -7,22 +9,25 @@ from masktune_utils import masking, models, training
 from masktune_utils.store import weights_sha256
 
 
-def train(splits, *, seed=0, **options):
-    """The weights' SHA-256, and the history."""
-    model, options = models.new_model(seed), {"epochs": 3, "batch_size": 32} | options
+def train(splits, *, seed=0, **options) -> tuple[str, list[dict]]:
+    """SHA-256 of the weights, and the history."""
+    model = models.new_model(seed)
+    options = {"epochs": 3, "batch_size": 32} | options
     history = training.train(model, splits.train, seed=seed, **options)
     return weights_sha256(model.state_dict()), history
 
 
 def test_same_seed_same_bits_whatever_the_global_generator(splits):
-    first, history = train(splits)
+    first, first_history = train(splits)
     state = torch.manual_seed(99).get_state()
-    again, same_history = train(splits)
-    assert first == again != train(splits, seed=1)[0]
+    second, second_history = train(splits)
     assert torch.equal(state, torch.get_rng_state())
-    for epoch in history + same_history:
+    assert first == second
+    for epoch in first_history + second_history:
         assert epoch.pop("seconds") > 0
-    assert history == same_history
+    assert first_history == second_history
+    of_another_seed, _ = train(splits, seed=1)
+    assert of_another_seed != first
 
 
 def test_training_lowers_the_loss(splits):
@@ -38,33 +43,40 @@ def test_rate_is_decayed_by_steps(splits):
     assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
 
 
-def test_a_linear_schedule_ends_at_0_after_the_last_step(splits, monkeypatch):
-    rates, step = [], torch.optim.SGD.step
-    record = lambda self, *given: (
-        rates.append(self.param_groups[0]["lr"]) or step(self, *given)
-    )
-    monkeypatch.setattr(torch.optim.SGD, "step", record)
-    for batch_size, steps in {50: 4, 199: 1, 200: 1, 60: 4}.items():
-        rates.clear()
-        _, history = train(
-            splits, epochs=2, lr=0.4, schedule="linear", batch_size=batch_size
-        )
-        assert rates == pytest.approx(
-            [0.4 * (1 - k / steps / 2) for k in range(2 * steps)]
-        )
-        assert [epoch["lr"] for epoch in history] == pytest.approx([0.4, 0.2])
+@pytest.mark.parametrize(
+    ("batch_size", "steps"), [(50, 4), (199, 1), (200, 1), (60, 4)]
+)
+def test_a_linear_schedule_ends_at_0_after_the_last_step(
+    batch_size, steps, splits, monkeypatch
+):
+    rates = []
+    step = torch.optim.SGD.step
+
+    def recorded(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    options = {"epochs": 2, "lr": 0.4, "schedule": "linear", "batch_size": batch_size}
+    _, history = train(splits, **options)
+    expected = [0.4 * (1 - k / (2 * steps)) for k in range(2 * steps)]
+    assert rates == pytest.approx(expected)
+    assert [epoch["lr"] for epoch in history] == pytest.approx([0.4, 0.2])
 
 
 def test_each_option_of_the_optimizer_matters(splits):
-    options = (
+    hashes = set()
+    for options in (
         {},
         {"optimizer": "adam"},
         {"schedule": "linear"},
         {"momentum": 0.0},
         {"weight_decay": 0.1},
         {"lr": 0.02},
-    )
-    assert len({train(splits, epochs=1, **one)[0] for one in options}) == len(options)
+    ):
+        sha256, _ = train(splits, epochs=1, **options)
+        hashes.add(sha256)
+    assert len(hashes) == 6
 
 
 def test_a_last_batch_of_one_image_is_left_out(splits):
@@ -76,9 +88,8 @@ def test_history_counts_every_image(splits):
     """One step that changes next to nothing: the loss is that of the untrained model."""
     _, history = train(splits, epochs=1, batch_size=200, lr=1e-8)
     images, labels = splits.train.batch(slice(None))
-    loss = torch.nn.functional.cross_entropy(
-        models.new_model(0).train()(images), labels
-    )
+    logits = models.new_model(0).train()(images)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
     assert history[0]["loss"] == pytest.approx(loss.item(), rel=0.02)
 
 
@@ -99,18 +110,20 @@ OLD = pytest.mark.skipif(torch.__version__ < "2.10", reason=WITHOUT_VALUES)
 def test_an_epoch_waits_for_the_device_only_where_the_progress_bar_is_drawn(
     method, splits
 ):
+    """By tensors without values, of which none can be waited for.
+
+    That is of one epoch, which has no public name.
+    """
     masked = masking.mask_dataset(splits.train, torch.zeros(200, 8, 8), method, 0.1)
-    with FakeTensorMode(
-        allow_non_fake_inputs=True
-    ):  # tensors without values: to wait fails
+    batches = torch.arange(200).split(128)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = models.SmallCNN()
         sgd = torch.optim.SGD(model.parameters(), 0.1, fused=True)
         scheduler = torch.optim.lr_scheduler.LinearLR(sgd, 1, 0, 2)
-        batches = torch.arange(200).split(128)
-        bar = tqdm(disable=True)
-        assert training._train_epoch(
-            model, masked, batches, scheduler, bar, None
-        ).shape == (2,)
-        bar = tqdm(total=200, mininterval=0, miniters=1)
+        arguments = (model, masked, batches, scheduler)
+        undrawn = tqdm(disable=True)
+        means = training._train_epoch(*arguments, undrawn, None)
+        assert means.shape == (2,)
+        drawn = tqdm(total=200, mininterval=0, miniters=1)
         with pytest.raises(DataDependentOutputException):
-            training._train_epoch(model, masked, batches, scheduler, bar, None)
+            training._train_epoch(*arguments, drawn, None)
