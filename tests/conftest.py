@@ -1,4 +1,4 @@
-"""What several tests share: one tiny experiment, sets of images, and what a run leaves."""
+"""What several tests share: a tiny experiment, sets of images, what a run leaves."""
 
 import copy
 import json
@@ -36,13 +36,13 @@ def write_idx_files(
     folder.mkdir(parents=True)
     if test_labels is None:
         test_labels = labels
-    for part, digits in {"t10k": test_labels, "train": labels}.items():
+    for prefix, digits in {"t10k": test_labels, "train": labels}.items():
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (len(digits), 28, 28), dtype=np.uint8)
         header = struct.pack(">4i", 0x803, *images.shape)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         header = struct.pack(">2i", 0x801, len(digits))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(digits))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes(digits))
     return images
 
 

@@ -63,13 +63,13 @@ def test_the_second_square_is_red_and_in_the_opposite_corner_of_the_same_images(
     with_one = load(square_size=size)
     with_two = load(square_size=size, shortcut="two_squares")
     corner = 28 - size
-    for one, two in zip(with_one, with_two, strict=True):
-        marked = one.has_shortcut
-        assert torch.equal(two.has_shortcut, marked)
-        images = one.images[marked]
+    for first, second in zip(with_one, with_two, strict=True):
+        is_marked = first.has_shortcut
+        assert torch.equal(second.has_shortcut, is_marked)
+        images = first.images[is_marked]
         expected = shortcuts.add_square(images, size, "red", corner, corner)
-        assert torch.equal(two.images[marked], expected)
-        assert torch.equal(two.images[~marked], one.images[~marked])
+        assert torch.equal(second.images[is_marked], expected)
+        assert torch.equal(second.images[~is_marked], first.images[~is_marked])
 
 
 @pytest.mark.parametrize("kind", shortcuts.SHORTCUTS)
@@ -215,9 +215,9 @@ def colored_folders(tmp_path):
 
     def make(classes: int) -> dict[str, str]:
         red = 0
-        for part in ("train", "test"):
+        for parent in ("train", "test"):
             for name in "abcdefghij"[:classes]:
-                folder = tmp_path / part / name
+                folder = tmp_path / parent / name
                 folder.mkdir(parents=True)
                 Image.new("RGB", (40, 20), (red, 0, 9)).save(folder / "a.png")
                 red += 10

@@ -1,4 +1,4 @@
-"""Faults while it runs, in real processes: the next run ends as an undisturbed one does."""
+"""Faults while it runs, in real processes: the next run ends as an undisturbed one."""
 
 import errno
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Kernels that are kept between notebooks: nothing of a notebook is left for the next."""
+"""Kernels that are kept between notebooks: nothing is left for the next."""
 
 import time
 from pathlib import Path

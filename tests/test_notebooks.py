@@ -1,4 +1,4 @@
-"""The notebooks' own form; that they run is told by test_sweep.py and test_studies.py."""
+"""The notebooks' form; that they run is in test_sweep.py and test_studies.py."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The package as a whole: the order of its modules, and a repository that is read only."""
+"""The package as a whole: the order of its modules, and use without writing."""
 
 import ast
 import shutil

@@ -1,4 +1,4 @@
-"""Folders of photographs: images, groups, networks of torchvision, and what is refused."""
+"""Folders of photographs: images, groups, and networks of torchvision."""
 
 import copy
 import os

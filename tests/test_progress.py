@@ -1,4 +1,4 @@
-"""Progress bars, for people and for logs; test_sweep.py has that of a running notebook."""
+"""Progress bars, for people and for logs; that of the command is in test_sweep.py."""
 
 import re
 from types import SimpleNamespace

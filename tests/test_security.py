@@ -1,6 +1,6 @@
 """Nothing in data, checkpoints or results is ever executed.
 
-Ruff's rules S look for `eval`, `exec`, pickle and shells. Here is what they do not know.
+Ruff's rules S look for `eval`, `exec`, pickle and shells. Here is the rest.
 """
 
 import ast
@@ -29,7 +29,7 @@ MODULES_WITH_LOADERS = {"joblib", "numpy", "pandas", "torch", "yaml"}
 
 
 def python_of(path: Path) -> ast.Module:
-    """The syntax tree of a file. A magic or a shell command in a notebook is an error."""
+    """The syntax tree of a file; a magic or a shell command is an error."""
     source = path.read_text()
     if path.suffix == ".ipynb":
         cells = nbformat.reads(source, as_version=4).cells

@@ -301,8 +301,8 @@ def test_a_folder_is_run_without_the_published_rules_unless_a_grid_asks_for_them
     whole_run, tmp_path, capsys
 ):
     options = ["--dataset", "folder", "--epochs", "2", "--batch_size", "20"]
-    for part in ("train", "test"):
-        options += [f"--{part}_folder", f"{whole_run.directory}/{part}"]
+    options += ["--train_folder", f"{whole_run.directory}/train"]
+    options += ["--test_folder", f"{whole_run.directory}/test"]
     options += ["--directory", str(tmp_path), "--jobs", "2"]
     assert command.main(["run", *options]) == 0
     printed = capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_a_last_batch_of_one_image_is_left_out(splits):
 
 
 def test_history_counts_every_image(splits):
-    """One step that changes next to nothing: the loss is that of the untrained model."""
+    """One step that changes little: the loss is that of the untrained model."""
     _, history = train(splits, epochs=1, batch_size=200, lr=1e-8)
     images, labels = splits.train.batch(slice(None))
     logits = models.new_model(0).train()(images)

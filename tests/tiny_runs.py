@@ -85,7 +85,7 @@ GRID = """
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory) -> Run:
-    """`masktune run` with a grid of two blocks: digits, and photographs of 3 classes."""
+    """`masktune run` with a grid of two blocks: digits and photographs."""
     directory = tmp_path_factory.mktemp("run")
     counts = {}
     for name in "abc":
@@ -107,7 +107,7 @@ def whole_run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def one_thread(monkeypatch):
-    """Notebooks compute with one thread; no kernel is kept from before, or for later."""
+    """Notebooks compute with one thread; no kernel is kept from before or after."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kept_kernels.close()
     yield
@@ -116,7 +116,7 @@ def one_thread(monkeypatch):
 
 @pytest.fixture
 def all_cores(monkeypatch):
-    """Notebooks share the cores; no kernel is kept from before, or for later."""
+    """Notebooks share the cores; no kernel is kept from before or after."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     kept_kernels.close()
     yield
