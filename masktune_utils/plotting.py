@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 
+import matplotlib.style
 import pandas as pd
 import torch
 from IPython.display import Image, display
@@ -14,17 +16,32 @@ from torch import Tensor
 from masktune_utils import store
 from masktune_utils.settings import Settings
 
-# Of the classes. Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLORS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+CLASS_COLORS = [
     "#56B4E9",
+    "#E69F00",
+    "#CC79A7",
+    "#F0E442",
     "#000000",
     "#999999",
+    "#0072B2",
+    "#009E73",
 ]
+TEST_COLORS = {"raw": "#BBBBBB", "biased": "#444444", "test": "#BBBBBB"}
+MODEL_COLORS = {
+    "ERM": "#777777",
+    "published": "#0072B2",
+    "ours": "#D55E00",
+    "oracle": "#009E73",
+}
+PIPELINE = (
+    "data\nwith a shortcut",
+    "ERM\ntakes the shortcut",
+    "maps and masks\nhide what it looks at",
+    "fine-tuning\non masked images",
+    "comparison\nand choice",
+)
+matplotlib.style.use(Path(__file__).with_name("series.mplstyle"))
 
 
 def show(
@@ -43,15 +60,40 @@ def show(
     """
     shown_seeds = sorted(seeds) or [settings.seed]
     numbers = ", ".join(map(str, shown_seeds))
-    mark = f"{settings.experiment}, seed {numbers}"
-    style = {"ha": "right", "va": "top", "fontsize": 7, "color": "0.45"}
-    figure.text(1, 0, mark, **style)
-    path = settings.folder("figures") / f"{name}.png"
+    mark = f"{settings.title}, seed {numbers}"
+    figure.text(0, 0, mark, ha="left", va="top", fontsize=7, color="0.45")
+    png = _png(figure)
+    store.write_bytes(settings.folder("figures") / f"{name}.png", png)
+    display(Image(data=png, retina=True, alt=name))
+
+
+def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, dpi=160, bbox_inches="tight")
-    png = buffer.getvalue()
-    store.write_bytes(path, png)
-    display(Image(data=png, retina=True, alt=name))
+    return buffer.getvalue()
+
+
+def pipeline(stage: int) -> None:
+    """Display the stages of the series as a row of boxes.
+
+    Args:
+        stage: number of the stage that is lit, from 1.
+    """
+    figure = Figure((9, 0.8))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    ax.set(xlim=(0, len(PIPELINE)), ylim=(0, 1))
+    for number, name in enumerate(PIPELINE, start=1):
+        face = "#F0E442" if number == stage else "white"
+        box = {"boxstyle": "round,pad=0.5", "facecolor": face, "edgecolor": "0.5"}
+        style = {"ha": "center", "va": "center", "fontsize": 8, "bbox": box}
+        ax.text(number - 0.5, 0.5, f"{number} · {name}", **style)
+        if number > 1:
+            arrow = {"arrowstyle": "->", "color": "0.5"}
+            ends = ((number - 0.95, 0.5), (number - 1.05, 0.5))
+            ax.annotate("", *ends, arrowprops=arrow)
+    alt = f"the stages of the series; this is stage {stage}"
+    display(Image(data=_png(figure), retina=True, alt=alt))
 
 
 def heat(maps: Tensor) -> Tensor:

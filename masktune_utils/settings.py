@@ -161,6 +161,15 @@ class DataSettings(BaseModel):
             name += f"-{hashlib.sha256(self.train_folder.encode()).hexdigest()[:8]}"
         return name.replace(os.sep, "") + self._unusual(self.identity(base=True))
 
+    @property
+    def title(self) -> str:
+        """The same in words, for figures."""
+        words = [self.dataset]
+        for name, value in self.identity(base=True).items():
+            if name not in ALWAYS_IN_PATH and value != DEFAULTS[name]:
+                words.append(f"{name} {value}".replace("_", " "))
+        return ", ".join(words)
+
     def folder(self, kind: str) -> Path:
         """Folder of this experiment under `checkpoints`, `figures`, `results` or `runs`."""
         return REPOSITORY / self.directory / kind / self.experiment / f"seed{self.seed}"
