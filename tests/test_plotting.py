@@ -17,7 +17,7 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
     plotting.show(figure, settings, "picture", seeds=[2, 1])
     path = tmp_path / "figures" / "mnist5k_epochs=2" / "seed3" / "picture.png"
     assert displayed[0].data == path.read_bytes()
-    assert figure.texts[0].get_text() == "mnist5k_epochs=2, seed 1, 2"
+    assert figure.texts[0].get_text() == "mnist5k, epochs 2, seed 1, 2"
     assert [ax.get_ylabel() for ax in figure.axes] == ["first", "second"]
 
 
@@ -29,3 +29,11 @@ def test_maps_become_pictures_that_are_brighter_where_they_are_larger():
     assert (brightness.diff() > 0).all()
     assert pictures.min() >= 0
     assert pictures.max() <= 1
+
+
+def test_the_pipeline_lights_one_stage(monkeypatch):
+    displayed = []
+    monkeypatch.setattr(plotting, "display", displayed.append)
+    for stage in range(1, 6):
+        plotting.pipeline(stage)
+    assert len({picture.data for picture in displayed}) == 5
