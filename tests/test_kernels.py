@@ -151,3 +151,17 @@ def test_two_at_once_have_two_kernels(tmp_path):
         for kernel in (first, second):
             assert run(tmp_path, "print(6)", km=kernel) == "6\n"
     assert len(kernels.idle_kernels["1"]) == 2
+
+
+def test_another_thread_may_take_the_last_idle_kernel_meanwhile(tmp_path, monkeypatch):
+    idle = kernels.idle_kernels["1"]
+    idle.append(kernels.Manager())
+    is_alive = kernels.Manager.is_alive
+
+    def taken_meanwhile(manager: kernels.Manager) -> bool:
+        idle.clear()
+        return is_alive(manager)
+
+    monkeypatch.setattr(kernels.Manager, "is_alive", taken_meanwhile)
+    with kernels.warm(tmp_path, 1) as kernel:
+        assert run(tmp_path, "print(6)", km=kernel) == "6\n"
