@@ -236,9 +236,7 @@ def score_of(model: torch.nn.Module, train: Split, erm: torch.Tensor) -> float:
 
 
 @with_small_rules
-def test_of_three_base_models_the_one_with_the_best_score_is_fine_tuned(
-    tmp_path, monkeypatch
-):
+def test_of_three_base_models_one_is_fine_tuned_by_their_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "ENOUGH", 1.1)  # so that all are tried
     settings, sets = with_base(tmp_path, conflicting_share=0.1)
     candidates = selection.candidates(settings, len(sets.train))
@@ -253,11 +251,28 @@ def test_of_three_base_models_the_one_with_the_best_score_is_fine_tuned(
         tuned = experiment.masktune(changed, base, sets.train)
         scores[start] = score_of(tuned.model, sets.train, erm)
     assert len({*scores.values()}) > 1
-    best = choice["start_half"]
-    assert scores[best] == max(scores.values())
-    name = "of all images" if best is None else f"of half {best}"
+    held_out = selection.predict_held_out(candidates, jobs=1, retrain=False)
+    computed = selection.score_starts(candidate, held_out, retrain=False)
+    assert computed == pytest.approx(scores)
+    start = choice["start_half"]
+    assert start == selection.best_start(scores, choice["mistakes"])
+    name = "of all images" if start is None else f"of half {start}"
     reason = f" Of three base models, the one {name} is fine-tuned."
     assert choice["reason"].endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("scores", "start"),
+    [  # of 36 mistakes; the standard error of 0.9 is 0.05
+        ({None: 0.86, 0: 0.9, 1: 0.88}, None),
+        ({None: 0.84, 0: 0.9, 1: 0.88}, 0),
+        ({None: 0.84, 0: 0.84, 1: 0.9}, 1),
+        ({None: 0.94, 0: 1.0}, 0),
+        ({None: 0.96}, None),
+    ],
+)
+def test_a_base_model_of_a_half_must_be_better_by_a_standard_error(scores, start):
+    assert selection.best_start(scores, mistakes=36) == start
 
 
 @with_small_rules
