@@ -169,12 +169,24 @@ def _choose_start(
 ) -> None:
     """Add to a choice which base model is fine-tuned with the masks of the halves."""
     scores = score_starts(chosen_settings(choice, candidates), held_out, retrain)
-    best = max(scores, key=scores.get)
-    choice["start_half"] = best
+    start = best_start(scores, choice["mistakes"])
+    choice["start_half"] = start
     choice["configuration"] = chosen_settings(choice, candidates).configuration
     if len(scores) > 1:
-        of = "of all images" if best is None else f"of half {best}"
+        of = "of all images" if start is None else f"of half {start}"
         choice["reason"] += f" Of three base models, the one {of} is fine-tuned."
+
+
+def best_start(scores: dict[int | None, float], mistakes: int) -> int | None:
+    """The first of the `STARTS` whose score is within one standard error of the best.
+
+    Args:
+        scores: see `score_starts`.
+        mistakes: their number.
+    """
+    best = max(scores.values())
+    least = best - _standard_error(best, mistakes)
+    return next(start for start in scores if scores[start] >= least)
 
 
 def score_starts(
@@ -387,7 +399,7 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     among = admitted or judged
     best = max(row["score"] for row in among.values())
     count = sum(next(iter(judged.values()))["mistakes"]["all"])
-    error = math.sqrt(best * (1 - best) / count)
+    error = _standard_error(best, count)
     near = [name for name, row in among.items() if row["score"] >= best - error]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
     row = judged[chosen]
@@ -399,6 +411,10 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
         return chosen, f". With {row['description']}, {result}"
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
     return "base", f". {kept} With the best, {row['description']}, {result}"
+
+
+def _standard_error(share: float, count: int) -> float:
+    return math.sqrt(share * (1 - share) / count)
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The command `masktune`: the notebooks in their order, a sweep, or a choice."""
+"""The command `masktune`: all notebooks, a sweep, a choice, or the report."""
 
 import argparse
 import ast
@@ -12,14 +12,16 @@ from masktune_utils import data, models, results, selection, shortcuts, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
 from masktune_utils.runner.jobs import BASE, Job, make_stage
+from masktune_utils.runner.report import write_report
 from masktune_utils.settings import DEFAULTS, RUNTIME, Settings
 
 STAGES = {
     "run": ("01_dataset", *BASE, FINETUNE),
     "sweep": (*BASE, FINETUNE),
     "choose": BASE,
+    "report": (),
 }
-USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
+USAGE = """masktune run|sweep|choose|report [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"""
 
 
@@ -41,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"masktune: {error}", file=sys.stderr)
         return 2
+    bases = [job.settings for job in make_stage(BASE[0], grid)]
+    if arguments.command == "report":
+        print(f"report: {write_report(bases)}")
+        return 0
     stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
     if arguments.command == "run" and _grid_file(arguments) is None:
         stems = ("01_dataset", *BASE)  # no configuration to compare the choice with
@@ -56,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} notebooks failed")
     if arguments.command != "sweep":
-        print(results.conclude([job.settings for job in make_stage(BASE[0], grid)]))
+        print(results.conclude(bases))
+    print(f"report: {write_report(bases)}")
     return 1 if errors else 0
 
 
@@ -77,7 +84,9 @@ def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    commands = "run: all notebooks, and a choice; sweep: 02, 03 and 04; choose: a mask"
+    commands = (
+        "run: all notebooks, and a choice; sweep: 02 to 04; choose: a mask; report"
+    )
     parser.add_argument("command", choices=STAGES, help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(

@@ -54,8 +54,11 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
     environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
     idle = idle_kernels[environment["OMP_NUM_THREADS"]]
     manager = Manager(client_class=CLIENT)
-    while idle and not manager.is_alive():
-        manager = idle.pop()
+    while not manager.is_alive():
+        try:
+            manager = idle.pop()
+        except IndexError:  # there is none, or another thread was quicker
+            break
     try:
         if not manager.is_alive():
             manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder, env=environment)
