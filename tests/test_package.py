@@ -16,7 +16,8 @@ PACKAGE = REPOSITORY / "masktune_utils"
 ORDER = ["progress", "settings", "models", "images", "data", "shortcuts", "training"]
 ORDER += ["saliency", "masking", "store", "evaluation", "results", "experiment"]
 ORDER += ["selection", "plotting"]
-ORDER += ["runner.grids", "runner.kernels", "runner.jobs", "runner.command"]
+ORDER += ["runner.grids", "runner.kernels", "runner.jobs", "runner.report"]
+ORDER += ["runner.command"]
 
 
 def name_of(path: Path) -> str:

@@ -33,8 +33,9 @@ def checked_results(directory: Path) -> dict[str, dict]:
 
 
 def times_of_writing(directory: Path) -> dict[Path, int]:
-    """Of each file, but for the table that every run writes."""
-    files = [path for path in directory.rglob("*.*") if path.name != "results.csv"]
+    """Of each file, but for those that every run writes."""
+    by_every_run = ("results.csv", "report.html")
+    files = [path for path in directory.rglob("*.*") if path.name not in by_every_run]
     return {path: path.stat().st_mtime_ns for path in files}
 
 
