@@ -335,7 +335,7 @@ class Settings(BaseSettings):
             "batch_size": self.finetune_batch_size or self.batch_size,
             "optimizer": self.finetune_optimizer,
             "schedule": self.finetune_schedule,
-            "description": self.configuration,
+            "description": f"fine-tuning, {self.method} {self.param}",
         }
 
     @property
