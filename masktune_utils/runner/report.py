@@ -35,8 +35,10 @@ def write_report(bases: list[Settings]) -> Path:
     directory = REPOSITORY / bases[0].directory
     table = results.collect(bases[0].directory)
     experiments = {}
+    finished = {*table["experiment"]}
     for settings in bases:
-        experiments.setdefault(settings.experiment, []).append(settings)
+        if settings.experiment in finished:
+            experiments.setdefault(settings.experiment, []).append(settings)
     sections = [_section(table, seeds, directory) for seeds in experiments.values()]
     environment = Environment(
         loader=PackageLoader("masktune_utils.runner", "."), autoescape=True
