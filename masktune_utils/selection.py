@@ -174,7 +174,8 @@ def _choose_start(
     choice["configuration"] = chosen_settings(choice, candidates).configuration
     if len(scores) > 1:
         of = "of all images" if start is None else f"of half {start}"
-        choice["reason"] += f" Of three base models, the one {of} is fine-tuned."
+        reason = f"Of {len(scores)} base models, the one {of} is fine-tuned."
+        choice["reason"] += f" {reason}"
 
 
 def best_start(scores: dict[int | None, float], mistakes: int) -> int | None:

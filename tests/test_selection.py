@@ -257,7 +257,7 @@ def test_of_three_base_models_one_is_fine_tuned_by_their_scores(tmp_path, monkey
     start = choice["start_half"]
     assert start == selection.best_start(scores, choice["mistakes"])
     name = "of all images" if start is None else f"of half {start}"
-    reason = f" Of three base models, the one {name} is fine-tuned."
+    reason = f" Of 3 base models, the one {name} is fine-tuned."
     assert choice["reason"].endswith(reason)
 
 

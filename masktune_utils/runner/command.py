@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = run_stages(arguments.command, stems, grid, count, arguments.force)
+        report = write_report(bases)
     except (KeyboardInterrupt, OSError) as error:
         reason = f"{error}" or "interrupted; the same command goes on"
         print(f"\nmasktune: {reason}", file=sys.stderr)
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{len(errors)} notebooks failed")
     if arguments.command != "sweep":
         print(results.conclude(bases))
-    print(f"report: {write_report(bases)}")
+    print(f"report: {report}")
     return 1 if errors else 0
 
 
@@ -78,7 +79,12 @@ def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
     if stem != FINETUNE and arguments.command != "sweep":
         allowed = f"allowed, except with sweep: {FINETUNE}"
         raise ValueError(f"notebook is {stem!r}; {allowed}.")
-    jobs.check_scope(stem, grid)
+    try:
+        jobs.check_scope(stem, grid)
+    except ValueError as error:
+        if arguments.grid is None:
+            raise
+        raise ValueError(f"{arguments.grid}: {error}") from None
     return stem, check_sources(grid)
 
 
