@@ -45,15 +45,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     bases = [job.settings for job in make_stage(BASE[0], grid)]
     if arguments.command == "report":
-        print(f"report: {write_report(bases)}")
-        return 0
+        return _report(bases)
     stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
     if arguments.command == "run" and _grid_file(arguments) is None:
         stems = ("01_dataset", *BASE)  # no configuration to compare the choice with
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = run_stages(arguments.command, stems, grid, count, arguments.force)
-        report = write_report(bases)
     except (KeyboardInterrupt, OSError) as error:
         reason = f"{error}" or "interrupted; the same command goes on"
         print(f"\nmasktune: {reason}", file=sys.stderr)
@@ -64,8 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{len(errors)} notebooks failed")
     if arguments.command != "sweep":
         print(results.conclude(bases))
-    print(f"report: {report}")
-    return 1 if errors else 0
+    return max(_report(bases), 1 if errors else 0)
+
+
+def _report(bases: list[Settings]) -> int:
+    """Write the report, and print where it is; returns the exit code."""
+    try:
+        print(f"report: {write_report(bases)}")
+    except OSError as error:
+        print(f"masktune: no report: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
