@@ -44,7 +44,7 @@ STARTS = (
     1,
 )  # fine-tuned in the end: the base model of all images, or of a half
 ENOUGH = 0.95  # score of the first start that is taken without trying the others
-RULES = (  # fill, param of mean_std, dilation, rounds at most
+CANDIDATES = (  # fill, param of mean_std, dilation, rounds at most
     ("resample", 4.0, 3, 2),
     ("resample", 3.0, 4, 4),
     ("resample", 3.0, 6, 1),
@@ -54,7 +54,7 @@ RULES = (  # fill, param of mean_std, dilation, rounds at most
     ("zero", 4.0, 3, 1),
     ("zero", 3.0, 4, 1),
 )
-COARSE_RULES = (  # of photographs, whose maps have few cells
+COARSE_CANDIDATES = (  # of photographs, whose maps have few cells
     ("resample", 1.5, 0, 2),
     ("resample", 1.0, 0, 2),
     ("resample", 0.5, 0, 1),
@@ -88,7 +88,7 @@ def candidates(settings: BaseSettings, count: int) -> list[Settings]:
         count: number of training images. If they are few, fine-tuning takes several
             epochs.
     """
-    rules = COARSE_RULES if settings.dataset == "folder" else RULES
+    rules = COARSE_CANDIDATES if settings.dataset == "folder" else CANDIDATES
     batch_size = 16 if settings.dataset == "folder" else 32
     epochs = min(MOST_EPOCHS, math.ceil(STEPS * batch_size / count))
     of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}

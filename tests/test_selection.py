@@ -38,7 +38,7 @@ EPOCHS = {100: 6, 4000: 6, 12_000: 2, 24_000: 1, 60_000: 1}
 @pytest.fixture
 def small_rules(monkeypatch) -> None:
     """Three candidates, which are quick to train."""
-    monkeypatch.setattr(selection, "RULES", RULES)
+    monkeypatch.setattr(selection, "CANDIDATES", RULES)
     monkeypatch.setattr(selection, "MOST_EPOCHS", 2)
 
 
@@ -60,7 +60,7 @@ def names_of(candidates: list[Settings]) -> list[str]:
 def test_the_candidates_go_from_few_salient_pixels_to_many_in_both_fills():
     settings = Settings(dataset="mnist5k", square_size=8, seed=3, epochs=7)
     candidates = selection.candidates(settings, 4000)
-    assert len(candidates) == sum(rounds for *_, rounds in selection.RULES)
+    assert len(candidates) == sum(rounds for *_, rounds in selection.CANDIDATES)
     assert len({*names_of(candidates)}) == len(candidates)
     for candidate in candidates:
         assert candidate.identity(base=True) == settings.identity(base=True)
@@ -432,7 +432,7 @@ def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
 CHOOSE = """
 from masktune_utils import selection
 from masktune_utils.settings import Settings
-selection.RULES = {rules}
+selection.CANDIDATES = {rules}
 selection.MOST_EPOCHS = 2
 settings = Settings(**{values})
 selection.choose(selection.candidates(settings, 400))

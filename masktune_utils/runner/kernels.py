@@ -99,5 +99,5 @@ def reset() -> None:
     torch.set_num_threads(_threads)
     os.chdir(_folder)
     warnings.filters[:] = _filters
-    with warnings.catch_warnings():  # what has been shown once is shown again
-        pass
+    with warnings.catch_warnings():
+        pass  # to leave it makes Python forget which warnings were shown already
