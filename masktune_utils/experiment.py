@@ -231,8 +231,23 @@ def masktune(
     """
     if not settings.cross_fit:
         return list(masktune_rounds(settings, base, train, retrain))[-1]
+    bases, masked = masks_of_halves(settings, train)
+    start = None if settings.start_half is None else bases[settings.start_half]
+    return finetuned_model(settings, base, masked, retrain, start)
+
+
+def masks_of_halves(
+    settings: Settings, train: Split
+) -> tuple[list[Trained], MaskedDataset]:
+    """The base models of two halves of the images, and all images with their masks.
+
+    Args:
+        settings: the experiment.
+        train: the biased training set.
+    """
     parts = data.stratified_halves(train.labels, settings.seed)
-    bases, masks = [], []
+    bases = []
+    masks = []
     for half, index in enumerate(parts):
         of_half = settings.of_half(half)
         images = train[index]
@@ -242,9 +257,7 @@ def masktune(
     # from the order of the halves to that of the images
     order = torch.cat(parts).argsort().to(train.labels.device)
     own_masks = torch.cat(masks)[order]
-    masked = MaskedDataset(train, own_masks, settings.fill, settings.seed)
-    start = None if settings.start_half is None else bases[settings.start_half]
-    return finetuned_model(settings, base, masked, retrain, start)
+    return bases, MaskedDataset(train, own_masks, settings.fill, settings.seed)
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:

@@ -209,13 +209,15 @@ def score_starts(
     """
     train = shortcuts.load(candidate).train
     base = experiment.base_model(candidate, train)
+    bases_of_halves, masked = experiment.masks_of_halves(candidate, train)
     halves = data.stratified_halves(train.labels, candidate.seed)
     order = torch.cat([halves[1], halves[0]])  # of what the halves have predicted
     is_mistake = held_out.erm != held_out.labels
     scores = {}
     for start in STARTS:
         settings = candidate.replace(start_half=start)
-        tuned = experiment.masktune(settings, base, train, retrain)
+        model = None if start is None else bases_of_halves[start]
+        tuned = experiment.finetuned_model(settings, base, masked, retrain, model)
         predictions = evaluation.predict(tuned.model, train).argmax(1)[order]
         is_right = (predictions == held_out.labels).double()
         cells = (is_right[is_mistake], is_right[~is_mistake])
