@@ -93,10 +93,9 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
 
     Returns:
         `raw` and `biased`, or `test`, and `validation`: see `metrics`; also their
-            `groups`, see
-        `group_accuracy`, and `worst_group`, the smallest of these. Besides, `groups`
-        and `worst_group` over both test sets together, whose images of class 0 are the
-        same.
+        `groups`, see `group_accuracy`, and `worst_group`, the smallest of these.
+        Besides, `groups` and `worst_group` over both test sets together, whose images
+        of class 0 are the same.
     """
     raw_logits = predict(model, sets.raw)
     report = {}
@@ -107,17 +106,17 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
             is_changed = (sets.biased.images != sets.raw.images).flatten(1).any(1)
             logits = raw_logits.clone()
             logits[is_changed.cpu()] = predict(model, sets.biased[is_changed])
-        report[name] = _report(logits, split)
+        report[name] = _of_split(logits, split)
         groups.update(report[name]["groups"])
     if len(sets.validation):
         logits = predict(model, sets.validation)
-        report["validation"] = _report(logits, sets.validation)
+        report["validation"] = _of_split(logits, sets.validation)
     report["groups"] = groups
     report["worst_group"] = min(groups.values())
     return report
 
 
-def _report(logits: Tensor, split: data.Split) -> dict[str, Any]:
+def _of_split(logits: Tensor, split: data.Split) -> dict[str, Any]:
     groups = group_accuracy(logits, split)
     report = metrics(logits, split.labels)
     report["groups"] = groups

@@ -287,9 +287,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
 
     Returns:
         A row of the table of results: `experiment`, `configuration` and `seed`, which
-            tell it from
-        all others; the settings; `sha256` of the weights and `base_sha256` of the base
-        model's; `seconds`, `threads`, `device`, `torch` of the training that made them,
+        tell it from all others; the settings; `sha256` of the weights and `base_sha256`
+        of the base model's; `seconds`, `threads`, `device`, `torch` of the training that made them,
         if known; `raw` and `biased`, or `test`; `worst_group` and
         `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1]; `group {name}`, the
         same; if images are held out, `validation_worst_class` and

@@ -319,12 +319,9 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
 
     Returns:
         `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`:
-            share of the
-        images whose shortcut is hidden to more than 99 %; `rest`: mean share of the
-        area outside;
-        `digit`: mean share of the digit's ink (grey value outside the shortcut). All
-            are NaN if no
-        image has a shortcut.
+        share of the images whose shortcut is hidden to more than 99 %; `rest`: mean
+        share of the area outside; `digit`: mean share of the digit's ink (grey value
+        outside the shortcut). All are NaN if no image has a shortcut.
     """
     shares = {"shortcut": [], "rest": [], "digit": []}
     with_shortcut = dataset.split.has_shortcut.nonzero()[:, 0]

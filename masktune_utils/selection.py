@@ -38,11 +38,8 @@ FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled then
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
-STARTS = (
-    None,
-    0,
-    1,
-)  # fine-tuned in the end: the base model of all images, or of a half
+# What is fine-tuned in the end: the base model of all images, or that of a half.
+STARTS = (None, 0, 1)
 ENOUGH = 0.95  # score of the first start that is taken without trying the others
 CANDIDATES = (  # fill, param of mean_std, dilation, rounds at most
     ("resample", 4.0, 3, 2),
@@ -130,17 +127,13 @@ def choose(
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
+    names = [candidate.configuration for candidate in candidates]
     if path.exists() and not retrain:
         choice = results.read_choice(path)
-        names = [candidate.configuration for candidate in candidates]
         if choice["base_sha256"] == base_sha256 and names == [*choice["candidates"]]:
             return choice
     held_out = predict_held_out(candidates, jobs, retrain)
-    judged = judge(held_out)
-    for candidate in candidates:
-        rule = candidate.model_dump(include=results.DESCRIBED)
-        judged[candidate.configuration]["description"] = results.describe(**rule)
-        judged[candidate.configuration]["fill"] = candidate.fill
+    judged = _described(judge(held_out), candidates)
     images = len(held_out.labels)
     mistakes = int((held_out.erm != held_out.labels).sum())
     if mistakes >= FEW:
@@ -162,6 +155,17 @@ def choose(
         _choose_start(choice, candidates, held_out, retrain)
     results.write_json(path, choice)
     return choice
+
+
+def _described(
+    judged: dict[str, dict], candidates: Sequence[Settings]
+) -> dict[str, dict]:
+    """What `judge` returns, with each candidate's rule in words, and its fill."""
+    for candidate in candidates:
+        rule = candidate.model_dump(include=results.DESCRIBED)
+        judged[candidate.configuration]["description"] = results.describe(**rule)
+        judged[candidate.configuration]["fill"] = candidate.fill
+    return judged
 
 
 def _choose_start(
@@ -350,8 +354,7 @@ def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
 
     Returns:
         By candidate: `mistakes` and `rest`, each with `right` and `all`, numbers of
-            images by class;
-        `score`, the smaller of the two accuracies, in [0, 1]; `interval`, the 95 %
+        images by class; `score`, the smaller of the two accuracies, in [0, 1]; `interval`, the 95 %
         interval (Wilson) of the accuracy on mistakes; and `hidden`, see `HeldOut`.
     """
     from scipy.stats import binomtest  # takes a second
@@ -433,8 +436,8 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
 
     Returns:
         By configuration, `base` among them: the largest difference, over all sets of
-            images, between
-        the best model's accuracy in its worst class and this one's, in [0, 1].
+        images, between the best model's accuracy in its worst class and this one's, in
+        [0, 1].
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
     accuracy = {images: dict.fromkeys(names, 0.0) for images in names[1:]}

@@ -163,7 +163,14 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({reason})."
         ) from error
-    for name, asked in (settings or {}).items():
+    _check_settings(path, checkpoint, settings or {})
+    checkpoint.model.to(device, memory_format=torch.channels_last).eval()
+    return checkpoint
+
+
+def _check_settings(path: Path, checkpoint: Checkpoint, settings: dict) -> None:
+    """Refuse a model that was not made with these settings."""
+    for name, asked in settings.items():
         # A setting that is younger than the file had its default.
         made_with = checkpoint.settings.get(name, DEFAULTS.get(name))
         if made_with != asked and name != "test_folder":  # any images may serve to test
@@ -171,8 +178,6 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{path} was made with {name} = {made_with!r}, not {asked!r}. {hint}"
             )
-    checkpoint.model.to(device, memory_format=torch.channels_last).eval()
-    return checkpoint
 
 
 def _checked(content: dict[str, Any]) -> Checkpoint:

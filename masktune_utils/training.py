@@ -55,16 +55,15 @@ def train(
         lr_decay_factor: factor of each decay.
         optimizer: `sgd`, with momentum, or `adam`; both with weight decay.
         schedule: of the learning rate. `constant`: it only decays every
-            `lr_decay_epochs`.
-            `linear`: it falls step by step, to 0 at the end of the last epoch.
+            `lr_decay_epochs`. `linear`: it falls step by step, to 0 at the end of the
+            last epoch.
         flip: mirror half of the images, at random.
         seed: of the order of the images, of `flip`, and of dropout.
         description: name of the progress bar.
 
     Returns:
         One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the
-            training images
-        in training mode), `lr` and `seconds`.
+        training images in training mode), `lr` and `seconds`.
 
     Raises:
         ValueError: an unknown optimizer or schedule.
@@ -73,13 +72,8 @@ def train(
     torch.backends.cudnn.deterministic = True
     torch_optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
     steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
-    if schedule == "linear":
-        scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, epochs * steps)
-    elif schedule == "constant":
-        decay = (lr_decay_epochs * steps, lr_decay_factor)
-        scheduler = optim.lr_scheduler.StepLR(torch_optimizer, *decay)
-    else:
-        raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
+    decay = (lr_decay_epochs * steps, lr_decay_factor)
+    scheduler = _scheduler(schedule, torch_optimizer, epochs * steps, decay)
     generator = torch.Generator().manual_seed(seed)
     mirror = generator if flip else None
     history = []
@@ -111,6 +105,17 @@ def _optimizer(name, model, lr, momentum, weight_decay) -> optim.Optimizer:
         options = {"weight_decay": weight_decay, "fused": True}
         return optim.Adam(model.parameters(), lr, **options)
     raise ValueError(f"optimizer is {name!r}; allowed: sgd or adam.")
+
+
+def _scheduler(
+    name: str, optimizer: optim.Optimizer, steps: int, decay: tuple[int, float]
+) -> optim.lr_scheduler.LRScheduler:
+    """The schedule of the rate, step by step; `decay`: steps between two decays, factor."""
+    if name == "linear":
+        return optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    if name == "constant":
+        return optim.lr_scheduler.StepLR(optimizer, *decay)
+    raise ValueError(f"schedule is {name!r}; allowed: constant or linear.")
 
 
 def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:

@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from joblib import cpu_count, parallel_config
@@ -46,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     bases = [job.settings for job in make_stage(BASE[0], grid)]
     if arguments.command == "report":
         return _report(bases)
-    stems = STAGES[arguments.command] if stem == FINETUNE else [stem]
-    if arguments.command == "run" and _grid_file(arguments) is None:
-        stems = ("01_dataset", *BASE)  # no configuration to compare the choice with
+    stems = _stems(arguments, stem)
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = run_stages(arguments.command, stems, grid, count, arguments.force)
@@ -56,13 +55,26 @@ def main(argv: list[str] | None = None) -> int:
         reason = f"{error}" or "interrupted; the same command goes on"
         print(f"\nmasktune: {reason}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 130
+    _print_errors(errors)
+    if arguments.command != "sweep":
+        print(results.conclude(bases))
+    return max(_report(bases), 1 if errors else 0)
+
+
+def _stems(arguments: argparse.Namespace, stem: str) -> tuple[str, ...]:
+    """The notebooks that are run before the choice, in their order."""
+    if stem != FINETUNE:
+        return (stem,)
+    if arguments.command == "run" and _grid_file(arguments) is None:
+        return ("01_dataset", *BASE)  # no configuration to compare the choice with
+    return STAGES[arguments.command]
+
+
+def _print_errors(errors: dict[Job, str]) -> None:
     for job, error in errors.items():
         name = f"{job.copy.stem}, seed {job.settings.seed}"
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} notebooks failed")
-    if arguments.command != "sweep":
-        print(results.conclude(bases))
-    return max(_report(bases), 1 if errors else 0)
 
 
 def _report(bases: list[Settings]) -> int:
@@ -200,7 +212,7 @@ def print_states(stage: list[Job], finished: set[tuple]) -> None:
 
 
 def run_stages(
-    command: str, stems: list[str], grid: list[Settings], count: int, force: bool
+    command: str, stems: Sequence[str], grid: list[Settings], count: int, force: bool
 ) -> dict[Job, str]:
     """Run the notebooks of a command, choose, and print where everything is.
 
@@ -222,7 +234,7 @@ def run_stages(
         later = [stage for stage in (chosen, last) if stage]
         errors.update(jobs.execute(later, count))
         stages += later
-    jobs.report(stages, summary=command == "sweep" and FINETUNE in stems)
+    jobs.save_tables(stages, summary=command == "sweep" and FINETUNE in stems)
     return errors
 
 

@@ -187,7 +187,7 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     return errors
 
 
-def report(stages: list[list[Job]], summary: bool = True) -> None:
+def save_tables(stages: list[list[Job]], summary: bool = True) -> None:
     """Save the table of all results, and print where everything is.
 
     Args:
