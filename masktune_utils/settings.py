@@ -137,7 +137,8 @@ class DataSettings(BaseModel):
         is_there = (REPOSITORY / folder).is_dir()
         if is_needed != bool(folder) or not is_there:
             raise ValueError(
-                "with dataset 'folder', a folder with one folder per class; else ''"
+                "with dataset 'folder', a folder with one folder per class "
+                f"(relative paths start at {REPOSITORY}); else ''"
             )
         return folder
 

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         images = grid[0].dataset
         print(f"{len(grid)} configurations, images: {images}, device: {device}")
         if arguments.dry_run:
-            print_states(make_stage(stem, grid), finished)
+            stems = _stems(arguments, stem) or BASE
+            print_states(make_stage(stems[-1], grid), finished)
             return 0
         store.check_writable(grid[0].directory)
     except (ValueError, OSError) as error:
