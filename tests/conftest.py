@@ -2,10 +2,14 @@
 
 import copy
 import json
+import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+
+# Before PyTorch is imported: two processes that both take all cores slow each other down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pandas as pd
