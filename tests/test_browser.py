@@ -1,5 +1,6 @@
-"""The panel in JupyterLab, seen and moved in a real browser."""
+"""The panel in JupyterLab, and the report, seen and moved in a real browser."""
 
+import base64
 import os
 import re
 import shutil
@@ -15,13 +16,19 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from masktune_utils import experiment, shortcuts
 from masktune_utils.runner import jobs
+from masktune_utils.runner.report import write_report
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs pip install playwright"
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+# One pixel.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 FLAGS = "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
 pytestmark = pytest.mark.skipif(
@@ -75,25 +82,54 @@ def wait(ready: Callable, log: Path, seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def test_the_picture_follows_the_slider(lab, tmp_path):
+@pytest.fixture
+def page(tmp_path):
+    """An empty page of a browser."""
+    flags = [*FLAGS.split(), *["--no-sandbox"] * (os.geteuid() == 0)]
+    options = {"executable_path": BROWSER, "args": flags}
     with playwright.sync_playwright() as driver:
-        flags = [*FLAGS.split(), *["--no-sandbox"] * (os.geteuid() == 0)]
-        options = {"executable_path": BROWSER, "args": flags}
-        browser = driver.chromium.launch_persistent_context(
-            tmp_path / "profile", **options
-        )
-        page = browser.pages[0]
-        page.goto(lab)
-        page.get_by_text("| Idle").wait_for(timeout=60_000)
-        page.locator(".lm-MenuBar-item", has_text="Run").click()
-        page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
-        picture = page.locator(".widget-interact .jp-OutputArea img")
-        picture.wait_for(timeout=90_000)
-        before = picture.get_attribute("src")
-        slider = page.locator(".widget-slider", has_text="param").get_by_role("slider")
-        for _ in range(10):  # one step need not be enough for another cell
-            slider.press("ArrowRight")
-        playwright.expect(picture).not_to_have_attribute("src", before, timeout=10_000)
-        wide = "image => image.complete && image.naturalWidth > 500"
-        wait(lambda: picture.evaluate(wide), tmp_path / "log", seconds=10)
+        launch = driver.chromium.launch_persistent_context
+        browser = launch(tmp_path / "profile", **options)
+        yield browser.pages[0]
         browser.close()
+
+
+def test_the_picture_follows_the_slider_and_the_button(lab, page, tmp_path):
+    page.goto(lab)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)
+    page.locator(".lm-MenuBar-item", has_text="Run").click()
+    page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+    picture = page.locator(".widget-interact .jp-OutputArea img")
+    picture.wait_for(timeout=90_000)
+    before = picture.get_attribute("src")
+    slider = page.locator(".widget-slider", has_text="param").get_by_role("slider")
+    for _ in range(2):  # one step need not be enough for another cell
+        slider.press("ArrowRight")
+    playwright.expect(picture).not_to_have_attribute("src", before, timeout=10_000)
+    wide = "image => image.complete && image.naturalWidth > 500"
+    wait(lambda: picture.evaluate(wide), tmp_path / "log", seconds=10)
+    page.get_by_role("button", name="next mistake of ERM").click()
+    group = page.locator(".widget-dropdown", has_text="group").locator("select")
+    playwright.expect(group).to_have_value("ERM's mistakes, test set")
+
+
+def test_the_report_shows_its_pictures_and_sorts_its_tables(page, settings):
+    sets = shortcuts.load(settings)
+    base = experiment.base_model(settings, sets.train)
+    tuned = experiment.masktune(settings, base, sets.train)
+    rows = [experiment.record(model, sets) for model in (base, tuned)]
+    picture = settings.folder("figures") / "05_accuracies.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(PNG)
+    page.emulate_media(color_scheme="dark")
+    page.goto(write_report([settings]).as_uri())
+    assert page.locator("figure img").evaluate("image => image.naturalWidth") == 1
+    cells = page.locator("table").first.locator("tbody tr td:nth-child(2)")
+    accuracies = sorted(f"{100 * row['raw']:.2f}" for row in rows)
+    page.locator("table").first.locator("th", has_text="raw").click()
+    ascending = cells.all_inner_texts()
+    page.locator("table").first.locator("th", has_text="raw").click()
+    assert {*ascending} == {*accuracies}
+    assert cells.all_inner_texts() == ascending[::-1]
+    color = "body => getComputedStyle(body).backgroundColor"
+    assert page.locator("body").evaluate(color) == "rgb(27, 27, 27)"
