@@ -28,6 +28,7 @@ from masktune_utils.settings import DEFAULTS, Settings
 from masktune_utils.shortcuts import BiasedSets
 
 INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
+UNFINISHED = ".unfinished"  # beside a checkpoint: the state of its training
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
     if retrain or not path.exists():
         num_classes = len(train.labels.unique())
         model = models.new_model(settings.seed, device, num_classes, **settings.network)
-        history = training.train(model, train, **settings.training)
+        history = _train_base(settings, model, train, retrain)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
+        path.with_suffix(UNFINISHED).unlink(missing_ok=True)
     saved = store.load_checkpoint(path, identity, device)
     return Trained(
         model=saved.model,
@@ -135,6 +137,25 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
         base_sha256=saved.sha256,
         seconds=seconds,
     )
+
+
+def _train_base(
+    settings: Settings, model: nn.Module, train: Split, retrain: bool
+) -> list[dict[str, float]]:
+    """Train, or go on where a training with the same settings was interrupted."""
+    path = settings.checkpoint_path("base").with_suffix(UNFINISHED)
+    made_with = {**settings.identity(base=True), "images": len(train)}
+    state = None
+    with contextlib.suppress(Exception):  # not there, damaged: it starts anew
+        saved = store.read_tensors(path)
+        if saved["made_with"] == made_with and not retrain:
+            state = saved["state"]
+
+    def keep_state(state: dict[str, Any]) -> None:
+        store.write_tensors(path, {"made_with": made_with, "state": state})
+
+    options = settings.training
+    return training.train(model, train, state=state, keep_state=keep_state, **options)
 
 
 def finetuned_model(

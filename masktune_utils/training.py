@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from masktune_utils import progress
+
+SECONDS_BETWEEN_STATES = 60
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -39,6 +43,8 @@ def train(
     flip: bool = False,
     seed: int = 0,
     description: str = "ERM",
+    state: dict[str, Any] | None = None,
+    keep_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place with cross-entropy.
 
@@ -60,6 +66,10 @@ def train(
         flip: mirror half of the images, at random.
         seed: of the order of the images, of `flip`, and of dropout.
         description: name of the progress bar.
+        state: of a training with the same arguments that was interrupted. It goes on
+            from there, to the same bits.
+        keep_state: is called with the state at the end of an epoch, about once a
+            minute.
 
     Returns:
         One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the
@@ -80,21 +90,64 @@ def train(
     total = epochs * len(dataset)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     bar = progress.bar(total=total, unit="image", unit_scale=True, mininterval=0.5)
+    course = _Course(model, scheduler, generator, history, device)
     with forked, bar:
         torch.manual_seed(seed)  # of dropout
-        for epoch in range(1, epochs + 1):
+        if state:
+            course.load(state)
+            bar.update(len(history) * len(dataset))
+        for epoch in range(len(history) + 1, epochs + 1):
             bar.set_description(f"{description}, epoch {epoch}/{epochs}", refresh=False)
             row = {"epoch": epoch, "lr": torch_optimizer.param_groups[0]["lr"]}
             started = time.perf_counter()
-            order = torch.randperm(len(dataset), generator=generator).to(device)
-            # batch normalisation is undefined for a single image
-            batches = [index for index in order.split(batch_size) if len(index) > 1]
+            batches = _batches(len(dataset), batch_size, generator, device)
             images = dataset.in_epoch(epoch)
             sums = _train_epoch(model, images, batches, scheduler, bar, mirror)
             row["loss"], row["accuracy"] = sums.tolist()
             row["seconds"] = time.perf_counter() - started
             history.append(row)
+            if keep_state:
+                course.keep(keep_state)
     return history
+
+
+@dataclass
+class _Course:
+    """What the next epoch of a training depends on."""
+
+    model: nn.Module
+    scheduler: optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    history: list[dict[str, float]]
+    device: torch.device
+    kept_at: float = field(default_factory=time.perf_counter)
+
+    def keep(self, keep_state: Callable[[dict[str, Any]], None]) -> None:
+        """Hand over the state, unless that was done within the last minute."""
+        now = time.perf_counter()
+        if now - self.kept_at >= SECONDS_BETWEEN_STATES:
+            keep_state(self.state())
+            self.kept_at = now
+
+    def state(self) -> dict[str, Any]:
+        random = torch.cuda if self.device.type == "cuda" else torch
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.scheduler.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": random.get_rng_state(),
+            "history": self.history,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        random = torch.cuda if self.device.type == "cuda" else torch
+        self.model.load_state_dict(state["model"])
+        self.scheduler.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        random.set_rng_state(state["random"])
+        self.history.extend(state["history"])
 
 
 def _optimizer(name, model, lr, momentum, weight_decay) -> optim.Optimizer:
@@ -116,6 +169,15 @@ def _scheduler(
     if name == "constant":
         return optim.lr_scheduler.StepLR(optimizer, *decay)
     raise ValueError(f"schedule is {name!r}; allowed: constant or linear.")
+
+
+def _batches(
+    count: int, batch_size: int, generator: torch.Generator, device: torch.device
+) -> list[Tensor]:
+    """Index of the images of each batch, in a random order."""
+    order = torch.randperm(count, generator=generator).to(device)
+    # batch normalisation is undefined for a single image
+    return [index for index in order.split(batch_size) if len(index) > 1]
 
 
 def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from masktune_utils import (
     store,
     training,
 )
+from masktune_utils.data import Split
 from masktune_utils.experiment import Trained
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
@@ -68,6 +70,75 @@ def test_base_model_is_trained_once(settings, splits):
     assert path.stat().st_mtime_ns == written
     experiment.base_model(settings, splits.train, retrain=True)
     assert path.stat().st_mtime_ns != written
+
+
+def interrupt(monkeypatch, settings: Settings, train: Split) -> Path:
+    """Stop the training of the base model after its first epoch.
+
+    Returns:
+        The file with its state.
+    """
+    write_tensors = store.write_tensors
+
+    def write_and_stop(path: Path, content: dict) -> None:
+        write_tensors(path, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SECONDS_BETWEEN_STATES", 0)
+        patch.setattr(store, "write_tensors", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.base_model(settings, train)
+    (file,) = settings.folder("checkpoints").iterdir()
+    return file
+
+
+@pytest.fixture
+def epochs(monkeypatch) -> list[int]:
+    """The epochs that are trained."""
+    trained = []
+
+    def counted(split: Split, epoch: int) -> Split:
+        trained.append(epoch)
+        return split
+
+    monkeypatch.setattr(Split, "in_epoch", counted)
+    return trained
+
+
+def test_an_interrupted_base_model_goes_on_to_the_same_bits(
+    settings, splits, tmp_path, monkeypatch, epochs
+):
+    elsewhere = settings.replace(directory=str(tmp_path / "undisturbed"))
+    undisturbed = experiment.base_model(elsewhere, splits.train)
+    state = interrupt(monkeypatch, settings, splits.train)
+    epochs.clear()
+    base = experiment.base_model(settings, splits.train)
+    assert epochs == [2]
+    assert base.sha256 == undisturbed.sha256
+    assert base.history == undisturbed.history
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("change", ["retrain", "other images", "other rate", "damage"])
+def test_a_state_that_does_not_fit_is_left(
+    settings, splits, monkeypatch, epochs, change
+):
+    state = interrupt(monkeypatch, settings, splits.train)
+    train = splits.train
+    if change == "other images":
+        train = train[:100]
+    if change == "other rate":
+        other = settings.replace(lr=0.02).checkpoint_path("base")
+        other.parent.mkdir(parents=True)
+        state = state.rename(other.with_suffix(state.suffix))
+        settings = settings.replace(lr=0.02)
+    if change == "damage":
+        state.write_bytes(state.read_bytes()[:1000])
+    epochs.clear()
+    experiment.base_model(settings, train, retrain=change == "retrain")
+    assert epochs == [1, 2]
+    assert not state.exists()
 
 
 def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(

@@ -1,7 +1,10 @@
 """Training: reproducible, as its options say, and without waiting for the device."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tqdm import tqdm
 
@@ -28,6 +31,43 @@ def test_same_seed_same_bits_whatever_the_global_generator(splits):
     assert first_history == second_history
     of_another_seed, _ = train(splits, seed=1)
     assert of_another_seed != first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_decay_epochs": 2},
+        {"optimizer": "adam", "lr": 0.001, "schedule": "linear", "flip": True},
+    ],
+)
+def test_an_interrupted_training_goes_on_to_the_same_bits(splits, monkeypatch, options):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_STATES", 0)
+    options = {"epochs": 4, "batch_size": 32} | options
+    states = []
+
+    def keep_state(state: dict) -> None:
+        states.append(copy.deepcopy(state))
+
+    def network(seed: int) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.1), models.new_model(seed))
+
+    model = network(0)
+    history = training.train(model, splits.train, **options, keep_state=keep_state)
+    assert [len(state["history"]) for state in states] == [1, 2, 3, 4]
+    for state in states:
+        later = network(1)
+        later_history = training.train(later, splits.train, **options, state=state)
+        weights = later.state_dict()
+        assert weights_sha256(weights) == weights_sha256(model.state_dict())
+        for epoch, expected in zip(later_history, history, strict=True):
+            assert epoch["loss"] == expected["loss"]
+            assert epoch["lr"] == expected["lr"]
+
+
+def test_the_state_is_not_kept_more_often_than_once_a_minute(splits):
+    states = []
+    train(splits, keep_state=states.append)
+    assert states == []
 
 
 def test_training_lowers_the_loss(splits):
