@@ -17,7 +17,7 @@ ORDER = ["progress", "settings", "models", "images", "data", "shortcuts", "train
 ORDER += ["saliency", "masking", "store", "evaluation", "results", "experiment"]
 ORDER += ["selection", "plotting"]
 ORDER += ["runner.grids", "runner.kernels", "runner.jobs", "runner.report"]
-ORDER += ["runner.command"]
+ORDER += ["runner.stages", "runner.command"]
 
 
 def name_of(path: Path) -> str:

@@ -3,25 +3,11 @@
 import argparse
 import ast
 import contextlib
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from joblib import cpu_count, parallel_config
+from masktune_utils.settings import RUNTIME, Settings
 
-from masktune_utils import data, models, results, selection, shortcuts, store
-from masktune_utils.runner import jobs
-from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
-from masktune_utils.runner.jobs import BASE, Job, make_stage
-from masktune_utils.runner.report import write_report
-from masktune_utils.settings import DEFAULTS, RUNTIME, Settings
-
-STAGES = {
-    "run": ("01_dataset", *BASE, FINETUNE),
-    "sweep": (*BASE, FINETUNE),
-    "choose": BASE,
-    "report": (),
-}
+COMMANDS = ("run", "sweep", "choose", "report")
 USAGE = """masktune run|sweep|choose|report [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"""
 
@@ -29,83 +15,9 @@ USAGE = """masktune run|sweep|choose|report [GRID] [--SETTING VALUE …]
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command. Bad arguments end it with exit code 2 at once."""
     arguments = _parser().parse_intermixed_args(argv)
-    try:
-        stem, grid = _read(arguments)
-        device = models.resolve_device(grid[0].device)
-        finished = results.finished(grid[0].directory)
-        if arguments.dask:
-            _connect(arguments.dask)
-        images = grid[0].dataset
-        print(f"{len(grid)} configurations, images: {images}, device: {device}")
-        if arguments.dry_run:
-            stems = _stems(arguments, stem) or BASE
-            print_states(make_stage(stems[-1], grid), finished)
-            return 0
-        store.check_writable(grid[0].directory)
-    except (ValueError, OSError) as error:
-        print(f"masktune: {error}", file=sys.stderr)
-        return 2
-    bases = [job.settings for job in make_stage(BASE[0], grid)]
-    if arguments.command == "report":
-        return _report(bases)
-    stems = _stems(arguments, stem)
-    count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
-    try:
-        errors = run_stages(arguments.command, stems, grid, count, arguments.force)
-    except (KeyboardInterrupt, OSError) as error:
-        reason = f"{error}" or "interrupted; the same command goes on"
-        print(f"\nmasktune: {reason}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 130
-    _print_errors(errors)
-    if arguments.command != "sweep":
-        print(results.conclude(bases))
-    return max(_report(bases), 1 if errors else 0)
+    from masktune_utils.runner import stages  # takes seconds, which --help need not
 
-
-def _stems(arguments: argparse.Namespace, stem: str) -> tuple[str, ...]:
-    """The notebooks that are run before the choice, in their order."""
-    if stem != FINETUNE:
-        return (stem,)
-    if arguments.command == "run" and _grid_file(arguments) is None:
-        return ("01_dataset", *BASE)  # no configuration to compare the choice with
-    return STAGES[arguments.command]
-
-
-def _print_errors(errors: dict[Job, str]) -> None:
-    for job, error in errors.items():
-        name = f"{job.copy.stem}, seed {job.settings.seed}"
-        print(f"failed: {name}: {error}", file=sys.stderr)
-    print(f"\n{len(errors)} notebooks failed")
-
-
-def _report(bases: list[Settings]) -> int:
-    """Write the report, and print where it is; returns the exit code."""
-    try:
-        print(f"report: {write_report(bases)}")
-    except OSError as error:
-        print(f"masktune: no report: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
-    """The name of the notebook that the command is about, and all configurations.
-
-    Raises:
-        FileNotFoundError: see `check_sources`.
-        ValueError: see `read_grid`, `jobs.check_scope` and `check_sources`.
-    """
-    stem, grid = read_grid(_grid_file(arguments), _options(arguments))
-    if stem != FINETUNE and arguments.command != "sweep":
-        allowed = f"allowed, except with sweep: {FINETUNE}"
-        raise ValueError(f"notebook is {stem!r}; {allowed}.")
-    try:
-        jobs.check_scope(stem, grid)
-    except ValueError as error:
-        if arguments.grid is None:
-            raise
-        raise ValueError(f"{arguments.grid}: {error}") from None
-    return stem, check_sources(grid)
+    return stages.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = (
         "run: all notebooks, and a choice; sweep: 02 to 04; choose: a mask; report"
     )
-    parser.add_argument("command", choices=STAGES, help=commands)
+    parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
         "--jobs", type=int, choices=range(1, 65), metavar="N", help="notebooks at once"
@@ -149,134 +61,3 @@ def _from_text(text: str) -> object:
     with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
     return text
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, list]:
-    """The settings that were given as options, each with its values."""
-    values = vars(arguments)
-    return {name: values[name] for name in DEFAULTS if values[name]}
-
-
-def _grid_file(arguments: argparse.Namespace) -> Path | None:
-    """The file that was given; else, except for a folder, the published one."""
-    if arguments.grid is not None or arguments.command == "choose":
-        return arguments.grid
-    is_folder = arguments.dataset == ["folder"]
-    if arguments.command == "run" and is_folder:
-        return None
-    return SWEEPS / "published.yaml"
-
-
-def _connect(address: str) -> None:
-    """Let a Dask cluster do the work."""
-    from distributed import Client  # heavy, and seldom wanted
-
-    Client(address, timeout=5)
-    parallel_config(backend="dask")
-
-
-def check_sources(grid: list[Settings]) -> list[Settings]:
-    """Refuse networks that do not fit and images that cannot be read.
-
-    Returns:
-        The grid, with the data set for which `auto` stands.
-
-    Raises:
-        FileNotFoundError: see `data.load`.
-        ValueError: see `data.load` and `models.check`.
-    """
-    names = {settings.dataset for settings in grid}
-    datasets = {name: data.resolve_dataset(name) for name in names}
-    grid = [settings.replace(dataset=datasets[settings.dataset]) for settings in grid]
-    sources = {}
-    for settings in grid:
-        models.check(settings.image_size, **settings.network)
-        folders = settings.train_folder, settings.test_folder
-        sources[settings.dataset, folders, settings.limit, settings.image_size] = (
-            settings
-        )
-    for settings in sources.values():
-        data.load(settings)
-    return grid
-
-
-def print_states(stage: list[Job], finished: set[tuple]) -> None:
-    """Print which jobs are done."""
-    states = {job: job.is_done(finished) for job in stage}
-    for job, done in states.items():
-        print(
-            "done" if done else "    ",
-            *job.settings.folder("runs").parts[-2:],
-            job.name,
-        )
-    print(f"{sum(states.values())} of them are done")
-
-
-def run_stages(
-    command: str, stems: Sequence[str], grid: list[Settings], count: int, force: bool
-) -> dict[Job, str]:
-    """Run the notebooks of a command, choose, and print where everything is.
-
-    Args:
-        command: see `STAGES`.
-        stems: names of the notebooks, in their order.
-        grid: all configurations.
-        count: how many notebooks at once.
-        force: do configurations again that are done.
-
-    Returns:
-        See `jobs.execute`.
-    """
-    stages = [make_stage(stem, grid) for stem in stems]
-    errors = jobs.execute(stages, count, force)
-    if command != "sweep":
-        chosen = make_stage(FINETUNE, choose(command, grid, count, force, errors))
-        last = make_stage("05_plots", grid) if command == "run" else []
-        later = [stage for stage in (chosen, last) if stage]
-        errors.update(jobs.execute(later, count))
-        stages += later
-    jobs.save_tables(stages, summary=command == "sweep" and FINETUNE in stems)
-    return errors
-
-
-def choose(
-    command: str, grid: list[Settings], count: int, force: bool, errors: dict[Job, str]
-) -> list[Settings]:
-    """Choose a configuration for each base model of the grid.
-
-    Args:
-        command: with `choose`, several configurations of one base model are its
-            candidates. Else, and of a base model with one configuration, those of
-            `selection.candidates` are.
-        grid: all configurations.
-        count: how many processes.
-        force: train the models of the halves again.
-        errors: of the jobs that failed; a choice that fails is added.
-
-    Returns:
-        The chosen configurations; none where ERM is kept.
-    """
-    failed = {job.settings.folder("runs") for job in errors if job.stem in BASE}
-    chosen = []
-    for job in make_stage(BASE[0], grid):
-        folder = job.settings.folder("runs")
-        if folder in failed:
-            continue
-        try:
-            listed = [
-                settings for settings in grid if settings.folder("runs") == folder
-            ]
-            if command == "choose" and len(listed) > 1:
-                candidates = [settings.replace(cross_fit=True) for settings in listed]
-            else:
-                images = len(shortcuts.load(job.settings).train)
-                candidates = selection.candidates(job.settings, images)
-            choice = selection.choose(candidates, count, force)
-        except Exception as error:  # noqa: BLE001 - the other choices go on
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            errors[job._replace(stem="choice")] = message
-            continue
-        settings = selection.chosen_settings(choice, candidates)
-        if settings is not None:
-            chosen.append(settings)
-    return chosen
