@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Before PyTorch is imported: two processes that both take all cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command sees
 
 import numpy as np
 import pandas as pd

@@ -19,6 +19,7 @@ tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
 STUDIES = {  # table of a study → what tells its rows apart
+    "07_limits": ["dataset", "shortcut", "model"],
     "08_alternatives": ["dataset", "placement", "asks for", "method"],
     "09_selective": ["dataset", "labels", "placement", "rule"],
     "10_your_own": ["planted", "model"],
@@ -84,13 +85,16 @@ def test_every_measured_number_outside_the_tables_is_known(file, known_numbers):
 
 
 @pytest.mark.parametrize("stem", STUDIES)
-def test_the_text_of_a_study_has_its_numbers(stem):
+def test_the_text_of_a_study_has_its_numbers(stem, known_numbers):
     notebook = nbformat.read(REPOSITORY / "notebooks" / f"{stem}.ipynb", as_version=4)
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     measured = set(MEASURED.findall("\n".join(texts)))
     summary = study(stem)
     assert len(measured) > 3
-    assert measured <= set(summary.to_numpy().flat)
+    numbers = set(summary.to_numpy().flat)
+    if stem == "07_limits":  # which quotes the reference run as well
+        numbers |= known_numbers
+    assert measured <= numbers
     assert summary["seeds"].ge(5).all()
 
 
@@ -111,7 +115,11 @@ def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
         planted = Path(settings.train_folder).parent.name
         rows.append({**settings.model_dump(), "planted": planted})
     listed = pd.DataFrame(rows)[keys].itertuples(index=False, name=None)
-    assert set(table[keys].itertuples(index=False, name=None)) == set(listed)
+    made = set(table[keys].itertuples(index=False, name=None))
+    listed = set(listed)
+    if stem == "07_limits":  # whose table has the square alone
+        listed = {row for row in listed if "square" in row}
+    assert made == listed
 
 
 def keys_of(rows: pd.DataFrame, names: list[str]) -> set[tuple]:
