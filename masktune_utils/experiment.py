@@ -151,8 +151,8 @@ def _train_base(
         if saved["made_with"] == made_with and not retrain:
             state = saved["state"]
 
-    def keep_state(state: dict[str, Any]) -> None:
-        store.write_tensors(path, {"made_with": made_with, "state": state})
+    def keep_state(reached: dict[str, Any]) -> None:
+        store.write_tensors(path, {"made_with": made_with, "state": reached})
 
     options = settings.training
     return training.train(model, train, state=state, keep_state=keep_state, **options)
@@ -309,8 +309,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     Returns:
         A row of the table of results: `experiment`, `configuration` and `seed`, which
         tell it from all others; the settings; `sha256` of the weights and `base_sha256`
-        of the base model's; `seconds`, `threads`, `device`, `torch` of the training that made them,
-        if known; `raw` and `biased`, or `test`; `worst_group` and
+        of the base model's; `seconds`, `threads`, `device`, `torch` of the training
+        that made them, if known; `raw` and `biased`, or `test`; `worst_group` and
         `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1]; `group {name}`, the
         same; if images are held out, `validation_worst_class` and
         `validation_worst_group`; for a fine-tuned model

@@ -354,8 +354,9 @@ def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
 
     Returns:
         By candidate: `mistakes` and `rest`, each with `right` and `all`, numbers of
-        images by class; `score`, the smaller of the two accuracies, in [0, 1]; `interval`, the 95 %
-        interval (Wilson) of the accuracy on mistakes; and `hidden`, see `HeldOut`.
+        images by class; `score`, the smaller of the two accuracies, in [0, 1];
+        `interval`, the 95 % interval (Wilson) of the accuracy on mistakes; and
+        `hidden`, see `HeldOut`.
     """
     from scipy.stats import binomtest  # takes a second
 
