@@ -56,6 +56,10 @@ def test_masks_equal_the_formulas(method, param):
     assert torch.equal(masking.create_mask(MAPS.numpy(), method, param), mask)
 
 
+def test_a_map_that_is_the_same_everywhere_hides_nothing_by_mean_std():
+    assert not masking.create_mask(torch.full((3, 8, 8), 0.5), "mean_std", 2.0).any()
+
+
 @pytest.mark.parametrize("upsample", get_args(Upsample))
 @pytest.mark.parametrize("method", FORMULAS)
 def test_masks_reach_the_size_of_the_image_as_they_should(method, upsample):
@@ -82,7 +86,12 @@ def test_images_are_multiplied_by_what_is_not_hidden():
     torch.testing.assert_close(masking.apply_mask(images[4], mask[4]), expected[4])
     whole_numbers = (255 * images).byte()
     expected = (whole_numbers * (1 - soft)).round().byte()
-    assert torch.equal(masking.apply_mask(whole_numbers, mask), expected)
+    masked = masking.apply_mask(whole_numbers, mask)
+    assert masked.dtype == torch.uint8
+    assert torch.equal(masked, expected)
+    hard = F.interpolate(mask[:, None].float(), size=SIZE)
+    masked = masking.apply_mask(images, mask, "nearest")
+    torch.testing.assert_close(masked, images * (1 - hard))
 
 
 def test_images_of_any_size_are_masked_at_that_size():
@@ -95,6 +104,13 @@ def test_images_of_any_size_are_masked_at_that_size():
     masked = masking.mask_dataset(split, maps, "random", 0.2, seed=7)
     patches = masking.random_patches(4, 0.2, 7, (20, 32))
     assert torch.equal(masked.masks(ALL), patches.float())
+
+
+@pytest.mark.parametrize("method", [*FORMULAS, "random"])
+def test_only_masks_with_soft_edges_are_kept_as_floats(splits, method):
+    masked = masking.mask_dataset(splits.train, FIRST_MAPS, method, 0.1)
+    has_soft_edges = method not in ("mean_std", "random")
+    assert masked.own_masks.dtype == (torch.float32 if has_soft_edges else torch.bool)
 
 
 @pytest.fixture
@@ -116,6 +132,17 @@ def test_hidden_shares_of_known_masks(splits, upper_half):
     ink[:, :6, :6] = 0
     hidden = ink[:, :14].sum((1, 2)) / ink.sum((1, 2))
     assert shares["digit"] == pytest.approx(hidden.mean().item(), rel=1e-5)
+
+
+def test_hidden_shares_are_means_over_all_images(splits):
+    again = torch.arange(200).repeat(12)  # more than are looked at at once
+    few = masking.mask_dataset(splits.train, FIRST_MAPS, "threshold", 0.5)
+    many = masking.mask_dataset(
+        splits.train[again], FIRST_MAPS[again], "threshold", 0.5
+    )
+    shares = masking.hidden_shares(few)
+    assert 0.1 < shares["shortcut"] < 0.9
+    assert masking.hidden_shares(many) == pytest.approx(shares)
 
 
 @pytest.mark.parametrize("method", [*FORMULAS, "random"])
@@ -170,6 +197,9 @@ def test_partners_come_from_the_seed_anew_in_each_epoch(many):
     assert not torch.equal(first, masked.in_epoch(2).partners)
     of_another_seed = masking.MaskedDataset(many, nothing, "resample", seed=9)
     assert not torch.equal(first, of_another_seed.partners)
+    rule = ("threshold", 0.5)
+    masked = masking.mask_dataset(many, nothing, *rule, seed=5, fill="resample")
+    assert torch.equal(first, masked.partners)
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -249,6 +279,15 @@ def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():
     assert torch.equal(dilated, expected)
 
 
+def test_dilation_is_in_28ths_of_the_side():
+    mask = torch.zeros(112, 112)
+    mask[50, 60] = 1
+    expected = torch.zeros(112, 112)
+    expected[34:67, 44:77] = 1  # by 4 · 112 / 28 = 16 pixels
+    dilated = masking.image_masks(mask, (112, 112), "threshold", 0.5, "bilinear", 4)
+    assert torch.equal(dilated, expected)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.5])
 def test_random_patches_hide_the_share_on_average(share):
     patches = masking.random_patches(20_000, share, 4, SIZE)
@@ -260,9 +299,11 @@ def test_random_patches_have_many_sizes_and_all_places(share):
     patches = masking.random_patches(20_000, share, 4, SIZE)
     heights = patches.any(2).sum(1)
     assert len(heights.unique()) > 5
-    first_rows = patches.any(2).int().argmax(1)
-    of_height_4 = first_rows[heights == 4].unique()
-    assert of_height_4.tolist() == list(range(25))
+    assert torch.equal(heights, patches.any(1).sum(1))  # no patch is cut off
+    for side in (1, 2):  # rows, columns
+        first = patches.any(side).int().argmax(1)
+        of_side_4 = first[heights == 4].unique()
+        assert of_side_4.tolist() == list(range(25))
     of_another_seed = masking.random_patches(20_000, share, 5, SIZE)
     assert not torch.equal(patches, of_another_seed)
 

@@ -72,6 +72,29 @@ def test_jtt_weighs_what_is_wrong_as_in_the_paper():
     assert (weights * losses).sum() == objective
 
 
+def test_xrm_flips_a_label_the_more_often_the_surer_the_twin_is():
+    rng = torch.Generator().manual_seed(0)
+    flipped = function("flipped")
+    labels = torch.arange(3).repeat(4000)
+    for share, chance in {1.0: 1.0, 0.8: 0.7, 1 / 3: 0.0}.items():
+        # of three classes, the twin predicts class 2 with this share
+        shares = torch.tensor([(1 - share) / 2, (1 - share) / 2, share + 1e-9])
+        logits = shares.log().repeat(len(labels), 1)
+        changed = flipped(labels, logits, rng)
+        is_flipped = changed != labels
+        assert changed[is_flipped].eq(2).all()
+        other = labels != 2
+        assert is_flipped[other].double().mean() == pytest.approx(chance, abs=0.02)
+
+
+def test_ula_knows_how_often_a_class_goes_with_a_prediction():
+    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    labels = torch.tensor([0, 0, 1, 1])
+    conditional = function("labels_given_prediction")(probabilities, labels)
+    expected = [[1.7 / 2.6, 0.9 / 2.6], [0.3 / 1.4, 1.1 / 1.4]]
+    torch.testing.assert_close(conditional.float(), torch.tensor(expected))
+
+
 def test_dfr_takes_equally_many_images_of_each_group():
     members = [torch.arange(0, 30), torch.arange(30, 37), torch.arange(37, 60)]
     index = function("balanced")(members, torch.Generator().manual_seed(0))
@@ -120,6 +143,7 @@ def test_the_studies_run_on_tiny_data(stem, validation_share, shared):
 
 def test_notebook_10_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
     values = {"directory": str(tmp_path), "limit": 40, "epochs": 1, "image_size": 32}
+    values["model"] = "shufflenet_v2_x0_5"  # the smallest
     source = jobs.NOTEBOOKS / "10_your_own.ipynb"
     target = tmp_path / "copy.ipynb"
     papermill.execute_notebook(source, target, values, progress_bar=False)
