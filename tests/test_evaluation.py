@@ -40,6 +40,21 @@ def test_a_class_without_images_is_nan():
     assert math.isnan(metrics["class_accuracy"][1])
 
 
+def test_classes_that_neither_occur_nor_are_predicted_count_as_0_in_macro_averages():
+    logits = torch.eye(4)[[0, 0, 1, 1]]
+    metrics = evaluation.metrics(logits, torch.tensor([0, 1, 1, 1]))
+    counts = [[1, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert metrics["confusion_matrix"] == counts
+    assert metrics["precision"] == pytest.approx((1 / 2 + 1) / 4)
+    assert metrics["recall"] == pytest.approx((1 + 2 / 3) / 4)
+
+
+def test_the_worst_class_is_the_one_with_the_smallest_accuracy():
+    logits = torch.eye(3)[[0, 0, 1, 1, 2, 0, 0, 2]]
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    assert evaluation.worst_class(logits, labels) == pytest.approx(1 / 3)
+
+
 def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
     assert "validation" not in evaluation.evaluate(model, splits)
     splits = splits._replace(validation=splits.train[::3])
@@ -106,6 +121,16 @@ def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
     store.save_checkpoint(path, model, identity, [])
     report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
     assert [sum(row) for row in report["raw"]["confusion_matrix"]] == [100] * 10
+
+
+def test_our_checkpoint_is_evaluated_on_all_test_images(model, tmp_path):
+    values = {"limit": 200, "validation_share": 0.2}
+    for name, more in {"few": values, "half": {"half": 1}}.items():
+        path = tmp_path / f"{name}.pth"
+        identity = Settings(dataset="mnist5k", **more).identity(base=True)
+        store.save_checkpoint(path, model, identity, [])
+        report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
+        assert json.dumps(report) == evaluated(model)
 
 
 def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):

@@ -1,6 +1,7 @@
 """Training: reproducible, as its options say, and without waiting for the device."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tqdm import tqdm
 
 from masktune_utils import masking, models, training
+from masktune_utils.settings import Settings
 from masktune_utils.store import weights_sha256
 
 
@@ -84,7 +86,7 @@ def test_rate_is_decayed_by_steps(splits):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "steps"), [(50, 4), (199, 1), (200, 1), (60, 4)]
+    ("batch_size", "steps"), [(50, 4), (199, 1), (198, 2), (200, 1), (60, 4)]
 )
 def test_a_linear_schedule_ends_at_0_after_the_last_step(
     batch_size, steps, splits, monkeypatch
@@ -122,6 +124,13 @@ def test_each_option_of_the_optimizer_matters(splits):
 def test_a_last_batch_of_one_image_is_left_out(splits):
     _, history = train(splits, epochs=1, batch_size=199)
     assert 0 <= history[0]["accuracy"] <= 1
+
+
+def test_the_defaults_are_those_of_the_settings():
+    parameters = inspect.signature(training.train).parameters
+    for name, value in Settings().training.items():
+        default = parameters[name].default
+        assert default in (value, inspect.Parameter.empty), name
 
 
 def test_history_counts_every_image(splits):
