@@ -277,6 +277,10 @@ def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():
     expected[:3, :3] = 1
     dilated = masking.image_masks(mask, SIZE, "threshold", 0.5, "bilinear", 2)
     assert torch.equal(dilated, expected)
+    batch = torch.stack([mask, mask.mT, mask.flip(0)])
+    expected = torch.stack([expected, expected.mT, expected.flip(0)])
+    dilated = masking.image_masks(batch, SIZE, "threshold", 0.5, "bilinear", 2)
+    assert torch.equal(dilated, expected)
 
 
 def test_dilation_is_in_28ths_of_the_side():

@@ -1,5 +1,6 @@
 """The command `masktune` on tiny data, as a plugin of pytest (PYTEST_DONT_REWRITE)."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 from conftest import MASKTUNE, TINY, outcome, write_photographs
+from filelock import FileLock
 
 from masktune_utils.runner import command
 from masktune_utils.runner import kernels as kept_kernels
@@ -84,9 +86,22 @@ GRID = """
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory) -> Run:
+def whole_run(tmp_path_factory, worker_id) -> Run:
+    """A finished `masktune run`, which all processes of pytest share."""
+    if worker_id == "master":  # there is one process
+        return run_all(tmp_path_factory.mktemp("run"))
+    directory = tmp_path_factory.getbasetemp().parent / "run"
+    outcome_file = directory.with_suffix(".json")
+    with FileLock(directory.with_suffix(".lock")):
+        if not outcome_file.exists():
+            directory.mkdir()
+            _, *rest = run_all(directory)
+            outcome_file.write_text(json.dumps(rest))
+    return Run(directory, *json.loads(outcome_file.read_text()))
+
+
+def run_all(directory: Path) -> Run:
     """`masktune run` with a grid of two blocks: digits and photographs."""
-    directory = tmp_path_factory.mktemp("run")
     counts = {}
     for name in "abc":
         counts[f"train/{name}"] = 20
