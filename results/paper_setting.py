@@ -1,4 +1,4 @@
-"""MaskTune in the setting of the authors' code, and what its differences to ours matter.
+"""MaskTune in the setting of the authors' code, and how much each difference matters.
 
     python results/paper_setting.py --seed 0 1 2
 
