@@ -1,4 +1,4 @@
-"""The formulas of notebook 08 against hand computations; 07 to 10 on tiny data."""
+"""The formulas of notebooks 08 and 09 against hand computations; 07 to 10 on tiny data."""
 
 import ast
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
 
 
-def function(name: str) -> Callable:
-    """A function that notebook 08 defines; nothing else of it is executed."""
-    path = jobs.NOTEBOOKS / "08_alternatives.ipynb"
+def function(name: str, stem: str = "08_alternatives") -> Callable:
+    """A function that a notebook defines; nothing else of it is executed."""
+    path = jobs.NOTEBOOKS / f"{stem}.ipynb"
     cells = nbformat.read(path, as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     (definition,) = [
@@ -118,6 +118,15 @@ def test_dfr_averages_its_regressions():
     difference = (logits[:, 1] - logits[:, 0]).numpy()
     scores = [regression.decision_function(scaled) for regression in regressions]
     assert difference == pytest.approx(np.mean(scores, axis=0))
+
+
+def test_where_the_models_disagree_masktune_decides_and_comes_last():
+    erm = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.4, 0.6]])
+    masktune = torch.tensor([[0.4, 0.6], [0.2, 0.8], [0.9, 0.1]])
+    score = function("rules", "09_selective")(erm, masktune)["mean, if they agree"]
+    confidence, label = score.max(1)
+    assert label.tolist() == [1, 1, 0]
+    assert confidence.tolist() == pytest.approx([0.75, -0.2, -0.1])
 
 
 @pytest.fixture(scope="module")
