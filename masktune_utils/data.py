@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masktune_utils.images import IN_MEMORY, decode
+from masktune_utils.images import IN_MEMORY, decode, fingerprint
 from masktune_utils.models import impatience
-from masktune_utils.settings import REPOSITORY, DataSettings
+from masktune_utils.settings import REPOSITORY, BaseSettings, DataSettings
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 MNIST_MD5 = "017998840fb0ba3336e2cca627621f8d"  # of its four unpacked files together
@@ -55,7 +55,8 @@ class Split:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
+        images = self.images
+        labels = self.labels
         if self.digits is None:
             object.__setattr__(self, "digits", labels)
         if self.shortcut is None:
@@ -175,9 +176,9 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
         Training and test images, on the CPU.
 
     Raises:
-        FileNotFoundError: the data set is not on disk and cannot be downloaded.
-        ValueError: files are damaged, folders do not fit, a class has no images, or the
-            limit cannot be met.
+        FileNotFoundError: the data set is not on disk and cannot be downloaded; or a
+            class of a folder has no images.
+        ValueError: files are damaged, folders do not fit, or the limit cannot be met.
     """
     dataset = resolve_dataset(settings.dataset)
     if dataset == "folder":
@@ -219,7 +220,7 @@ def resolve_dataset(dataset: str) -> str:
 
 
 def _first_of_each(split: Split, kinds: Tensor, limit: int) -> Split:
-    """The first images of each kind, equally many, at most `limit` in all."""
+    """The first images of each kind, equally many: `limit` in all, but one of each."""
     members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
     count = min(max(1, limit // len(members)), *map(len, members))
     return split[torch.cat([index[:count] for index in members])]
@@ -276,21 +277,50 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def _download(kind: type, root: Path) -> None:
-    """Download a set, and move it to its place once it is complete."""
+    """Download a set, and move its files to their place once all are there."""
     try:
+        root.mkdir(parents=True, exist_ok=True)
         with (
             impatience(),
-            TemporaryDirectory(dir=root.parent, prefix=".download") as folder,
+            TemporaryDirectory(dir=root, prefix=".download") as folder,
         ):
-            raw = Path(kind(folder, download=True).raw_folder)
-            (root / kind.__name__).mkdir(parents=True, exist_ok=True)
-            raw.replace(root / kind.__name__ / "raw")
+            downloaded = Path(kind(folder, download=True).raw_folder)
+            raw = root / kind.__name__ / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            for file in downloaded.iterdir():
+                file.replace(raw / file.name)
     except (OSError, RuntimeError) as error:
         problem = f"{kind.__name__} is neither in {root} nor can it be downloaded"
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{problem}, unlike 'mnist5k' ({reason}). {REMEDY}"
         ) from error
+
+
+def describe_files(settings: BaseSettings) -> dict[str, str]:
+    """The user's own files that a base model depends on, in words.
+
+    Returns:
+        `train_images`, of a folder: they change if a name or a size does.
+        `weights_file`: changes if its bytes do. Nothing for digits and random weights.
+    """
+    files = {}
+    if settings.dataset == "folder":
+        from torchvision.datasets import ImageFolder
+
+        folder = REPOSITORY / settings.train_folder
+        listed = []
+        for path, _ in ImageFolder(str(folder)).samples:
+            listed.append(
+                (str(Path(path).relative_to(folder)), Path(path).stat().st_size)
+            )
+        size = sum(bytes_of_file for _, bytes_of_file in listed)
+        words = f"{len(listed):,} files of {size:,} bytes"
+        files["train_images"] = f"{words}, {fingerprint(listed)[:8]}"
+    weights = settings.network["weights"]
+    if weights not in ("", "DEFAULT"):
+        files["weights_file"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    return files
 
 
 def _read_folders(settings: DataSettings) -> tuple[Split, Split]:

@@ -93,7 +93,8 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
 
     Returns:
         `raw` and `biased`, or `test`, and `validation`: see `metrics`; also their
-        `groups`, see `group_accuracy`, and `worst_group`, the smallest of these.
+        `worst_class`; their `groups`, see `group_accuracy`; and `worst_group`, the
+        smallest of these.
         Besides, `groups` and `worst_group` over both test sets together, whose images
         of class 0 are the same.
     """
@@ -119,6 +120,7 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
 def _of_split(logits: Tensor, split: data.Split) -> dict[str, Any]:
     groups = group_accuracy(logits, split)
     report = metrics(logits, split.labels)
+    report["worst_class"] = worst_class(logits, split.labels.cpu())
     report["groups"] = groups
     report["worst_group"] = min(groups.values())
     return report
@@ -139,7 +141,8 @@ def evaluate_checkpoint(
         See `evaluate`.
 
     Raises:
-        CheckpointError: the file is damaged, foreign, or made from other images.
+        CheckpointError: the file is damaged, foreign, or made from other images or for
+            another number of classes.
         FileNotFoundError: no such file, or no such images.
     """
     dataset = data.resolve_dataset(dataset)
@@ -150,11 +153,14 @@ def evaluate_checkpoint(
             f"{path} was trained on {source!r}; use dataset={source!r}."
         )
     values = {"dataset": dataset, "device": device}
-    for name in DataSettings.model_fields:
-        if name in checkpoint.settings and name not in (
-            "limit",
-            "validation_share",
-            "half",
-        ):
-            values[name] = checkpoint.settings[name]
-    return evaluate(checkpoint.model, shortcuts.load(DataSettings(**values)))
+    of_images = DataSettings.model_fields.keys() - {"limit", "validation_share", "half"}
+    for name in of_images & checkpoint.settings.keys():
+        values[name] = checkpoint.settings[name]
+    sets = shortcuts.load(DataSettings(**values))
+    outputs = predict(checkpoint.model, sets.raw[:1]).shape[1]
+    num_classes = len(sets.raw.labels.unique())
+    if outputs != num_classes:
+        raise store.CheckpointError(
+            f"{path} tells {outputs} classes apart; the images have {num_classes}."
+        )
+    return evaluate(checkpoint.model, sets)

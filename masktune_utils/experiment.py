@@ -69,16 +69,21 @@ def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
         **derived: settings that the notebook has computed.
 
     Raises:
-        ValueError: see `Settings`; an unknown parameter; or a directory that cannot be
-            written to.
+        ValueError: see `Settings`; an unknown parameter; one that is no literal; or a
+            directory that cannot be written to.
     """
-    shown, injected = {}, {}
+    shown = {}
+    injected = {}
     for source in namespace["In"]:
         assigned = _literals(source)
         if source.startswith(INJECTED):
             injected = assigned
-        elif "directory" in assigned:  # which every cell of parameters has
-            shown, injected = assigned, {}
+        elif source.startswith("directory ="):  # as every cell of parameters does
+            shown = assigned
+            injected = {}
+    if not shown:
+        allowed = "literals, such as epochs = 10, one a line"
+        raise ValueError(f"The cell of parameters is not read; allowed: {allowed}.")
     known = {*shown, *DEFAULTS}
     for name in injected:
         if name not in known:
@@ -117,13 +122,13 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
         CheckpointError: the saved one is damaged, foreign, or made with other settings.
     """
     path = settings.checkpoint_path("base")
-    identity = settings.identity(base=True)
+    identity = {**settings.identity(base=True), **data.describe_files(settings)}
     device = train.labels.device
     seconds = None
     if retrain or not path.exists():
         num_classes = len(train.labels.unique())
         model = models.new_model(settings.seed, device, num_classes, **settings.network)
-        history = _train_base(settings, model, train, retrain)
+        history = _train_base(settings, identity, model, train, retrain)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
         path.with_suffix(UNFINISHED).unlink(missing_ok=True)
@@ -140,11 +145,12 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
 
 
 def _train_base(
-    settings: Settings, model: nn.Module, train: Split, retrain: bool
+    settings: Settings, identity: dict, model: nn.Module, train: Split, retrain: bool
 ) -> list[dict[str, float]]:
     """Train, or go on where a training with the same settings was interrupted."""
     path = settings.checkpoint_path("base").with_suffix(UNFINISHED)
-    made_with = {**settings.identity(base=True), "images": len(train)}
+    device = train.labels.device.type
+    made_with = {**identity, "images": len(train), "device": device}
     state = None
     with contextlib.suppress(Exception):  # not there, damaged: it starts anew
         saved = store.read_tensors(path)
@@ -325,13 +331,13 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": models.describe_device(sets.train.labels.device),
     }
-    if trained.seconds is None and path.exists():
-        saved = results.read_result(path)
-        if saved["sha256"] == trained.sha256:
-            if settings.dataset != "folder":  # whose images may have changed
-                return saved
-            # of the training that made these weights
-            made = {name: saved.get(name) for name in made}
+    if trained.seconds is None:  # it was trained earlier
+        saved = results.read_result(path) if path.exists() else {}
+        if saved.get("sha256") != trained.sha256:
+            saved = {}
+        if saved and settings.dataset != "folder":  # whose images may have changed
+            return saved
+        made = {name: saved.get(name) for name in made}
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,
@@ -356,7 +362,7 @@ def _measure(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     for name, share in report["groups"].items():
         row[f"group {name}"] = share
     if "validation" in report:
-        row["validation_worst_class"] = min(report["validation"]["class_accuracy"])
+        row["validation_worst_class"] = report["validation"]["worst_class"]
         row["validation_worst_group"] = report["validation"]["worst_group"]
     if trained.masked is not None:
         for name, share in masking.hidden_shares(trained.masked).items():

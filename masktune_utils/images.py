@@ -24,8 +24,8 @@ def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
     Args:
         paths: of the files; of an animated image the first picture is read.
         side: of the squares, in pixels.
-        folder: where the decoded images are kept, until a file or its time of change
-            differs.
+        folder: where the decoded images are kept, for the same files with the same
+            times of change.
 
     Returns:
         N×3×side×side, uint8, channels last.

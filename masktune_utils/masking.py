@@ -335,9 +335,8 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
             hidden_area = (hidden * area).sum((1, 2))
             share = hidden_area / area.sum((1, 2))
             shares[name] += share.tolist()
-    is_whole = [float(share > 0.99) for share in shares["shortcut"]]
-    shares["shortcut_whole"] = is_whole
-    means = {}
-    for name, values in shares.items():
-        means[name] = torch.tensor(values).mean().item()
-    return means
+    shares["shortcut_whole"] = [float(share > 0.99) for share in shares["shortcut"]]
+    # An image without any ink outside the shortcut has no share of it.
+    return {
+        name: torch.tensor(values).nanmean().item() for name, values in shares.items()
+    }

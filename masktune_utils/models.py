@@ -89,7 +89,7 @@ def new_model(
             network.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = build(name, num_classes)
     if weights:
         network = model if name == "small_cnn" else model[1]
@@ -144,7 +144,13 @@ def check(image_size: int, name: str, weights: str) -> None:
     shape = (3, image_size, image_size)
     try:
         model(torch.zeros(1, *shape))
-        target_layer(model, shape)
+        outputs = []
+        layer = target_layer(model, shape)
+        layer.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
+        model(torch.zeros(1, *shape))
+        height, width = outputs[0].shape[-2:]
+        if height != width:  # channels come last
+            raise RuntimeError("at this size, no layer has a map")
     except (AssertionError, RuntimeError, TypeError) as error:
         allowed = "28 with small_cnn; with another network, a size that it takes"
         reason = f"{error}".splitlines()[0]

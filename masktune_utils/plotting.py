@@ -16,7 +16,7 @@ from torch import Tensor
 from masktune_utils import store
 from masktune_utils.settings import Settings
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and two more.
 CLASS_COLORS = [
     "#56B4E9",
     "#E69F00",
@@ -26,6 +26,8 @@ CLASS_COLORS = [
     "#999999",
     "#0072B2",
     "#009E73",
+    "#882255",
+    "#6B4C1E",
 ]
 TEST_COLORS = {"raw": "#BBBBBB", "biased": "#444444", "test": "#BBBBBB"}
 MODEL_COLORS = {

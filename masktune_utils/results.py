@@ -66,7 +66,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def collect(directory: str = "") -> pd.DataFrame:
     """Gather all saved results into a table.
 
-    A result whose base model has been replaced since is left out.
+    A result whose base model has been replaced since, or was tested on other images, is
+    left out.
 
     Args:
         directory: see `Settings.directory`.
@@ -79,20 +80,20 @@ def collect(directory: str = "") -> pd.DataFrame:
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
     """
-    results, choices = {}, {}
+    results = {}
+    choices = {}
     for path in sorted((REPOSITORY / directory / "results").rglob("*.json")):
         if path.name == "chosen.json":
             choices[path.parent] = read_choice(path)
         else:
             results[path] = read_result(path)
-    bases = {
-        path.parent: row["sha256"]
-        for path, row in results.items()
-        if path.stem == "base"
-    }
+    bases = {path.parent: row for path, row in results.items() if path.stem == "base"}
     rows = []
     for path, row in results.items():
-        if row["base_sha256"] != bases.get(path.parent):
+        base = bases.get(path.parent, {})
+        if row["base_sha256"] != base.get("sha256"):
+            continue
+        if row.get("test_folder") != base.get("test_folder"):
             continue
         row["chosen"] = None
         choice = choices.get(path.parent)
@@ -221,9 +222,10 @@ def conclude(bases: Sequence[Settings]) -> str:
         worst = rows.groupby("model")["worst_group"].mean()
         groups = [name for name in rows if name.startswith("group ")]
         text += f"\nAccuracy in %\n\n{summarize(rows, ['model']).to_string()}\n\n"
-        erm, chosen = worst["ERM"], worst[CHOSEN]
-        text += f"In its worst group, ERM is right on {erm:.1%} of the images; "
-        text += f"what was chosen, on {chosen:.1%}.\n"
+        text += f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images"
+        if CHOSEN in worst:  # its notebook may have failed
+            text += f"; what was chosen, on {worst[CHOSEN]:.1%}"
+        text += ".\n"
         text += f"{summarize(rows, ['model'], groups).T.to_string()}\n\n"
         picture = settings.folder("figures") / "05_chosen.png"
         if picture.exists():

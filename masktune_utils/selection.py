@@ -133,7 +133,8 @@ def choose(
         if choice["base_sha256"] == base_sha256 and names == [*choice["candidates"]]:
             return choice
     held_out = predict_held_out(candidates, jobs, retrain)
-    judged = _described(judge(held_out), candidates)
+    judged = judge(held_out)
+    _describe(judged, candidates)
     images = len(held_out.labels)
     mistakes = int((held_out.erm != held_out.labels).sum())
     if mistakes >= FEW:
@@ -157,15 +158,12 @@ def choose(
     return choice
 
 
-def _described(
-    judged: dict[str, dict], candidates: Sequence[Settings]
-) -> dict[str, dict]:
-    """What `judge` returns, with each candidate's rule in words, and its fill."""
+def _describe(judged: dict[str, dict], candidates: Sequence[Settings]) -> None:
+    """Add each candidate's rule in words, and its fill, to what `judge` returns."""
     for candidate in candidates:
         rule = candidate.model_dump(include=results.DESCRIBED)
         judged[candidate.configuration]["description"] = results.describe(**rule)
         judged[candidate.configuration]["fill"] = candidate.fill
-    return judged
 
 
 def _choose_start(
@@ -417,7 +415,7 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     if admitted:
         return chosen, f". With {row['description']}, {result}"
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
-    return "base", f". {kept} With the best, {row['description']}, {result}"
+    return "base", f". {kept} With {row['description']}, {result}"
 
 
 def _standard_error(share: float, count: int) -> float:
@@ -496,7 +494,8 @@ def by_shortfalls(
 ) -> tuple[str, str]:
     """Choose the candidate with the smallest shortfall, or keep ERM if its own is smaller.
 
-    Of those within one standard error, the one that hides least is chosen.
+    Of those within one standard error that fall less behind than ERM, the one that hides
+    least is chosen.
 
     Args:
         judged: see `judge`.
@@ -507,13 +506,14 @@ def by_shortfalls(
     """
     least = min(shortfalls[name] for name in judged)
     error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
-    near = [name for name in judged if shortfalls[name] <= least + error]
-    chosen = min(near, key=lambda name: judged[name]["hidden"])
     few = ", too few to judge by. On images resampled by the masks of all candidates,"
-    behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
     if shortfalls["base"] <= least:
         kept = "no candidate falls less behind the best than ERM, which is kept."
         return "base", f"{few} {kept}"
+    better = [name for name in judged if shortfalls[name] < shortfalls["base"]]
+    near = [name for name in better if shortfalls[name] <= least + error]
+    chosen = min(near, key=lambda name: judged[name]["hidden"])
+    behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
     description = judged[chosen]["description"]
     reason = f"{description} is at most {behind[chosen]} behind the best, and ERM"
     return chosen, f"{few} {reason} {behind['base']}. That is in doubt."

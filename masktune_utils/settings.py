@@ -33,7 +33,8 @@ REPOSITORY = Path(__file__).parents[1]
 # Largest `param` of each method; the smallest is 0.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28, "random": 0.5}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
-ALWAYS_IN_PATH = ("dataset", "train_folder", "test_folder", "seed", "method", "param")
+# In a path by themselves, or in none; `test_folder` changes no model.
+NOT_SPELLED_OUT = ("dataset", "train_folder", "test_folder", "seed", "method", "param")
 
 Dataset = Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist", "folder"]
 Labels = Literal["halves", "digits"]
@@ -140,7 +141,7 @@ class DataSettings(BaseModel):
                 "with dataset 'folder', a folder with one folder per class "
                 f"(relative paths start at {REPOSITORY}); else ''"
             )
-        return folder
+        return str(Path(folder)) if folder else ""
 
     @field_validator("square_color")
     @classmethod
@@ -156,20 +157,25 @@ class DataSettings(BaseModel):
     @property
     def experiment(self) -> str:
         """Name of the base model: the data set and what is not the default."""
-        parts = Path(self.train_folder).parts
-        name = "-".join([self.dataset, *parts[-2:]])
-        if len(parts) > 2:  # other folders may end alike
+        name = self._images
+        if len(Path(self.train_folder).parts) > 2:  # other folders may end alike
             name += f"-{hashlib.sha256(self.train_folder.encode()).hexdigest()[:8]}"
-        return name.replace(os.sep, "") + self._unusual(self.identity(base=True))
+        return name + self._unusual(self.identity(base=True))
 
     @property
     def title(self) -> str:
         """The same in words, for figures."""
-        words = [self.dataset]
+        words = [self._images]
         for name, value in self.identity(base=True).items():
-            if name not in ALWAYS_IN_PATH and value != DEFAULTS[name]:
+            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
                 words.append(f"{name} {value}".replace("_", " "))
         return ", ".join(words)
+
+    @property
+    def _images(self) -> str:
+        """The data set; of a folder, also the last two of its names."""
+        names = [self.dataset, *Path(self.train_folder).parts[-2:]]
+        return "-".join(names).replace(os.sep, "")
 
     def folder(self, kind: str) -> Path:
         """Folder of this experiment under `checkpoints`, `figures`, `results` or `runs`."""
@@ -177,10 +183,10 @@ class DataSettings(BaseModel):
 
     def checkpoint_path(self, configuration: str) -> Path:
         """The checkpoint of a `configuration`, or of `base`."""
-        name = (
-            configuration if configuration == "base" else f"finetuned_{configuration}"
+        prefix = "" if configuration == "base" else "finetuned_"
+        return (
+            self.folder("checkpoints") / f"CNN_checkpoint_{prefix}{configuration}.pth"
         )
-        return self.folder("checkpoints") / f"CNN_checkpoint_{name}.pth"
 
     def identity(self, *, base: bool) -> dict[str, Any]:
         """The settings that the base model, or else the fine-tuned model, depends on."""
@@ -192,7 +198,7 @@ class DataSettings(BaseModel):
         text = ""
         for name in names:
             value = getattr(self, name)
-            if name not in ALWAYS_IN_PATH and value != DEFAULTS[name]:
+            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
                 text += f"_{name}={value}"
         return text.replace(os.sep, "-")
 
@@ -294,6 +300,13 @@ class Settings(BaseSettings):
     finetune_epochs: int = Field(
         1, description="epochs of fine-tuning; the paper has 1", ge=1, le=10_000
     )
+
+    @field_validator("cross_fit")
+    @classmethod
+    def _of_all_images(cls, cross_fit: bool, info: ValidationInfo) -> bool:
+        if cross_fit and info.data.get("half") is not None:
+            raise ValueError("False with half, which has no halves of its own")
+        return cross_fit
 
     @field_validator("start_half")
     @classmethod

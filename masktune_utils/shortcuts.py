@@ -58,7 +58,8 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     Returns:
         Their index, and the name of its group for each, on two lines.
     """
-    chosen, titles = [], []
+    chosen = []
+    titles = []
     for name, index in groups(split).items():
         step = max(1, len(index) // per_group)
         spread = index[::step][:per_group]
@@ -237,8 +238,7 @@ def load(settings: DataSettings) -> BiasedSets:
         `train`; `raw`, the test images without a shortcut; `biased`, the test images
         with it in every image of class 1 and in no other; `validation`, what is held
         out of `train`: the `validation_share`, or the other `half`. Nothing is planted
-            in a folder of images: its test
-        set is `raw`, and `biased` is empty.
+        in a folder of images: its test set is `raw`, and `biased` is empty.
 
     Raises:
         FileNotFoundError: see `data.load`.

@@ -17,6 +17,8 @@ from masktune_utils.settings import DEFAULTS, REPOSITORY
 
 # Settings that are no more, with the value at which a checkpoint is as one of today.
 RETIRED = {"iterations": 1, "accumulate": False, "restart": False}
+# What a checkpoint also tells besides its settings, see `experiment`.
+SOURCES = {"base_sha256", "train_images", "weights_file"}
 
 
 class CheckpointError(ValueError):
@@ -61,9 +63,7 @@ def check_writable(directory: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that takes the place of `path` only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name}."
-    ) as unfinished:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as unfinished:
         part = Path(unfinished) / "part"
         with part.open("wb") as file:
             file.write(content)
@@ -189,7 +189,7 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
             raise ValueError(
                 f"an older version wrote it, with {name} other than {value}"
             )
-    unknown = made_with.keys() - DEFAULTS - {"base_sha256"}
+    unknown = made_with.keys() - DEFAULTS - SOURCES
     if unknown:
         raise ValueError(
             f"a newer version wrote it, with the setting {', '.join(unknown)}"

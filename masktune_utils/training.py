@@ -151,12 +151,11 @@ class _Course:
 
 
 def _optimizer(name, model, lr, momentum, weight_decay) -> optim.Optimizer:
+    weights = model.parameters()
     if name == "sgd":
-        options = {"momentum": momentum, "weight_decay": weight_decay, "fused": True}
-        return optim.SGD(model.parameters(), lr, **options)
+        return optim.SGD(weights, lr, momentum, weight_decay=weight_decay, fused=True)
     if name == "adam":
-        options = {"weight_decay": weight_decay, "fused": True}
-        return optim.Adam(model.parameters(), lr, **options)
+        return optim.Adam(weights, lr, weight_decay=weight_decay, fused=True)
     raise ValueError(f"optimizer is {name!r}; allowed: sgd or adam.")
 
 

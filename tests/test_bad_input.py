@@ -92,6 +92,8 @@ BAD_GRIDS = {
     "- seed: [0, -1]": "block 1: seed is -1; allowed: greater than or equal to 0.",
     "- param: 0.1\n- param: much": "block 2: param is 'much'; allowed: a valid number.",
     "- seed: []": "block 1: seed is []; allowed: a value or several.",
+    "- device: [auto, cpu]": "device has several values; allowed: one.",
+    "- retrain: True\n- seed: 1": "retrain has several values; allowed: one.",
     "- notebook: [02_erm]": "block 1: notebook is ['02_erm']; allowed: the name of",
     "- 3: 4": "block 1: allowed: a list of blocks of settings.",
     "seed: 0": "allowed: a list of blocks of settings.",
@@ -103,7 +105,7 @@ BAD_GRIDS = {
 }
 BAD_NOTEBOOKS = {
     "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: 01_dataset, 02_erm, ",
-    "- notebook: 02_erm\n  method: mean": "method is not a setting of 02_erm; leave it",
+    "- notebook: 02_erm\n  method: mean": "no sweep of 02_erm varies method; leave it out",
 }
 
 
@@ -310,6 +312,8 @@ def test_a_download_is_there_whole_or_not_at_all(root, served, monkeypatch):
         data.load(Settings(dataset="kmnist"))
     assert not list(root.iterdir())
     monkeypatch.setattr(resources, served)
+    (root / "KMNIST" / "raw").mkdir(parents=True)
+    (root / "KMNIST" / "raw" / "part").touch()  # of a copy that was interrupted
     train, _ = data.load(Settings(dataset="kmnist"))
     assert len(train) == 20
     assert [path.name for path in root.iterdir()] == ["KMNIST"]

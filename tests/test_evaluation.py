@@ -105,6 +105,21 @@ def test_a_plain_state_dict_can_be_evaluated(model, tmp_path):
     assert 0 < report["biased"]["accuracy"] < 1
 
 
+def test_a_state_dict_for_other_classes_is_not_evaluated(tmp_path):
+    path = tmp_path / "theirs.pth"
+    torch.save(models.new_model(0, num_classes=10).state_dict(), path)
+    message = r"theirs\.pth tells 10 classes apart; the images have 2\."
+    with pytest.raises(CheckpointError, match=message):
+        evaluation.evaluate_checkpoint(path, dataset="mnist5k")
+
+
+def test_the_worst_class_is_one_that_has_images(model, splits):
+    ones = splits.train[splits.train.labels == 1]
+    report = evaluation.evaluate(model, splits._replace(validation=ones))["validation"]
+    assert math.isnan(report["class_accuracy"][0])
+    assert report["worst_class"] == report["class_accuracy"][1]
+
+
 def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
     path = tmp_path / "ours.pth"
     square = {"square_size": 9, "square_color": "red"}

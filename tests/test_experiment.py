@@ -120,7 +120,9 @@ def test_an_interrupted_base_model_goes_on_to_the_same_bits(
     assert not state.exists()
 
 
-@pytest.mark.parametrize("change", ["retrain", "other images", "other rate", "damage"])
+@pytest.mark.parametrize(
+    "change", ["retrain", "other images", "other rate", "other device", "damage"]
+)
 def test_a_state_that_does_not_fit_is_left(
     settings, splits, monkeypatch, epochs, change
 ):
@@ -133,6 +135,10 @@ def test_a_state_that_does_not_fit_is_left(
         other.parent.mkdir(parents=True)
         state = state.rename(other.with_suffix(state.suffix))
         settings = settings.replace(lr=0.02)
+    if change == "other device":
+        content = store.read_tensors(state)
+        content["made_with"]["device"] = "cuda"
+        store.write_tensors(state, content)
     if change == "damage":
         state.write_bytes(state.read_bytes()[:1000])
     epochs.clear()
@@ -384,7 +390,8 @@ def test_a_result_is_made_anew_for_other_weights(splits, base):
     assert experiment.record(trained, splits)["seconds"] == 2.5
     assert experiment.record(base, splits)["seconds"] == 2.5
     row = experiment.record(changed(base), splits)
-    assert row["seconds"] is None
+    for name in ("seconds", "threads", "torch", "device"):
+        assert row[name] is None
     assert row["raw_class_0"] == 1
     assert row["raw_class_1"] == 0
     assert row["worst_group"] == 0

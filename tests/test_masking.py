@@ -1,5 +1,6 @@
 """Masks, and images that are masked by them."""
 
+import dataclasses
 from typing import get_args
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_hidden_shares_are_means_over_all_images(splits):
     shares = masking.hidden_shares(few)
     assert 0.1 < shares["shortcut"] < 0.9
     assert masking.hidden_shares(many) == pytest.approx(shares)
+
+
+def test_an_image_without_ink_outside_the_square_has_no_share_of_it(splits, upper_half):
+    with_square = splits.train.has_shortcut.nonzero()[:2, 0]
+    images = splits.train.images[with_square].clone()
+    images[0, :, :, :] = 0
+    two = dataclasses.replace(splits.train[with_square], images=images)
+    masked = masking.mask_dataset(two, upper_half[:2], "threshold", 0.5)
+    alone = masking.mask_dataset(two[1:], upper_half[:1], "threshold", 0.5)
+    both = masking.hidden_shares(masked)
+    assert both["digit"] == masking.hidden_shares(alone)["digit"] > 0
 
 
 @pytest.mark.parametrize("method", [*FORMULAS, "random"])

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,39 @@ def test_a_model_may_be_tested_on_other_photographs(photographs):
     row = experiment.record(again, shortcuts.load(other))
     groups = [name for name in row if name.startswith("group ")]
     assert groups == ["group Sumpf vögel", "group 陸"]
+
+
+@pytest.mark.parametrize("change", ["other image", "another image", "another class"])
+def test_a_model_of_other_training_images_is_refused(photographs, change):
+    train = Path(photographs.train_folder)
+    experiment.base_model(photographs, shortcuts.load(photographs).train)
+    first = next(iter(sorted(train.rglob("*.png"))))
+    if change == "other image":
+        save(first, "red")
+    elif change == "another image":
+        shutil.copy(first, first.with_stem("new"))
+    else:
+        (train / "z").mkdir()
+        shutil.copy(first, train / "z")
+        shutil.copytree(train / "z", Path(photographs.test_folder) / "z" / "on land")
+    message = (
+        "was made with train_images = '22 files of .* bytes, .*', not '2[23] files"
+    )
+    with pytest.raises(store.CheckpointError, match=message):
+        experiment.base_model(photographs, shortcuts.load(photographs).train)
+
+
+def test_a_model_of_another_file_of_weights_is_refused(photographs, tmp_path):
+    path = tmp_path / "weights.pth"
+    settings = None
+    for seed in (0, 1):
+        torch.save(models.new_model(seed, name="resnet18")[1].state_dict(), path)
+        settings = settings or photographs.replace(weights=str(path))
+        train = shortcuts.load(settings).train
+        if seed == 0:
+            experiment.base_model(settings, train)
+    with pytest.raises(store.CheckpointError, match="was made with weights_file = "):
+        experiment.base_model(settings, train)
 
 
 def test_a_finished_model_of_downloaded_weights_is_opened_offline(
@@ -318,6 +352,11 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         (96, "googlenet", "model is 'googlenet'; allowed: small_cnn, alexnet"),
         (96, "small_cnn", "image_size is 96; allowed: 28 with small_cnn"),
         (16, "convnext_tiny", "image_size is 16; allowed: 28 with small_cnn"),
+        (
+            32,
+            "convnext_tiny",
+            r"image_size is 32; .*\(at this size, no layer has a map",
+        ),
         (96, "vit_b_16", r"image_size is 96; .*\(Wrong image height! Expected 224"),
         (8, "alexnet", "image_size is 8; allowed: 28 with small_cnn"),
     ],

@@ -58,9 +58,15 @@ def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
 def test_what_is_finished_is_told_by_experiment_name_seed_and_test_folder(saved):
     path = saved / "results" / "mnist" / "seed0" / "base.json"
     results.write_json(path, result("base", 0) | {"test_folder": "birds"})
-    finished = results.finished(str(saved))
-    assert len(finished) == 4
-    assert ("mnist", "base", 0, "birds") in finished
+    of_birds = {key for key in results.finished(str(saved)) if key[3] == "birds"}
+    assert of_birds == {("mnist", "base", 0, "birds")}
+
+
+def test_a_result_on_other_test_images_than_its_base_model_is_left_out(saved):
+    path = saved / "results" / "mnist" / "seed1" / "base.json"
+    results.write_json(path, result("base", 1) | {"test_folder": "birds"})
+    kept = results.collect(str(saved))[["configuration", "seed"]].to_numpy().tolist()
+    assert kept == [["base", 0], ["base", 1], ["top_k_0.1", 0]]
 
 
 @pytest.mark.parametrize("content", ['{"raw": ', '{"seed": 0}', "3", "\xff"])
@@ -72,6 +78,15 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
         results.read_result(path)
     with pytest.raises(ValueError, match=message):
         results.collect(str(tmp_path))
+
+
+def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
+    choice = dict.fromkeys(results.CHOICE_KEYS, "")
+    choice |= {"configuration": "mean_0.5", "base_sha256": "base 0", "reason": "Why."}
+    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)
+    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
+    assert "seed 0: Why.\n" in text
+    assert "In its worst group, ERM is right on 25.0% of the images.\n" in text
 
 
 @pytest.mark.parametrize("content", ['{"configuration": "base"}', "[", "[1]"])

@@ -29,6 +29,8 @@ def test_folders_that_end_alike_have_experiments_of_their_own(tmp_path):
         folder.mkdir(parents=True)
         paths = {"train_folder": str(folder), "test_folder": str(folder)}
         settings = Settings(dataset="folder", **paths)
+        with_slash = {name: f"{path}/" for name, path in paths.items()}
+        assert settings == Settings(dataset="folder", **with_slash)
         assert settings.experiment.startswith("folder-birds-train")
         experiments.add(settings.experiment)
     assert len(experiments) == 2
@@ -43,6 +45,10 @@ def test_folders_that_end_alike_have_experiments_of_their_own(tmp_path):
         (
             {"method": "random", "param": 1},
             "param is 1; allowed: 0 to 0.5 for method 'random'.",
+        ),
+        (
+            {"half": 0, "cross_fit": True},
+            "cross_fit is True; allowed: False with half, which has no halves of its own.",
         ),
         ({"foo": 1}, f"foo is not a setting; allowed: {', '.join(DEFAULTS)}."),
     ],
@@ -91,6 +97,15 @@ def test_settings_of_a_notebook_are_read_from_its_cells(shown, expected):
     # the first cell, changed by hand and run once more
     cells.append(shown.replace("seed = 0", "seed = 5"))
     assert experiment.from_notebook(namespace) == expected.replace(seed=5)
+
+
+def test_a_parameter_that_is_no_literal_is_refused_and_not_passed_over(shown):
+    computed = shown.replace("seed = 0", "seed = 2 * 5")
+    message = "^The cell of parameters is not read; allowed: literals, such as"
+    for cells in ([computed], [shown, computed]):
+        with pytest.raises(ValueError, match=message):
+            experiment.from_notebook({"In": cells})
+    assert experiment.from_notebook({"In": [computed, shown]}).seed == 0
 
 
 @pytest.mark.parametrize(

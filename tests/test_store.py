@@ -55,6 +55,12 @@ def random_offsets(length: int) -> tuple[list[int], list[int]]:
     return first, second
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
+    path = tmp_path / ("a" * 255)
+    store.write_bytes(path, b"content")
+    assert path.read_bytes() == b"content"
+
+
 def test_random_damage_is_refused_by_name_or_touches_nothing(saved):
     whole = saved.read_bytes()
     undamaged = store.load_checkpoint(saved, IDENTITY)

@@ -1,5 +1,6 @@
 """The command `masktune`: what it runs, skips, prints, and how it fails."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from joblib import cpu_count
 from tiny_runs import OPTIONS, kernels, masktune, start, tiny
 
 from masktune_utils import results, store
-from masktune_utils.runner import command
+from masktune_utils.runner import command, jobs, stages
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
@@ -296,6 +297,77 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     assert [*choice["candidates"]] == names
     assert f"seed 0: {choice['reason']}" in printed
     assert re.search(rf"{results.CHOSEN} +\d", printed)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict[str, list]:
+    """What a command would execute and choose among; the base model of seed 1 fails."""
+    asked = {"executed": [], "candidates": []}
+
+    def execute(todo, count, force=False):
+        asked["executed"].append((todo, force))
+        listed = [job for stage in todo for job in stage]
+        failing = [job for job in listed if job.stem == "02_erm" and job.settings.seed]
+        return dict.fromkeys(failing, "failed")
+
+    def choose(candidates, count, force):
+        asked["candidates"].append(candidates)
+        return {"candidate": "base", "start_half": None}
+
+    monkeypatch.setattr(stages.jobs, "execute", execute)
+    monkeypatch.setattr(stages.jobs, "save_tables", lambda *_, **__: None)
+    monkeypatch.setattr(stages.selection, "choose", choose)
+    return asked
+
+
+def test_without_a_base_model_nothing_is_chosen_and_notebook_05_not_run(
+    asked, tmp_path
+):
+    grid = [tiny(tmp_path, seed=seed) for seed in (0, 1)]
+    stages.run_stages("run", stages.STAGES["run"], grid, 1, force=True)
+    [(_, first_force), (last, last_force)] = asked["executed"]
+    assert first_force
+    assert last_force
+    assert last == [jobs.make_stage("05_plots", grid[:1])]
+    assert len(asked["candidates"]) == 1
+
+
+def test_one_rule_that_is_given_is_the_candidate(asked, tmp_path):
+    given = tiny(tmp_path, method="mean", param=0.5)
+    stages.run_stages("choose", stages.STAGES["choose"], [given], 1, force=False)
+    stages.run_stages("choose", stages.STAGES["choose"], [tiny(tmp_path)], 1, False)
+    assert asked["candidates"][0] == [given.replace(cross_fit=True)]
+    assert len(asked["candidates"][1]) == 16
+
+
+def test_the_copy_of_a_failure_goes_once_the_notebook_went_through(
+    tmp_path, monkeypatch
+):
+    (job,) = jobs.make_stage("02_erm", [tiny(tmp_path)])
+    failed = job.copy.with_stem("02_erm_failed")
+    problems = ["the disk is full"]
+
+    def execute(_source, copy, *_arguments, **_options):
+        copy.touch()
+        if problems:
+            raise RuntimeError(problems.pop())
+
+    monkeypatch.setattr(jobs.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(jobs.kernels, "warm", lambda *_: contextlib.nullcontext())
+    assert job.run(threads=1) == (job, "RuntimeError: the disk is full")
+    assert failed.exists()
+    assert not job.copy.exists()
+    assert job.run(threads=1) == (job, None)
+    assert not failed.exists()
+    assert job.copy.exists()
+
+
+def test_to_retrain_is_to_do_what_is_done(directory):
+    (job,) = jobs.make_stage("02_erm", [tiny(directory)])
+    finished = results.finished(str(directory))
+    assert job.is_done(finished)
+    again = job._replace(settings=job.settings.replace(retrain=True))
+    assert not again.is_done(finished)
 
 
 def test_a_folder_is_run_without_the_published_rules_unless_a_grid_asks_for_them(

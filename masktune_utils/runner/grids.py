@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from sklearn.model_selection import ParameterGrid
 
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import REPOSITORY, RUNTIME, Settings
 
 SWEEPS = REPOSITORY / "sweeps"
 FINETUNE = "04_finetune_sweep"
@@ -53,6 +53,10 @@ def read_grid(
                 ):
                     raise  # a bad option, wherever it is used
                 raise ValueError(f"{file}, block {number}: {error}") from None
+    for name in RUNTIME:
+        values = {getattr(settings, name) for settings in configurations}
+        if len(values) > 1:
+            raise ValueError(f"{file}: {name} has several values; allowed: one.")
     return notebook, list(dict.fromkeys(configurations))
 
 

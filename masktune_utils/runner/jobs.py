@@ -51,14 +51,16 @@ class Job(NamedTuple):
         return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
 
     def is_done(self, finished: set[tuple]) -> bool:
-        """Whether it went through and what it makes is saved; never for those of `ALWAYS`.
+        """Whether it went through and what it makes is saved.
+
+        Never with `retrain`, nor for those of `ALWAYS`.
 
         Args:
             finished: see `results.finished`.
         """
         settings = self.settings
         key = (settings.experiment, self.name, settings.seed, settings.test_folder)
-        if key not in finished or self.stem in ALWAYS:
+        if settings.retrain or key not in finished or self.stem in ALWAYS:
             return False
         return self.copy.exists() and settings.checkpoint_path(self.name).exists()
 
@@ -80,6 +82,7 @@ class Job(NamedTuple):
         if force:
             values["retrain"] = True
         source = NOTEBOOKS / f"{self.stem}.ipynb"
+        failed = self.copy.with_stem(f"{self.copy.stem}_failed")
         error = None
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy.ipynb"
@@ -94,10 +97,10 @@ class Job(NamedTuple):
                         stdout_file=progress.Bars(),
                     )
                 store.write_bytes(self.copy, copy.read_bytes())
+                failed.unlink(missing_ok=True)
             except Exception as failure:  # noqa: BLE001 - the others go on
                 kind = getattr(failure, "ename", type(failure).__name__)
                 error = f"{kind}: {getattr(failure, 'evalue', failure)}".splitlines()[0]
-                failed = self.copy.with_stem(f"{self.copy.stem}_failed")
                 with contextlib.suppress(OSError):
                     store.write_bytes(failed, copy.read_bytes())
         return self, error
@@ -127,7 +130,7 @@ def check_scope(stem: str, configurations: list[Settings]) -> None:
     for configuration in configurations:
         for name in sorted(foreign):
             if getattr(configuration, name) != DEFAULTS[name]:
-                raise ValueError(f"{name} is not a setting of {stem}; leave it out.")
+                raise ValueError(f"no sweep of {stem} varies {name}; leave it out.")
 
 
 def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:

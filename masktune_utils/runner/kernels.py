@@ -98,6 +98,5 @@ def reset() -> None:
     torch.set_rng_state(_torch_random)
     torch.set_num_threads(_threads)
     os.chdir(_folder)
-    warnings.filters[:] = _filters
-    with warnings.catch_warnings():
-        pass  # to leave it makes Python forget which warnings were shown already
+    warnings.resetwarnings()  # Python also forgets which were shown already
+    warnings.filters.extend(_filters)

@@ -11,7 +11,7 @@ import torch
 from jinja2 import Environment, PackageLoader
 
 from masktune_utils import results
-from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 from masktune_utils.store import write_bytes
 
 PICTURES = {
@@ -61,7 +61,8 @@ def _section(table: pd.DataFrame, seeds: list[Settings], directory: Path) -> dic
     of_experiment = table[table["experiment"] == settings.experiment]
     of_experiment = of_experiment.assign(model=results.names(of_experiment))
     everything = results.summarize(of_experiment, ["configuration", "model"])
-    reasons, notebooks = {}, {}
+    reasons = {}
+    notebooks = {}
     for base in seeds:
         choice = base.folder("results") / "chosen.json"
         if choice.exists():
@@ -100,7 +101,7 @@ def _unusual(settings: Settings) -> dict[str, Any]:
     """The settings of the base model that are not the defaults."""
     unusual = {}
     for name, value in settings.identity(base=True).items():
-        if name not in RUNTIME and value != DEFAULTS[name]:
+        if value != DEFAULTS[name]:
             unusual[name] = value
     return unusual
 

@@ -145,12 +145,10 @@ def check_sources(grid: list[Settings]) -> list[Settings]:
     datasets = {name: data.resolve_dataset(name) for name in names}
     grid = [settings.replace(dataset=datasets[settings.dataset]) for settings in grid]
     sources = {}
+    of_images = ("dataset", "train_folder", "test_folder", "limit", "image_size")
     for settings in grid:
         models.check(settings.image_size, **settings.network)
-        folders = settings.train_folder, settings.test_folder
-        sources[settings.dataset, folders, settings.limit, settings.image_size] = (
-            settings
-        )
+        sources[tuple(getattr(settings, name) for name in of_images)] = settings
     for settings in sources.values():
         data.load(settings)
     return grid
@@ -186,10 +184,12 @@ def run_stages(
     stages = [make_stage(stem, grid) for stem in stems]
     errors = jobs.execute(stages, count, force)
     if command != "sweep":
-        chosen = make_stage(FINETUNE, choose(command, grid, count, force, errors))
-        last = make_stage("05_plots", grid) if command == "run" else []
+        failed = {job.settings.folder("runs") for job in errors if job.stem in BASE}
+        trained = [item for item in grid if item.folder("runs") not in failed]
+        chosen = make_stage(FINETUNE, choose(command, trained, count, force, errors))
+        last = make_stage("05_plots", trained) if command == "run" else []
         later = [stage for stage in (chosen, last) if stage]
-        errors.update(jobs.execute(later, count))
+        errors.update(jobs.execute(later, count, force))
         stages += later
     jobs.save_tables(stages, summary=command == "sweep" and FINETUNE in stems)
     return errors
@@ -201,28 +201,23 @@ def choose(
     """Choose a configuration for each base model of the grid.
 
     Args:
-        command: with `choose`, several configurations of one base model are its
-            candidates. Else, and of a base model with one configuration, those of
+        command: with `choose`, the configurations of a base model are its candidates,
+            if there are several, or one that is not the default. Else those of
             `selection.candidates` are.
-        grid: all configurations.
+        grid: all configurations whose base models are there.
         count: how many processes.
         force: train the models of the halves again.
-        errors: of the jobs that failed; a choice that fails is added.
+        errors: a choice that fails is added.
 
     Returns:
         The chosen configurations; none where ERM is kept.
     """
-    failed = {job.settings.folder("runs") for job in errors if job.stem in BASE}
     chosen = []
     for job in make_stage(BASE[0], grid):
         folder = job.settings.folder("runs")
-        if folder in failed:
-            continue
         try:
-            listed = [
-                settings for settings in grid if settings.folder("runs") == folder
-            ]
-            if command == "choose" and len(listed) > 1:
+            listed = [item for item in grid if item.folder("runs") == folder]
+            if command == "choose" and listed != [job.settings]:
                 candidates = [settings.replace(cross_fit=True) for settings in listed]
             else:
                 images = len(shortcuts.load(job.settings).train)
