@@ -6,8 +6,8 @@ against it. So a candidate is judged by how many of these mistakes it gets right
 how many of the other images, by models that have not seen them either. Only training
 images and their classes are used.
 
-Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). The worst of such
-groups to choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
+Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
+choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
 """
 
 import math
