@@ -75,7 +75,9 @@ def measure(command: list[str]) -> tuple[float, float]:
         seconds = time.perf_counter() - started
         output.seek(0)
         if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{output.read().decode()}")
+            raise RuntimeError(
+                f"{' '.join(map(str, command))} failed:\n{output.read().decode()}"
+            )
     return seconds, peak / 1e9
 
 
@@ -102,7 +104,7 @@ def bandwidth() -> float:
 
 
 def work(backward: bool) -> tuple[float, float]:
-    """What SmallCNN does an image, forward or forward and backward.
+    """The work of SmallCNN per image: forward, or forward and backward.
 
     Returns:
         Operations of its convolutions and linear layers, and numbers that all its layers give.

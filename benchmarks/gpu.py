@@ -26,9 +26,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = Settings(dataset="mnist", device=arguments.device)
+        train = shortcuts.load(settings).train
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    train = shortcuts.load(settings).train
     model = models.new_model(0, train.labels.device)
     training.train(model, train[:1280], epochs=1)
     epochs = arguments.epochs

@@ -41,7 +41,7 @@ def main() -> None:
         "--batch-size",
         type=int,
         default=200,
-        help="of every competitor that has batches",
+        help="of everything but torchcam one at a time",
     )
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()

@@ -178,7 +178,9 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
     Raises:
         FileNotFoundError: the data set is not on disk and cannot be downloaded; or a
             class of a folder has no images.
-        ValueError: files are damaged, folders do not fit, or the limit cannot be met.
+        OSError: see `images.decode`.
+        ValueError: files are damaged or cannot be read, folders do not fit, there is
+            one class only, or the limit cannot be met; see also `data_root`.
     """
     dataset = resolve_dataset(settings.dataset)
     if dataset == "folder":
@@ -204,7 +206,7 @@ def resolve_dataset(dataset: str) -> str:
     """Turn `auto` into `mnist` if it can be had, else `mnist5k`, with a warning.
 
     Raises:
-        ValueError: the files of MNIST are damaged.
+        ValueError: the files of MNIST are damaged, or see `data_root`.
     """
     if dataset != "auto":
         return dataset

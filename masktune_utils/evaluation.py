@@ -129,12 +129,12 @@ def _of_split(logits: Tensor, split: data.Split) -> dict[str, Any]:
 def evaluate_checkpoint(
     path: str | Path, dataset: str = "auto", device: str = "auto"
 ) -> dict:
-    """Metrics of a saved model on both test sets.
+    """Metrics of a saved model on the test sets of its images.
 
     Args:
         path: a checkpoint of this project, or a plain state dict of a SmallCNN.
-        dataset: the images to test on. The square is the checkpoint's own, else 6×6 and
-            blue.
+        dataset: the images to test on. The shortcut is the checkpoint's own, else a
+            blue 6×6 square.
         device: see `models.resolve_device`.
 
     Returns:

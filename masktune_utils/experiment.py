@@ -39,7 +39,7 @@ class Trained:
         model: in evaluation mode.
         settings: of the experiment.
         configuration: `base`, or the name of the fine-tuned model.
-        history: see `training.train`.
+        history: see `training.train`, without the seconds.
         sha256: of the weights.
         base_sha256: of the weights of the base model.
         seconds: of training, if it was trained now; None if it was loaded.

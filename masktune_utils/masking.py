@@ -132,8 +132,8 @@ def apply_mask(
         images: ...×C×H×W, float or uint8.
         mask: ...×h×w, bool or in [0, 1].
         upsample: `bilinear` gives soft edges, `nearest` hard ones.
-        fill: what takes the place of what is hidden, of the shape of the images or one
-            that fits.
+        fill: what takes the place of what is hidden, of the shape of the images or
+            one that broadcasts to it.
 
     Returns:
         The masked images, of the same type.
@@ -195,8 +195,8 @@ class MaskedDataset:
 
     With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become
     those of a partner, a random image of any class: x_i · (1 − M) + x_j · M, where M =
-    max(m_i, m_j) hides what the mask of either image hides. Then neither the pixels
-    inside M nor its shape tell the class of i.
+    max(m_i, m_j) hides what the mask of either image hides. The pixels inside M
+    then say nothing about the class of i, and the shape of M says less than m_i does.
 
     Attributes:
         split: the images.

@@ -161,7 +161,7 @@ def check(image_size: int, name: str, weights: str) -> None:
 
 @contextlib.contextmanager
 def impatience() -> Iterator[None]:
-    """Give up on downloads after `SILENCE`."""
+    """Give up on a download after `SILENCE` seconds without an answer."""
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:

@@ -73,7 +73,7 @@ def collect(directory: str = "") -> pd.DataFrame:
         directory: see `Settings.directory`.
 
     Returns:
-        One row per result, base models first; without `metrics`, what
+        One row per result, sorted by `KEY`, base models first; without `metrics`, what
         `experiment.record` returns. Also `chosen`: whether `selection.choose` chose it;
         None if there was no choice.
 
@@ -128,7 +128,7 @@ def summarize(
             them.
 
     Returns:
-        The `shares`, with blanks in their names, and `seeds`, as text.
+        The `shares`, as text, with blanks in their names, and `seeds`, their number.
     """
     columns = [name for name in shares if name in table and table[name].notna().any()]
     groups = table.groupby(list(by), sort=False, dropna=False)[columns]

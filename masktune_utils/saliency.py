@@ -28,7 +28,7 @@ def saliency_maps(
             explained in evaluation mode, and is itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], on the model's device.
         labels: N; the class whose score is explained, one per image.
-        cam: a gradient CAM of torchcam, by the name of its class.
+        cam: one of `settings.Cam`, named as the classes of torchcam.
         batch_size: images at a time. It only changes the speed, except for
             SmoothGradCAMpp, which adds noise from a fixed seed.
 

@@ -197,8 +197,8 @@ def score_starts(
 ) -> dict[int | None, float]:
     """Fine-tune one base model after the other with the masks of the halves.
 
-    Where these leave some of the shortcut, networks differ in how far they take it up
-    again. What was ERM's mistake tells, although it was seen in training, masked.
+    Where these masks leave some of the shortcut, networks differ in how far they take
+    it up again. ERM's mistakes show that, although they were trained on, masked.
 
     Args:
         candidate: the chosen one.
@@ -207,7 +207,7 @@ def score_starts(
 
     Returns:
         One of the `STARTS` → the score, see `judge`, on the training images, which are
-        not masked then. There is no other after one that is `ENOUGH`.
+        not masked then. The first that reaches `ENOUGH` is the last one tried.
     """
     train = shortcuts.load(candidate).train
     base = experiment.base_model(candidate, train)
@@ -300,7 +300,7 @@ def predict_held_out(
 
 
 def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
-    """Candidates that differ only in their rounds, together and in this order."""
+    """Candidates grouped so that only their rounds differ, in order of rounds."""
     of_first_round = {}
     for candidate in sorted(candidates, key=lambda settings: settings.rounds):
         of_first_round.setdefault(candidate.replace(rounds=1), []).append(candidate)

@@ -10,7 +10,8 @@ repository) lie
     figures/…/*.png, results/…/*.json, runs/…/*.ipynb, in the same way
 
 `experiment` is the data set and `configuration` is `{method}_{param}`, each with every
-other setting that is not the default, so that different settings never share a file.
+other setting that is not the default, so that models of different settings do not share
+a file. (A different `test_folder` makes no other model; its results share one.)
 """
 
 import hashlib
@@ -268,7 +269,7 @@ class Settings(BaseSettings):
         "bilinear", description="mask to the image: bilinear, nearest, or map (first)"
     )
     dilation: int = Field(
-        0, description="by which the mask is dilated, in 28ths of the side", ge=0, le=27
+        0, description="how far the mask is dilated, in 28ths of the side", ge=0, le=27
     )
     fill: Fill = Field(
         "zero",
@@ -289,7 +290,7 @@ class Settings(BaseSettings):
     )
     finetune_optimizer: Optimizer = Field("sgd", description="sgd or adam")
     finetune_lr: float | None = Field(
-        None, description="None: last lr of the base model", ge=1e-8, le=10
+        None, description="None: lr after the base model's last epoch", ge=1e-8, le=10
     )
     finetune_schedule: Schedule = Field(
         "constant", description="constant, or linear (to 0)"

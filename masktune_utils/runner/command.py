@@ -1,4 +1,4 @@
-"""The command `masktune`: all notebooks, a sweep, a choice, or the report."""
+"""The command `masktune`: notebooks 01 to 05, a sweep, a choice, or the report."""
 
 import argparse
 import ast
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
     commands = (
-        "run: all notebooks, and a choice; sweep: 02 to 04; choose: a mask; report"
+        "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose; report"
     )
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
