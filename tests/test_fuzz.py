@@ -239,6 +239,8 @@ for setting, others in VALUES.items():
 
 
 def settings_of(values: dict) -> Settings:
+    if values["half"] is not None:
+        values = values | {"cross_fit": False}
     if not values["cross_fit"]:
         values = values | {"start_half": None}
     return Settings(**values)
