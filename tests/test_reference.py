@@ -20,7 +20,7 @@ spec.loader.exec_module(tables)
 
 STUDIES = {  # table of a study → what tells its rows apart
     "07_limits": ["dataset", "shortcut", "model"],
-    "08_alternatives": ["dataset", "placement", "asks for", "method"],
+    "08_alternatives": ["dataset", "placement", "referee", "asks for", "method"],
     "09_selective": ["dataset", "labels", "placement", "rule"],
     "10_your_own": ["planted", "model"],
 }
