@@ -74,14 +74,16 @@ def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
     """
     shown = {}
     injected = {}
+    is_literal = True
     for source in namespace["In"]:
         assigned = _literals(source)
         if source.startswith(INJECTED):
             injected = assigned
         elif source.startswith("directory ="):  # as every cell of parameters does
+            is_literal = bool(assigned)
             shown = assigned
             injected = {}
-    if not shown:
+    if not is_literal:
         allowed = "literals, such as epochs = 10, one a line"
         raise ValueError(f"The cell of parameters is not read; allowed: {allowed}.")
     known = {*shown, *DEFAULTS}
