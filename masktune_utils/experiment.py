@@ -318,7 +318,7 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         A row of the table of results: `experiment`, `configuration` and `seed`, which
         tell it from all others; the settings; `sha256` of the weights and `base_sha256`
         of the base model's; `seconds`, `threads`, `device`, `torch` of the training
-        that made them, if known; `raw` and `biased`, or `test`; `worst_group` and
+        that made them (where no result was saved then, None and those of now); `raw` and `biased`, or `test`; `worst_group` and
         `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1]; `group {name}`, the
         same; if images are held out, `validation_worst_class` and
         `validation_worst_group`; for a fine-tuned model
@@ -333,13 +333,13 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": models.describe_device(sets.train.labels.device),
     }
-    if trained.seconds is None:  # it was trained earlier
-        saved = results.read_result(path) if path.exists() else {}
-        if saved.get("sha256") != trained.sha256:
-            saved = {}
-        if saved and settings.dataset != "folder":  # whose images may have changed
-            return saved
-        made = {name: saved.get(name) for name in made}
+    if trained.seconds is None and path.exists():
+        saved = results.read_result(path)
+        if saved["sha256"] == trained.sha256:
+            if settings.dataset != "folder":  # whose images may have changed
+                return saved
+            # of the training that made these weights
+            made = {name: saved.get(name) for name in made}
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,

@@ -390,8 +390,7 @@ def test_a_result_is_made_anew_for_other_weights(splits, base):
     assert experiment.record(trained, splits)["seconds"] == 2.5
     assert experiment.record(base, splits)["seconds"] == 2.5
     row = experiment.record(changed(base), splits)
-    for name in ("seconds", "threads", "torch", "device"):
-        assert row[name] is None
+    assert row["seconds"] is None
     assert row["raw_class_0"] == 1
     assert row["raw_class_1"] == 0
     assert row["worst_group"] == 0
