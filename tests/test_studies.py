@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch.optim import SGD
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
@@ -29,7 +30,7 @@ def function(name: str, stem: str = "08_alternatives") -> Callable:
         for node in ast.parse(code).body
         if isinstance(node, ast.FunctionDef) and node.name == name
     ]
-    namespace = {"torch": torch, "F": F, "num_classes": 2}
+    namespace = {"torch": torch, "F": F, "SGD": SGD, "num_classes": 2}
     exec(ast.unparse(definition), namespace)
     return namespace[name]
 
@@ -93,6 +94,26 @@ def test_ula_knows_how_often_a_class_goes_with_a_prediction():
     conditional = function("labels_given_prediction")(probabilities, labels)
     expected = [[1.7 / 2.6, 0.9 / 2.6], [0.3 / 1.4, 1.1 / 1.4]]
     torch.testing.assert_close(conditional.float(), torch.tensor(expected))
+
+
+def test_afr_fits_the_last_layer_by_plain_clipped_steps():
+    generator = torch.Generator().manual_seed(0)
+    inputs = 20 * torch.randn(12, 3, generator=generator, dtype=torch.double)
+    labels = torch.arange(12) % 2
+    weights = torch.rand(12, generator=generator, dtype=torch.double)
+    layer = torch.nn.Linear(3, 2).double()
+    expected = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+    with_ones = torch.cat([inputs, torch.ones(12, 1)], 1)
+    lengths = []
+    for _ in range(500):
+        errors = (with_ones @ expected.T).softmax(1) - F.one_hot(labels)
+        gradient = (errors * weights[:, None]).T @ with_ones / weights.sum()
+        lengths.append(gradient.norm().item())
+        expected = expected - 0.01 * gradient / max(1, lengths[-1])
+    assert max(lengths) > 1 > min(lengths)  # some are clipped, not all
+    function("fit_last_layer")(layer, inputs, labels, weights)
+    fitted = torch.cat([layer.weight, layer.bias[:, None]], 1)
+    torch.testing.assert_close(fitted.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_dfr_takes_equally_many_images_of_each_group():
