@@ -189,6 +189,14 @@ def image_masks(
     return mask
 
 
+def mean_map(maps: Tensor) -> Tensor:
+    """The mean of all maps, N×h×w, scaled to [0, 1]; 1×h×w."""
+    mean = maps.mean(0, keepdim=True)
+    lowest = mean.min()
+    highest = mean.max()
+    return (mean - lowest) / (highest - lowest).clamp(min=1e-8)
+
+
 @dataclass(frozen=True)
 class MaskedDataset:
     """A split that is masked batch by batch, so that float images of the whole set never exist.
@@ -268,6 +276,7 @@ def mask_dataset(
     param: float,
     upsample: str = "bilinear",
     dilation: int = 0,
+    shared: bool = False,
     seed: int = 0,
     fill: str = "zero",
     earlier: MaskedDataset | None = None,
@@ -281,6 +290,8 @@ def mask_dataset(
         param: of the method; for `random`, the share.
         upsample: see `image_masks`.
         dilation: see `image_masks`.
+        shared: hide the same in all images, what the mean of their maps points at. Then
+            a mask tells nothing about the class of its image. Not for `random`.
         seed: of `random`, and of the partners of `resample`.
         fill: what takes the place of what is hidden, `zero` or `resample`, see
             `MaskedDataset`.
@@ -301,11 +312,13 @@ def mask_dataset(
         saliency_map = patches.to(split.labels.device)
         method = "threshold"
         param = 0.0
+    if shared:
+        saliency_map = mean_map(saliency_map)
     parts = []
     for maps in saliency_map.split(1000):
         masks = image_masks(maps, size, method, param, upsample, dilation)
         parts.append(masks if is_soft else masks.bool())
-    own_masks = torch.cat(parts)
+    own_masks = torch.cat(parts).expand(len(split), *size)
     if earlier is not None:
         own_masks = torch.maximum(own_masks, earlier.own_masks)
     return MaskedDataset(split, own_masks, fill, seed)

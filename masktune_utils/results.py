@@ -23,7 +23,15 @@ CHOICE_KEYS = {
     "candidates",
     "base_sha256",
 }
-DESCRIBED = {"method", "param", "dilation", "fill", "rounds", "upsample"}
+DESCRIBED = {
+    "method",
+    "param",
+    "dilation",
+    "shared",
+    "fill",
+    "rounds",
+    "upsample",
+}
 CHOSEN = "chosen by ERM's mistakes"
 
 
@@ -178,6 +186,7 @@ def describe(
     fill: str = "zero",
     rounds: int = 1,
     upsample: str = "bilinear",
+    shared: bool = False,
 ) -> str:
     """A configuration in words, without how it is fine-tuned; see `Settings`."""
     words = f"{method} {param:g}"
@@ -185,6 +194,8 @@ def describe(
         words += f" {upsample}"
     if dilation:
         words += f" dilated by {dilation:.0f}"
+    if shared:
+        words += ", shared"
     if fill == "resample":
         words += ", resampled"
     if rounds > 1:

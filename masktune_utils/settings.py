@@ -271,6 +271,9 @@ class Settings(BaseSettings):
     dilation: int = Field(
         0, description="how far the mask is dilated, in 28ths of the side", ge=0, le=27
     )
+    shared: bool = Field(
+        False, description="one mask for all images, from the mean of their maps"
+    )
     fill: Fill = Field(
         "zero",
         description="what hidden pixels become: zero, or resample (another image's)",
@@ -301,6 +304,13 @@ class Settings(BaseSettings):
     finetune_epochs: int = Field(
         1, description="epochs of fine-tuning; the paper has 1", ge=1, le=10_000
     )
+
+    @field_validator("shared")
+    @classmethod
+    def _from_maps(cls, shared: bool, info: ValidationInfo) -> bool:
+        if shared and info.data.get("method") == "random":
+            raise ValueError("False with method 'random', which uses no maps")
+        return shared
 
     @field_validator("cross_fit")
     @classmethod
@@ -361,6 +371,7 @@ class Settings(BaseSettings):
             "param": self.param,
             "upsample": self.upsample,
             "dilation": self.dilation,
+            "shared": self.shared,
             "fill": self.fill,
             "seed": self.seed,
         }

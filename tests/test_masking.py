@@ -324,6 +324,26 @@ def test_random_patches_have_many_sizes_and_all_places(share):
     assert not torch.equal(patches, of_another_seed)
 
 
+@pytest.mark.parametrize("method", FORMULAS)
+def test_a_shared_mask_is_that_of_the_mean_map(splits, method):
+    masked = masking.mask_dataset(splits.train, FIRST_MAPS, method, 0.3, shared=True)
+    mean = FIRST_MAPS.sum(0) / len(FIRST_MAPS)
+    mean = (mean - mean.min()) / (mean.max() - mean.min())
+    expected = masking.image_masks(mean, SIZE, method, 0.3, "bilinear", 0)
+    assert 0 < expected.mean() < 1
+    assert len(masked.own_masks) == len(splits.train)
+    for mask in masked.masks(ALL):
+        torch.testing.assert_close(mask, expected)
+    in_one_place = masking.mask_dataset(
+        splits.train, SECOND_MAPS, method, 0.3, shared=True, earlier=masked
+    )
+    assert (in_one_place.own_masks >= masked.own_masks).all()
+
+
+def test_a_mean_map_that_is_flat_hides_nothing():
+    assert masking.mean_map(torch.full((5, 8, 8), 0.5)).eq(0).all()
+
+
 def test_what_an_earlier_masking_hides_stays_hidden(splits):
     train = splits.train
     rule = ("top_k", 0.1, "nearest")

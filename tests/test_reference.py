@@ -19,7 +19,7 @@ tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
 STUDIES = {  # table of a study → what tells its rows apart
-    "07_limits": ["dataset", "shortcut", "model"],
+    "07_limits": ["dataset", "shortcut", "square_size", "model"],
     "08_alternatives": [
         "dataset",
         "placement",
@@ -121,7 +121,7 @@ def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
     assert notebook == stem
     table = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv")
     keys = ["dataset", "shortcut", "labels", "placement", "conflicting_share"]
-    keys += ["planted", "seed"]
+    keys += ["square_size", "planted", "seed"]
     keys = [key for key in keys if key in table]
     rows = []
     for settings in grid:

@@ -478,3 +478,5 @@ def test_a_candidate_in_words():
     assert described == "mean_std 3.5 dilated by 3"
     described = results.describe("mean_std", 4.0, 3, "resample", 2)
     assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"
+    described = results.describe("mean_std", 2.0, shared=True)
+    assert described == "mean_std 2, shared"

@@ -43,6 +43,10 @@ def test_folders_that_end_alike_have_experiments_of_their_own(tmp_path):
         ({"seed": 3.0}, "seed is 3.0; allowed: a valid integer."),
         ({"lr": float("nan")}, "lr is nan; allowed: a finite number."),
         (
+            {"method": "random", "shared": True},
+            "shared is True; allowed: False with method 'random', which uses no maps.",
+        ),
+        (
             {"method": "random", "param": 1},
             "param is 1; allowed: 0 to 0.5 for method 'random'.",
         ),
