@@ -204,21 +204,25 @@ def authors_table() -> list[str]:
 
 
 def controls_table() -> list[str]:
-    """Masks by ERM's maps against three controls, with both fills."""
+    """Masks by ERM's maps against one for all and three controls, with both fills."""
     names = {
         "by ERM's maps": "by ERM's maps",
-        "the same, handed to other images": "those of other images",
+        "one mask for all images, by their mean": "one mask for all",
+        "the first, handed to other images": "those of other images",
         "patches at random, as large on average": "random patches",
         "nothing masked": "nothing",
     }
     lines = []
     for label, name in names.items():
         values = []
-        for fill in ("zero", "resample"):
-            is_row = CONTROLS["model"] == f"{name}, {fill}"
-            values += cells(CONTROLS[is_row], "worst_group")
+        for size in (6, 12):
+            of_size = CONTROLS[CONTROLS["square_size"] == size]
+            for fill in ("zero", "resample"):
+                is_row = of_size["model"] == f"{name}, {fill}"
+                values += cells(of_size[is_row], "worst_group")
         lines.append(line(label, values))
-    return table("| masks | filled with zero | resampled |", lines)
+    header = "| masks | 6 pixels: filled with zero | resampled "
+    return table(f"{header}| 12 pixels: filled with zero | resampled |", lines)
 
 
 def held_out_table() -> list[str]:
