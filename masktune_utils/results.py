@@ -207,7 +207,8 @@ def names(table: pd.DataFrame) -> pd.Series:
     """The configuration of each row in words, or `ERM`."""
     described = {}
     for index, row in table.reindex(columns=list(DESCRIBED)).iterrows():
-        described[index] = describe(**row) if isinstance(row["method"], str) else "ERM"
+        known = row.dropna()  # an older result lacks younger settings
+        described[index] = describe(**known) if "method" in known else "ERM"
     return pd.Series(described, dtype=object)
 
 

@@ -223,6 +223,7 @@ VALUES = {
     "param": [0.11, 1e-7, 1],
     "upsample": ["map"],
     "dilation": [1, 11],
+    "shared": [True],
     "fill": ["resample"],
     "rounds": [2, 12],
     "cross_fit": [True],

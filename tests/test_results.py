@@ -159,12 +159,14 @@ def test_configurations_are_named_in_words():
         {"configuration": "base"},
         {"method": "top_k", "param": 0.1, "dilation": 0, "fill": "zero"},
         {"method": "mean_std", "param": 4.0, "dilation": 3, "fill": "resample"},
+        {"method": "mean_std", "param": 2.0, "dilation": 0, "shared": True},
     ]
     table = pd.DataFrame(rows).assign(rounds=2, upsample="bilinear")
     assert results.names(table).tolist() == [
         "ERM",
         "top_k 0.1, 2 rounds",
         "mean_std 4 dilated by 3, resampled, 2 rounds",
+        "mean_std 2, shared, 2 rounds",
     ]
 
 
