@@ -82,8 +82,8 @@ BAD_OPTIONS = {
     "--start_half 0": "start_half is 0; allowed: None without cross_fit.",
     "--device abacus": "device is 'abacus'; allowed: auto, cpu, or a device of",
     "--device cuda:99": "device is 'cuda:99'; allowed: auto, cpu, or a device of this",
-    "--metod top_k": "error: unrecognized arguments: --metod top_k",
-    "--jobs 0": "argument --jobs: invalid choice: 0",
+    "--metod top_k": "error: unrecognized arguments: --metod",
+    "--jobs 0": "argument --jobs: invalid choice: ",  # '0' with Python 3.13
     "--jobs x": "argument --jobs: invalid int value: 'x'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }

@@ -222,9 +222,9 @@ def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, 
     printed = " ".join(capsys.readouterr().out.split())
     value = r" VALUE( \[VALUE ...\])?"
     for name, field in Settings.model_fields.items():
-        spelling = rf" --{name}{value}"
-        if "_" in name:
-            spelling += rf", --{name.replace('_', '-')}{value}"
+        spelling = f" --{name}{value}"
+        if "_" in name:  # Python 3.13 writes the value once
+            spelling = f" --{name}({value})?, --{name.replace('_', '-')}{value}"
         text = f"{field.description} (default: {DEFAULTS[name]!r})"
         assert re.search(rf"{spelling} {re.escape(text)}", printed)
 
