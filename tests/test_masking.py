@@ -334,10 +334,10 @@ def test_a_shared_mask_is_that_of_the_mean_map(splits, method):
     assert len(masked.own_masks) == len(splits.train)
     for mask in masked.masks(ALL):
         torch.testing.assert_close(mask, expected)
-    in_one_place = masking.mask_dataset(
+    both = masking.mask_dataset(
         splits.train, SECOND_MAPS, method, 0.3, shared=True, earlier=masked
     )
-    assert (in_one_place.own_masks >= masked.own_masks).all()
+    assert (both.own_masks >= masked.own_masks).all()
 
 
 def test_a_mean_map_that_is_flat_hides_nothing():
