@@ -36,26 +36,24 @@ from masktune_utils.settings import BaseSettings, Settings
 
 FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled then
+STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
 # What is fine-tuned in the end: the base model of all images, or that of a half.
 STARTS = (None, 0, 1)
 ENOUGH = 0.95  # score of the first start that is taken without trying the others
-CANDIDATES = (  # fill, param of mean_std, dilation, rounds at most
-    ("resample", 4.0, 3, 2),
-    ("resample", 3.0, 4, 4),
-    ("resample", 3.0, 6, 1),
-    ("resample", 2.0, 1, 2),
-    ("resample", 2.0, 2, 4),
-    ("resample", 2.0, 4, 1),
-    ("zero", 4.0, 3, 1),
-    ("zero", 3.0, 4, 1),
+CANDIDATES = (  # shared, param of mean_std, dilation, rounds at most
+    (False, 4.0, 3, 2),
+    (False, 3.0, 4, 2),
+    (False, 2.0, 2, 2),
+    (False, 2.0, 4, 1),
+    (True, 1.0, 1, 2),
+    (True, 2.0, 2, 5),
 )
 COARSE_CANDIDATES = (  # of photographs, whose maps have few cells
-    ("resample", 1.5, 0, 2),
-    ("resample", 1.0, 0, 2),
-    ("resample", 0.5, 0, 1),
-    ("zero", 1.0, 0, 1),
+    (False, 1.5, 0, 2),
+    (False, 1.0, 0, 2),
+    (False, 0.5, 0, 1),
 )
 
 
@@ -90,14 +88,15 @@ def candidates(settings: BaseSettings, count: int) -> list[Settings]:
     epochs = min(MOST_EPOCHS, math.ceil(STEPS * batch_size / count))
     of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
     listed = []
-    for fill, param, dilation, most_rounds in rules:
+    for shared, param, dilation, most_rounds in rules:
         for rounds in range(1, most_rounds + 1):
             candidate = Settings(
                 **of_base,
                 method="mean_std",
                 param=param,
                 dilation=dilation,
-                fill=fill,
+                shared=shared,
+                fill="resample",
                 rounds=rounds,
                 cross_fit=True,
                 finetune_lr=0.02,
@@ -123,7 +122,7 @@ def choose(
         What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept;
         `candidate` and `start_half`, of which it is made; `reason`, in a few sentences;
         `images` and `mistakes`, their numbers; `candidates`: for each what `judge` returns,
-        and its `description` and `fill`; `base_sha256`.
+        and its `description` and `shared`; `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
@@ -141,12 +140,12 @@ def choose(
         chosen, reason = by_mistakes(judged)
     else:
         chosen, reason = by_shortfalls(judged, resampled_shortfalls(candidates))
-    wrong = f"ERM gets {mistakes} of {images:,} training images wrong"
+    wrong = f"{mistakes} of {images:,} training images are predicted wrongly"
     choice = {
         "configuration": chosen,
         "candidate": chosen,
         "start_half": None,
-        "reason": f"{wrong} that it has not seen{reason}",
+        "reason": f"{wrong} by ERM models that have not seen them{reason}",
         "images": images,
         "mistakes": mistakes,
         "candidates": judged,
@@ -159,11 +158,11 @@ def choose(
 
 
 def _describe(judged: dict[str, dict], candidates: Sequence[Settings]) -> None:
-    """Add each candidate's rule in words, and its fill, to what `judge` returns."""
+    """Add each candidate's rule in words, and whether it is shared, to what `judge` returns."""
     for candidate in candidates:
         rule = candidate.model_dump(include=results.DESCRIBED)
         judged[candidate.configuration]["description"] = results.describe(**rule)
-        judged[candidate.configuration]["fill"] = candidate.fill
+        judged[candidate.configuration]["shared"] = candidate.shared
 
 
 def _choose_start(
@@ -175,9 +174,9 @@ def _choose_start(
     choice["start_half"] = start
     choice["configuration"] = chosen_settings(choice, candidates).configuration
     if len(scores) > 1:
-        of = "of all images" if start is None else f"of half {start}"
-        reason = f"Of {len(scores)} base models, the one {of} is fine-tuned."
-        choice["reason"] += f" {reason}"
+        images = "all images" if start is None else f"half {start}"
+        tried = f"{len(scores)} base models were fine-tuned"
+        choice["reason"] += f" {tried}; the one trained on {images} is kept."
 
 
 def best_start(scores: dict[int | None, float], mistakes: int) -> int | None:
@@ -409,9 +408,11 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     chosen = min(near, key=lambda name: judged[name]["hidden"])
     row = judged[chosen]
     right = sum(row["mistakes"]["right"])
+    accuracy = 100 * share(row["mistakes"])
     low, high = (round(100 * limit) for limit in row["interval"])
-    rest = f"{share(row['rest']):.1%} of the others"
-    result = f"{right} of these are right ({low}–{high} %), and {rest}."
+    share_right = f"{accuracy:.0f} %, 95 % interval {low}–{high} %"
+    rest = f"{100 * share(row['rest']):.1f} % of the others"
+    result = f"{right} of these are right ({share_right}), and {rest}."
     if admitted:
         return chosen, f". With {row['description']}, {result}"
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
@@ -436,7 +437,7 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
     Returns:
         By configuration, `base` among them: the largest difference, over all sets of
         images, between the best model's accuracy in its worst class and this one's, in
-        [0, 1].
+        [0, 1]. A set on which the best one is below `STILL_VISIBLE` is left out.
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
     accuracy = {images: dict.fromkeys(names, 0.0) for images in names[1:]}
@@ -450,6 +451,8 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
     shortfalls = dict.fromkeys(names, 0.0)
     for of_models in accuracy.values():
         best = max(of_models.values())
+        if best < STILL_VISIBLE:
+            continue
         for name in names:
             shortfalls[name] = max(shortfalls[name], best - of_models[name])
     return shortfalls
