@@ -509,7 +509,7 @@ def by_shortfalls(
     """
     least = min(shortfalls[name] for name in judged)
     error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
-    few = ", too few to judge by. On images resampled by the masks of all candidates,"
+    few = ", too few to judge by. On images resampled by the masks of candidates,"
     if shortfalls["base"] <= least:
         kept = "no candidate falls less behind the best than ERM, which is kept."
         return "base", f"{few} {kept}"
