@@ -171,7 +171,6 @@ def finetuned_model(
     base: Trained,
     masked: MaskedDataset,
     retrain: bool = False,
-    start: Trained | None = None,
 ) -> Trained:
     """The base model after fine-tuning on the masked images (in the paper, one epoch).
 
@@ -180,7 +179,6 @@ def finetuned_model(
         base: the ERM model; it is left as it is.
         masked: the masked training set.
         retrain: fine-tune and save it again in any case.
-        start: the model that is fine-tuned, if not the base model.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings
@@ -192,7 +190,7 @@ def finetuned_model(
     device = masked.labels.device
     seconds = None
     if retrain or not path.exists():
-        model = copy.deepcopy((start or base).model)
+        model = copy.deepcopy(base.model)
         history = training.train(model, masked, **settings.finetuning)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
@@ -246,7 +244,7 @@ def masktune(
 
     With `cross_fit`, the masks are those of two base models, each trained on half of
     the images, and each masking its own half; no map of the base model itself is
-    needed. With `start_half`, one of these two is fine-tuned, on all images.
+    needed.
 
     Args:
         settings: the experiment.
@@ -260,33 +258,29 @@ def masktune(
     """
     if not settings.cross_fit:
         return list(masktune_rounds(settings, base, train, retrain))[-1]
-    bases, masked = masks_of_halves(settings, train)
-    start = None if settings.start_half is None else bases[settings.start_half]
-    return finetuned_model(settings, base, masked, retrain, start)
+    masked = masked_by_halves(settings, train)
+    return finetuned_model(settings, base, masked, retrain)
 
 
-def masks_of_halves(
-    settings: Settings, train: Split
-) -> tuple[list[Trained], MaskedDataset]:
-    """The base models of two halves of the images, and all images with their masks.
+def masked_by_halves(settings: Settings, train: Split) -> MaskedDataset:
+    """All images, each half with the masks that the base model of this half made.
 
     Args:
         settings: the experiment.
         train: the biased training set.
     """
     parts = data.stratified_halves(train.labels, settings.seed)
-    bases = []
     masks = []
     for half, index in enumerate(parts):
         of_half = settings.of_half(half)
         images = train[index]
-        bases.append(base_model(of_half, images))
-        tuned = list(masktune_rounds(of_half, bases[-1], images))[-1]
+        base = base_model(of_half, images)
+        tuned = list(masktune_rounds(of_half, base, images))[-1]
         masks.append(tuned.masked.own_masks)
     # from the order of the halves to that of the images
     order = torch.cat(parts).argsort().to(train.labels.device)
     own_masks = torch.cat(masks)[order]
-    return bases, MaskedDataset(train, own_masks, settings.fill, settings.seed)
+    return MaskedDataset(train, own_masks, settings.fill, settings.seed)
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:

@@ -15,8 +15,6 @@ ACCURACIES = ["raw", "biased", "worst_group"]
 RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
 CHOICE_KEYS = {
     "configuration",
-    "candidate",
-    "start_half",
     "reason",
     "images",
     "mistakes",

@@ -20,7 +20,6 @@ from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 from masktune_utils import (
-    data,
     evaluation,
     experiment,
     models,
@@ -39,9 +38,6 @@ SAMPLE = 500  # images of each half that are resampled then
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
-# What is fine-tuned in the end: the base model of all images, or that of a half.
-STARTS = (None, 0, 1)
-ENOUGH = 0.95  # score of the first start that is taken without trying the others
 CANDIDATES = (  # shared, param of mean_std, dilation, rounds at most
     (False, 4.0, 3, 2),
     (False, 3.0, 4, 2),
@@ -120,9 +116,8 @@ def choose(
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept;
-        `candidate` and `start_half`, of which it is made; `reason`, in a few sentences;
-        `images` and `mistakes`, their numbers; `candidates`: for each what `judge` returns,
-        and its `description` and `shared`; `base_sha256`.
+        `reason`, in a few sentences; `images` and `mistakes`, their numbers; `candidates`:
+        for each what `judge` returns, and its `description` and `shared`; `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
@@ -143,16 +138,12 @@ def choose(
     wrong = f"{mistakes} of {images:,} training images are predicted wrongly"
     choice = {
         "configuration": chosen,
-        "candidate": chosen,
-        "start_half": None,
         "reason": f"{wrong} by ERM models that have not seen them{reason}",
         "images": images,
         "mistakes": mistakes,
         "candidates": judged,
         "base_sha256": base_sha256,
     }
-    if chosen != "base" and mistakes >= FEW:
-        _choose_start(choice, candidates, held_out, retrain)
     results.write_json(path, choice)
     return choice
 
@@ -165,69 +156,6 @@ def _describe(judged: dict[str, dict], candidates: Sequence[Settings]) -> None:
         judged[candidate.configuration]["shared"] = candidate.shared
 
 
-def _choose_start(
-    choice: dict, candidates: Sequence[Settings], held_out: HeldOut, retrain: bool
-) -> None:
-    """Add to a choice which base model is fine-tuned with the masks of the halves."""
-    scores = score_starts(chosen_settings(choice, candidates), held_out, retrain)
-    start = best_start(scores, choice["mistakes"])
-    choice["start_half"] = start
-    choice["configuration"] = chosen_settings(choice, candidates).configuration
-    if len(scores) > 1:
-        images = "all images" if start is None else f"half {start}"
-        tried = f"{len(scores)} base models were fine-tuned"
-        choice["reason"] += f" {tried}; the one trained on {images} is kept."
-
-
-def best_start(scores: dict[int | None, float], mistakes: int) -> int | None:
-    """The first of the `STARTS` whose score is within one standard error of the best.
-
-    Args:
-        scores: see `score_starts`.
-        mistakes: their number.
-    """
-    best = max(scores.values())
-    least = best - _standard_error(best, mistakes)
-    return next(start for start in scores if scores[start] >= least)
-
-
-def score_starts(
-    candidate: Settings, held_out: HeldOut, retrain: bool
-) -> dict[int | None, float]:
-    """Fine-tune one base model after the other with the masks of the halves.
-
-    Where these masks leave some of the shortcut, networks differ in how far they take
-    it up again. ERM's mistakes show that, although they were trained on, masked.
-
-    Args:
-        candidate: the chosen one.
-        held_out: the predictions of ERM.
-        retrain: fine-tune again in any case.
-
-    Returns:
-        One of the `STARTS` → the score, see `judge`, on the training images, which are
-        not masked then. The first that reaches `ENOUGH` is the last one tried.
-    """
-    train = shortcuts.load(candidate).train
-    base = experiment.base_model(candidate, train)
-    bases_of_halves, masked = experiment.masks_of_halves(candidate, train)
-    halves = data.stratified_halves(train.labels, candidate.seed)
-    order = torch.cat([halves[1], halves[0]])  # of what the halves have predicted
-    is_mistake = held_out.erm != held_out.labels
-    scores = {}
-    for start in STARTS:
-        settings = candidate.replace(start_half=start)
-        model = None if start is None else bases_of_halves[start]
-        tuned = experiment.finetuned_model(settings, base, masked, retrain, model)
-        predictions = evaluation.predict(tuned.model, train).argmax(1)[order]
-        is_right = (predictions == held_out.labels).double()
-        cells = (is_right[is_mistake], is_right[~is_mistake])
-        scores[start] = min(cell.mean().item() for cell in cells)
-        if scores[start] >= ENOUGH:
-            break
-    return scores
-
-
 def chosen_settings(choice: dict, candidates: Sequence[Settings]) -> Settings | None:
     """The settings of what was chosen; None if ERM is kept.
 
@@ -235,10 +163,10 @@ def chosen_settings(choice: dict, candidates: Sequence[Settings]) -> Settings | 
         choice: see `choose`.
         candidates: among which it was made.
     """
-    for candidate in candidates:
-        if candidate.configuration == choice["candidate"]:
-            return candidate.replace(start_half=choice["start_half"])
-    return None
+    if choice["configuration"] == "base":
+        return None
+    by_name = {candidate.configuration: candidate for candidate in candidates}
+    return by_name[choice["configuration"]]
 
 
 def chosen_model(

@@ -285,12 +285,6 @@ class Settings(BaseSettings):
         False,
         description="masks by two base models, each trained on half of the images",
     )
-    start_half: int | None = Field(
-        None,
-        description="with cross_fit, 0 or 1: fine-tune the base model of this half",
-        ge=0,
-        le=1,
-    )
     finetune_optimizer: Optimizer = Field("sgd", description="sgd or adam")
     finetune_lr: float | None = Field(
         None, description="None: lr after the base model's last epoch", ge=1e-8, le=10
@@ -319,15 +313,6 @@ class Settings(BaseSettings):
             raise ValueError("False with half, which has no halves of its own")
         return cross_fit
 
-    @field_validator("start_half")
-    @classmethod
-    def _with_masks_of_halves(
-        cls, half: int | None, info: ValidationInfo
-    ) -> int | None:
-        if half is not None and not info.data.get("cross_fit"):
-            raise ValueError("None without cross_fit")
-        return half
-
     @field_validator("param")
     @classmethod
     def _in_range(cls, param: float, info: ValidationInfo) -> float:
@@ -343,7 +328,7 @@ class Settings(BaseSettings):
 
     def of_half(self, half: int) -> Self:
         """The same for one of the two halves whose masks `cross_fit` hands over."""
-        return self.replace(half=half, cross_fit=False, start_half=None)
+        return self.replace(half=half, cross_fit=False)
 
     @property
     def finetuning(self) -> dict[str, Any]:

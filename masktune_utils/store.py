@@ -16,7 +16,12 @@ from masktune_utils import models
 from masktune_utils.settings import DEFAULTS, REPOSITORY
 
 # Settings that are no more, with the value at which a checkpoint is as one of today.
-RETIRED = {"iterations": 1, "accumulate": False, "restart": False}
+RETIRED = {
+    "iterations": 1,
+    "accumulate": False,
+    "restart": False,
+    "start_half": None,
+}
 # What a checkpoint also tells besides its settings, see `experiment`.
 SOURCES = {"base_sha256", "train_images", "weights_file"}
 

@@ -79,7 +79,6 @@ BAD_OPTIONS = {
     "--lr 1e999": "lr is inf; allowed: a finite number.",
     "--finetune_lr 0": "finetune_lr is 0; allowed: greater than or equal to 0.00",
     "--cross_fit 1": "cross_fit is 1; allowed: a valid boolean.",
-    "--start_half 0": "start_half is 0; allowed: None without cross_fit.",
     "--device abacus": "device is 'abacus'; allowed: auto, cpu, or a device of",
     "--device cuda:99": "device is 'cuda:99'; allowed: auto, cpu, or a device of this",
     "--metod top_k": "error: unrecognized arguments: --metod",

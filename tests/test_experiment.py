@@ -288,23 +288,6 @@ def test_cross_fit_hands_over_the_masks_of_two_halves(settings, splits, base):
     assert not [*settings.folder("checkpoints").glob("CNN_saliency*")]
 
 
-@pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_with_start_half_the_base_model_of_a_half_is_fine_tuned(
-    half, settings, splits, base
-):
-    settings = settings.replace(**MASKTUNE, cross_fit=True, start_half=half)
-    tuned = experiment.masktune(settings, base, splits.train)
-    halves = data.stratified_halves(splits.train.labels, settings.seed)
-    of_half = settings.of_half(half)
-    start = experiment.base_model(of_half, splits.train[halves[half]])
-    assert start.seconds is None  # it is the one that made the masks
-    model = copy.deepcopy(start.model)
-    training.train(model, tuned.masked, **settings.finetuning)
-    assert tuned.sha256 == sha256(model)
-    assert tuned.base_sha256 == base.sha256
-
-
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
     """Numbers of the images of which maps are computed."""

@@ -227,7 +227,6 @@ VALUES = {
     "fill": ["resample"],
     "rounds": [2, 12],
     "cross_fit": [True],
-    "start_half": [0, 1],
     "finetune_optimizer": ["adam"],
     "finetune_lr": [0.01, 0.1],
     "finetune_schedule": ["linear"],
@@ -242,8 +241,6 @@ for setting, others in VALUES.items():
 def settings_of(values: dict) -> Settings:
     if values["half"] is not None:
         values = values | {"cross_fit": False}
-    if not values["cross_fit"]:
-        values = values | {"start_half": None}
     return Settings(**values)
 
 

@@ -220,7 +220,7 @@ def test_the_choice_equals_one_made_step_by_step(tmp_path):
     assert choice["mistakes"] == (erm != labels).sum() >= selection.FEW
     assert choice["images"] == 400
     chosen, reason = selection.by_mistakes(choice["candidates"])
-    assert choice["candidate"] == chosen
+    assert choice["configuration"] == chosen
     assert reason in choice["reason"]
     path = settings.folder("results") / "chosen.json"
     assert json.loads(path.read_text()) == choice
@@ -233,76 +233,11 @@ def test_the_chosen_model_is_the_fine_tuning_that_the_choice_names(tmp_path):
     choice = selection.choose(candidates)
     base = experiment.base_model(settings, sets.train)
     model = selection.chosen_model(choice, candidates, base, sets.train)
-    assert model.seconds is None  # the choice has made it
     assert model.configuration == choice["configuration"]
     assert model.settings == selection.chosen_settings(choice, candidates)
-    assert model.settings.start_half == choice["start_half"]
-    kept = choice | {"configuration": "base", "candidate": "base"}
+    kept = choice | {"configuration": "base"}
     assert selection.chosen_model(kept, candidates, base, sets.train) is base
     assert selection.chosen_settings(kept, candidates) is None
-
-
-def score_of(model: torch.nn.Module, train: Split, erm: torch.Tensor) -> float:
-    """The smaller accuracy on ERM's mistakes, and on the other images."""
-    is_right = evaluation.predict(model, train).argmax(1) == train.labels
-    is_mistake = erm != train.labels
-    of_mistakes = is_right[is_mistake].double().mean()
-    of_others = is_right[~is_mistake].double().mean()
-    return min(of_mistakes, of_others).item()
-
-
-@where_a_mask_is_taken
-def test_of_three_base_models_one_is_fine_tuned_by_their_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "ENOUGH", 1.1)  # so that all are tried
-    settings, sets = with_base(tmp_path, conflicting_share=0.1)
-    candidates = selection.candidates(settings, len(sets.train))
-    choice = selection.choose(candidates)
-    erm, _ = predict_step_by_step(settings, candidates, sets.train)
-    base = experiment.base_model(settings, sets.train)
-    by_name = {candidate.configuration: candidate for candidate in candidates}
-    candidate = by_name[choice["candidate"]]
-    scores = {}
-    for start in (None, 0, 1):
-        changed = candidate.replace(start_half=start)
-        tuned = experiment.masktune(changed, base, sets.train)
-        scores[start] = score_of(tuned.model, sets.train, erm)
-    assert len({*scores.values()}) > 1
-    held_out = selection.predict_held_out(candidates, jobs=1, retrain=False)
-    computed = selection.score_starts(candidate, held_out, retrain=False)
-    assert computed == pytest.approx(scores)
-    start = choice["start_half"]
-    assert start == selection.best_start(scores, choice["mistakes"])
-    images = "all images" if start is None else f"half {start}"
-    reason = f" 3 base models were fine-tuned; the one trained on {images} is kept."
-    assert choice["reason"].endswith(reason)
-
-
-@pytest.mark.parametrize(
-    ("scores", "start"),
-    [  # of 36 mistakes; the standard error of 0.9 is 0.05
-        ({None: 0.86, 0: 0.9, 1: 0.88}, None),
-        ({None: 0.84, 0: 0.9, 1: 0.88}, 0),
-        ({None: 0.84, 0: 0.84, 1: 0.9}, 1),
-        ({None: 0.94, 0: 1.0}, 0),
-        ({None: 0.96}, None),
-    ],
-)
-def test_a_base_model_of_a_half_must_be_better_by_a_standard_error(scores, start):
-    assert selection.best_start(scores, mistakes=36) == start
-
-
-@where_a_mask_is_taken
-def test_after_a_base_model_that_is_good_enough_no_other_is_tried(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(selection, "ENOUGH", 0.0)
-    settings, sets = with_base(tmp_path, conflicting_share=0.1)
-    candidates = selection.candidates(settings, len(sets.train))
-    choice = selection.choose(candidates)
-    assert choice["configuration"] == choice["candidate"] != "base"
-    assert choice["start_half"] is None
-    assert "base models" not in choice["reason"]
-    assert not [*settings.folder("checkpoints").glob("*start_half*")]
 
 
 def disguised(sets: shortcuts.BiasedSets) -> shortcuts.BiasedSets:

@@ -174,7 +174,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
 
 
 def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, model):
-    old = IDENTITY | {"iterations": 1, "accumulate": False, "restart": False}
+    retired = {
+        "iterations": 1,
+        "accumulate": False,
+        "restart": False,
+        "start_half": None,
+    }
+    old = IDENTITY | retired
     store.save_checkpoint(saved, model, old, [])
     assert store.load_checkpoint(saved, IDENTITY).settings == IDENTITY
     store.save_checkpoint(saved, model, old | {"iterations": 3}, [])

@@ -312,7 +312,7 @@ def asked(monkeypatch) -> dict[str, list]:
 
     def choose(candidates, count, force):
         asked["candidates"].append(candidates)
-        return {"candidate": "base", "start_half": None}
+        return {"configuration": "base"}
 
     monkeypatch.setattr(stages.jobs, "execute", execute)
     monkeypatch.setattr(stages.jobs, "save_tables", lambda *_, **__: None)
