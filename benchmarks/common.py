@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, its measured limits, and two ways to measure."""
+"""What the benchmarks share: the machine, its limits, and two ways to measure."""
 
 import contextlib
 import platform
@@ -43,7 +43,10 @@ def machine() -> str:
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> pd.Series:
-    """Median seconds of each function. They take turns, so that a slow minute of the machine meets all of them."""
+    """Median seconds of each function.
+
+    They take turns, so that a slow minute of the machine meets all of them.
+    """
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -54,9 +57,11 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> pd.Se
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds that a command took, and the most GB of resident memory that it and all its children had together.
+    """Seconds that a command took, and the most GB of resident memory that it had.
 
-    The sum over the processes is read 50 times a second; pages that they share count in each.
+    The memory is that of the command and all its children together.
+    The sum over the processes is read 50 times a second; pages that they share count
+    in each.
 
     Raises:
         RuntimeError: the command failed; with what it printed.
@@ -82,7 +87,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def gflops(dtype: torch.dtype) -> float:
-    """Measured peak of this machine: 10⁹ operations a second in a product of 2048×2048 matrices."""
+    """10⁹ operations a second, measured in a product of 2048×2048 matrices."""
     matrix = torch.randn(2048, 2048, dtype=dtype)
     return (
         2
@@ -93,7 +98,7 @@ def gflops(dtype: torch.dtype) -> float:
 
 
 def bandwidth() -> float:
-    """Measured peak of this machine: GB a second, read and written, in a copy of 256 MB."""
+    """GB a second, read and written, measured in a copy of 256 MB."""
     source, target = (
         torch.ones(2**28, dtype=torch.uint8),
         torch.zeros(2**28, dtype=torch.uint8),
@@ -107,7 +112,8 @@ def work(backward: bool) -> tuple[float, float]:
     """The work of SmallCNN per image: forward, or forward and backward.
 
     Returns:
-        Operations of its convolutions and linear layers, and numbers that all its layers give.
+        Operations of its convolutions and linear layers, and numbers that all its
+        layers give.
     """
     model, numbers = models.SmallCNN(), []
     for layer in [*model.backbone, *model.linear]:
@@ -123,7 +129,10 @@ def work(backward: bool) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def base_model_alone():
-    """A new directory with nothing but the base model of seed 0; where it is not saved, it is trained first."""
+    """A new directory with nothing but the base model of seed 0.
+
+    Where it is not saved, it is trained first.
+    """
     settings = Settings(dataset="mnist")
     saved = settings.checkpoint_path("base")
     if not saved.exists():

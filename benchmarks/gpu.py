@@ -1,4 +1,4 @@
-"""How quick is all of it on a GPU? ERM epochs, saliency, one 04, and the sweep of 15 configurations."""
+"""How quick is all of it on a GPU? ERM, saliency, one 04, and the sweep of fifteen."""
 
 import argparse
 import time

@@ -1,4 +1,4 @@
-"""Do time and memory increase linearly with the images of 04 and the configurations of a sweep?"""
+"""Do time and memory increase linearly with images and with configurations?"""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""How much memory does notebook 04 take on the full MNIST? Against the plain procedure (plain.py)."""
+"""How much memory does notebook 04 take on the full MNIST? Against plain.py."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Photographs: images, training against a bare loop over the same tensor, and the growth of the memory."""
+"""Photographs: decoding, training against a bare loop, and the growth of the memory."""
 
 import argparse
 import tempfile

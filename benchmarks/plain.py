@@ -1,6 +1,8 @@
-"""MaskTune as a one-file reproduction writes it: one image at a time, all images in memory as floats, float32.
+"""MaskTune as a one-file reproduction writes it.
 
-Run as a script it does one configuration from a base model, and prints the seconds of each part.
+One image at a time, all images in memory as floats, float32.
+Run as a script it does one configuration from a base model, and prints the seconds of
+each part.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Does bfloat16 cost accuracy? ERM over seeds, trained in bfloat16 and in float32, from the same weights and orders."""
+"""Does bfloat16 cost accuracy? ERM over seeds, in bfloat16 and in float32.
+
+Both start from the same weights, and see the images in the same order.
+"""
 
 import argparse
 from contextlib import nullcontext

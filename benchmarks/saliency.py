@@ -1,4 +1,4 @@
-"""How fast are the saliency maps? Against torchcam as it is mostly used, grad-cam, and a bare forward pass."""
+"""How fast are saliency maps? Against torchcam, grad-cam, and a bare forward pass."""
 
 import argparse
 

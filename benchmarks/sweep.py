@@ -1,4 +1,4 @@
-"""How long is a sweep of 15 configurations, given the base model? Against the plain procedure (plain.py) for each."""
+"""How long is a sweep of 15 configurations, given the base model? Against plain.py."""
 
 import argparse
 

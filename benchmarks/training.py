@@ -1,4 +1,7 @@
-"""How long is an epoch? Against the plain loop: a list of float tensors, a DataLoader, float32, a loss read each step."""
+"""How long is an epoch? Against the plain loop.
+
+That has a list of float tensors, a DataLoader, float32, and a loss read each step.
+"""
 
 import argparse
 from unittest import mock

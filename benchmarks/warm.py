@@ -1,4 +1,7 @@
-"""Where does the time of notebook 04 go in a kernel that is kept, and does its memory grow over fifty notebooks?"""
+"""Where does the time of notebook 04 go in a kernel that is kept?
+
+And does its memory grow over fifty notebooks?
+"""
 
 import os
 import time

@@ -5,6 +5,6 @@ store, evaluation → results → experiment → selection → plotting; and, fo
 runner: grids, kernels → jobs, report → stages → command. A module imports only from
 those before it, and no notebook imports runner.
 
-Paper: Asgari Taghanaki et al., "MaskTune: Mitigating Spurious Correlations by Forcing to
-Explore", NeurIPS 2022.
+Paper: Asgari Taghanaki et al., "MaskTune: Mitigating Spurious Correlations by Forcing
+to Explore", NeurIPS 2022.
 """

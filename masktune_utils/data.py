@@ -50,8 +50,8 @@ class Split:
 
     images: Tensor
     labels: Tensor
-    digits: Tensor = None
-    shortcut: Tensor = None
+    digits: Tensor | None = None
+    shortcut: Tensor | None = None
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Split:
         return dataclasses.replace(self, **parts)
 
     def to(self, device: torch.device) -> Self:
-        """The same images on another device; more than `IN_MEMORY` stay where they are."""
+        """The images on another device; more than `IN_MEMORY` stay where they are."""
         moved = {}
         for name, part in self._tensors.items():
             moved[name] = part if part.nbytes > IN_MEMORY else part.to(device)
@@ -122,7 +122,7 @@ def _at(part: Tensor, index: Tensor | slice) -> Tensor | slice:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; floating-point images are returned as they are."""
+    """uint8 images to float32 in [0, 1]; floating-point images stay as they are."""
     return images if images.is_floating_point() else images / 255
 
 
@@ -222,9 +222,11 @@ def resolve_dataset(dataset: str) -> str:
 
 
 def _first_of_each(split: Split, kinds: Tensor, limit: int) -> Split:
-    """The first images of each kind, equally many: `limit` in all, but one of each."""
+    """The first images of each kind, equally many: at most `limit`, at least one."""
     members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
-    count = min(max(1, limit // len(members)), *map(len, members))
+    wanted = max(1, limit // len(members))
+    smallest = min(len(index) for index in members)
+    count = min(wanted, smallest)
     return split[torch.cat([index[:count] for index in members])]
 
 
@@ -261,10 +263,11 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
     if not all(file.is_file() for file in files):
         _download(kind, root)
     try:
-        content = b"".join(file.read_bytes() for file in files)
-        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if dataset == "mnist" and md5 != MNIST_MD5:
-            raise ValueError("their MD5 is not that of MNIST")
+        if dataset == "mnist":
+            content = b"".join(file.read_bytes() for file in files)
+            md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            if md5 != MNIST_MD5:
+                raise ValueError("their MD5 is not that of MNIST")
         parts = [kind(root, train=train) for train in (True, False)]
         for part in parts:
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:

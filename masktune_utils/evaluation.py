@@ -45,28 +45,27 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         predicted class), and macro-averaged `precision`, `recall` and `f1` as in
         scikit-learn (0 where undefined).
     """
-    from sklearn.metrics import classification_report, confusion_matrix  # slow
+    from sklearn.metrics import (  # slow
+        confusion_matrix,
+        precision_recall_fscore_support,
+    )
 
     classes = range(logits.shape[1])
     labels = labels.cpu()
-    predictions = logits.argmax(1)
-    report = classification_report(
-        labels.numpy(),
-        predictions.numpy(),
-        labels=classes,
-        output_dict=True,
-        zero_division=0,
+    true = labels.numpy()
+    predicted = logits.argmax(1).numpy()
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        true, predicted, labels=classes, average="macro", zero_division=0
     )
-    matrix = confusion_matrix(labels.numpy(), predictions.numpy(), labels=classes)
-    confusion = torch.from_numpy(matrix)
+    confusion = torch.from_numpy(confusion_matrix(true, predicted, labels=classes))
     return {
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": confusion.trace().item() / len(labels),
         "class_accuracy": (confusion.diagonal().double() / confusion.sum(1)).tolist(),
         "confusion_matrix": confusion.tolist(),
-        "precision": report["macro avg"]["precision"],
-        "recall": report["macro avg"]["recall"],
-        "f1": report["macro avg"]["f1-score"],
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
     }
 
 
@@ -89,7 +88,7 @@ def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
 
 
 def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
-    """All metrics on the test sets, and on what is held out of training, if anything is.
+    """All metrics on the test sets, and on what is held out of training, if anything.
 
     Returns:
         `raw` and `biased`, or `test`, and `validation`: see `metrics`; also their

@@ -1,4 +1,4 @@
-"""The models of an experiment, their saliency maps and results: loaded, or else made."""
+"""The models of an experiment, their maps and their results: loaded, or else made."""
 
 import ast
 import contextlib
@@ -104,7 +104,7 @@ def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
 
 
 def _literals(source: str) -> dict[str, Any]:
-    """Names and values of a cell that does nothing but assign literals; else nothing."""
+    """Names and values of a cell that only assigns literals; else nothing."""
     try:
         nodes = ast.parse(source).body
         return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
@@ -302,7 +302,7 @@ def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor
 
 
 def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
-    """Evaluate a model of the experiment, and save the result; or return what is saved of it.
+    """Evaluate a model and save the result; or return what is saved of it.
 
     Args:
         trained: the base model or a fine-tuned one.
@@ -312,27 +312,28 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         A row of the table of results: `experiment`, `configuration` and `seed`, which
         tell it from all others; the settings; `sha256` of the weights and `base_sha256`
         of the base model's; `seconds`, `threads`, `device`, `torch` of the training
-        that made them (where no result was saved then, None and those of now); `raw` and `biased`, or `test`; `worst_group` and
-        `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1]; `group {name}`, the
-        same; if images are held out, `validation_worst_class` and
+        that made them, None where they are not known; `raw` and `biased`, or `test`;
+        `worst_group` and `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1];
+        `group {name}`, the same; if images are held out, `validation_worst_class` and
         `validation_worst_group`; for a fine-tuned model
         `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All
         of `evaluation.evaluate` is in `metrics`.
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
-    made = {
-        "seconds": trained.seconds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": models.describe_device(sets.train.labels.device),
-    }
-    if trained.seconds is None and path.exists():
+    made = dict.fromkeys(("seconds", "threads", "torch", "device"))  # not known
+    if trained.seconds is not None:
+        made = {
+            "seconds": trained.seconds,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": models.describe_device(sets.train.labels.device),
+        }
+    elif path.exists():
         saved = results.read_result(path)
         if saved["sha256"] == trained.sha256:
             if settings.dataset != "folder":  # whose images may have changed
                 return saved
-            # of the training that made these weights
             made = {name: saved.get(name) for name in made}
     row = {
         "experiment": settings.experiment,
@@ -348,7 +349,7 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
 
 
 def _measure(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
-    """What `record` adds to the settings of a model: accuracies, and what masks hide."""
+    """What `record` adds to the settings of a model: accuracies, what masks hide."""
     report = evaluation.evaluate(trained.model, sets)
     row = {"worst_group": report["worst_group"], "metrics": report}
     for test in sets.tests:

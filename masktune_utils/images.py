@@ -67,6 +67,7 @@ def _read(paths: Sequence[str], pixels: np.ndarray) -> None:
                 image.draft("RGB", size)  # a large JPEG is decoded at a smaller scale
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bit
+                    image = image.convert("I")  # also of a big-endian file
                     image = image.point(lambda value: value / 256).convert("L")
                 pixels[k] = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
         except Exception as error:  # noqa: BLE001 - PIL has many

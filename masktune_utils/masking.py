@@ -21,7 +21,7 @@ def threshold(maps: Tensor, param: float) -> Tensor:
 
 
 def top_k(maps: Tensor, param: float) -> Tensor:
-    """Hide where `s` exceeds its (1 − param) quantile: a share `param` of the pixels."""
+    """Hide where `s` exceeds its (1 − param) quantile: `param` of the pixels."""
     if not len(maps):  # quantile refuses an empty batch
         return maps > 0
     pixels = maps.flatten(-2)
@@ -79,7 +79,7 @@ def random_patches(
     seed: int,
     size: tuple[int, int],
 ) -> Tensor:
-    """Masks that depend on no map, as a control: square patches of random size and place.
+    """Masks that depend on no map, as a control: patches of random size and place.
 
     Args:
         count: N.
@@ -98,7 +98,8 @@ def random_patches(
     side = pixels.sqrt().round()
     first_row = (row_place * (height - side + 1)).floor()
     first_column = (column_place * (width - side + 1)).floor()
-    rows, columns = torch.arange(height), torch.arange(width)
+    rows = torch.arange(height)
+    columns = torch.arange(width)
     in_rows = (first_row <= rows) & (rows < first_row + side)
     in_columns = (first_column <= columns) & (columns < first_column + side)
     return in_rows[:, :, None] & in_columns[:, None, :]
@@ -181,26 +182,31 @@ def image_masks(
         mask = resize(create_mask(saliency_map, method, param), size, upsample)
     pixels = round(dilation * size[0] / 28)
     if pixels:
-        # A maximum along the rows, then along the columns, is quick on a CPU.
-        for _ in ("rows", "columns"):
-            padded = F.pad(mask, (pixels, pixels))
-            neighbours = padded.unfold(-1, 2 * pixels + 1, 1)
-            mask = neighbours.amax(-1).mT
+        # Rows, then columns: quicker on a CPU than a square window.
+        dilated_rows = _dilate_rows(mask, pixels)
+        mask = _dilate_rows(dilated_rows.mT, pixels).mT
     return mask
+
+
+def _dilate_rows(masks: Tensor, pixels: int) -> Tensor:
+    """The maximum over as many pixels to the left and to the right."""
+    padded = F.pad(masks, (pixels, pixels))
+    return padded.unfold(-1, 2 * pixels + 1, 1).amax(-1)
 
 
 def mean_map(maps: Tensor) -> Tensor:
     """The mean of all maps, N×h×w, scaled to [0, 1]; 1×h×w."""
-    mean = maps.mean(0, keepdim=True)
-    lowest = mean.min()
-    highest = mean.max()
-    return (mean - lowest) / (highest - lowest).clamp(min=1e-8)
+    average = maps.mean(0, keepdim=True)
+    lowest = average.min()
+    highest = average.max()
+    return (average - lowest) / (highest - lowest).clamp(min=1e-8)
 
 
 @dataclass(frozen=True)
 class MaskedDataset:
-    """A split that is masked batch by batch, so that float images of the whole set never exist.
+    """A split that is masked batch by batch.
 
+    So float images of the whole set never exist.
     With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become
     those of a partner, a random image of any class: x_i · (1 − M) + x_j · M, where M =
     max(m_i, m_j) hides what the mask of either image hides. The pixels inside M
@@ -231,7 +237,7 @@ class MaskedDataset:
 
     @cached_property
     def partners(self) -> Tensor:
-        """Index of each image's partner, N: a permutation by `seed` and `epoch` alone."""
+        """Index of each image's partner, N: a permutation by `seed` and `epoch`."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         partners = torch.randperm(len(self), generator=generator)
         return partners.to(self.labels.device)
@@ -325,7 +331,7 @@ def mask_dataset(
 
 
 def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
-    """How much of the shortcut and of the rest is hidden, over the images that have one.
+    """How much of the shortcut and of the rest is hidden, in images that have one.
 
     Args:
         dataset: the masked images.
@@ -339,10 +345,10 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
     shares = {"shortcut": [], "rest": [], "digit": []}
     with_shortcut = dataset.split.has_shortcut.nonzero()[:, 0]
     for index in with_shortcut.split(1000):
-        images = dataset.split[index]
+        split = dataset.split[index]
         hidden = dataset.masks(index)
-        inside = images.shortcut.float().expand_as(hidden)
-        ink = images.images.sum(1, dtype=torch.float32) * (1 - inside)
+        inside = split.shortcut.float().expand_as(hidden)
+        ink = split.images.sum(1, dtype=torch.float32) * (1 - inside)
         areas = {"shortcut": inside, "rest": 1 - inside, "digit": ink}
         for name, area in areas.items():
             hidden_area = (hidden * area).sum((1, 2))

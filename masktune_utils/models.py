@@ -42,7 +42,7 @@ class SmallCNN(nn.Module):
         return self.linear(self.backbone(images))
 
     def get_grad_cam_target_layer(self) -> nn.Module:
-        """The layer that is explained: the ReLU after the last convolution, N×32×8×8."""
+        """The layer to explain: the ReLU after the last convolution, N×32×8×8."""
         return self.backbone[-3]
 
 
@@ -171,7 +171,7 @@ def impatience() -> Iterator[None]:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """The device to compute on; `auto` takes CUDA if there is one, then MPS, then the CPU.
+    """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
 
     Raises:
         ValueError: PyTorch does not know the name, or this machine does not have the
@@ -199,8 +199,8 @@ def describe_device(device: torch.device) -> str:
 def target_layer(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """The layer that is explained: what `model.get_grad_cam_target_layer()` returns.
 
-    Without this method, the last layer whose output is larger than one pixel, as torchcam
-    finds it.
+    Without this method, the last layer whose output is larger than one pixel, as
+    torchcam finds it.
 
     Args:
         model: any network for images.

@@ -99,7 +99,7 @@ def pipeline(stage: int) -> None:
 
 
 def heat(maps: Tensor) -> Tensor:
-    """Saliency maps, B×h×w in [0, 1], as pictures, B×3×h×w: the brighter, the more salient."""
+    """Maps, B×h×w in [0, 1], as pictures, B×3×h×w: the brighter, the more salient."""
     magma = colormaps["magma"]
     rgba = magma(maps.cpu().numpy())
     return torch.from_numpy(rgba)[..., :3].permute(0, 3, 1, 2)
@@ -145,7 +145,7 @@ def dots(
     color: str,
     label: str = "",
 ) -> None:
-    """Several seeds side by side: a row per name, a dot per value, and a bar at the mean.
+    """Several seeds side by side: a row per name, a dot per value, a bar at the mean.
 
     Args:
         ax: where to draw.

@@ -51,6 +51,24 @@ def read_choice(path: Path) -> dict[str, Any]:
     return _read_json(path, CHOICE_KEYS)
 
 
+def current_choice(base: Settings) -> dict[str, Any] | None:
+    """The saved choice of an experiment; None if there is none for today's base model.
+
+    Args:
+        base: the settings of the base model.
+
+    Raises:
+        ValueError: see `read_choice`.
+    """
+    path = base.folder("results") / "chosen.json"
+    of_base = path.with_stem("base")
+    if not (path.exists() and of_base.exists()):
+        return None
+    choice = read_choice(path)
+    is_current = choice["base_sha256"] == read_result(of_base)["sha256"]
+    return choice if is_current else None
+
+
 def _read_json(path: Path, keys: set[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
@@ -125,7 +143,7 @@ def summarize(
     by: Sequence[str] = ("configuration",),
     shares: Sequence = ("test", *ACCURACIES),
 ) -> pd.DataFrame:
-    """Shares in %, one row per group of rows: mean ± sample standard deviation over seeds.
+    """Shares in %, one row per group of rows: mean ± sample standard deviation.
 
     Args:
         table: see `collect`.
@@ -219,9 +237,9 @@ def conclude(bases: Sequence[Settings]) -> str:
     table = collect(bases[0].directory)
     choices = {}  # experiment → its settings and choices, one for each seed
     for base in bases:
-        path = base.folder("results") / "chosen.json"
-        if path.exists():
-            choices.setdefault(base.experiment, []).append((base, read_choice(path)))
+        choice = current_choice(base)
+        if choice:
+            choices.setdefault(base.experiment, []).append((base, choice))
     text = ""
     for experiment, seeds in choices.items():
         text += f"\n{experiment}\n\n"

@@ -59,15 +59,15 @@ class HeldOut:
 
     Attributes:
         labels: N.
-        erm: N, the class that the base model of the other half predicts.
-        candidates: name → N, the class that the fine-tuned model of the other half
-            predicts.
+        erm_predictions: N, the class that the base model of the other half predicts.
+        candidate_predictions: name → N, the class that the fine-tuned model of the
+            other half predicts.
         hidden: name → mean share of the image that its own mask hides.
     """
 
     labels: Tensor
-    erm: Tensor
-    candidates: dict[str, Tensor]
+    erm_predictions: Tensor
+    candidate_predictions: dict[str, Tensor]
     hidden: dict[str, float]
 
 
@@ -115,9 +115,10 @@ def choose(
         retrain: train the models of both halves again.
 
     Returns:
-        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is kept;
-        `reason`, in a few sentences; `images` and `mistakes`, their numbers; `candidates`:
-        for each what `judge` returns, and its `description` and `shared`; `base_sha256`.
+        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
+        kept; `reason`, in a few sentences; `images` and `mistakes`, their numbers;
+        `candidates`: for each what `judge` returns, and its `description` and `shared`;
+        `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
@@ -130,15 +131,19 @@ def choose(
     judged = judge(held_out)
     _describe(judged, candidates)
     images = len(held_out.labels)
-    mistakes = int((held_out.erm != held_out.labels).sum())
+    mistakes = int((held_out.erm_predictions != held_out.labels).sum())
+    counted = (
+        f"{mistakes} of {images:,} training images are predicted wrongly "
+        "by ERM models that have not seen them"
+    )
     if mistakes >= FEW:
         chosen, reason = by_mistakes(judged)
     else:
+        counted += ", too few to judge by"
         chosen, reason = by_shortfalls(judged, resampled_shortfalls(candidates))
-    wrong = f"{mistakes} of {images:,} training images are predicted wrongly"
     choice = {
         "configuration": chosen,
-        "reason": f"{wrong} by ERM models that have not seen them{reason}",
+        "reason": f"{counted}. {reason}",
         "images": images,
         "mistakes": mistakes,
         "candidates": judged,
@@ -149,7 +154,7 @@ def choose(
 
 
 def _describe(judged: dict[str, dict], candidates: Sequence[Settings]) -> None:
-    """Add each candidate's rule in words, and whether it is shared, to what `judge` returns."""
+    """Add each candidate's rule in words, and whether its mask is shared."""
     for candidate in candidates:
         rule = candidate.model_dump(include=results.DESCRIBED)
         judged[candidate.configuration]["description"] = results.describe(**rule)
@@ -194,7 +199,7 @@ def chosen_model(
 def predict_held_out(
     candidates: Sequence[Settings], jobs: int, retrain: bool
 ) -> HeldOut:
-    """Train the models of both halves, and let each predict the images of the other half.
+    """Train the models of both halves, and let each predict the other half.
 
     Args:
         candidates: see `choose`.
@@ -213,15 +218,17 @@ def predict_held_out(
     ]
     predictions = {candidate.configuration: [] for candidate in candidates}
     shares = {candidate.configuration: [] for candidate in candidates}
-    options = {"total": len(tasks), "unit": "chain", "desc": "judging"}
-    for of_chain in progress.bar(parallel(tasks), **options):
+    bar = progress.bar(parallel(tasks), total=len(tasks), unit="chain", desc="judging")
+    for of_chain in bar:
         for name, (classes, share) in of_chain.items():
             predictions[name].append(classes)
             shares[name].append(share)
     return HeldOut(
         labels=torch.cat([labels for labels, _ in of_erm]),
-        erm=torch.cat([classes for _, classes in of_erm]),
-        candidates={name: torch.cat(predictions[name]) for name in predictions},
+        erm_predictions=torch.cat([classes for _, classes in of_erm]),
+        candidate_predictions={
+            name: torch.cat(predictions[name]) for name in predictions
+        },
         hidden={name: sum(shares[name]) / 2 for name in shares},
     )
 
@@ -285,9 +292,9 @@ def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """
     from scipy.stats import binomtest  # takes a second
 
-    wrong = held_out.erm != held_out.labels
+    wrong = held_out.erm_predictions != held_out.labels
     judged = {}
-    for name, predictions in held_out.candidates.items():
+    for name, predictions in held_out.candidate_predictions.items():
         right = predictions == held_out.labels
         result = {}
         for cell, members in {"mistakes": wrong, "rest": ~wrong}.items():
@@ -296,8 +303,7 @@ def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
                 of_class = members & (held_out.labels == label)
                 result[cell]["right"].append(int(right[of_class].sum()))
                 result[cell]["all"].append(int(of_class.sum()))
-        shares = [share(result[cell]) for cell in ("mistakes", "rest")]
-        result["score"] = min(shares)
+        result["score"] = min(accuracy(result["mistakes"]), accuracy(result["rest"]))
         result["interval"] = [0.0, 1.0]
         if wrong.any():
             of_mistakes = binomtest(int(right[wrong].sum()), int(wrong.sum()))
@@ -308,7 +314,7 @@ def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     return judged
 
 
-def share(cell: dict[str, list[int]]) -> float:
+def accuracy(cell: dict[str, list[int]]) -> float:
     """Accuracy in a cell, see `judge`, in [0, 1]; 1 in an empty one."""
     return sum(cell["right"]) / sum(cell["all"]) if sum(cell["all"]) else 1.0
 
@@ -324,31 +330,32 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
         judged: see `judge`.
 
     Returns:
-        The chosen configuration, or `base` if there is none; and the rest of the
-        reason.
+        The chosen configuration, or `base` if there is none; and the reason.
     """
     admitted = {name: row for name, row in judged.items() if row["interval"][0] > 0.5}
     among = admitted or judged
-    best = max(row["score"] for row in among.values())
-    count = sum(next(iter(judged.values()))["mistakes"]["all"])
-    error = _standard_error(best, count)
-    near = [name for name, row in among.items() if row["score"] >= best - error]
+    best = max(among.values(), key=lambda row: row["score"])
+    count = sum(best["mistakes"]["all"])
+    error = math.sqrt(best["score"] * (1 - best["score"]) / count)
+    least = best["score"] - error
+    near = [name for name, row in among.items() if row["score"] >= least]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
-    row = judged[chosen]
-    right = sum(row["mistakes"]["right"])
-    accuracy = 100 * share(row["mistakes"])
-    low, high = (round(100 * limit) for limit in row["interval"])
-    share_right = f"{accuracy:.0f} %, 95 % interval {low}–{high} %"
-    rest = f"{100 * share(row['rest']):.1f} % of the others"
-    result = f"{right} of these are right ({share_right}), and {rest}."
+    result = _in_words(judged[chosen])
     if admitted:
-        return chosen, f". With {row['description']}, {result}"
+        return chosen, result
     kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
-    return "base", f". {kept} With {row['description']}, {result}"
+    return "base", f"{kept} {result}"
 
 
-def _standard_error(share: float, count: int) -> float:
-    return math.sqrt(share * (1 - share) / count)
+def _in_words(row: dict[str, Any]) -> str:
+    """How many of ERM's mistakes, and of the other images, a candidate gets right."""
+    right = sum(row["mistakes"]["right"])
+    percent = 100 * accuracy(row["mistakes"])
+    low, high = (round(100 * limit) for limit in row["interval"])
+    of_mistakes = f"{right} of these are right ({percent:.0f} %"
+    interval = f"95 % interval {low}–{high} %)"
+    rest = f"{100 * accuracy(row['rest']):.1f} % of the others"
+    return f"With {row['description']}, {of_mistakes}, {interval}, and {rest}."
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
@@ -368,16 +375,16 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
         [0, 1]. A set on which the best one is below `STILL_VISIBLE` is left out.
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
-    accuracy = {images: dict.fromkeys(names, 0.0) for images in names[1:]}
+    worst_class = {mask: dict.fromkeys(names, 0.0) for mask in names[1:]}
     for half, other in ((0, 1), (1, 0)):
         networks = _networks_of_half(candidates, other)
-        for images, masked in _resampled_samples(candidates, half):
+        for mask, masked in _resampled_samples(candidates, half):
             for name, network in networks.items():
                 logits = evaluation.predict(network, masked)
                 worst = evaluation.worst_class(logits, masked.labels.cpu())
-                accuracy[images][name] += worst / 2
+                worst_class[mask][name] += worst / 2  # the mean of both halves
     shortfalls = dict.fromkeys(names, 0.0)
-    for of_models in accuracy.values():
+    for of_models in worst_class.values():
         best = max(of_models.values())
         if best < STILL_VISIBLE:
             continue
@@ -423,10 +430,10 @@ def _resampled_samples(
 def by_shortfalls(
     judged: dict[str, dict], shortfalls: dict[str, float]
 ) -> tuple[str, str]:
-    """Choose the candidate with the smallest shortfall, or keep ERM if its own is smaller.
+    """Choose the candidate with the smallest shortfall; keep ERM if its own is smaller.
 
-    Of those within one standard error that fall less behind than ERM, the one that hides
-    least is chosen.
+    Of those within one standard error that fall less behind than ERM, the one that
+    hides least is chosen.
 
     Args:
         judged: see `judge`.
@@ -437,14 +444,14 @@ def by_shortfalls(
     """
     least = min(shortfalls[name] for name in judged)
     error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
-    few = ", too few to judge by. On images resampled by the masks of candidates,"
+    where = "On images resampled by the masks of candidates,"
     if shortfalls["base"] <= least:
         kept = "no candidate falls less behind the best than ERM, which is kept."
-        return "base", f"{few} {kept}"
+        return "base", f"{where} {kept}"
     better = [name for name in judged if shortfalls[name] < shortfalls["base"]]
     near = [name for name in better if shortfalls[name] <= least + error]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
     behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
     description = judged[chosen]["description"]
     reason = f"{description} is at most {behind[chosen]} behind the best, and ERM"
-    return chosen, f"{few} {reason} {behind['base']}. That is in doubt."
+    return chosen, f"{where} {reason} {behind['base']}. That is in doubt."

@@ -122,7 +122,7 @@ class DataSettings(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             raise ValueError(
-                describe_problem(problem, type(self).model_fields)
+                _describe_problem(problem, type(self).model_fields)
             ) from None
 
     @field_validator("image_size")
@@ -179,7 +179,7 @@ class DataSettings(BaseModel):
         return "-".join(names).replace(os.sep, "")
 
     def folder(self, kind: str) -> Path:
-        """Folder of this experiment under `checkpoints`, `figures`, `results` or `runs`."""
+        """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`."""
         return REPOSITORY / self.directory / kind / self.experiment / f"seed{self.seed}"
 
     def checkpoint_path(self, configuration: str) -> Path:
@@ -190,7 +190,7 @@ class DataSettings(BaseModel):
         )
 
     def identity(self, *, base: bool) -> dict[str, Any]:
-        """The settings that the base model, or else the fine-tuned model, depends on."""
+        """The settings that the base model, or the fine-tuned model, depends on."""
         names = (BaseSettings if base else Settings).model_fields
         return {name: getattr(self, name) for name in names if name not in RUNTIME}
 
@@ -323,7 +323,7 @@ class Settings(BaseSettings):
 
     @property
     def configuration(self) -> str:
-        """Name of the fine-tuned model: `{method}_{param}` and what is not the default."""
+        """Name of the fine-tuned model: `{method}_{param}`, and what is unusual."""
         return f"{self.method}_{self.param}{self._unusual(Settings.__annotations__)}"
 
     def of_half(self, half: int) -> Self:
@@ -365,7 +365,7 @@ class Settings(BaseSettings):
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 
 
-def describe_problem(problem: dict[str, Any], known: Iterable[str]) -> str:
+def _describe_problem(problem: dict[str, Any], known: Iterable[str]) -> str:
     """What pydantic found wrong, in one line: the name, the value and what is allowed.
 
     Args:

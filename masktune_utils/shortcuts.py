@@ -8,7 +8,6 @@ from torch import Tensor
 
 from masktune_utils import data, models
 from masktune_utils.data import Split
-from masktune_utils.images import IN_MEMORY
 from masktune_utils.settings import DataSettings
 
 
@@ -203,7 +202,7 @@ def halves(labels: Tensor) -> Tensor:
 def place(
     split: Split, placement: str, conflicting: float, generator: torch.Generator
 ) -> Tensor:
-    """Choose the training images that get the shortcut: most of class 0, few of class 1.
+    """Choose the training images that get the shortcut: most of class 0, few of 1.
 
     With digits as classes, 0–4 stand for class 0 and 5–9 for class 1.
 
@@ -274,11 +273,6 @@ def _hold_out(
     count = round(settings.validation_share * len(train))
     validation = train[:0]
     if count:
-        if train.images.nbytes > IN_MEMORY:
-            allowed = f"0 for more than {IN_MEMORY:,} bytes of images"
-            raise ValueError(
-                f"validation_share is {settings.validation_share}; allowed: {allowed}."
-            )
         is_held_out = torch.zeros(len(train), dtype=torch.bool)
         is_held_out[order[:count]] = True
         validation = train[is_held_out]

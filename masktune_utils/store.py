@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def check_writable(directory: str) -> None:
-    """Make the folder of all files, unless it is there, and see if it can be written to.
+    """Make the folder of all files, unless it is there; see if it can be written to.
 
     Args:
         directory: see `Settings.directory`.
@@ -90,14 +90,14 @@ def weights_sha256(state_dict: dict[str, Tensor]) -> str:
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Save by torch.save, through memory, since torch hides a full disk behind another error."""
+    """Save by torch.save, through memory: torch hides that a disk is full."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def read_tensors(path: Path) -> Any:
-    """What `write_tensors` saved. No code is run; a damaged file raises some exception."""
+    """What `write_tensors` saved. It runs no code; a damaged file raises an exception."""
     file = io.BytesIO(path.read_bytes())
     if zipfile.is_zipfile(file):
         damaged = zipfile.ZipFile(file).testzip()

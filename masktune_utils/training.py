@@ -16,7 +16,7 @@ SECONDS_BETWEEN_STATES = 60
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16: recent GPUs, CPUs with AVX-512 BF16."""
+    """Whether the hardware has bfloat16: recent GPUs, CPUs with AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -82,8 +82,13 @@ def train(
     torch.backends.cudnn.deterministic = True
     torch_optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
     steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
-    decay = (lr_decay_epochs * steps, lr_decay_factor)
-    scheduler = _scheduler(schedule, torch_optimizer, epochs * steps, decay)
+    scheduler = _scheduler(
+        schedule,
+        torch_optimizer,
+        steps=epochs * steps,
+        decay_steps=lr_decay_epochs * steps,
+        decay_factor=lr_decay_factor,
+    )
     generator = torch.Generator().manual_seed(seed)
     mirror = generator if flip else None
     history = []
@@ -101,9 +106,9 @@ def train(
             row = {"epoch": epoch, "lr": torch_optimizer.param_groups[0]["lr"]}
             started = time.perf_counter()
             batches = _batches(len(dataset), batch_size, generator, device)
-            images = dataset.in_epoch(epoch)
-            sums = _train_epoch(model, images, batches, scheduler, bar, mirror)
-            row["loss"], row["accuracy"] = sums.tolist()
+            of_epoch = dataset.in_epoch(epoch)
+            means = _train_epoch(model, of_epoch, batches, scheduler, bar, mirror)
+            row["loss"], row["accuracy"] = means.tolist()
             row["seconds"] = time.perf_counter() - started
             history.append(row)
             if keep_state:
@@ -130,27 +135,35 @@ class _Course:
             self.kept_at = now
 
     def state(self) -> dict[str, Any]:
-        random = torch.cuda if self.device.type == "cuda" else torch
         return {
             "model": self.model.state_dict(),
             "optimizer": self.scheduler.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
-            "random": random.get_rng_state(),
+            "random": self.random_state(),
             "history": self.history,
         }
 
+    def random_state(self) -> Tensor:
+        if self.device.type == "cuda":
+            return torch.cuda.get_rng_state(self.device)
+        return torch.get_rng_state()
+
     def load(self, state: dict[str, Any]) -> None:
-        random = torch.cuda if self.device.type == "cuda" else torch
         self.model.load_state_dict(state["model"])
         self.scheduler.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
-        random.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"], self.device)
+        else:
+            torch.set_rng_state(state["random"])
         self.history.extend(state["history"])
 
 
-def _optimizer(name, model, lr, momentum, weight_decay) -> optim.Optimizer:
+def _optimizer(
+    name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float
+) -> optim.Optimizer:
     weights = model.parameters()
     if name == "sgd":
         return optim.SGD(weights, lr, momentum, weight_decay=weight_decay, fused=True)
@@ -160,13 +173,17 @@ def _optimizer(name, model, lr, momentum, weight_decay) -> optim.Optimizer:
 
 
 def _scheduler(
-    name: str, optimizer: optim.Optimizer, steps: int, decay: tuple[int, float]
+    name: str,
+    optimizer: optim.Optimizer,
+    steps: int,
+    decay_steps: int,
+    decay_factor: float,
 ) -> optim.lr_scheduler.LRScheduler:
-    """The schedule of the rate, step by step; `decay`: steps between two decays, factor."""
+    """The schedule of the rate, step by step; `decay_steps` lie between two decays."""
     if name == "linear":
         return optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     if name == "constant":
-        return optim.lr_scheduler.StepLR(optimizer, *decay)
+        return optim.lr_scheduler.StepLR(optimizer, decay_steps, decay_factor)
     raise ValueError(f"schedule is {name!r}; allowed: constant or linear.")
 
 
@@ -179,7 +196,14 @@ def _batches(
     return [index for index in order.split(batch_size) if len(index) > 1]
 
 
-def _train_epoch(model, dataset, batches, scheduler, bar, mirror) -> Tensor:
+def _train_epoch(
+    model: nn.Module,
+    dataset: Any,
+    batches: list[Tensor],
+    scheduler: optim.lr_scheduler.LRScheduler,
+    bar: Any,
+    mirror: torch.Generator | None,
+) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device."""
     device = dataset.labels.device
     bfloat16 = has_bfloat16(device)

@@ -50,7 +50,7 @@ CHOICES = [  # in the order of the table
 
 
 def cells(rows: pd.DataFrame, *names: str) -> list[str]:
-    """Some columns of rows, as mean ± standard deviation in %; blank if there are no rows."""
+    """Columns of rows, as mean ± standard deviation in %; blank if there are none."""
     if not len(rows):
         return [""] * len(names)
     return results.summarize(rows.assign(all=0), ["all"], names).iloc[0].tolist()[:-1]

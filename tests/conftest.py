@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Before PyTorch is imported: two processes that both take all cores slow each other down.
+# Before PyTorch is imported: two processes that both take all cores are slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command sees
 

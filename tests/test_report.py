@@ -48,10 +48,10 @@ def test_a_script_in_a_name_is_shown_as_text(tmp_path):
     script = "<script>alert(1)</script>"
     row = dict.fromkeys(results.RESULT_KEYS, 0.5)
     row |= {"experiment": settings.experiment, "seed": 0, "configuration": "base"}
-    row |= {"sha256": "", "base_sha256": "", f"group {script}": 0.5}
+    row |= {"sha256": "of base", "base_sha256": "of base", f"group {script}": 0.5}
     folder = settings.folder("results")
     results.write_json(folder / "base.json", row)
-    choice = dict.fromkeys(results.CHOICE_KEYS, script)
+    choice = dict.fromkeys(results.CHOICE_KEYS, script) | {"base_sha256": "of base"}
     (folder / "chosen.json").write_text(json.dumps(choice))
     page = write_report([settings]).read_text()
     assert script not in page

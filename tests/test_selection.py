@@ -47,7 +47,7 @@ def first_is_taken(monkeypatch) -> None:
     """The first candidate passes, whatever another CPU makes of so few images."""
 
     def take_first(judged: dict) -> tuple[str, str]:
-        return next(iter(judged)), ". The first is taken."
+        return next(iter(judged)), "The first is taken."
 
     monkeypatch.setattr(selection, "by_mistakes", take_first)
 
@@ -99,8 +99,8 @@ def held_out() -> HeldOut:
     b = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
     return HeldOut(
         labels=torch.tensor([0] * 6 + [1] * 6),
-        erm=torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]),
-        candidates={"a": a, "b": b},
+        erm_predictions=torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]),
+        candidate_predictions={"a": a, "b": b},
         hidden={"a": 0.1, "b": 0.2},
     )
 
@@ -152,7 +152,7 @@ def test_of_the_candidates_within_a_standard_error_the_one_that_hides_least_is_c
     numbers = (
         "37 of these are right (92 %, 95 % interval 80–97 %), and 97.0 % of the others."
     )
-    assert reason == f". With rule 0.2, {numbers}"
+    assert reason == f"With rule 0.2, {numbers}"
     judged["near"] = row(40, 910, 0.2)  # the rest is what it gets wrong
     chosen, _ = selection.by_mistakes(judged)
     assert chosen == "best"
@@ -166,7 +166,7 @@ def test_erm_is_kept_unless_most_of_its_mistakes_are_right_beyond_doubt():
     numbers = (
         "25 of these are right (62 %, 95 % interval 47–76 %), and 99.9 % of the others."
     )
-    assert reason == f". {kept} With rule 0.1, {numbers}"
+    assert reason == f"{kept} With rule 0.1, {numbers}"
 
 
 @pytest.mark.parametrize(("right", "mistakes"), [(27, 40), (220, 400)])

@@ -1,4 +1,4 @@
-"""The formulas of notebooks 08 and 09 against hand computations; 07 to 10 on tiny data."""
+"""The formulas of notebooks 08 and 09 by hand computation; 07 to 10 on tiny data."""
 
 import ast
 from collections.abc import Callable

@@ -248,14 +248,15 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
     assert masktune(directory, *arguments) == 1
     printed, error = capsys.readouterr()
     tuned, base = damaged
+    experiment = tiny(directory).experiment
     missing = "not run, because its base model is missing"
     for line in (
-        f"04_finetune_sweep_top_k_0.6, seed 0: CheckpointError: {tuned} is damaged",
-        f"02_erm, seed 1: CheckpointError: {base} is damaged",
-        f"03_saliency_masks, seed 1: {missing}",
-        f"04_finetune_sweep_top_k_0.8, seed 1: {missing}",
+        f"seed 0, 04_finetune_sweep_top_k_0.6: CheckpointError: {tuned} is damaged",
+        f"seed 1, 02_erm: CheckpointError: {base} is damaged",
+        f"seed 1, 03_saliency_masks: {missing}",
+        f"seed 1, 04_finetune_sweep_top_k_0.8: {missing}",
     ):
-        assert f"failed: {line}" in error
+        assert f"failed: {experiment}, {line}" in error
     assert "\n5 notebooks failed" in printed
     assert "Traceback" not in error
     copies = sorted(directory.glob("runs/mnist5k*/*/*_failed.ipynb"))

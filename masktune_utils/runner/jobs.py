@@ -134,7 +134,7 @@ def check_scope(stem: str, configurations: list[Settings]) -> None:
 
 
 def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
-    """A notebook for each of the settings, without those that differ only in what it ignores."""
+    """A notebook for each of the settings that differ in what it depends on."""
     names = scope(stem).model_fields
     jobs = []
     for configuration in configurations:

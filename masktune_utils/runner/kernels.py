@@ -53,21 +53,17 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
     """
     environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
     idle = idle_kernels[environment["OMP_NUM_THREADS"]]
-    manager = Manager(client_class=CLIENT)
-    while not manager.is_alive():
-        try:
-            manager = idle.pop()
-        except IndexError:  # there is none, or another thread was quicker
-            break
+    manager = _idle_or_new(idle)
     try:
         if not manager.is_alive():
             manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder, env=environment)
         client = manager.blocking_client()
         client.start_channels()
         client.wait_for_ready(timeout=60)
-        # a kernel keeps the order of what it is sent
-        client.execute(RESET, store_history=False)
+        reply = client.execute(RESET, store_history=False, reply=True, timeout=60)
         client.stop_channels()
+        if reply["content"]["status"] != "ok":
+            raise RuntimeError(f"a kernel cannot be reset: {reply['content']}")
         yield manager
         manager.latest.stop_channels()
     except BaseException:
@@ -76,12 +72,23 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
     idle.append(manager)
 
 
+def _idle_or_new(idle: list[Manager]) -> Manager:
+    while True:
+        try:
+            manager = idle.pop()
+        except IndexError:  # there is none, or another thread was quicker
+            return Manager(client_class=CLIENT)
+        if manager.is_alive():
+            return manager
+
+
 @atexit.register
 def close() -> None:
     """End the kernels of this process."""
-    while idle_kernels:
-        for manager in idle_kernels.popitem()[1]:
+    for managers in idle_kernels.values():
+        for manager in managers:
             manager.shutdown_kernel(now=True)
+    idle_kernels.clear()
 
 
 def reset() -> None:

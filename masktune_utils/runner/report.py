@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jinja2 import Environment, PackageLoader
 
 from masktune_utils import results
@@ -64,9 +63,9 @@ def _section(table: pd.DataFrame, seeds: list[Settings], directory: Path) -> dic
     reasons = {}
     notebooks = {}
     for base in seeds:
-        choice = base.folder("results") / "chosen.json"
-        if choice.exists():
-            reasons[base.seed] = results.read_choice(choice)["reason"]
+        choice = results.current_choice(base)
+        if choice:
+            reasons[base.seed] = choice["reason"]
         for path in sorted(base.folder("runs").glob("*.ipynb")):
             target = path.relative_to(directory).as_posix()
             notebooks[f"seed {base.seed}: {path.stem}"] = f"../{target}"
@@ -98,10 +97,10 @@ def _pictures(settings: Settings) -> list[dict[str, str]]:
 
 
 def _unusual(settings: Settings) -> dict[str, Any]:
-    """The settings of the base model that are not the defaults."""
+    """The settings of the base models, but for the seed, that are not the defaults."""
     unusual = {}
     for name, value in settings.identity(base=True).items():
-        if value != DEFAULTS[name]:
+        if name != "seed" and value != DEFAULTS[name]:
             unusual[name] = value
     return unusual
 
@@ -110,5 +109,4 @@ def _versions() -> dict[str, str]:
     versions = {"Python": platform.python_version()}
     for name in LIBRARIES:
         versions[name] = version(name)
-    versions["threads"] = str(torch.get_num_threads())
     return versions

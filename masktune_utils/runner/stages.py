@@ -1,4 +1,4 @@
-"""What the command does: notebooks stage by stage, the choice, tables and the report."""
+"""What the command does: notebooks stage by stage, the choice, tables, the report."""
 
 import argparse
 import sys
@@ -30,11 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         stem, grid = _read(arguments)
+        if arguments.command != "report":  # it shows what is saved
+            check_sources(grid)
         device = models.resolve_device(grid[0].device)
         finished = results.finished(grid[0].directory)
         if arguments.dask:
             _connect(arguments.dask)
-        images = grid[0].dataset
+        images = ", ".join(dict.fromkeys(settings.dataset for settings in grid))
         print(f"{len(grid)} configurations, images: {images}, device: {device}")
         if arguments.dry_run:
             stems = _stems(arguments, stem) or BASE
@@ -72,7 +74,7 @@ def _stems(arguments: argparse.Namespace, stem: str) -> tuple[str, ...]:
 
 def _print_errors(errors: dict[Job, str]) -> None:
     for job, error in errors.items():
-        name = f"{job.copy.stem}, seed {job.settings.seed}"
+        name = f"{job.settings.experiment}, seed {job.settings.seed}, {job.copy.stem}"
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} notebooks failed")
 
@@ -90,9 +92,10 @@ def _report(bases: list[Settings]) -> int:
 def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
     """The name of the notebook that the command is about, and all configurations.
 
+    The data set `auto` is replaced by what it stands for.
+
     Raises:
-        FileNotFoundError: see `check_sources`.
-        ValueError: see `read_grid`, `jobs.check_scope` and `check_sources`.
+        ValueError: see `read_grid`, `jobs.check_scope` and `data.resolve_dataset`.
     """
     stem, grid = read_grid(_grid_file(arguments), _options(arguments))
     if stem != FINETUNE and arguments.command != "sweep":
@@ -104,7 +107,9 @@ def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
         if arguments.grid is None:
             raise
         raise ValueError(f"{arguments.grid}: {error}") from None
-    return stem, check_sources(grid)
+    names = {settings.dataset for settings in grid}
+    datasets = {name: data.resolve_dataset(name) for name in names}
+    return stem, [item.replace(dataset=datasets[item.dataset]) for item in grid]
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, list]:
@@ -131,19 +136,13 @@ def _connect(address: str) -> None:
     parallel_config(backend="dask")
 
 
-def check_sources(grid: list[Settings]) -> list[Settings]:
+def check_sources(grid: list[Settings]) -> None:
     """Refuse networks that do not fit and images that cannot be read.
-
-    Returns:
-        The grid, with the data set for which `auto` stands.
 
     Raises:
         FileNotFoundError: see `data.load`.
         ValueError: see `data.load` and `models.check`.
     """
-    names = {settings.dataset for settings in grid}
-    datasets = {name: data.resolve_dataset(name) for name in names}
-    grid = [settings.replace(dataset=datasets[settings.dataset]) for settings in grid]
     sources = {}
     of_images = ("dataset", "train_folder", "test_folder", "limit", "image_size")
     for settings in grid:
@@ -151,7 +150,6 @@ def check_sources(grid: list[Settings]) -> list[Settings]:
         sources[tuple(getattr(settings, name) for name in of_images)] = settings
     for settings in sources.values():
         data.load(settings)
-    return grid
 
 
 def print_states(stage: list[Job], finished: set[tuple]) -> None:
@@ -186,7 +184,9 @@ def run_stages(
     if command != "sweep":
         failed = {job.settings.folder("runs") for job in errors if job.stem in BASE}
         trained = [item for item in grid if item.folder("runs") not in failed]
-        chosen = make_stage(FINETUNE, choose(command, trained, count, force, errors))
+        choices, failed_choices = choose(command, trained, count, force)
+        errors.update(failed_choices)
+        chosen = make_stage(FINETUNE, choices)
         last = make_stage("05_plots", trained) if command == "run" else []
         later = [stage for stage in (chosen, last) if stage]
         errors.update(jobs.execute(later, count, force))
@@ -196,8 +196,8 @@ def run_stages(
 
 
 def choose(
-    command: str, grid: list[Settings], count: int, force: bool, errors: dict[Job, str]
-) -> list[Settings]:
+    command: str, grid: list[Settings], count: int, force: bool
+) -> tuple[list[Settings], dict[Job, str]]:
     """Choose a configuration for each base model of the grid.
 
     Args:
@@ -207,27 +207,29 @@ def choose(
         grid: all configurations whose base models are there.
         count: how many processes.
         force: train the models of the halves again.
-        errors: a choice that fails is added.
 
     Returns:
-        The chosen configurations; none where ERM is kept.
+        The chosen configurations, none where ERM is kept; and the error of each choice
+        that failed.
     """
     chosen = []
+    errors = {}
     for job in make_stage(BASE[0], grid):
         folder = job.settings.folder("runs")
         try:
             listed = [item for item in grid if item.folder("runs") == folder]
             if command == "choose" and listed != [job.settings]:
-                candidates = [settings.replace(cross_fit=True) for settings in listed]
+                cross_fitted = [item.replace(cross_fit=True) for item in listed]
+                candidates = list(dict.fromkeys(cross_fitted))
             else:
                 images = len(shortcuts.load(job.settings).train)
                 candidates = selection.candidates(job.settings, images)
             choice = selection.choose(candidates, count, force)
         except Exception as error:  # noqa: BLE001 - the other choices go on
             message = f"{type(error).__name__}: {error}".splitlines()[0]
-            errors[job._replace(stem="choice")] = message
+            errors[Job("choice", job.settings, job.name)] = message
             continue
         settings = selection.chosen_settings(choice, candidates)
         if settings is not None:
             chosen.append(settings)
-    return chosen
+    return chosen, errors
