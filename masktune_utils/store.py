@@ -97,7 +97,7 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `write_tensors` saved. It runs no code; a damaged file raises an exception."""
+    """What `write_tensors` saved. It runs no code; a damaged file raises an error."""
     file = io.BytesIO(path.read_bytes())
     if zipfile.is_zipfile(file):
         damaged = zipfile.ZipFile(file).testzip()
