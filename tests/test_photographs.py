@@ -332,12 +332,12 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
         models.new_model(0, name="resnet18", weights=str(path))
 
 
-def test_weights_that_cannot_be_downloaded(monkeypatch):
+def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     def offline(*_arguments, **_options):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: "/nowhere")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     message = "weights are DEFAULT: no weights of resnet18 .*network"
     with pytest.raises(ValueError, match=message):
         models.new_model(0, name="resnet18", weights="DEFAULT")

@@ -1,6 +1,7 @@
 """Files: checkpoints, whole or refused by name."""
 
 import pickle
+import tempfile
 from unittest.mock import Mock
 
 import numpy as np
@@ -187,3 +188,62 @@ def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, 
     message = "an older version wrote it, with iterations other than 1"
     with pytest.raises(CheckpointError, match=message):
         store.load_checkpoint(saved)
+
+
+def test_a_loaded_model_is_put_on_the_device_with_channels_last(saved):
+    model = store.load_checkpoint(saved, device="meta").model
+    assert {weights.device.type for weights in model.parameters()} == {"meta"}
+    convolution = model.backbone[3].weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_that_were_saved_on_a_gpu_are_loaded_without_one(
+    model, tmp_path, monkeypatch
+):
+    path = tmp_path / "theirs.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _storage: "cuda:0")
+        torch.save(model.state_dict(), path)
+    loaded = store.load_checkpoint(path)
+    assert loaded.sha256 == weights_sha256(model.state_dict())
+
+
+def test_a_refusal_tells_what_is_wrong(saved):
+    whole = saved.read_bytes()
+    content = store.read_tensors(saved)
+    bytes_of_weights = content["state_dict"]["linear.0.weight"].numpy().tobytes()
+    damaged = whole.replace(bytes_of_weights[:50], bytes(50))
+    assert damaged != whole
+    saved.write_bytes(damaged)
+    reason = r"\(ValueError: its part .*/data/\d+ has another CRC\)\.$"
+    with pytest.raises(CheckpointError, match=reason):
+        store.load_checkpoint(saved)
+    store.write_tensors(saved, content | {"sha256": "of other weights"})
+    reason = r"\(ValueError: its weights have another SHA-256\)\.$"
+    with pytest.raises(CheckpointError, match=reason):
+        store.load_checkpoint(saved)
+
+
+def test_all_settings_of_a_newer_version_are_named(model, tmp_path):
+    path = tmp_path / "new.pth"
+    newer = {"dropout": 0.5, "ema": True}
+    store.save_checkpoint(path, model, IDENTITY | newer, [])
+    names = "(dropout, ema|ema, dropout)"
+    message = rf"\(ValueError: a newer version wrote it, with the setting {names}\)"
+    with pytest.raises(CheckpointError, match=message):
+        store.load_checkpoint(path)
+
+
+def test_a_file_is_written_beside_its_place_and_not_on_another_disk(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    store.write_bytes(tmp_path / "file", b"content")
+    store.check_writable(str(tmp_path))
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_directory_that_exists_and_takes_no_files_is_refused():
+    message = r"^directory is '/proc'; allowed: a folder to write to, or a new one \("
+    with pytest.raises(ValueError, match=message):
+        store.check_writable("/proc")

@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,3 +180,161 @@ def test_an_epoch_waits_for_the_device_only_where_the_progress_bar_is_drawn(
         drawn = tqdm(total=200, mininterval=0, miniters=1)
         with pytest.raises(DataDependentOutputException):
             training._train_epoch(*arguments, drawn, None)
+
+
+class AlwaysClass0(nn.Module):
+    """A network whose only weight changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, images):
+        return 0 * self.weight + torch.tensor([1.0, 0.0]).expand(len(images), 2)
+
+
+def test_loss_and_accuracy_are_means_over_all_batches(splits):
+    few = splits.train[:130]
+    share = few.labels.double().mean().item()
+    history = training.train(AlwaysClass0(), few, epochs=2, batch_size=32)
+    for epoch in history:
+        assert epoch["accuracy"] == pytest.approx(1 - share)
+        assert epoch["loss"] == pytest.approx(0.3132617 + share)  # log(1 + 1/e)
+
+
+def test_adam_has_the_rate_and_the_weight_decay_that_are_asked_for(splits):
+    hashes = set()
+    for weight_decay in (0.0, 0.5):
+        options = {"optimizer": "adam", "lr": 0.002, "weight_decay": weight_decay}
+        sha256, history = train(splits, epochs=1, **options)
+        assert history[0]["lr"] == 0.002
+        hashes.add(sha256)
+    assert len(hashes) == 2
+
+
+def test_the_seconds_of_all_epochs_are_fewer_than_those_of_the_training(splits):
+    started = time.perf_counter()
+    _, history = train(splits, epochs=2)
+    taken = time.perf_counter() - started
+    assert 0 < sum(epoch["seconds"] for epoch in history) < taken
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_bfloat16_is_for_hardware_that_multiplies_in_it(on_cpu, monkeypatch):
+    def on_gpu(*, including_emulation=True):
+        return including_emulation or not on_cpu
+
+    def capabilities():
+        return {"avx512_bf16": on_cpu}
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", on_gpu)
+    options = {"raising": False}  # older PyTorch has the second alone
+    monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities, **options)
+    wrong = not on_cpu
+    monkeypatch.setattr(
+        torch.cpu, "_is_avx512_bf16_supported", lambda: wrong, **options
+    )
+    assert training.has_bfloat16(torch.device("cpu")) is on_cpu
+    assert training.has_bfloat16(torch.device("cuda")) is not on_cpu
+    assert training.has_bfloat16(torch.device("mps")) is False
+
+
+@pytest.mark.parametrize(
+    ("is_supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)]
+)
+def test_a_network_computes_in_bfloat16_only_where_it_is_quick(
+    is_supported, expected, splits, monkeypatch
+):
+    monkeypatch.setattr(training, "has_bfloat16", lambda _device: is_supported)
+    default = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)  # as it is on a GPU
+    types = set()
+    model = models.new_model(0)
+    model.register_forward_hook(lambda *arguments: types.add(arguments[-1].dtype))
+    try:
+        training.train(model, splits.train[:20], epochs=1, batch_size=10)
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+    assert types == {expected}
+
+
+@pytest.fixture
+def bar_lines(monkeypatch, capsys):
+    """Trains with 1/4 s a batch; returns the history, and the bar as it was drawn."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+
+    def wait(*_arguments):
+        clock.now += 0.25
+
+    def lines(split, **options):
+        model = models.new_model(0)
+        model.register_forward_hook(wait)
+        history = training.train(model, split, batch_size=100, **options)
+        drawn = capsys.readouterr().err.split("\r")
+        return history, [line for line in drawn if line.strip()]
+
+    return lines
+
+
+def test_the_progress_bar_is_drawn_twice_a_second_and_tells_what_is_reached(
+    splits, bar_lines
+):
+    history, (_, middle, end) = bar_lines(splits.train, epochs=2)
+    assert re.search(r"ERM, epoch 1/2: +50%.* 200/400 .* 400image/s\]", middle)
+    means = "loss {loss:.4f}, accuracy {accuracy:.2%}]".format(**history[0])
+    assert re.search("ERM, epoch 2/2: 100%.* 400/400 ", end)
+    assert end.endswith(means)
+
+
+def test_the_progress_bar_goes_on_where_a_training_was_interrupted(
+    splits, bar_lines, monkeypatch
+):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_STATES", 0)
+    states = []
+    bar_lines(splits.train, epochs=1, keep_state=states.append)
+    _, lines = bar_lines(splits.train, epochs=2, state=states[0])
+    assert re.search("epoch 2/2: 100%.* 400/400 ", lines[-1])
+
+
+def test_on_a_gpu_training_asks_for_deterministic_convolutions(splits, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    train(splits, epochs=1)
+    assert torch.backends.cudnn.deterministic
+
+
+def test_the_order_of_the_images_and_mirroring_depend_on_no_dropout(splits):
+    seen = {}
+    for name, layer in {"without": nn.Identity(), "with": nn.Dropout()}.items():
+        batches = []
+        network = nn.Sequential(models.new_model(0), layer)
+        network.register_forward_pre_hook(
+            lambda _module, inputs, batches=batches: batches.append(*inputs)
+        )
+        options = {"epochs": 2, "batch_size": 20, "flip": True}
+        training.train(network, splits.train[::5], **options)
+        seen[name] = torch.stack(batches)
+    assert torch.equal(seen["with"], seen["without"])
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode(model, splits):
+    before = model.backbone[1].running_mean.clone()
+    training.train(model, splits.train[:20], epochs=1, batch_size=10)
+    assert model.training
+    assert not torch.equal(model.backbone[1].running_mean, before)
+
+
+def test_the_state_of_a_training_on_a_gpu_has_the_generator_of_this_gpu(monkeypatch):
+    gpu = torch.device("cuda:1")
+    states = {gpu: torch.zeros(1, dtype=torch.uint8)}
+    restored = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.get)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda *of_gpu: restored.append(of_gpu)
+    )
+    model = AlwaysClass0()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(sgd, 1)
+    course = training._Course(model, scheduler, torch.Generator(), [], gpu)
+    course.load(course.state())
+    assert restored == [(states[gpu], gpu)]
