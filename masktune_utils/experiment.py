@@ -312,8 +312,9 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         A row of the table of results: `experiment`, `configuration` and `seed`, which
         tell it from all others; the settings; `sha256` of the weights and `base_sha256`
         of the base model's; `seconds`, `threads`, `device`, `torch` of the training
-        that made them, None where they are not known; `raw` and `biased`, or `test`;
-        `worst_group` and `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1];
+        that made them (if no result of it is saved, None, and those of this process);
+        `raw` and `biased`, or `test`; `worst_group` and
+        `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1];
         `group {name}`, the same; if images are held out, `validation_worst_class` and
         `validation_worst_group`; for a fine-tuned model
         `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All
@@ -321,15 +322,13 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
-    made = dict.fromkeys(("seconds", "threads", "torch", "device"))  # not known
-    if trained.seconds is not None:
-        made = {
-            "seconds": trained.seconds,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "device": models.describe_device(sets.train.labels.device),
-        }
-    elif path.exists():
+    made = {
+        "seconds": trained.seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": models.describe_device(sets.train.labels.device),
+    }
+    if trained.seconds is None and path.exists():
         saved = results.read_result(path)
         if saved["sha256"] == trained.sha256:
             if settings.dataset != "folder":  # whose images may have changed

@@ -287,7 +287,7 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     path.write_bytes(b"damaged")
     assert command.main(["choose", str(file), *options]) == 1
     error = capsys.readouterr().err
-    assert f"failed: choice, seed 0: CheckpointError: {path} is damaged" in error
+    assert f"seed 0, choice: CheckpointError: {path} is damaged" in error
     assert "Traceback" not in error
     assert saved.stat().st_mtime_ns == written
     path.write_bytes(content)
