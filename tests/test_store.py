@@ -243,6 +243,14 @@ def test_a_file_is_written_beside_its_place_and_not_on_another_disk(
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
+def test_folders_that_are_missing_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    store.write_bytes(path, b"content")
+    assert path.read_bytes() == b"content"
+    store.check_writable(str(tmp_path / "c" / "d"))
+    assert (tmp_path / "c" / "d").is_dir()
+
+
 def test_a_directory_that_exists_and_takes_no_files_is_refused():
     message = r"^directory is '/proc'; allowed: a folder to write to, or a new one \("
     with pytest.raises(ValueError, match=message):
