@@ -21,7 +21,7 @@ def threshold(maps: Tensor, param: float) -> Tensor:
 
 
 def top_k(maps: Tensor, param: float) -> Tensor:
-    """Hide where `s` exceeds its (1 − param) quantile: `param` of the pixels."""
+    """Hide the share `param` of the pixels: where `s` exceeds a quantile."""
     if not len(maps):  # quantile refuses an empty batch
         return maps > 0
     pixels = maps.flatten(-2)
@@ -206,7 +206,7 @@ def mean_map(maps: Tensor) -> Tensor:
 class MaskedDataset:
     """A split that is masked batch by batch.
 
-    So float images of the whole set never exist.
+    Float images of the whole set never exist.
     With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become
     those of a partner, a random image of any class: x_i · (1 − M) + x_j · M, where M =
     max(m_i, m_j) hides what the mask of either image hides. The pixels inside M

@@ -323,7 +323,7 @@ class Settings(BaseSettings):
 
     @property
     def configuration(self) -> str:
-        """Name of the fine-tuned model: `{method}_{param}`, and what is unusual."""
+        """Name of the fine-tuned model: method, param, and what is not the default."""
         return f"{self.method}_{self.param}{self._unusual(Settings.__annotations__)}"
 
     def of_half(self, half: int) -> Self:

@@ -58,6 +58,24 @@ def test_a_script_in_a_name_is_shown_as_text(tmp_path):
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
 
 
+def test_the_report_needs_no_images_and_is_of_all_seeds(tmp_path, monkeypatch):
+    def gone(*_arguments):
+        raise FileNotFoundError("images")
+
+    monkeypatch.setattr("masktune_utils.data.load", gone)
+    settings = Settings(**TINY, directory=str(tmp_path), seed=3)
+    row = dict.fromkeys(results.RESULT_KEYS, 0.5)
+    row |= {"experiment": settings.experiment, "seed": 3, "configuration": "base"}
+    results.write_json(settings.folder("results") / "base.json", row)
+    options = [f"--{name}={value}" for name, value in TINY.items()]
+    directory = f"--directory={tmp_path}"
+    assert command.main(["report", *options, directory, "--seed=3"]) == 0
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert settings.title in page
+    assert "limit = " in page
+    assert "seed = 3" not in page
+
+
 def test_the_report_of_nothing_is_a_page_too(tmp_path, capsys):
     options = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
     assert command.main(["report", *options]) == 0

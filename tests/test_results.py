@@ -89,7 +89,7 @@ def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
     assert "In its worst group, ERM is right on 25.0% of the images.\n" in text
 
 
-def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_told(saved):
+def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_reported(saved):
     choice = dict.fromkeys(results.CHOICE_KEYS, "") | {"base_sha256": "an older one"}
     results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)
     base = Settings(dataset="mnist", directory=str(saved))

@@ -337,8 +337,12 @@ def test_one_rule_that_is_given_is_the_candidate(asked, tmp_path):
     given = tiny(tmp_path, method="mean", param=0.5)
     stages.run_stages("choose", stages.STAGES["choose"], [given], 1, force=False)
     stages.run_stages("choose", stages.STAGES["choose"], [tiny(tmp_path)], 1, False)
-    assert asked["candidates"][0] == [given.replace(cross_fit=True)]
+    cross_fitted = given.replace(cross_fit=True)
+    twice = [given, cross_fitted]
+    stages.run_stages("choose", stages.STAGES["choose"], twice, 1, force=False)
+    assert asked["candidates"][0] == [cross_fitted]
     assert len(asked["candidates"][1]) == 14
+    assert asked["candidates"][2] == [cross_fitted]
 
 
 def test_the_copy_of_a_failure_goes_once_the_notebook_went_through(
