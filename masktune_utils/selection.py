@@ -3,8 +3,12 @@
 Two base models are trained, each on half of the training images, and tested on the
 other half. Where a shortcut decides, nearly all of their mistakes are images that go
 against it. So a candidate is judged by how many of these mistakes it gets right, and
-how many of the other images, by models that have not seen them either. Only training
-images and their classes are used.
+how many of the other images, by models that have not seen them either.
+
+Most mistakes can also be images that are hard to read. If no candidate gets most of
+them right, held-out images are resampled by the masks of each candidate: ERM may lose
+accuracy where the candidate loses none. Then ERM relies on what this candidate hides,
+and it is not needed. Only training images and their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
@@ -34,7 +38,10 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import BaseSettings, Settings
 
 FEW = 10  # mistakes; with fewer, resampled images are the judge
-SAMPLE = 500  # images of each half that are resampled then
+SAMPLE = 500  # images of each half that are resampled
+RELIED_ON = 0.05  # of ERM's accuracy is lost at least, where masks hide a shortcut,
+NOT_NEEDED = 0.02  # and this at most of the candidate's,
+FEWEST_RIGHT = 0.2  # which gets this share of the mistakes right, or another decides
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
@@ -136,11 +143,14 @@ def choose(
         f"{mistakes} of {images:,} training images are predicted wrongly "
         "by ERM models that have not seen them"
     )
-    if mistakes >= FEW:
-        chosen, reason = by_mistakes(judged)
-    else:
+    if mistakes < FEW:
         counted += ", too few to judge by"
         chosen, reason = by_shortfalls(judged, resampled_shortfalls(candidates))
+    else:
+        chosen, reason = by_mistakes(judged)
+        if chosen == "base":
+            chosen, second_reason = by_reliance(judged, lost_accuracy(candidates))
+            reason = f"{reason} {second_reason}"
     choice = {
         "configuration": chosen,
         "reason": f"{counted}. {reason}",
@@ -343,8 +353,7 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     result = _in_words(judged[chosen])
     if admitted:
         return chosen, result
-    kept = "No candidate gets most of them right beyond doubt, so ERM is kept."
-    return "base", f"{kept} {result}"
+    return "base", f"No candidate gets most of them right beyond doubt. {result}"
 
 
 def _in_words(row: dict[str, Any]) -> str:
@@ -356,6 +365,72 @@ def _in_words(row: dict[str, Any]) -> str:
     interval = f"95 % interval {low}–{high} %)"
     rest = f"{100 * accuracy(row['rest']):.1f} % of the others"
     return f"With {row['description']}, {of_mistakes}, {interval}, and {rest}."
+
+
+def lost_accuracy(candidates: Sequence[Settings]) -> dict[str, dict[str, float]]:
+    """How much accuracy is lost where what a candidate hides is resampled.
+
+    Args:
+        candidates: see `choose`; their models are saved.
+
+    Returns:
+        By configuration: `erm` and `candidate`. The accuracy of ERM on held-out images
+        as they are, minus that of ERM, or of the candidate, on the same images,
+        resampled by the candidate's masks; in [−1, 1], the mean of both halves.
+    """
+    lost = {}
+    for candidate in candidates:
+        lost[candidate.configuration] = {"erm": 0.0, "candidate": 0.0}
+    for name, masked, networks in _resampled_samples(candidates):
+        as_they_are = _accuracy_on(networks["base"], masked.split)
+        erm = _accuracy_on(networks["base"], masked)
+        candidate = _accuracy_on(networks[name], masked)
+        lost[name]["erm"] += (as_they_are - erm) / 2
+        lost[name]["candidate"] += (as_they_are - candidate) / 2
+    return lost
+
+
+def _accuracy_on(network: nn.Module, images: Split | MaskedDataset) -> float:
+    predictions = evaluation.predict(network, images).argmax(1)
+    return (predictions == images.labels.cpu()).double().mean().item()
+
+
+def by_reliance(
+    judged: dict[str, dict], lost: dict[str, dict[str, float]]
+) -> tuple[str, str]:
+    """Choose a candidate that hides what ERM relies on and what is not needed.
+
+    Where its masks resample images, ERM loses at least `RELIED_ON` of its accuracy, and
+    the candidate at most `NOT_NEEDED`. If the candidate gets fewer of the mistakes
+    right than `FEWEST_RIGHT`, a shortcut that it does not hide may be what it relies
+    on instead, and it is not taken. Of those within one standard error of the largest
+    difference between both losses, the one that hides least is chosen.
+
+    Args:
+        judged: see `judge`.
+        lost: see `lost_accuracy`.
+
+    Returns:
+        See `by_mistakes`.
+    """
+    differences = {}
+    for name, row in judged.items():
+        is_relied_on = lost[name]["erm"] >= RELIED_ON
+        is_needed = lost[name]["candidate"] > NOT_NEEDED
+        if is_relied_on and not is_needed and accuracy(row["mistakes"]) >= FEWEST_RIGHT:
+            differences[name] = lost[name]["erm"] - lost[name]["candidate"]
+    if not differences:
+        hidden = "what ERM relies on and does not need"
+        return "base", f"None is seen to hide {hidden}, so ERM is kept."
+    largest = max(differences.values())
+    error = math.sqrt(largest * (1 - largest) / (2 * SAMPLE))
+    near = [name for name in differences if differences[name] >= largest - error]
+    chosen = min(near, key=lambda name: judged[name]["hidden"])
+    erm = f"ERM loses {100 * lost[chosen]['erm']:.1f} points of accuracy"
+    candidate = f"the candidate {100 * lost[chosen]['candidate']:.1f}"
+    where = f"on images resampled by the masks of {judged[chosen]['description']},"
+    meaning = "ERM relies on what they hide, and does not need it"
+    return chosen, f"But {where} {erm}, and {candidate}: {meaning}."
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
@@ -376,13 +451,11 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
     worst_class = {mask: dict.fromkeys(names, 0.0) for mask in names[1:]}
-    for half, other in ((0, 1), (1, 0)):
-        networks = _networks_of_half(candidates, other)
-        for mask, masked in _resampled_samples(candidates, half):
-            for name, network in networks.items():
-                logits = evaluation.predict(network, masked)
-                worst = evaluation.worst_class(logits, masked.labels.cpu())
-                worst_class[mask][name] += worst / 2  # the mean of both halves
+    for mask, masked, networks in _resampled_samples(candidates):
+        for name, network in networks.items():
+            logits = evaluation.predict(network, masked)
+            worst = evaluation.worst_class(logits, masked.labels.cpu())
+            worst_class[mask][name] += worst / 2  # the mean of both halves
     shortfalls = dict.fromkeys(names, 0.0)
     for of_models in worst_class.values():
         best = max(of_models.values())
@@ -411,20 +484,26 @@ def _networks_of_half(
 
 
 def _resampled_samples(
-    candidates: Sequence[Settings], half: int
-) -> Iterator[tuple[str, MaskedDataset]]:
-    """For each candidate, some images of a half that are resampled by its masks."""
-    train = shortcuts.load(candidates[0].of_half(half)).train
-    generator = torch.Generator().manual_seed(candidates[0].seed)
-    sample = torch.randperm(len(train), generator=generator)[:SAMPLE]
-    for chain in chains(candidates):
-        settings_of_half = [candidate.of_half(half) for candidate in chain]
-        for candidate, tuned in zip(
-            chain, _rounds(settings_of_half, train), strict=True
-        ):
-            masks = tuned.masked.own_masks[sample]
-            masked = MaskedDataset(train[sample], masks, "resample", candidate.seed)
-            yield candidate.configuration, masked
+    candidates: Sequence[Settings],
+) -> Iterator[tuple[str, MaskedDataset, dict[str, nn.Module]]]:
+    """For each half and candidate, images to judge by, and models to be judged.
+
+    Yields:
+        The candidate; some images of the half, resampled by its masks; and the models
+        of the other half, by configuration.
+    """
+    for half, other in ((0, 1), (1, 0)):
+        networks = _networks_of_half(candidates, other)
+        train = shortcuts.load(candidates[0].of_half(half)).train
+        generator = torch.Generator().manual_seed(candidates[0].seed)
+        sample = torch.randperm(len(train), generator=generator)[:SAMPLE]
+        for chain in chains(candidates):
+            settings_of_half = [candidate.of_half(half) for candidate in chain]
+            models_of_half = _rounds(settings_of_half, train)
+            for candidate, tuned in zip(chain, models_of_half, strict=True):
+                masks = tuned.masked.own_masks[sample]
+                masked = MaskedDataset(train[sample], masks, "resample", candidate.seed)
+                yield candidate.configuration, masked, networks
 
 
 def by_shortfalls(
