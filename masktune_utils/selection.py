@@ -7,8 +7,8 @@ how many of the other images, by models that have not seen them either.
 
 Most mistakes can also be images that are hard to read. If no candidate gets most of
 them right, held-out images are resampled by the masks of each candidate: ERM may lose
-accuracy where the candidate loses none. Then ERM relies on what this candidate hides,
-and it is not needed. Only training images and their classes are used.
+accuracy where the candidate loses hardly any. Then ERM relies on what this candidate
+hides, and does not need it. Only training images and their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
@@ -38,10 +38,11 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import BaseSettings, Settings
 
 FEW = 10  # mistakes; with fewer, resampled images are the judge
-SAMPLE = 500  # images of each half that are resampled
-RELIED_ON = 0.05  # of ERM's accuracy is lost at least, where masks hide a shortcut,
-NOT_NEEDED = 0.02  # and this at most of the candidate's,
-FEWEST_RIGHT = 0.2  # which gets this share of the mistakes right, or another decides
+SAMPLE = 500  # images of each half that are resampled then
+LARGE_SAMPLE = 5000  # the same, where there are mistakes, but they do not tell
+RELIED_ON = 0.05  # of the accuracy ERM loses at least where a shortcut is resampled,
+NOT_NEEDED = 0.01  # and a candidate that hides it loses at most this
+FEWEST_RIGHT = 0.2  # of the mistakes; with fewer, a candidate may leave a shortcut
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
@@ -149,7 +150,9 @@ def choose(
     else:
         chosen, reason = by_mistakes(judged)
         if chosen == "base":
-            chosen, second_reason = by_reliance(judged, lost_accuracy(candidates))
+            resampled = resampled_accuracies(candidates)
+            erm_accuracy = 1 - mistakes / images
+            chosen, second_reason = by_reliance(judged, resampled, erm_accuracy)
             reason = f"{reason} {second_reason}"
     choice = {
         "configuration": chosen,
@@ -367,70 +370,69 @@ def _in_words(row: dict[str, Any]) -> str:
     return f"With {row['description']}, {of_mistakes}, {interval}, and {rest}."
 
 
-def lost_accuracy(candidates: Sequence[Settings]) -> dict[str, dict[str, float]]:
-    """How much accuracy is lost where what a candidate hides is resampled.
+def resampled_accuracies(candidates: Sequence[Settings]) -> dict[str, dict[str, float]]:
+    """Accuracies of ERM and of each candidate on images that its masks resample.
+
+    The images are held out: the masks are those of one half, the models those of the
+    other.
 
     Args:
         candidates: see `choose`; their models are saved.
 
     Returns:
-        By configuration: `erm` and `candidate`. The accuracy of ERM on held-out images
-        as they are, minus that of ERM, or of the candidate, on the same images,
-        resampled by the candidate's masks; in [−1, 1], the mean of both halves.
+        By configuration: `erm` and `candidate`, in [0, 1], the mean of both halves.
     """
-    lost = {}
+    accuracies = {}
     for candidate in candidates:
-        lost[candidate.configuration] = {"erm": 0.0, "candidate": 0.0}
-    for name, masked, networks in _resampled_samples(candidates):
-        as_they_are = _accuracy_on(networks["base"], masked.split)
-        erm = _accuracy_on(networks["base"], masked)
-        candidate = _accuracy_on(networks[name], masked)
-        lost[name]["erm"] += (as_they_are - erm) / 2
-        lost[name]["candidate"] += (as_they_are - candidate) / 2
-    return lost
-
-
-def _accuracy_on(network: nn.Module, images: Split | MaskedDataset) -> float:
-    predictions = evaluation.predict(network, images).argmax(1)
-    return (predictions == images.labels.cpu()).double().mean().item()
+        accuracies[candidate.configuration] = {"erm": 0.0, "candidate": 0.0}
+    for name, masked, networks in _resampled_samples(candidates, LARGE_SAMPLE):
+        labels = masked.labels.cpu()
+        for model, network in {"erm": "base", "candidate": name}.items():
+            predictions = evaluation.predict(networks[network], masked).argmax(1)
+            is_right = (predictions == labels).double()
+            accuracies[name][model] += is_right.mean().item() / 2
+    return accuracies
 
 
 def by_reliance(
-    judged: dict[str, dict], lost: dict[str, dict[str, float]]
+    judged: dict[str, dict], resampled: dict[str, dict[str, float]], erm_accuracy: float
 ) -> tuple[str, str]:
-    """Choose a candidate that hides what ERM relies on and what is not needed.
+    """Choose a candidate that hides what ERM relies on and does not need.
 
-    Where its masks resample images, ERM loses at least `RELIED_ON` of its accuracy, and
-    the candidate at most `NOT_NEEDED`. If the candidate gets fewer of the mistakes
-    right than `FEWEST_RIGHT`, a shortcut that it does not hide may be what it relies
-    on instead, and it is not taken. Of those within one standard error of the largest
-    difference between both losses, the one that hides least is chosen.
+    Where images are resampled by the candidate's masks, ERM loses at least `RELIED_ON`
+    of its accuracy, and the candidate is at most `NOT_NEEDED` below what ERM has on
+    images as they are. A candidate that gets fewer of the mistakes right than
+    `FEWEST_RIGHT` is not taken: it may rely on a shortcut that it does not hide. Of
+    those that are left, the one that is most accurate compared with ERM is chosen.
 
     Args:
         judged: see `judge`.
-        lost: see `lost_accuracy`.
+        resampled: see `resampled_accuracies`.
+        erm_accuracy: of ERM on held-out images as they are, in [0, 1].
 
     Returns:
         See `by_mistakes`.
     """
-    differences = {}
+    gains = {}
     for name, row in judged.items():
-        is_relied_on = lost[name]["erm"] >= RELIED_ON
-        is_needed = lost[name]["candidate"] > NOT_NEEDED
-        if is_relied_on and not is_needed and accuracy(row["mistakes"]) >= FEWEST_RIGHT:
-            differences[name] = lost[name]["erm"] - lost[name]["candidate"]
-    if not differences:
+        of_erm = resampled[name]["erm"]
+        of_candidate = resampled[name]["candidate"]
+        is_relied_on = of_erm <= erm_accuracy - RELIED_ON
+        is_needed = of_candidate < erm_accuracy - NOT_NEEDED
+        leaves_shortcut = accuracy(row["mistakes"]) < FEWEST_RIGHT
+        if is_relied_on and not is_needed and not leaves_shortcut:
+            gains[name] = of_candidate - of_erm
+    if not gains:
         hidden = "what ERM relies on and does not need"
         return "base", f"None is seen to hide {hidden}, so ERM is kept."
-    largest = max(differences.values())
-    error = math.sqrt(largest * (1 - largest) / (2 * SAMPLE))
-    near = [name for name in differences if differences[name] >= largest - error]
-    chosen = min(near, key=lambda name: judged[name]["hidden"])
-    erm = f"ERM loses {100 * lost[chosen]['erm']:.1f} points of accuracy"
-    candidate = f"the candidate {100 * lost[chosen]['candidate']:.1f}"
-    where = f"on images resampled by the masks of {judged[chosen]['description']},"
-    meaning = "ERM relies on what they hide, and does not need it"
-    return chosen, f"But {where} {erm}, and {candidate}: {meaning}."
+    chosen = max(gains, key=gains.get)
+    of_erm = 100 * resampled[chosen]["erm"]
+    of_candidate = 100 * resampled[chosen]["candidate"]
+    masks = f"images resampled by the masks of {judged[chosen]['description']}"
+    right = f"ERM gets {of_erm:.1f} % right, and the candidate {of_candidate:.1f} %"
+    before = f"of images as they are, ERM gets {100 * erm_accuracy:.1f} %"
+    meaning = "So ERM relies on what is hidden, and does not need it."
+    return chosen, f"But of {masks}, {right}; {before}. {meaning}"
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
@@ -451,7 +453,7 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
     worst_class = {mask: dict.fromkeys(names, 0.0) for mask in names[1:]}
-    for mask, masked, networks in _resampled_samples(candidates):
+    for mask, masked, networks in _resampled_samples(candidates, SAMPLE):
         for name, network in networks.items():
             logits = evaluation.predict(network, masked)
             worst = evaluation.worst_class(logits, masked.labels.cpu())
@@ -484,19 +486,23 @@ def _networks_of_half(
 
 
 def _resampled_samples(
-    candidates: Sequence[Settings],
+    candidates: Sequence[Settings], size: int
 ) -> Iterator[tuple[str, MaskedDataset, dict[str, nn.Module]]]:
     """For each half and candidate, images to judge by, and models to be judged.
 
+    Args:
+        candidates: see `choose`.
+        size: how many images of each half, at most.
+
     Yields:
-        The candidate; some images of the half, resampled by its masks; and the models
-        of the other half, by configuration.
+        The candidate; images of the half, resampled by its masks; and the models of the
+        other half, by configuration.
     """
     for half, other in ((0, 1), (1, 0)):
         networks = _networks_of_half(candidates, other)
         train = shortcuts.load(candidates[0].of_half(half)).train
         generator = torch.Generator().manual_seed(candidates[0].seed)
-        sample = torch.randperm(len(train), generator=generator)[:SAMPLE]
+        sample = torch.randperm(len(train), generator=generator)[:size]
         for chain in chains(candidates):
             settings_of_half = [candidate.of_half(half) for candidate in chain]
             models_of_half = _rounds(settings_of_half, train)

@@ -224,8 +224,11 @@ def test_the_choice_equals_one_made_step_by_step(tmp_path):
     chosen, reason = selection.by_mistakes(choice["candidates"])
     assert reason in choice["reason"]
     if chosen == "base":
-        lost = selection.lost_accuracy(candidates)
-        chosen, reason = selection.by_reliance(choice["candidates"], lost)
+        resampled = selection.resampled_accuracies(candidates)
+        erm_accuracy = (erm == labels).double().mean().item()
+        chosen, reason = selection.by_reliance(
+            choice["candidates"], resampled, erm_accuracy
+        )
         assert choice["reason"].endswith(reason)
     assert choice["configuration"] == chosen
     path = settings.folder("results") / "chosen.json"
@@ -352,8 +355,11 @@ def test_shortfalls_are_those_of_a_computation_by_hand(tmp_path, monkeypatch):
 
 
 @with_small_rules
-def test_lost_accuracies_are_those_of_a_computation_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "SAMPLE", 100)  # of 200
+def test_accuracies_on_resampled_images_are_those_of_a_computation_by_hand(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(selection, "LARGE_SAMPLE", 100)  # of 200
+    monkeypatch.setattr(selection, "SAMPLE", 100)  # of `resampled`
     settings, sets = with_base(tmp_path, seed=1)
     candidates = selection.candidates(settings, len(sets.train))[1:]
     selection.choose(candidates)
@@ -364,66 +370,61 @@ def test_lost_accuracies_are_those_of_a_computation_by_hand(tmp_path, monkeypatc
         for candidate in candidates:
             name = candidate.configuration
             images = resampled(candidate, half, sets.train[halves[half]])
-            before = share_right(networks["base"], images.split)
-            after = {"erm": networks["base"], "candidate": networks[name]}
-            for model, network in after.items():
-                lost = before - share_right(network, images)
-                expected[name][model] += lost / 2
-    lost = selection.lost_accuracy(candidates)
-    assert lost.keys() == expected.keys()
-    for name in lost:
-        assert lost[name] == pytest.approx(expected[name])
-
-
-def share_right(network: torch.nn.Module, images: object) -> float:
-    logits = evaluation.predict(network, images)
-    return evaluation.metrics(logits, images.labels)["accuracy"]
+            for model, network in {"erm": "base", "candidate": name}.items():
+                logits = evaluation.predict(networks[network], images)
+                metrics = evaluation.metrics(logits, images.labels)
+                expected[name][model] += metrics["accuracy"] / 2
+    accuracies = selection.resampled_accuracies(candidates)
+    assert accuracies.keys() == expected.keys()
+    for name in accuracies:
+        assert accuracies[name] == pytest.approx(expected[name])
 
 
 @pytest.mark.parametrize(
     ("right", "erm", "candidate", "expected"),
     [
-        (20, 0.10, 0.01, "a"),
-        (20, 0.05, 0.02, "a"),
-        (8, 0.10, 0.01, "a"),
-        (7, 0.10, 0.01, "base"),  # of 40: a shortcut may be left
-        (20, 0.049, 0.01, "base"),  # ERM does not rely on it
-        (20, 0.10, 0.021, "base"),  # it is needed
-        (20, 0.01, -0.04, "base"),
+        (20, 0.88, 0.97, "a"),
+        (20, 0.9299, 0.9701, "a"),
+        (20, 0.88, 0.99, "a"),
+        (8, 0.88, 0.97, "a"),
+        (7, 0.88, 0.97, "base"),  # of 40 mistakes: a shortcut may be left
+        (20, 0.9301, 0.97, "base"),  # ERM does not rely on it
+        (20, 0.88, 0.9699, "base"),  # it is needed
+        (20, 0.97, 0.99, "base"),
     ],
 )
 def test_a_mask_is_taken_if_it_hides_what_erm_relies_on_and_does_not_need(
     right, erm, candidate, expected
 ):
     judged = {"a": row(right, 990, 0.1)}
-    lost = {"a": {"erm": erm, "candidate": candidate}}
-    chosen, reason = selection.by_reliance(judged, lost)
+    resampled = {"a": {"erm": erm, "candidate": candidate}}
+    chosen, reason = selection.by_reliance(judged, resampled, erm_accuracy=0.98)
     assert chosen == expected
     if chosen == "base":
         unseen = "None is seen to hide what ERM relies on and does not need"
         assert reason == f"{unseen}, so ERM is kept."
 
 
-def test_the_reason_tells_what_is_lost_on_resampled_images():
-    lost = {"a": {"erm": 0.1234, "candidate": 0.0123}}
-    _, reason = selection.by_reliance({"a": row(20, 990, 0.1)}, lost)
-    where = "But on images resampled by the masks of rule 0.1,"
-    points = "ERM loses 12.3 points of accuracy, and the candidate 1.2"
-    meaning = "ERM relies on what they hide, and does not need it."
-    assert reason == f"{where} {points}: {meaning}"
-
-
-@pytest.mark.parametrize(
-    ("of_b", "expected"), [(0.105, "b"), (0.085, "a"), (0.095, "b")]
-)
-def test_of_the_masks_that_erm_relies_on_most_the_smallest_is_chosen(of_b, expected):
-    """The standard error of a difference of 0.1 is 0.0095."""
-    judged = {"a": row(20, 990, 0.3), "b": row(20, 990, 0.1)}
-    lost = {
-        "a": {"erm": 0.11, "candidate": 0.01},
-        "b": {"erm": of_b, "candidate": 0.0},
+def test_of_masks_that_hide_a_shortcut_the_one_that_helps_most_is_chosen():
+    judged = {name: row(20, 990, 0.1) for name in "abc"}
+    judged["d"] = row(2, 990, 0.1)  # it leaves the mistakes
+    resampled = {
+        "a": {"erm": 0.88, "candidate": 0.98},
+        "b": {"erm": 0.87, "candidate": 0.975},
+        "c": {"erm": 0.89, "candidate": 0.98},
+        "d": {"erm": 0.5, "candidate": 0.98},
     }
-    assert selection.by_reliance(judged, lost)[0] == expected
+    assert selection.by_reliance(judged, resampled, erm_accuracy=0.98)[0] == "b"
+
+
+def test_the_reason_tells_what_is_lost_on_resampled_images():
+    resampled = {"a": {"erm": 0.8766, "candidate": 0.9777}}
+    _, reason = selection.by_reliance({"a": row(20, 990, 0.1)}, resampled, 0.98)
+    right = "ERM gets 87.7 % right, and the candidate 97.8 %"
+    before = "of images as they are, ERM gets 98.0 %"
+    meaning = "So ERM relies on what is hidden, and does not need it."
+    masks = "images resampled by the masks of rule 0.1"
+    assert reason == f"But of {masks}, {right}; {before}. {meaning}"
 
 
 @pytest.mark.parametrize(
@@ -636,13 +637,6 @@ def test_ten_mistakes_are_enough_to_judge_by(mistakes, expected, settings, monke
     assert asked == [([candidate], 3, True)]
 
 
-BY_RELIANCE = (
-    "{first} But on images resampled by the masks of mean_std 2, resampled, ERM loses "
-    "10.0 points of accuracy, and the candidate 1.0: ERM relies on what they hide, and "
-    "does not need it."
-)
-
-
 def test_where_mistakes_do_not_tell_resampled_images_are_asked(settings, monkeypatch):
     rule = {"method": "mean_std", "param": 2.0, "fill": "resample", "cross_fit": True}
     candidate = settings.replace(**rule)
@@ -653,16 +647,18 @@ def test_where_mistakes_do_not_tell_resampled_images_are_asked(settings, monkeyp
     predictions = labels.clone()
     predictions[:30] = 1
     held_out = HeldOut(labels, erm, {name: predictions}, {name: 0.1})
-    lost = {name: {"erm": 0.1, "candidate": 0.01}}
+    resampled = {name: {"erm": 0.85, "candidate": 0.955}}
     monkeypatch.setattr(selection, "predict_held_out", lambda *_: held_out)
-    monkeypatch.setattr(selection, "lost_accuracy", lambda _: lost)
+    monkeypatch.setattr(selection, "resampled_accuracies", lambda _: resampled)
     base = dict.fromkeys(results.RESULT_KEYS, "of the base model")
     results.write_json(settings.folder("results") / "base.json", base)
     choice = selection.choose([candidate])
-    _, first = selection.by_mistakes(choice["candidates"])
     assert choice["configuration"] == name
-    assert choice["reason"].endswith(BY_RELIANCE.format(first=first))
-    lost[name]["candidate"] = 0.1
+    judged = choice["candidates"]
+    _, first = selection.by_mistakes(judged)
+    _, second = selection.by_reliance(judged, resampled, erm_accuracy=0.96)
+    assert choice["reason"].endswith(f"{first} {second}")
+    resampled[name]["candidate"] = 0.9
     choice = selection.choose([candidate], retrain=True)
     assert choice["configuration"] == "base"
     assert choice["reason"].endswith("so ERM is kept.")
@@ -722,7 +718,8 @@ def test_only_images_on_which_a_model_is_good_enough_judge(monkeypatch):
 
     networks = dict(zip(names, names, strict=True))
 
-    def samples(candidates):
+    def samples(candidates, size):
+        assert size == selection.SAMPLE
         for _half in (0, 1):
             for name in names_of(candidates):
                 images = SimpleNamespace(name=name, labels=torch.zeros(1))
