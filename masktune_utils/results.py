@@ -30,7 +30,7 @@ DESCRIBED = {
     "rounds",
     "upsample",
 }
-CHOSEN = "chosen by ERM's mistakes"
+CHOSEN = "chosen, without the test sets"
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ how many of the other images, by models that have not seen them either.
 
 Most mistakes can also be images that are hard to read. If no candidate gets most of
 them right, held-out images are resampled by the masks of each candidate: ERM may lose
-accuracy where the candidate loses hardly any. Then ERM relies on what this candidate
-hides, and does not need it. Only training images and their classes are used.
+accuracy where the candidate loses hardly any. Then ERM relies on what is hidden, and
+the candidate does without it. Only training images and their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
@@ -38,11 +38,11 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import BaseSettings, Settings
 
 FEW = 10  # mistakes; with fewer, resampled images are the judge
-SAMPLE = 500  # images of each half that are resampled then
-LARGE_SAMPLE = 5000  # the same, where there are mistakes, but they do not tell
-RELIED_ON = 0.05  # of the accuracy ERM loses at least where a shortcut is resampled,
-NOT_NEEDED = 0.01  # and a candidate that hides it loses at most this
-FEWEST_RIGHT = 0.2  # of the mistakes; with fewer, a candidate may leave a shortcut
+SAMPLE = 500  # images of each half that are resampled, if mistakes are few
+LARGE_SAMPLE = 5000  # the same, if they are not, but no candidate corrects most
+RELIED_ON = 0.05  # accuracy that ERM loses at least on images that hide a shortcut
+NOT_NEEDED = 0.01  # what a candidate lacks there at most, to ERM on whole images
+LEAST_RIGHT = 0.2  # share of the mistakes; below it, a candidate may leave a shortcut
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
@@ -387,23 +387,24 @@ def resampled_accuracies(candidates: Sequence[Settings]) -> dict[str, dict[str, 
         accuracies[candidate.configuration] = {"erm": 0.0, "candidate": 0.0}
     for name, masked, networks in _resampled_samples(candidates, LARGE_SAMPLE):
         labels = masked.labels.cpu()
-        for model, network in {"erm": "base", "candidate": name}.items():
-            predictions = evaluation.predict(networks[network], masked).argmax(1)
+        judged = {"erm": networks["base"], "candidate": networks[name]}
+        for key, network in judged.items():
+            predictions = evaluation.predict(network, masked).argmax(1)
             is_right = (predictions == labels).double()
-            accuracies[name][model] += is_right.mean().item() / 2
+            accuracies[name][key] += is_right.mean().item() / 2
     return accuracies
 
 
 def by_reliance(
     judged: dict[str, dict], resampled: dict[str, dict[str, float]], erm_accuracy: float
 ) -> tuple[str, str]:
-    """Choose a candidate that hides what ERM relies on and does not need.
+    """Choose a candidate that does without what ERM relies on.
 
     Where images are resampled by the candidate's masks, ERM loses at least `RELIED_ON`
     of its accuracy, and the candidate is at most `NOT_NEEDED` below what ERM has on
     images as they are. A candidate that gets fewer of the mistakes right than
-    `FEWEST_RIGHT` is not taken: it may rely on a shortcut that it does not hide. Of
-    those that are left, the one that is most accurate compared with ERM is chosen.
+    `LEAST_RIGHT` is not taken: it may rely on a shortcut that it does not hide. Of
+    those that are left, the one that is furthest above ERM is chosen.
 
     Args:
         judged: see `judge`.
@@ -417,22 +418,30 @@ def by_reliance(
     for name, row in judged.items():
         of_erm = resampled[name]["erm"]
         of_candidate = resampled[name]["candidate"]
-        is_relied_on = of_erm <= erm_accuracy - RELIED_ON
-        is_needed = of_candidate < erm_accuracy - NOT_NEEDED
-        leaves_shortcut = accuracy(row["mistakes"]) < FEWEST_RIGHT
-        if is_relied_on and not is_needed and not leaves_shortcut:
+        erm_relies_on_it = of_erm <= erm_accuracy - RELIED_ON
+        does_without_it = of_candidate >= erm_accuracy - NOT_NEEDED
+        corrects_some = accuracy(row["mistakes"]) >= LEAST_RIGHT
+        if erm_relies_on_it and does_without_it and corrects_some:
             gains[name] = of_candidate - of_erm
     if not gains:
-        hidden = "what ERM relies on and does not need"
-        return "base", f"None is seen to hide {hidden}, so ERM is kept."
+        kept = "No candidate passes the second test, on resampled images"
+        return "base", f"{kept}, so ERM is kept."
     chosen = max(gains, key=gains.get)
-    of_erm = 100 * resampled[chosen]["erm"]
-    of_candidate = 100 * resampled[chosen]["candidate"]
-    masks = f"images resampled by the masks of {judged[chosen]['description']}"
-    right = f"ERM gets {of_erm:.1f} % right, and the candidate {of_candidate:.1f} %"
+    description = judged[chosen]["description"]
+    return chosen, _reliance_in_words(description, resampled[chosen], erm_accuracy)
+
+
+def _reliance_in_words(
+    description: str, accuracies: dict[str, float], erm_accuracy: float
+) -> str:
+    """What ERM and a candidate get right of the images that its masks resample."""
+    erm = f"ERM gets {100 * accuracies['erm']:.1f} % right"
+    tuned = f"the model fine-tuned with it {100 * accuracies['candidate']:.1f} %"
     before = f"of images as they are, ERM gets {100 * erm_accuracy:.1f} %"
-    meaning = "So ERM relies on what is hidden, and does not need it."
-    return chosen, f"But of {masks}, {right}; {before}. {meaning}"
+    test = "of held-out images that its masks resample"
+    meaning = "ERM relies on what is hidden, and the other model does without it."
+    passed = f"But {description} passes a second test"
+    return f"{passed}: {test}, {erm}, and {tuned}; {before}. {meaning}"
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
