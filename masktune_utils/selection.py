@@ -43,6 +43,7 @@ LARGE_SAMPLE = 5000  # the same, if they are not, but no candidate corrects most
 RELIED_ON = 0.05  # accuracy that ERM loses at least on images that hide a shortcut
 NOT_NEEDED = 0.01  # what a candidate lacks there at most, to ERM on whole images
 LEAST_RIGHT = 0.2  # share of the mistakes; below it, a candidate may leave a shortcut
+FAR_BEHIND = 0.25  # by this much ERM falls behind at least, if a shortcut decides
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
 MOST_EPOCHS = 6
@@ -524,10 +525,11 @@ def _resampled_samples(
 def by_shortfalls(
     judged: dict[str, dict], shortfalls: dict[str, float]
 ) -> tuple[str, str]:
-    """Choose the candidate with the smallest shortfall; keep ERM if its own is smaller.
+    """Choose the candidate with the smallest shortfall.
 
-    Of those within one standard error that fall less behind than ERM, the one that
-    hides least is chosen.
+    ERM is kept if its own is smaller, or below `FAR_BEHIND`. Of the candidates within
+    one standard error that fall less behind than ERM, the one that hides least is
+    chosen.
 
     Args:
         judged: see `judge`.
@@ -539,13 +541,17 @@ def by_shortfalls(
     least = min(shortfalls[name] for name in judged)
     error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
     where = "On images resampled by the masks of candidates,"
+    of_erm = f"{100 * shortfalls['base']:.0f} points"
+    if shortfalls["base"] < FAR_BEHIND:
+        kept = f"ERM is no more than {of_erm} behind the best, and is kept."
+        return "base", f"{where} {kept}"
     if shortfalls["base"] <= least:
         kept = "no candidate falls less behind the best than ERM, which is kept."
         return "base", f"{where} {kept}"
     better = [name for name in judged if shortfalls[name] < shortfalls["base"]]
     near = [name for name in better if shortfalls[name] <= least + error]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
-    behind = {name: f"{100 * shortfalls[name]:.0f} points" for name in (chosen, "base")}
     description = judged[chosen]["description"]
-    reason = f"{description} is at most {behind[chosen]} behind the best, and ERM"
-    return chosen, f"{where} {reason} {behind['base']}. That is in doubt."
+    of_chosen = f"{100 * shortfalls[chosen]:.0f} points"
+    reason = f"{description} is at most {of_chosen} behind the best, and ERM {of_erm}"
+    return chosen, f"{where} {reason}. That is in doubt."

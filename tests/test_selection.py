@@ -435,8 +435,9 @@ def test_the_reason_tells_what_is_lost_on_resampled_images():
     [
         ({"base": 0.4, "a": 0.05, "b": 0.055}, "b"),  # it hides less
         ({"base": 0.4, "a": 0.05, "b": 0.2}, "a"),
-        ({"base": 0.02, "a": 0.05, "b": 0.2}, "base"),
-        ({"base": 0.001, "a": 0.0, "b": 0.002}, "a"),  # b falls further behind than ERM
+        ({"base": 0.3, "a": 0.31, "b": 0.4}, "base"),
+        ({"base": 0.25, "a": 0.24, "b": 0.255}, "a"),  # b is further behind than ERM
+        ({"base": 0.249, "a": 0.0, "b": 0.1}, "base"),  # ERM is not far behind
     ],
 )
 def test_by_shortfalls_erm_is_kept_only_if_no_candidate_falls_behind_less(
@@ -689,7 +690,7 @@ def test_a_candidate_that_gets_all_images_right_is_chosen():
         ({"base": 0.4, "a": 0.05, "b": 0.06}, "a"),  # the standard error is 0.0097
         ({"base": 0.4, "a": 0.0, "b": 0.0019}, "b"),  # the least one is 0.002
         ({"base": 0.4, "a": 0.0, "b": 0.0025}, "a"),
-        ({"base": 0.007, "a": 0.005, "b": 0.007}, "a"),  # b is no better than ERM
+        ({"base": 0.257, "a": 0.255, "b": 0.257}, "a"),  # b is no better than ERM
     ],
 )
 def test_what_is_within_a_standard_error_of_the_smallest_shortfall(
@@ -705,7 +706,10 @@ def test_a_choice_by_resampled_images_tells_why():
     _, reason = selection.by_shortfalls(judged, {"base": 0.4, "a": 0.05})
     points = "rule 0.1 is at most 5 points behind the best, and ERM 40 points."
     assert reason == f"{where} {points} That is in doubt."
-    _, reason = selection.by_shortfalls(judged, {"base": 0.05, "a": 0.05})
+    _, reason = selection.by_shortfalls(judged, {"base": 0.18, "a": 0.0})
+    kept = "ERM is no more than 18 points behind the best, and is kept."
+    assert reason == f"{where} {kept}"
+    _, reason = selection.by_shortfalls(judged, {"base": 0.5, "a": 0.5})
     kept = "no candidate falls less behind the best than ERM, which is kept."
     assert reason == f"{where} {kept}"
 
