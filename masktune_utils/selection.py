@@ -5,10 +5,11 @@ other half. Where a shortcut decides, nearly all of their mistakes are images th
 against it. So a candidate is judged by how many of these mistakes it gets right, and
 how many of the other images, by models that have not seen them either.
 
-Most mistakes can also be images that are hard to read. If no candidate gets most of
-them right, held-out images are resampled by the masks of each candidate: ERM may lose
-accuracy where the candidate loses hardly any. Then ERM relies on what is hidden, and
-the candidate does without it. Only training images and their classes are used.
+Most mistakes can also be images that are hard to read. ERM is less sure of these than
+of those that a shortcut causes. Then held-out images are resampled by the masks of each
+candidate: ERM may lose accuracy where the candidate loses hardly any. So ERM relies on
+what is hidden, and the candidate does without it. Only training images and their
+classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
@@ -42,7 +43,7 @@ SAMPLE = 500  # images of each half that are resampled, if mistakes are few
 LARGE_SAMPLE = 5000  # the same, if they are not, but no candidate corrects most
 RELIED_ON = 0.05  # accuracy that ERM loses at least on images that hide a shortcut
 NOT_NEEDED = 0.01  # what a candidate lacks there at most, to ERM on whole images
-LEAST_RIGHT = 0.2  # share of the mistakes; below it, a candidate may leave a shortcut
+SURE = 0.95  # ERM's median probability of its mistakes, if a shortcut causes them
 FAR_BEHIND = 0.25  # by this much ERM falls behind at least, if a shortcut decides
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
 STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
@@ -69,6 +70,7 @@ class HeldOut:
     Attributes:
         labels: N.
         erm_predictions: N, the class that the base model of the other half predicts.
+        erm_probabilities: N, its probability of this class.
         candidate_predictions: name → N, the class that the fine-tuned model of the
             other half predicts.
         hidden: name → mean share of the image that its own mask hides.
@@ -76,6 +78,7 @@ class HeldOut:
 
     labels: Tensor
     erm_predictions: Tensor
+    erm_probabilities: Tensor
     candidate_predictions: dict[str, Tensor]
     hidden: dict[str, float]
 
@@ -140,7 +143,8 @@ def choose(
     judged = judge(held_out)
     _describe(judged, candidates)
     images = len(held_out.labels)
-    mistakes = int((held_out.erm_predictions != held_out.labels).sum())
+    is_wrong = held_out.erm_predictions != held_out.labels
+    mistakes = int(is_wrong.sum())
     counted = (
         f"{mistakes} of {images:,} training images are predicted wrongly "
         "by ERM models that have not seen them"
@@ -151,9 +155,11 @@ def choose(
     else:
         chosen, reason = by_mistakes(judged)
         if chosen == "base":
-            resampled = resampled_accuracies(candidates)
+            probability = held_out.erm_probabilities[is_wrong].median().item()
             erm_accuracy = 1 - mistakes / images
-            chosen, second_reason = by_reliance(judged, resampled, erm_accuracy)
+            chosen, second_reason = second_test(
+                candidates, judged, probability, erm_accuracy
+            )
             reason = f"{reason} {second_reason}"
     choice = {
         "configuration": chosen,
@@ -237,9 +243,12 @@ def predict_held_out(
         for name, (classes, share) in of_chain.items():
             predictions[name].append(classes)
             shares[name].append(share)
+    erm_probabilities = torch.cat([probabilities for _, probabilities in of_erm])
+    highest = erm_probabilities.max(dim=1)
     return HeldOut(
         labels=torch.cat([labels for labels, _ in of_erm]),
-        erm_predictions=torch.cat([classes for _, classes in of_erm]),
+        erm_predictions=highest.indices,
+        erm_probabilities=highest.values,
         candidate_predictions={
             name: torch.cat(predictions[name]) for name in predictions
         },
@@ -256,13 +265,13 @@ def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
 
 
 def _predict_erm(settings: Settings, retrain: bool) -> tuple[Tensor, Tensor]:
-    """Labels of the other half, and what this half's base model predicts for it."""
+    """Labels of the other half, N, and this half's probabilities for it, N×classes."""
     with progress.silence():
         sets = shortcuts.load(settings)
         base = experiment.base_model(settings, sets.train, retrain)
         experiment.training_saliency(settings, base, sets.train)  # once, for all chains
-        classes = evaluation.predict(base.model, sets.validation).argmax(1)
-    return sets.validation.labels.cpu(), classes
+        logits = evaluation.predict(base.model, sets.validation)
+    return sets.validation.labels.cpu(), logits.softmax(1)
 
 
 def _predict_chain(
@@ -371,6 +380,35 @@ def _in_words(row: dict[str, Any]) -> str:
     return f"With {row['description']}, {of_mistakes}, {interval}, and {rest}."
 
 
+def second_test(
+    candidates: Sequence[Settings],
+    judged: dict[str, dict],
+    probability: float,
+    erm_accuracy: float,
+) -> tuple[str, str]:
+    """Choose where no candidate gets most of the mistakes right.
+
+    If ERM is sure of them, a shortcut causes them that no candidate hides. Otherwise,
+    they may be images that are hard to read, and resampled images decide.
+
+    Args:
+        candidates: see `choose`; their models are saved.
+        judged: see `judge`.
+        probability: the median of ERM's probabilities of its mistakes, in [0, 1].
+        erm_accuracy: of ERM on held-out images as they are, in [0, 1].
+
+    Returns:
+        See `by_mistakes`.
+    """
+    median = f"(median probability {100 * probability:.0f} %)"
+    if probability > SURE:
+        sure = f"ERM is sure of its mistakes {median}, as where a shortcut causes them"
+        return "base", f"{sure} that no candidate hides, so ERM is kept."
+    resampled = resampled_accuracies(candidates)
+    chosen, reason = by_reliance(judged, resampled, erm_accuracy)
+    return chosen, f"ERM is not sure of its mistakes {median}. {reason}"
+
+
 def resampled_accuracies(candidates: Sequence[Settings]) -> dict[str, dict[str, float]]:
     """Accuracies of ERM and of each candidate on images that its masks resample.
 
@@ -403,9 +441,8 @@ def by_reliance(
 
     Where images are resampled by the candidate's masks, ERM loses at least `RELIED_ON`
     of its accuracy, and the candidate is at most `NOT_NEEDED` below what ERM has on
-    images as they are. A candidate that gets fewer of the mistakes right than
-    `LEAST_RIGHT` is not taken: it may rely on a shortcut that it does not hide. Of
-    those that are left, the one that is furthest above ERM is chosen.
+    images as they are. Of several candidates, the one that is furthest above ERM is
+    chosen.
 
     Args:
         judged: see `judge`.
@@ -416,13 +453,12 @@ def by_reliance(
         See `by_mistakes`.
     """
     gains = {}
-    for name, row in judged.items():
-        of_erm = resampled[name]["erm"]
-        of_candidate = resampled[name]["candidate"]
+    for name, accuracies in resampled.items():
+        of_erm = accuracies["erm"]
+        of_candidate = accuracies["candidate"]
         erm_relies_on_it = of_erm <= erm_accuracy - RELIED_ON
         does_without_it = of_candidate >= erm_accuracy - NOT_NEEDED
-        corrects_some = accuracy(row["mistakes"]) >= LEAST_RIGHT
-        if erm_relies_on_it and does_without_it and corrects_some:
+        if erm_relies_on_it and does_without_it:
             gains[name] = of_candidate - of_erm
     if not gains:
         kept = "No candidate passes the second test, on resampled images"
@@ -436,13 +472,12 @@ def _reliance_in_words(
     description: str, accuracies: dict[str, float], erm_accuracy: float
 ) -> str:
     """What ERM and a candidate get right of the images that its masks resample."""
+    images = f"Of held-out images that the masks of {description} resample"
     erm = f"ERM gets {100 * accuracies['erm']:.1f} % right"
-    tuned = f"the model fine-tuned with it {100 * accuracies['candidate']:.1f} %"
+    tuned = f"the model fine-tuned with them {100 * accuracies['candidate']:.1f} %"
     before = f"of images as they are, ERM gets {100 * erm_accuracy:.1f} %"
-    test = "of held-out images that its masks resample"
     meaning = "ERM relies on what is hidden, and the other model does without it."
-    passed = f"But {description} passes a second test"
-    return f"{passed}: {test}, {erm}, and {tuned}; {before}. {meaning}"
+    return f"{images}, {erm}, and {tuned}; {before}. {meaning}"
 
 
 def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:

@@ -102,6 +102,7 @@ def held_out() -> HeldOut:
     return HeldOut(
         labels=torch.tensor([0] * 6 + [1] * 6),
         erm_predictions=torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]),
+        erm_probabilities=torch.ones(12),
         candidate_predictions={"a": a, "b": b},
         hidden={"a": 0.1, "b": 0.2},
     )
@@ -138,7 +139,8 @@ def row(right: int, rest: int, hidden: float, mistakes: int = 40) -> dict:
     predictions = labels.clone()
     predictions[right:mistakes] = 1
     predictions[mistakes + rest :] = 1
-    predicted = HeldOut(labels, erm, {"a": predictions}, {"a": hidden})
+    sure = torch.ones(len(labels))
+    predicted = HeldOut(labels, erm, sure, {"a": predictions}, {"a": hidden})
     judged = selection.judge(predicted)["a"]
     return judged | {"description": f"rule {hidden}"}
 
@@ -208,6 +210,18 @@ def predict_step_by_step(
     return erm, predicted
 
 
+def assert_probabilities_are_of_the_other_half(
+    held_out: HeldOut, settings: Settings, train: Split
+) -> None:
+    halves = data.stratified_halves(train.labels, settings.seed)
+    expected = []
+    for half, other in ((0, 1), (1, 0)):
+        base = experiment.base_model(settings.replace(half=half), train[halves[half]])
+        logits = evaluation.predict(base.model, train[halves[other]])
+        expected.append(logits.softmax(1).amax(1))
+    torch.testing.assert_close(held_out.erm_probabilities, torch.cat(expected))
+
+
 @with_small_rules
 def test_the_choice_equals_one_made_step_by_step(tmp_path):
     settings, sets = with_base(tmp_path, conflicting_share=0.1)
@@ -215,8 +229,11 @@ def test_the_choice_equals_one_made_step_by_step(tmp_path):
     candidates = selection.candidates(settings, len(sets.train))
     choice = selection.choose(candidates)
     erm, predicted = predict_step_by_step(settings, candidates, sets.train)
+    held_out = selection.predict_held_out(candidates, jobs=1, retrain=False)
+    assert_probabilities_are_of_the_other_half(held_out, settings, sets.train)
     hidden = {name: row["hidden"] for name, row in choice["candidates"].items()}
-    judged = selection.judge(HeldOut(labels, erm, predicted, hidden))
+    sure = torch.ones(len(labels))
+    judged = selection.judge(HeldOut(labels, erm, sure, predicted, hidden))
     for name, expected in judged.items():
         assert choice["candidates"][name].items() >= expected.items()
     assert choice["mistakes"] == (erm != labels).sum() >= selection.FEW
@@ -382,22 +399,20 @@ def test_accuracies_on_resampled_images_are_those_of_a_computation_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("right", "erm", "candidate", "expected"),
+    ("erm", "candidate", "expected"),
     [
-        (20, 0.88, 0.97, "a"),
-        (20, 0.9299, 0.9701, "a"),
-        (20, 0.88, 0.99, "a"),
-        (8, 0.88, 0.97, "a"),
-        (7, 0.88, 0.97, "base"),  # of 40 mistakes: a shortcut may be left
-        (20, 0.9301, 0.97, "base"),  # ERM does not rely on it
-        (20, 0.88, 0.9699, "base"),  # it is needed
-        (20, 0.97, 0.99, "base"),
+        (0.88, 0.97, "a"),
+        (0.9299, 0.9701, "a"),
+        (0.88, 0.99, "a"),
+        (0.9301, 0.97, "base"),  # ERM does not rely on it
+        (0.88, 0.9699, "base"),  # it is needed
+        (0.97, 0.99, "base"),
     ],
 )
 def test_a_mask_is_taken_if_the_candidate_does_without_what_erm_relies_on(
-    right, erm, candidate, expected
+    erm, candidate, expected
 ):
-    judged = {"a": row(right, 990, 0.1)}
+    judged = {"a": row(20, 990, 0.1)}
     resampled = {"a": {"erm": erm, "candidate": candidate}}
     chosen, reason = selection.by_reliance(judged, resampled, erm_accuracy=0.98)
     assert chosen == expected
@@ -407,14 +422,13 @@ def test_a_mask_is_taken_if_the_candidate_does_without_what_erm_relies_on(
 
 
 def test_of_masks_that_hide_a_shortcut_the_one_furthest_above_erm_is_chosen():
-    judged = {name: row(20, 990, 0.1) for name in "abc"}
+    judged = {name: row(20, 990, 0.1) for name in "abcd"}
     judged["b"] = row(20, 990, 0.2)  # what it hides does not count
-    judged["d"] = row(2, 990, 0.1)  # it leaves the mistakes
     resampled = {
         "a": {"erm": 0.88, "candidate": 0.98},
         "b": {"erm": 0.87, "candidate": 0.975},
         "c": {"erm": 0.868, "candidate": 0.9705},
-        "d": {"erm": 0.5, "candidate": 0.98},
+        "d": {"erm": 0.5, "candidate": 0.969},  # it needs what it hides
     }
     assert selection.by_reliance(judged, resampled, erm_accuracy=0.98)[0] == "b"
 
@@ -422,12 +436,30 @@ def test_of_masks_that_hide_a_shortcut_the_one_furthest_above_erm_is_chosen():
 def test_the_reason_tells_what_is_lost_on_resampled_images():
     resampled = {"a": {"erm": 0.8766, "candidate": 0.9777}}
     _, reason = selection.by_reliance({"a": row(20, 990, 0.1)}, resampled, 0.98)
-    images = "of held-out images that its masks resample"
-    right = "ERM gets 87.7 % right, and the model fine-tuned with it 97.8 %"
+    images = "Of held-out images that the masks of rule 0.1 resample"
+    right = "ERM gets 87.7 % right, and the model fine-tuned with them 97.8 %"
     before = "of images as they are, ERM gets 98.0 %"
     meaning = "ERM relies on what is hidden, and the other model does without it."
-    passed = "But rule 0.1 passes a second test"
-    assert reason == f"{passed}: {images}, {right}; {before}. {meaning}"
+    assert reason == f"{images}, {right}; {before}. {meaning}"
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.9499, "a"), (0.9501, "base")])
+def test_erm_is_kept_if_it_is_sure_of_the_mistakes_that_no_candidate_corrects(
+    probability, expected, monkeypatch
+):
+    resampled = {"a": {"erm": 0.88, "candidate": 0.98}}
+    monkeypatch.setattr(selection, "resampled_accuracies", lambda _: resampled)
+    judged = {"a": row(20, 990, 0.1)}
+    chosen, reason = selection.second_test([], judged, probability, erm_accuracy=0.98)
+    assert chosen == expected
+    if chosen == "base":
+        sure = "ERM is sure of its mistakes (median probability 95 %)"
+        because = "as where a shortcut causes them that no candidate hides"
+        assert reason == f"{sure}, {because}, so ERM is kept."
+    else:
+        _, second = selection.by_reliance(judged, resampled, 0.98)
+        unsure = "ERM is not sure of its mistakes (median probability 95 %)."
+        assert reason == f"{unsure} {second}"
 
 
 @pytest.mark.parametrize(
@@ -624,7 +656,7 @@ def test_ten_mistakes_are_enough_to_judge_by(mistakes, expected, settings, monke
 
     def predict(candidates, jobs, retrain):
         asked.append((candidates, jobs, retrain))
-        return HeldOut(labels, erm, {name: labels}, {name: 0.1})
+        return HeldOut(labels, erm, torch.ones(1000), {name: labels}, {name: 0.1})
 
     monkeypatch.setattr(selection, "predict_held_out", predict)
     shortfalls = {"base": 0.4, name: 0.05}
@@ -650,7 +682,9 @@ def test_where_mistakes_do_not_decide_resampled_images_do(settings, monkeypatch)
     erm[:40] = 1
     predictions = labels.clone()
     predictions[:30] = 1
-    held_out = HeldOut(labels, erm, {name: predictions}, {name: 0.1})
+    probabilities = torch.ones(1000)  # sure of what is right
+    probabilities[:25] = 0.9  # the median of the mistakes
+    held_out = HeldOut(labels, erm, probabilities, {name: predictions}, {name: 0.1})
     resampled = {name: {"erm": 0.85, "candidate": 0.955}}
     monkeypatch.setattr(selection, "predict_held_out", lambda *_: held_out)
     monkeypatch.setattr(selection, "resampled_accuracies", lambda _: resampled)
@@ -660,7 +694,7 @@ def test_where_mistakes_do_not_decide_resampled_images_do(settings, monkeypatch)
     assert choice["configuration"] == name
     judged = choice["candidates"]
     _, first = selection.by_mistakes(judged)
-    _, second = selection.by_reliance(judged, resampled, erm_accuracy=0.96)
+    _, second = selection.second_test([candidate], judged, 0.9, erm_accuracy=0.96)
     assert choice["reason"].endswith(f"{first} {second}")
     resampled[name]["candidate"] = 0.9
     choice = selection.choose([candidate], retrain=True)
@@ -671,7 +705,9 @@ def test_where_mistakes_do_not_decide_resampled_images_do(settings, monkeypatch)
 def test_without_mistakes_nothing_is_known_of_the_accuracy_on_them():
     labels = torch.arange(10) % 2
     predictions = {"a": torch.zeros(10, dtype=torch.long)}
-    judged = selection.judge(HeldOut(labels, labels, predictions, {"a": 0.1}))["a"]
+    sure = torch.ones(10)
+    held_out = HeldOut(labels, labels, sure, predictions, {"a": 0.1})
+    judged = selection.judge(held_out)["a"]
     assert judged["interval"] == [0, 1]
     assert judged["mistakes"] == {"right": [0, 0], "all": [0, 0]}
     assert selection.accuracy(judged["mistakes"]) == 1
