@@ -41,8 +41,8 @@ from masktune_utils.settings import BaseSettings, Settings
 FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled, if mistakes are few
 LARGE_SAMPLE = 5000  # the same, if they are not, but no candidate corrects most
-RELIED_ON = 0.05  # ERM loses at least this accuracy where a shortcut is resampled,
-NOT_NEEDED = 0.01  # and a candidate that hides it is at most this below ERM before
+RELIED_ON = 0.05  # least accuracy that ERM loses where a shortcut is resampled
+NOT_NEEDED = 0.01  # most that a candidate is below ERM on images as they are
 SURE = 0.95  # ERM's median probability of its mistakes; above, a shortcut causes them
 FAR_BEHIND = 0.25  # ERM's shortfall; below, there may be no shortcut
 STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
