@@ -41,7 +41,7 @@ from masktune_utils.settings import BaseSettings, Settings
 FEW = 10  # mistakes; with fewer, resampled images are the judge
 SAMPLE = 500  # images of each half that are resampled, if mistakes are few
 LARGE_SAMPLE = 5000  # the same, if they are not, but no candidate corrects most
-RELIED_ON = 0.05  # least accuracy that ERM loses where a shortcut is resampled
+RELIED_ON = 4  # least factor of ERM's mistakes where a shortcut is resampled
 NOT_NEEDED = 0.01  # most that a candidate is below ERM on images as they are
 SURE = 0.95  # ERM's median probability of its mistakes; above, a shortcut causes them
 FAR_BEHIND = 0.25  # ERM's shortfall; below, there may be no shortcut
@@ -439,10 +439,10 @@ def by_reliance(
 ) -> tuple[str, str]:
     """Choose a candidate that does without what ERM relies on.
 
-    Where images are resampled by the candidate's masks, ERM loses at least `RELIED_ON`
-    of its accuracy, and the candidate is at most `NOT_NEEDED` below what ERM has on
-    images as they are. Of several candidates, the one that is furthest above ERM is
-    chosen.
+    Where images are resampled by the candidate's masks, ERM makes at least `RELIED_ON`
+    times as many mistakes as on images as they are, and the candidate is at most
+    `NOT_NEEDED` below ERM's accuracy on images as they are. Of several candidates, the
+    one that is furthest above ERM is chosen.
 
     Args:
         judged: see `judge`.
@@ -456,7 +456,7 @@ def by_reliance(
     for name, accuracies in resampled.items():
         of_erm = accuracies["erm"]
         of_candidate = accuracies["candidate"]
-        erm_relies_on_it = of_erm <= erm_accuracy - RELIED_ON
+        erm_relies_on_it = 1 - of_erm >= RELIED_ON * (1 - erm_accuracy)
         does_without_it = of_candidate >= erm_accuracy - NOT_NEEDED
         if erm_relies_on_it and does_without_it:
             gains[name] = of_candidate - of_erm
