@@ -62,22 +62,21 @@ class Split:
         if self.shortcut is None:
             nowhere = torch.zeros_like(labels, dtype=torch.bool).view(-1, 1, 1)
             object.__setattr__(self, "shortcut", nowhere)
-        is_image = images.dtype == torch.uint8
-        if images.is_floating_point():
-            is_image = bool(0 <= images.min() <= images.max() <= 1)
-        lengths = {len(images), len(labels), len(self.digits), len(self.shortcut)}
-        if (
-            images.ndim != 4
-            or not is_image
-            or labels.dtype != torch.int64
-            or len(lengths) > 1
-        ):
-            problem = f"{images.dtype}, {tuple(images.shape)}, up to {images.max()}"
-            allowed = (
-                "N×C×H×W, uint8 or floating point from 0 to 1, with N int64 labels"
-            )
+        is_image = images.dtype == torch.uint8 or images.is_floating_point()
+        problem = f"{images.dtype}, {tuple(images.shape)}"
+        if images.is_floating_point() and images.numel():
+            lowest = images.min().item()
+            highest = images.max().item()
+            is_image = 0 <= lowest <= highest <= 1
+            problem += f", from {lowest:g} to {highest:g}"
+        if images.ndim != 4 or not is_image:
+            allowed = "N×C×H×W, uint8 or floating point from 0 to 1"
+            raise ValueError(f"images are {problem}; allowed: {allowed}.")
+        lengths = [len(images), len(labels), len(self.digits), len(self.shortcut)]
+        if labels.dtype != torch.int64 or len(set(lengths)) > 1:
+            problem = f"{labels.dtype}; images, labels, digits, shortcut: {lengths}"
             raise ValueError(
-                f"images are {problem}, labels {labels}; allowed: {allowed}."
+                f"labels are {problem}; allowed: torch.int64; as many of each."
             )
 
     def __len__(self) -> int:

@@ -78,6 +78,7 @@ def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
     for source in namespace["In"]:
         assigned = _literals(source)
         if source.startswith(INJECTED):
+            is_literal = is_literal and bool(assigned)
             injected = assigned
         elif source.startswith("directory ="):  # as every cell of parameters does
             is_literal = bool(assigned)
@@ -257,9 +258,18 @@ def masktune(
         CheckpointError: see `base_model` and `finetuned_model`.
     """
     if not settings.cross_fit:
-        return list(masktune_rounds(settings, base, train, retrain))[-1]
+        return _last_round(settings, base, train, retrain)
     masked = masked_by_halves(settings, train)
     return finetuned_model(settings, base, masked, retrain)
+
+
+def _last_round(
+    settings: Settings, base: Trained, train: Split, retrain: bool = False
+) -> Trained:
+    """The model of the last round; those of earlier rounds leave the memory."""
+    for tuned in masktune_rounds(settings, base, train, retrain):
+        last = tuned
+    return last
 
 
 def masked_by_halves(settings: Settings, train: Split) -> MaskedDataset:
@@ -275,7 +285,7 @@ def masked_by_halves(settings: Settings, train: Split) -> MaskedDataset:
         of_half = settings.of_half(half)
         images = train[index]
         base = base_model(of_half, images)
-        tuned = list(masktune_rounds(of_half, base, images))[-1]
+        tuned = _last_round(of_half, base, images)
         masks.append(tuned.masked.own_masks)
     # from the order of the halves to that of the images
     order = torch.cat(parts).argsort().to(train.labels.device)
@@ -312,7 +322,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         A row of the table of results: `experiment`, `configuration` and `seed`, which
         tell it from all others; the settings; `sha256` of the weights and `base_sha256`
         of the base model's; `seconds`, `threads`, `device`, `torch` of the training
-        that made them (if no result of it is saved, None, and those of this process);
+        that made them (if the model was loaded and no result of it is saved, `seconds`
+        is None, and the others are those of this process);
         `raw` and `biased`, or `test`; `worst_group` and
         `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1];
         `group {name}`, the same; if images are held out, `validation_worst_class` and

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from masktune_utils import progress
 
-# Bytes of images; more stay in the file, and go to a GPU batch by batch.
+# Bytes of images; more stay in the file, and go to a GPU batch by batch. (A choice
+# still copies half of them into memory, and a second round the masked ones.)
 IN_MEMORY = 4 * 2**30
 
 

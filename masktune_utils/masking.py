@@ -6,13 +6,14 @@ MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from masktune_utils.data import Split
+from masktune_utils.settings import Fill
 
 
 def threshold(maps: Tensor, param: float) -> Tensor:
@@ -124,15 +125,13 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
 def apply_mask(
     images: Tensor,
     mask: Tensor,
-    upsample: str = "bilinear",
     fill: Tensor | None = None,
 ) -> Tensor:
     """Multiply images by 1 − mask, resized to them; and add mask · fill, if given.
 
     Args:
         images: ...×C×H×W, float or uint8.
-        mask: ...×h×w, bool or in [0, 1].
-        upsample: `bilinear` gives soft edges, `nearest` hard ones.
+        mask: ...×h×w, bool or in [0, 1]; resized bilinearly.
         fill: what takes the place of what is hidden, of the shape of the images or
             one that broadcasts to it.
 
@@ -140,7 +139,7 @@ def apply_mask(
         The masked images, of the same type.
     """
     size = tuple(images.shape[-2:])
-    resized = resize(torch.as_tensor(mask), size, upsample)
+    resized = resize(torch.as_tensor(mask), size)
     hidden = resized.unsqueeze(-3)  # the same in all channels
     masked = images * (1 - hidden)
     if fill is not None:
@@ -258,10 +257,10 @@ class MaskedDataset:
         """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
         images, labels = self.split.batch(index)
         masks = self.masks(index)
-        if self.fill == "zero":
-            return apply_mask(images, masks), labels
-        partner_images, _ = self.split.batch(self.partners[index])
-        return apply_mask(images, masks, fill=partner_images), labels
+        if self.fill == "resample":
+            partner_images, _ = self.split.batch(self.partners[index])
+            return apply_mask(images, masks, fill=partner_images), labels
+        return apply_mask(images, masks), labels
 
     @property
     def images(self) -> Tensor:
@@ -305,9 +304,12 @@ def mask_dataset(
             hidden.
 
     Raises:
-        ValueError: the number of maps is not that of the images.
+        ValueError: the number of maps is not that of the images; or an unknown method
+            or fill.
     """
     size = tuple(split.images.shape[-2:])
+    if fill not in get_args(Fill):
+        raise ValueError(f"fill is {fill!r}; allowed: {', '.join(get_args(Fill))}.")
     if len(split) != len(saliency_map):
         raise ValueError(
             f"{len(saliency_map)} maps; allowed: {len(split)}, one per image."

@@ -91,17 +91,21 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = build(name, num_classes)
-    if weights:
-        network = model if name == "small_cnn" else model[1]
-        try:
-            _fit(network, _read_weights(name, weights))
-        except Exception as error:  # torch has no class of its own for a damaged file
-            reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
-            allowed = "DEFAULT, while online, or the path of a state dict"
-            raise ValueError(
-                f"weights are {weights}: {reason}; allowed: {allowed}."
-            ) from error
+        if weights:
+            _load_weights(model, name, weights)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def _load_weights(model: nn.Module, name: str, weights: str) -> None:
+    network = model if name == "small_cnn" else model[1]
+    try:
+        _fit(network, _read_weights(name, weights))
+    except Exception as error:  # torch has no class of its own for a damaged file
+        reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
+        allowed = "DEFAULT, while online, or the path of a state dict"
+        raise ValueError(
+            f"weights are {weights}: {reason}; allowed: {allowed}."
+        ) from error
 
 
 def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -128,6 +132,8 @@ def _fit(network: nn.Module, weights: dict[str, Tensor]) -> None:
 def check(image_size: int, name: str, weights: str) -> None:
     """Refuse a network that does not exist, or does not fit its images or weights.
 
+    `DEFAULT` is not downloaded here: a finished model does not need it.
+
     Raises:
         ValueError: the message names what does not fit, and what is allowed.
     """
@@ -140,7 +146,11 @@ def check(image_size: int, name: str, weights: str) -> None:
     known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
     if name not in known:
         raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
-    model = new_model(0, name=name, weights=weights).eval()
+    if weights == "DEFAULT" and name == "small_cnn":
+        allowed = "with small_cnn: empty, or the path of a state dict"
+        raise ValueError(f"weights are 'DEFAULT'; allowed {allowed}.")
+    file = "" if weights == "DEFAULT" else weights
+    model = new_model(0, name=name, weights=file).eval()
     shape = (3, image_size, image_size)
     try:
         model(torch.zeros(1, *shape))

@@ -15,7 +15,7 @@ _is_silent = ContextVar("_is_silent", default=False)
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Show no bars meanwhile, because there is one for the whole."""
+    """Show no bars in this block; the caller has one for all of it."""
     token = _is_silent.set(True)
     try:
         yield

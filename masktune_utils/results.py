@@ -21,6 +21,7 @@ CHOICE_KEYS = {
     "candidates",
     "base_sha256",
 }
+# The settings that `describe` puts into words.
 DESCRIBED = {
     "method",
     "param",
@@ -77,7 +78,7 @@ def _read_json(path: Path, keys: set[str]) -> dict[str, Any]:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or not a result ({error}). Delete it."
+            f"{path} is damaged or not a result or a choice ({error}). Delete it."
         ) from error
     return content
 
@@ -106,7 +107,7 @@ def collect(directory: str = "") -> pd.DataFrame:
     """
     results = {}
     choices = {}
-    for path in sorted((REPOSITORY / directory / "results").rglob("*.json")):
+    for path in sorted((REPOSITORY / directory / "results").glob("*/seed*/*.json")):
         if path.name == "chosen.json":
             choices[path.parent] = read_choice(path)
         else:
@@ -152,7 +153,8 @@ def summarize(
             them.
 
     Returns:
-        The `shares`, as text, with blanks in their names, and `seeds`, their number.
+        The `shares`, as text, with blanks for underscores in their names, and `seeds`,
+        their number.
     """
     columns = [name for name in shares if name in table and table[name].notna().any()]
     groups = table.groupby(list(by), sort=False, dropna=False)[columns]
@@ -174,24 +176,24 @@ def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 
     Returns:
         The rows of ERM; of the best of the other configurations by the test sets, if
-        there are any; of what was chosen, which may be ERM; and of the oracle, if there
-        is one; `model` tells them apart.
+        there are any; of what was chosen, which may be ERM; and of the oracle, if it
+        was trained, and is another model; `model` tells them apart.
     """
     of_experiment = table[table["experiment"] == settings.experiment]
     is_base = of_experiment["configuration"] == "base"
     is_chosen = of_experiment["chosen"].eq(True)
     others = of_experiment[~is_base & ~is_chosen]
     best = others.loc[others.groupby("seed")["worst_group"].idxmax()]
-    without_shortcut = settings.replace(shortcut="none").experiment
-    is_oracle = table["experiment"].eq(without_shortcut) & table["configuration"].eq(
-        "base"
-    )
     rows = {
         "ERM": of_experiment[is_base],
         "best of the others, by the test sets": best,
         CHOSEN: of_experiment[is_chosen],
-        "oracle: ERM without the shortcut": table[is_oracle],
     }
+    if settings.shortcut != "none":
+        without_shortcut = settings.replace(shortcut="none").experiment
+        is_oracle = table["experiment"].eq(without_shortcut)
+        is_oracle &= table["configuration"].eq("base")
+        rows["oracle: ERM without the shortcut"] = table[is_oracle]
     return pd.concat([rows[name].assign(model=name) for name in rows])
 
 

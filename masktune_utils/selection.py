@@ -38,15 +38,27 @@ from masktune_utils.experiment import Trained
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import BaseSettings, Settings
 
-FEW = 10  # mistakes; with fewer, resampled images are the judge
-SAMPLE = 500  # images of each half that are resampled, if mistakes are few
-LARGE_SAMPLE = 5000  # the same, if they are not, but no candidate corrects most
-RELIED_ON = 4  # least factor of ERM's mistakes where a shortcut is resampled
-NOT_NEEDED = 0.01  # most that a candidate is below ERM on images as they are
-SURE = 0.95  # ERM's median probability of its mistakes; above, a shortcut causes them
-FAR_BEHIND = 0.25  # ERM's shortfall; below, there may be no shortcut
-STILL_VISIBLE = 0.9  # the best model's worst class; below, masks hide the digits
-STEPS = 750  # of fine-tuning, or the next whole epoch; but in no more than MOST_EPOCHS
+# With fewer mistakes than this, resampled images are the judge.
+FEW = 10
+# So many images of each half are resampled, at most: if mistakes are few; and if they
+# are not, but no candidate gets most of them right.
+SAMPLE = 500
+LARGE_SAMPLE = 5000
+# A shortcut causes ERM's mistakes if its median probability of them is above this.
+SURE = 0.95
+# ERM relies on what is resampled if it makes this many times as many mistakes there.
+RELIED_ON = 4
+# A candidate does without it if its accuracy there is at most this far below ERM's on
+# images as they are.
+NOT_NEEDED = 0.01
+# If mistakes are few, ERM is kept if its shortfall is below this.
+FAR_BEHIND = 0.25
+# Resampled images count if the best model's worst class reaches this; else the masks
+# hide too much.
+STILL_VISIBLE = 0.9
+# Fine-tuning takes as many whole epochs as make this many steps, but no more than
+# MOST_EPOCHS.
+STEPS = 750
 MOST_EPOCHS = 6
 CANDIDATES = (  # shared, param of mean_std, dilation, rounds at most
     (False, 4.0, 3, 2),
@@ -346,8 +358,8 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     """Choose by ERM's mistakes.
 
     Candidates that get most of the mistakes right, beyond doubt (the interval lies
-    above one half), are admitted. Of those within one standard error of the best score,
-    the one that hides least is chosen.
+    above one half), are admitted. Of those within one standard error of the best score
+    (by the number of mistakes), the one that hides least is chosen.
 
     Args:
         judged: see `judge`.
@@ -494,7 +506,8 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
     Returns:
         By configuration, `base` among them: the largest difference, over all sets of
         images, between the best model's accuracy in its worst class and this one's, in
-        [0, 1]. A set on which the best one is below `STILL_VISIBLE` is left out.
+        [0, 1]. A set on which the best one is below `STILL_VISIBLE` is left out;
+        without any set there are no shortfalls.
     """
     names = ["base", *(candidate.configuration for candidate in candidates)]
     worst_class = {mask: dict.fromkeys(names, 0.0) for mask in names[1:]}
@@ -503,13 +516,14 @@ def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
             logits = evaluation.predict(network, masked)
             worst = evaluation.worst_class(logits, masked.labels.cpu())
             worst_class[mask][name] += worst / 2  # the mean of both halves
-    shortfalls = dict.fromkeys(names, 0.0)
+    shortfalls = {}
     for of_models in worst_class.values():
         best = max(of_models.values())
         if best < STILL_VISIBLE:
             continue
         for name in names:
-            shortfalls[name] = max(shortfalls[name], best - of_models[name])
+            shortfall = best - of_models[name]
+            shortfalls[name] = max(shortfalls.get(name, 0.0), shortfall)
     return shortfalls
 
 
@@ -573,6 +587,9 @@ def by_shortfalls(
     Returns:
         See `by_mistakes`.
     """
+    if not shortfalls:
+        hidden = "The masks of all candidates hide too much to compare models"
+        return "base", f"{hidden} on resampled images, so ERM is kept."
     least = min(shortfalls[name] for name in judged)
     error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
     where = "On images resampled by the masks of candidates,"

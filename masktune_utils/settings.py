@@ -31,10 +31,13 @@ from pydantic import (
 )
 
 REPOSITORY = Path(__file__).parents[1]
-# Largest `param` of each method; the smallest is 0.
+# Largest `param` of each method; the smallest is 0. Beyond these, nothing is hidden: no
+# value of an 8×8 map exceeds 64 times the mean, and no one of 28×28 values is 28
+# standard deviations above it.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28, "random": 0.5}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
-# In a path by themselves, or in none; `test_folder` changes no model.
+# Not listed in names: each has a place of its own in the path, except `test_folder`,
+# which changes no model.
 NOT_SPELLED_OUT = ("dataset", "train_folder", "test_folder", "seed", "method", "param")
 
 Dataset = Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist", "folder"]
@@ -127,14 +130,14 @@ class DataSettings(BaseModel):
 
     @field_validator("image_size")
     @classmethod
-    def _of_a_folder(cls, size: int, info: ValidationInfo) -> int:
+    def _check_image_size(cls, size: int, info: ValidationInfo) -> int:
         if size != 28 and info.data.get("dataset") != "folder":
             raise ValueError("28, except with dataset 'folder'")
         return size
 
     @field_validator("train_folder", "test_folder")
     @classmethod
-    def _has_images(cls, folder: str, info: ValidationInfo) -> str:
+    def _check_folder(cls, folder: str, info: ValidationInfo) -> str:
         is_needed = info.data.get("dataset") == "folder"
         is_there = (REPOSITORY / folder).is_dir()
         if is_needed != bool(folder) or not is_there:
@@ -146,7 +149,7 @@ class DataSettings(BaseModel):
 
     @field_validator("square_color")
     @classmethod
-    def _known_color(cls, color: str) -> str:
+    def _check_color(cls, color: str) -> str:
         if not is_color_like(color):
             raise ValueError("name of a colour, such as 'blue', or '#rrggbb'")
         return color
@@ -154,54 +157,6 @@ class DataSettings(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, validated like new ones."""
         return type(self)(**{**dict(self), **changes})
-
-    @property
-    def experiment(self) -> str:
-        """Name of the base model: the data set and what is not the default."""
-        name = self._images
-        if len(Path(self.train_folder).parts) > 2:  # other folders may end alike
-            name += f"-{hashlib.sha256(self.train_folder.encode()).hexdigest()[:8]}"
-        return name + self._unusual(self.identity(base=True))
-
-    @property
-    def title(self) -> str:
-        """The same in words, for figures."""
-        words = [self._images]
-        for name, value in self.identity(base=True).items():
-            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
-                words.append(f"{name} {value}".replace("_", " "))
-        return ", ".join(words)
-
-    @property
-    def _images(self) -> str:
-        """The data set; of a folder, also the last two of its names."""
-        names = [self.dataset, *Path(self.train_folder).parts[-2:]]
-        return "-".join(names).replace(os.sep, "")
-
-    def folder(self, kind: str) -> Path:
-        """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`."""
-        return REPOSITORY / self.directory / kind / self.experiment / f"seed{self.seed}"
-
-    def checkpoint_path(self, configuration: str) -> Path:
-        """The checkpoint of a `configuration`, or of `base`."""
-        prefix = "" if configuration == "base" else "finetuned_"
-        return (
-            self.folder("checkpoints") / f"CNN_checkpoint_{prefix}{configuration}.pth"
-        )
-
-    def identity(self, *, base: bool) -> dict[str, Any]:
-        """The settings that the base model, or the fine-tuned model, depends on."""
-        names = (BaseSettings if base else Settings).model_fields
-        return {name: getattr(self, name) for name in names if name not in RUNTIME}
-
-    def _unusual(self, names: Iterable[str]) -> str:
-        """What is not the default, as part of a file name."""
-        text = ""
-        for name in names:
-            value = getattr(self, name)
-            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
-                text += f"_{name}={value}"
-        return text.replace(os.sep, "-")
 
 
 class BaseSettings(DataSettings):
@@ -301,25 +256,81 @@ class Settings(BaseSettings):
 
     @field_validator("shared")
     @classmethod
-    def _from_maps(cls, shared: bool, info: ValidationInfo) -> bool:
+    def _check_shared(cls, shared: bool, info: ValidationInfo) -> bool:
         if shared and info.data.get("method") == "random":
             raise ValueError("False with method 'random', which uses no maps")
         return shared
 
+    @field_validator("rounds")
+    @classmethod
+    def _check_rounds(cls, rounds: int, info: ValidationInfo) -> int:
+        if rounds > 1 and info.data.get("method") == "random":
+            raise ValueError("1 with method 'random', which uses no maps")
+        return rounds
+
     @field_validator("cross_fit")
     @classmethod
-    def _of_all_images(cls, cross_fit: bool, info: ValidationInfo) -> bool:
+    def _check_cross_fit(cls, cross_fit: bool, info: ValidationInfo) -> bool:
         if cross_fit and info.data.get("half") is not None:
             raise ValueError("False with half, which has no halves of its own")
         return cross_fit
 
     @field_validator("param")
     @classmethod
-    def _in_range(cls, param: float, info: ValidationInfo) -> float:
+    def _check_param(cls, param: float, info: ValidationInfo) -> float:
         method = info.data.get("method", "mean")
         if param > PARAM_LIMITS[method]:
             raise ValueError(f"0 to {PARAM_LIMITS[method]} for method {method!r}")
         return param
+
+    @property
+    def experiment(self) -> str:
+        """Name of the base model: the data set and what is not the default."""
+        name = self._images
+        if len(Path(self.train_folder).parts) > 2:  # other folders may end alike
+            name += f"-{hashlib.sha256(self.train_folder.encode()).hexdigest()[:8]}"
+        return name + self._unusual(self.identity(base=True))
+
+    @property
+    def title(self) -> str:
+        """The same in words, for figures."""
+        words = [self._images]
+        for name, value in self.identity(base=True).items():
+            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
+                words.append(f"{name} {value}".replace("_", " "))
+        return ", ".join(words)
+
+    @property
+    def _images(self) -> str:
+        """The data set; of a folder, also the last two of its names."""
+        names = [self.dataset, *Path(self.train_folder).parts[-2:]]
+        return "-".join(names).replace(os.sep, "")
+
+    def folder(self, kind: str) -> Path:
+        """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`."""
+        return REPOSITORY / self.directory / kind / self.experiment / f"seed{self.seed}"
+
+    def checkpoint_path(self, configuration: str) -> Path:
+        """The checkpoint of a `configuration`, or of `base`."""
+        prefix = "" if configuration == "base" else "finetuned_"
+        return (
+            self.folder("checkpoints") / f"CNN_checkpoint_{prefix}{configuration}.pth"
+        )
+
+    def identity(self, *, base: bool) -> dict[str, Any]:
+        """The settings that the base model, or the fine-tuned model, depends on."""
+        kind = BaseSettings if base else Settings
+        names = [name for name in kind.model_fields if name not in RUNTIME]
+        return {name: getattr(self, name) for name in names}
+
+    def _unusual(self, names: Iterable[str]) -> str:
+        """What is not the default, as part of a file name."""
+        text = ""
+        for name in names:
+            value = getattr(self, name)
+            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
+                text += f"_{name}={value}"
+        return text.replace(os.sep, "-")
 
     @property
     def configuration(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from masktune_utils import models
 from masktune_utils.settings import DEFAULTS, REPOSITORY
 
-# Settings that are no more, with the value at which a checkpoint is as one of today.
+# Settings that were removed, each with the value that does what is done today.
 RETIRED = {
     "iterations": 1,
     "accumulate": False,
@@ -168,7 +168,7 @@ def load_checkpoint(
     except Exception as error:  # torch has no class of its own for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({reason})."
+            f"{path} is damaged, foreign or of another version ({reason})."
         ) from error
     _check_settings(path, checkpoint, settings or {})
     checkpoint.model.to(device, memory_format=torch.channels_last).eval()
@@ -181,7 +181,7 @@ def _check_settings(path: Path, checkpoint: Checkpoint, settings: dict) -> None:
         # A setting that is younger than the file had its default.
         made_with = checkpoint.settings.get(name, DEFAULTS.get(name))
         if made_with != asked and name != "test_folder":  # any images may serve to test
-            hint = "Use retrain = True to replace it, or another directory."
+            hint = "Delete it, use retrain = True, or use another directory."
             raise CheckpointError(
                 f"{path} was made with {name} = {made_with!r}, not {asked!r}. {hint}"
             )

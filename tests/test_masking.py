@@ -1,6 +1,7 @@
 """Masks, and images that are masked by them."""
 
 import dataclasses
+import math
 from typing import get_args
 
 import numpy as np
@@ -90,9 +91,6 @@ def test_images_are_multiplied_by_what_is_not_hidden():
     masked = masking.apply_mask(whole_numbers, mask)
     assert masked.dtype == torch.uint8
     assert torch.equal(masked, expected)
-    hard = F.interpolate(mask[:, None].float(), size=SIZE)
-    masked = masking.apply_mask(images, mask, "nearest")
-    torch.testing.assert_close(masked, images * (1 - hard))
 
 
 def test_images_of_any_size_are_masked_at_that_size():
@@ -278,6 +276,17 @@ def test_an_empty_batch_of_maps_gives_an_empty_batch_of_masks(method):
 def test_too_few_maps_are_refused(splits):
     with pytest.raises(ValueError, match="3 maps; allowed: 200, one per image"):
         masking.mask_dataset(splits.train, MAPS[:3], "mean", 0.1)
+
+
+def test_an_unknown_fill_is_refused(splits):
+    with pytest.raises(ValueError, match="fill is 'black'; allowed: zero, resample"):
+        masking.mask_dataset(splits.train, FIRST_MAPS, "mean", 0.1, fill="black")
+
+
+def test_without_a_shortcut_no_share_is_known():
+    images = data.Split(torch.rand(4, 3, 28, 28), torch.tensor([0, 1, 0, 1]))
+    masked = masking.mask_dataset(images, MAPS[:4], "mean", 0.1)
+    assert all(math.isnan(share) for share in masking.hidden_shares(masked).values())
 
 
 def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():

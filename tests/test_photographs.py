@@ -366,6 +366,14 @@ def test_networks_that_do_not_exist_or_do_not_fit_are_refused(
         models.check(image_size, name, "")
 
 
+def test_weights_of_torchvision_are_checked_without_a_download(monkeypatch):
+    monkeypatch.setattr(models, "_read_weights", lambda *_: pytest.fail("downloaded"))
+    models.check(64, "resnet18", "DEFAULT")
+    message = "weights are 'DEFAULT'; allowed with small_cnn: empty, or the path"
+    with pytest.raises(ValueError, match=message):
+        models.check(28, "small_cnn", "DEFAULT")
+
+
 def test_the_size_of_digits_is_fixed():
     message = "image_size is 96; allowed: 28, except with dataset 'folder'"
     with pytest.raises(ValueError, match=message):

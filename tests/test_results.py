@@ -71,9 +71,9 @@ def test_a_result_on_other_test_images_than_its_base_model_is_left_out(saved):
 
 @pytest.mark.parametrize("content", ['{"raw": ', '{"seed": 0}', "3", "\xff"])
 def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
-    path = tmp_path / "results" / "mine.json"
+    path = tmp_path / "results" / "mnist" / "seed0" / "mine.json"
     store.write_bytes(path, content.encode("latin-1"))
-    message = re.escape(f"{path} is damaged or not a result (")
+    message = re.escape(f"{path} is damaged or not a result or a choice (")
     with pytest.raises(ValueError, match=message):
         results.read_result(path)
     with pytest.raises(ValueError, match=message):
@@ -99,7 +99,7 @@ def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_reported(saved):
 
 @pytest.mark.parametrize("content", ['{"configuration": "base"}', "[", "[1]"])
 def test_a_damaged_choice_is_refused_by_name(content, tmp_path):
-    path = tmp_path / "results" / "chosen.json"
+    path = tmp_path / "results" / "mnist" / "seed0" / "chosen.json"
     store.write_bytes(path, content.encode())
     with pytest.raises(ValueError, match=f"{path} is damaged or not a result"):
         results.collect(str(tmp_path))
@@ -160,6 +160,14 @@ def test_what_a_choice_is_worth_is_told_by_four_rows():
         "chosen, without the test sets",
         "oracle: ERM without the shortcut",
     }
+    models = results.compare(table, settings.replace(shortcut="none"))["model"]
+    assert {*models} == {"ERM"}  # it is the oracle itself
+
+
+def test_a_file_that_is_not_in_a_folder_of_results_is_not_read(saved):
+    before = results.collect(str(saved))
+    (saved / "results" / "notes.json").write_text("mine")
+    pd.testing.assert_frame_equal(results.collect(str(saved)), before)
 
 
 def test_configurations_are_named_in_words():

@@ -370,7 +370,10 @@ def test_shortfalls_are_those_of_a_computation_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "STILL_VISIBLE", 1.1)  # no set is left: ERM is kept
     shortfalls = selection.resampled_shortfalls(candidates)
     judged = dict.fromkeys(names, row(0, 999, 0.1))
-    assert selection.by_shortfalls(judged, shortfalls)[0] == "base"
+    chosen, reason = selection.by_shortfalls(judged, shortfalls)
+    assert chosen == "base"
+    hidden = "The masks of all candidates hide too much to compare models"
+    assert reason == f"{hidden} on resampled images, so ERM is kept."
 
 
 @with_small_rules

@@ -51,6 +51,10 @@ def test_folders_that_end_alike_have_experiments_of_their_own(tmp_path):
             "param is 1; allowed: 0 to 0.5 for method 'random'.",
         ),
         (
+            {"method": "random", "rounds": 2},
+            "rounds is 2; allowed: 1 with method 'random', which uses no maps.",
+        ),
+        (
             {"half": 0, "cross_fit": True},
             "cross_fit is True; allowed: False with half, which has no halves of its own.",
         ),
@@ -106,7 +110,8 @@ def test_settings_of_a_notebook_are_read_from_its_cells(shown, expected):
 def test_a_parameter_that_is_no_literal_is_refused_and_not_passed_over(shown):
     computed = shown.replace("seed = 0", "seed = 2 * 5")
     message = "^The cell of parameters is not read; allowed: literals, such as"
-    for cells in ([computed], [shown, computed]):
+    injected = "# Parameters\nlr = float('nan')\nepochs = 3\n"  # by papermill
+    for cells in ([computed], [shown, computed], [shown, injected]):
         with pytest.raises(ValueError, match=message):
             experiment.from_notebook({"In": cells})
     assert experiment.from_notebook({"In": [computed, shown]}).seed == 0

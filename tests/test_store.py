@@ -111,7 +111,7 @@ SHA256 = weights_sha256(WEIGHTS)
 def test_foreign_files_are_refused_by_name(content, tmp_path):
     path = tmp_path / "foreign.pth"
     torch.save(content, path)
-    message = r"foreign\.pth is damaged or not a checkpoint \("
+    message = r"foreign\.pth is damaged, foreign or of another version \("
     with pytest.raises(CheckpointError, match=message):
         store.load_checkpoint(path)
 
@@ -138,7 +138,7 @@ def test_loading_runs_no_code(tmp_path):
     torch.save(content, tmp_path / "archive.pth")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(content, protocol=2))
     for path in tmp_path.iterdir():
-        message = rf"{path.name} is damaged or not a checkpoint"
+        message = rf"{path.name} is damaged, foreign or of another version"
         with pytest.raises(CheckpointError, match=message):
             store.load_checkpoint(path)
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(model, tmp_
     del made_with["validation_share"]
     store.save_checkpoint(path, model, made_with, [])
     store.load_checkpoint(path, IDENTITY)
-    hint = r"Use retrain = True to replace it, or another directory\."
+    hint = r"Delete it, use retrain = True, or use another directory\."
     message = rf"old\.pth was made with validation_share = 0\.0, not 0\.1\. {hint}"
     with pytest.raises(CheckpointError, match=message):
         store.load_checkpoint(path, IDENTITY | {"validation_share": 0.1})

@@ -242,6 +242,45 @@ def damaged(directory) -> list[Path]:
     return paths
 
 
+def test_a_failure_of_03_stops_nothing(tmp_path, monkeypatch):
+    ran = []
+
+    def run(job, threads, force):
+        ran.append(job.stem)
+        return job, "a figure failed" if job.stem == jobs.BASE[1] else None
+
+    monkeypatch.setattr(jobs.Job, "run", run)
+    stems = (*jobs.BASE, "04_finetune_sweep")
+    every = [jobs.make_stage(stem, [tiny(tmp_path)]) for stem in stems]
+    errors = jobs.execute(every, count=1)
+    assert ran == [*stems]
+    assert [job.stem for job in errors] == [jobs.BASE[1]]
+
+
+@pytest.mark.parametrize(("retrain", "force"), [(True, False), (False, True)])
+def test_the_models_of_the_halves_are_trained_again_on_request(
+    retrain, force, tmp_path, monkeypatch
+):
+    asked = []
+
+    def choose(candidates, jobs, retrain):
+        asked.append(retrain)
+        return {"configuration": "base"}
+
+    monkeypatch.setattr(stages.selection, "choose", choose)
+    settings = tiny(tmp_path, retrain=retrain)
+    assert stages.choose("run", [settings], 1, force) == ([], {})
+    assert asked == [True]
+
+
+def test_a_text_that_looks_like_a_number_is_taken_as_text():
+    options = ["--directory", "2024", "--square-color", "0.5", "--param", "0.5"]
+    arguments = command._parser().parse_args(["run", *options])
+    assert arguments.directory == ["2024"]
+    assert arguments.square_color == ["0.5"]
+    assert arguments.param == [0.5]
+
+
 @pytest.mark.usefixtures("all_cores")
 def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, capsys):
     arguments = ["--param", "0.6", "0.8", "--seed", "0", "1"]
@@ -257,7 +296,7 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
         f"seed 1, 04_finetune_sweep_top_k_0.8: {missing}",
     ):
         assert f"failed: {experiment}, {line}" in error
-    assert "\n5 notebooks failed" in printed
+    assert "\n5 failed or not run" in printed
     assert "Traceback" not in error
     copies = sorted(directory.glob("runs/mnist5k*/*/*_failed.ipynb"))
     assert [path.stem[:2] for path in copies] == ["04", "02"]

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             *spellings,
             dest=name,
             nargs=1 if name in RUNTIME else "+",
-            type=_from_text,
+            type=str if field.annotation is str else _from_text,
             metavar="VALUE",
             help=f"{field.description} (default: {field.default!r})",
         )

@@ -25,7 +25,8 @@ from masktune_utils.settings import (
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
-BASE = ("02_erm", "03_saliency_masks")
+ERM = "02_erm"
+BASE = (ERM, "03_saliency_masks")
 ALWAYS = ("01_dataset", "05_plots")  # they are quick, and show what is there
 # What a notebook depends on; the others on BaseSettings.
 SCOPES = {"01_dataset": DataSettings, FINETUNE: Settings}
@@ -51,7 +52,9 @@ class Job(NamedTuple):
         return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
 
     def is_done(self, finished: set[tuple]) -> bool:
-        """Whether it went through and what it makes is saved.
+        """Whether its executed copy, and the result and checkpoint of its model exist.
+
+        A notebook other than 04 has the base model.
 
         Never with `retrain`, nor for those of `ALWAYS`.
 
@@ -164,7 +167,7 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     with tqdm(total=sum(map(len, stages)), unit="notebook", ncols=110) as bar:
         for stage in stages:
             bases_missing = {
-                job.settings.folder("runs") for job in errors if job.stem in BASE
+                job.settings.folder("runs") for job in errors if job.stem == ERM
             }
             again = force and stage[0].stem not in (*BASE, *ALWAYS)
             finished = results.finished(stage[0].settings.directory)

@@ -45,7 +45,7 @@ def warm(folder: Path, threads: int) -> Iterator[Manager]:
     """A kernel that is kept for later, unless what it is used for fails.
 
     Args:
-        folder: its working directory.
+        folder: the working directory of a new one; a kept one stays in its own.
         threads: with which it computes, unless `OMP_NUM_THREADS` is set.
 
     Raises:

@@ -10,7 +10,7 @@ from joblib import cpu_count, parallel_config
 from masktune_utils import data, models, results, selection, shortcuts, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
-from masktune_utils.runner.jobs import BASE, Job, make_stage
+from masktune_utils.runner.jobs import BASE, ERM, Job, make_stage
 from masktune_utils.runner.report import write_report
 from masktune_utils.settings import DEFAULTS, Settings
 
@@ -46,17 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"masktune: {error}", file=sys.stderr)
         return 2
-    bases = [job.settings for job in make_stage(BASE[0], grid)]
+    bases = [job.settings for job in make_stage(ERM, grid)]
     if arguments.command == "report":
         return _report(bases)
     stems = _stems(arguments, stem)
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = run_stages(arguments.command, stems, grid, count, arguments.force)
-    except (KeyboardInterrupt, OSError) as error:
-        reason = f"{error}" or "interrupted; the same command goes on"
-        print(f"\nmasktune: {reason}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 130
+    except KeyboardInterrupt:
+        print("\nmasktune: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"\nmasktune: {error}", file=sys.stderr)
+        return 1
     _print_errors(errors)
     if arguments.command != "sweep":
         print(results.conclude(bases))
@@ -76,7 +78,7 @@ def _print_errors(errors: dict[Job, str]) -> None:
     for job, error in errors.items():
         name = f"{job.settings.experiment}, seed {job.settings.seed}, {job.copy.stem}"
         print(f"failed: {name}: {error}", file=sys.stderr)
-    print(f"\n{len(errors)} notebooks failed")
+    print(f"\n{len(errors)} failed or not run")
 
 
 def _report(bases: list[Settings]) -> int:
@@ -182,7 +184,7 @@ def run_stages(
     stages = [make_stage(stem, grid) for stem in stems]
     errors = jobs.execute(stages, count, force)
     if command != "sweep":
-        failed = {job.settings.folder("runs") for job in errors if job.stem in BASE}
+        failed = {job.settings.folder("runs") for job in errors if job.stem == ERM}
         trained = [item for item in grid if item.folder("runs") not in failed]
         choices, failed_choices = choose(command, trained, count, force)
         errors.update(failed_choices)
@@ -206,7 +208,7 @@ def choose(
             `selection.candidates` are.
         grid: all configurations whose base models are there.
         count: how many processes.
-        force: train the models of the halves again.
+        force: train the models of the halves again, as with the setting `retrain`.
 
     Returns:
         The chosen configurations, none where ERM is kept; and the error of each choice
@@ -214,7 +216,7 @@ def choose(
     """
     chosen = []
     errors = {}
-    for job in make_stage(BASE[0], grid):
+    for job in make_stage(ERM, grid):
         folder = job.settings.folder("runs")
         try:
             listed = [item for item in grid if item.folder("runs") == folder]
@@ -224,7 +226,8 @@ def choose(
             else:
                 images = len(shortcuts.load(job.settings).train)
                 candidates = selection.candidates(job.settings, images)
-            choice = selection.choose(candidates, count, force)
+            retrain = force or job.settings.retrain
+            choice = selection.choose(candidates, count, retrain)
         except Exception as error:  # noqa: BLE001 - the other choices go on
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             errors[Job("choice", job.settings, job.name)] = message
