@@ -1,5 +1,6 @@
 """Figures that more than one notebook draws; `show` saves and displays any figure."""
 
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -51,6 +52,7 @@ def show(
     settings: Settings,
     name: str,
     seeds: Sequence[int] = (),
+    images: str = "",
 ) -> None:
     """Save a figure as PNG, with the name of its images and seeds, and display it.
 
@@ -59,10 +61,13 @@ def show(
         settings: the experiment.
         name: name of the file, without its suffix.
         seeds: the seeds shown, if not that of the experiment alone.
+        images: the images shown, in words, if not those of the experiment alone.
     """
     shown_seeds = sorted(seeds) or [settings.seed]
     numbers = ", ".join(map(str, shown_seeds))
-    mark = f"{settings.title}, seed {numbers}"
+    mark = f"{images or settings.title}, seed {numbers}"
+    characters = int(20 * figure.get_figwidth())  # so many are as wide as the figure
+    mark = textwrap.fill(mark, characters)
     figure.text(0, 0, mark, ha="left", va="top", fontsize=7, color="0.45")
     png = _png(figure)
     store.write_bytes(settings.folder("figures") / f"{name}.png", png)
