@@ -57,6 +57,12 @@ CHOICES = [  # in the order of the table
     "mnist5k_labels=digits_shortcut=none",
     "mnist",
     "mnist_placement=ordered_epochs=20",
+    "mnist_shortcut=two_squares_epochs=20",
+    "mnist_shortcut=square_anywhere_epochs=20",
+    "mnist_shortcut=frame_epochs=20",
+    "mnist_shortcut=none_epochs=20",
+    "mnist_labels=digits_epochs=20",
+    "mnist_labels=digits_shortcut=none_epochs=20",
 ]
 
 
@@ -111,6 +117,8 @@ def oracle_of(experiment: str) -> str:
         return "mnist5k_labels=digits_shortcut=none"
     if experiment.startswith("mnist5k"):
         return "mnist5k_shortcut=none"
+    if experiment.startswith("mnist_labels=digits"):
+        return "mnist_labels=digits_shortcut=none_epochs=20"
     return "mnist_shortcut=none_epochs=20"
 
 
