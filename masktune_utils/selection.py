@@ -6,10 +6,10 @@ against it. So a candidate is judged by how many of these mistakes it gets right
 how many of the other images, by models that have not seen them either.
 
 Most mistakes can also be images that are hard to read. ERM is less sure of these than
-of those that a shortcut causes. Then, and if there are hardly any mistakes, held-out
-images are resampled by the masks of each candidate: ERM may lose accuracy where the
-candidate loses hardly any. So ERM relies on what is hidden, and the candidate does
-without it. Only training images and their classes are used.
+of those that a shortcut causes. Then held-out images are resampled by the masks of each
+candidate: ERM may lose accuracy where the candidate loses hardly any. So ERM relies on
+what is hidden, and the candidate does without it. Only training images and their
+classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
@@ -38,21 +38,24 @@ from masktune_utils.experiment import Trained
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import BaseSettings, Settings
 
-# With fewer mistakes than this, resampled images are the only judge.
+# With fewer mistakes than this, resampled images are the judge.
 FEW = 10
-# So many images of each half are resampled, at most.
-SAMPLE = 5000
+# So many images of each half are resampled, at most: if mistakes are few; and if they
+# are not, but no candidate gets most of them right.
+SAMPLE = 500
+LARGE_SAMPLE = 5000
 # A shortcut causes ERM's mistakes if its median probability of them is above this.
 SURE = 0.95
-# ERM relies on what is resampled if it makes this many times as many mistakes there;
-# if its mistakes are few, if it loses this much of its accuracy.
+# ERM relies on what is resampled if it makes this many times as many mistakes there.
 RELIED_ON = 4
-LOST_IF_FEW = 0.2
 # A candidate does without it if its accuracy there is at most this far below ERM's on
-# images as they are. If mistakes are few, ERM may be as accurate as that only by the
-# shortcut.
+# images as they are.
 NOT_NEEDED = 0.01
-NOT_NEEDED_IF_FEW = 0.03
+# If mistakes are few, ERM is kept if its shortfall is below this.
+FAR_BEHIND = 0.25
+# Resampled images count if the best model's worst class reaches this; else the masks
+# hide too much.
+STILL_VISIBLE = 0.9
 # Fine-tuning takes as many whole epochs as make this many steps, but no more than
 # MOST_EPOCHS.
 STEPS = 750
@@ -158,22 +161,14 @@ def choose(
         f"{mistakes} of {images:,} training images are predicted wrongly "
         "by ERM models that have not seen them"
     )
-    erm_accuracy = 1 - mistakes / images
     if mistakes < FEW:
         counted += ", too few to judge by"
-        chosen, reason = by_reliance(
-            judged,
-            resampled_accuracies(candidates),
-            erm_accuracy,
-            least_loss=LOST_IF_FEW,
-            most_cost=NOT_NEEDED_IF_FEW,
-        )
-        if chosen != "base":
-            reason += " That is in doubt."
+        chosen, reason = by_shortfalls(judged, resampled_shortfalls(candidates))
     else:
         chosen, reason = by_mistakes(judged)
         if chosen == "base":
             probability = held_out.erm_probabilities[is_wrong].median().item()
+            erm_accuracy = 1 - mistakes / images
             chosen, second_reason = second_test(
                 candidates, judged, probability, erm_accuracy
             )
@@ -421,13 +416,8 @@ def second_test(
     if probability > SURE:
         sure = f"ERM is sure of its mistakes {median}, as where a shortcut causes them"
         return "base", f"{sure} that no candidate hides, so ERM is kept."
-    chosen, reason = by_reliance(
-        judged,
-        resampled_accuracies(candidates),
-        erm_accuracy,
-        least_loss=(RELIED_ON - 1) * (1 - erm_accuracy),
-        most_cost=NOT_NEEDED,
-    )
+    resampled = resampled_accuracies(candidates)
+    chosen, reason = by_reliance(judged, resampled, erm_accuracy)
     return chosen, f"ERM is not sure of its mistakes {median}. {reason}"
 
 
@@ -446,7 +436,7 @@ def resampled_accuracies(candidates: Sequence[Settings]) -> dict[str, dict[str, 
     accuracies = {}
     for candidate in candidates:
         accuracies[candidate.configuration] = {"erm": 0.0, "candidate": 0.0}
-    for name, masked, networks in _resampled_samples(candidates):
+    for name, masked, networks in _resampled_samples(candidates, LARGE_SAMPLE):
         labels = masked.labels.cpu()
         judged = {"erm": networks["base"], "candidate": networks[name]}
         for key, network in judged.items():
@@ -457,25 +447,19 @@ def resampled_accuracies(candidates: Sequence[Settings]) -> dict[str, dict[str, 
 
 
 def by_reliance(
-    judged: dict[str, dict],
-    resampled: dict[str, dict[str, float]],
-    erm_accuracy: float,
-    least_loss: float,
-    most_cost: float,
+    judged: dict[str, dict], resampled: dict[str, dict[str, float]], erm_accuracy: float
 ) -> tuple[str, str]:
     """Choose a candidate that does without what ERM relies on.
 
-    Where images are resampled by the candidate's masks, ERM loses at least `least_loss`
-    of its accuracy, and the candidate is at most `most_cost` below what ERM has on
-    images as they are. Of several candidates, the one that is furthest above ERM is
-    chosen.
+    Where images are resampled by the candidate's masks, ERM makes at least `RELIED_ON`
+    times as many mistakes as on images as they are, and the candidate is at most
+    `NOT_NEEDED` below ERM's accuracy on images as they are. Of several candidates, the
+    one that is furthest above ERM is chosen.
 
     Args:
         judged: see `judge`.
         resampled: see `resampled_accuracies`.
         erm_accuracy: of ERM on held-out images as they are, in [0, 1].
-        least_loss: in [0, 1].
-        most_cost: in [0, 1].
 
     Returns:
         See `by_mistakes`.
@@ -484,12 +468,12 @@ def by_reliance(
     for name, accuracies in resampled.items():
         of_erm = accuracies["erm"]
         of_candidate = accuracies["candidate"]
-        erm_relies_on_it = of_erm <= erm_accuracy - least_loss
-        does_without_it = of_candidate >= erm_accuracy - most_cost
+        erm_relies_on_it = 1 - of_erm >= RELIED_ON * (1 - erm_accuracy)
+        does_without_it = of_candidate >= erm_accuracy - NOT_NEEDED
         if erm_relies_on_it and does_without_it:
             gains[name] = of_candidate - of_erm
     if not gains:
-        kept = "No candidate passes the test on resampled images"
+        kept = "No candidate passes the second test, on resampled images"
         return "base", f"{kept}, so ERM is kept."
     chosen = max(gains, key=gains.get)
     description = judged[chosen]["description"]
@@ -506,6 +490,41 @@ def _reliance_in_words(
     before = f"of images as they are, ERM gets {100 * erm_accuracy:.1f} %"
     meaning = "ERM relies on what is hidden, and the other model does without it."
     return f"{images}, {erm}, and {tuned}; {before}. {meaning}"
+
+
+def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
+    """How far each model falls behind the best one on resampled images.
+
+    A model that relies on what a mask hides loses accuracy where that comes from
+    another image. `SAMPLE` images of each half are resampled by the masks of each
+    candidate, which the models of that half have made; the models of the other half
+    predict them.
+
+    Args:
+        candidates: see `choose`; their models are saved.
+
+    Returns:
+        By configuration, `base` among them: the largest difference, over all sets of
+        images, between the best model's accuracy in its worst class and this one's, in
+        [0, 1]. A set on which the best one is below `STILL_VISIBLE` is left out;
+        without any set there are no shortfalls.
+    """
+    names = ["base", *(candidate.configuration for candidate in candidates)]
+    worst_class = {mask: dict.fromkeys(names, 0.0) for mask in names[1:]}
+    for mask, masked, networks in _resampled_samples(candidates, SAMPLE):
+        for name, network in networks.items():
+            logits = evaluation.predict(network, masked)
+            worst = evaluation.worst_class(logits, masked.labels.cpu())
+            worst_class[mask][name] += worst / 2  # the mean of both halves
+    shortfalls = {}
+    for of_models in worst_class.values():
+        best = max(of_models.values())
+        if best < STILL_VISIBLE:
+            continue
+        for name in names:
+            shortfall = best - of_models[name]
+            shortfalls[name] = max(shortfalls.get(name, 0.0), shortfall)
+    return shortfalls
 
 
 def _networks_of_half(
@@ -526,12 +545,13 @@ def _networks_of_half(
 
 
 def _resampled_samples(
-    candidates: Sequence[Settings],
+    candidates: Sequence[Settings], size: int
 ) -> Iterator[tuple[str, MaskedDataset, dict[str, nn.Module]]]:
     """For each half and candidate, images to judge by, and models to be judged.
 
     Args:
         candidates: see `choose`.
+        size: how many images of each half, at most.
 
     Yields:
         The candidate; images of the half, resampled by its masks; and the models of the
@@ -541,7 +561,7 @@ def _resampled_samples(
         networks = _networks_of_half(candidates, other)
         train = shortcuts.load(candidates[0].of_half(half)).train
         generator = torch.Generator().manual_seed(candidates[0].seed)
-        sample = torch.randperm(len(train), generator=generator)[:SAMPLE]
+        sample = torch.randperm(len(train), generator=generator)[:size]
         for chain in chains(candidates):
             settings_of_half = [candidate.of_half(half) for candidate in chain]
             models_of_half = _rounds(settings_of_half, train)
@@ -549,3 +569,41 @@ def _resampled_samples(
                 masks = tuned.masked.own_masks[sample]
                 masked = MaskedDataset(train[sample], masks, "resample", candidate.seed)
                 yield candidate.configuration, masked, networks
+
+
+def by_shortfalls(
+    judged: dict[str, dict], shortfalls: dict[str, float]
+) -> tuple[str, str]:
+    """Choose the candidate with the smallest shortfall.
+
+    ERM is kept if its own is smaller, or below `FAR_BEHIND`. Of the candidates within
+    one standard error that fall less behind than ERM, the one that hides least is
+    chosen.
+
+    Args:
+        judged: see `judge`.
+        shortfalls: see `resampled_shortfalls`.
+
+    Returns:
+        See `by_mistakes`.
+    """
+    if not shortfalls:
+        hidden = "The masks of all candidates hide too much to compare models"
+        return "base", f"{hidden} on resampled images, so ERM is kept."
+    least = min(shortfalls[name] for name in judged)
+    error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
+    where = "On images resampled by the masks of candidates,"
+    of_erm = f"{100 * shortfalls['base']:.0f} points"
+    if shortfalls["base"] < FAR_BEHIND:
+        kept = f"ERM is no more than {of_erm} behind the best, and is kept."
+        return "base", f"{where} {kept}"
+    if shortfalls["base"] <= least:
+        kept = "no candidate falls less behind the best than ERM, which is kept."
+        return "base", f"{where} {kept}"
+    better = [name for name in judged if shortfalls[name] < shortfalls["base"]]
+    near = [name for name in better if shortfalls[name] <= least + error]
+    chosen = min(near, key=lambda name: judged[name]["hidden"])
+    description = judged[chosen]["description"]
+    of_chosen = f"{100 * shortfalls[chosen]:.0f} points"
+    reason = f"{description} is at most {of_chosen} behind the best, and ERM {of_erm}"
+    return chosen, f"{where} {reason}. That is in doubt."
