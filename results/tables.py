@@ -238,17 +238,23 @@ def controls_table() -> list[str]:
         "patches at random, as large on average": "random patches",
         "nothing masked": "nothing",
     }
+    experiments = {
+        "6 pixels": "mnist5k",
+        "12 pixels": "mnist5k_square_size=12",
+        "full MNIST": "mnist_epochs=20",
+        "full MNIST, ordered": "mnist_placement=ordered_epochs=20",
+    }
     lines = []
     for label, name in names.items():
         values = []
-        for size in (6, 12):
-            of_size = CONTROLS[CONTROLS["square_size"] == size]
+        for experiment in experiments.values():
+            of_experiment = CONTROLS[CONTROLS["experiment"] == experiment]
             for fill in ("zero", "resample"):
-                is_row = of_size["model"] == f"{name}, {fill}"
-                values += cells(of_size[is_row], "worst_group")
+                is_row = of_experiment["model"] == f"{name}, {fill}"
+                values += cells(of_experiment[is_row], "worst_group")
         lines.append(line(label, values))
-    header = "| masks | 6 pixels: filled with zero | resampled "
-    return table(f"{header}| 12 pixels: filled with zero | resampled |", lines)
+    columns = [f"{name}: zero | resampled" for name in experiments]
+    return table(f"| masks | {' | '.join(columns)} |", lines)
 
 
 def held_out_table() -> list[str]:
