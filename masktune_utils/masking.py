@@ -208,8 +208,9 @@ class MaskedDataset:
     Float images of the whole set never exist.
     With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become
     those of a partner, a random image of any class: x_i · (1 − M) + x_j · M, where M =
-    max(m_i, m_j) hides what the mask of either image hides. The pixels inside M
-    then say nothing about the class of i, and the shape of M says less than m_i does.
+    max(m_i, m_j) hides what the mask of either image hides. The pixels inside M then
+    come from an image of any class. The shape of M still says something about the class
+    of i, but less than m_i does.
 
     Attributes:
         split: the images.
@@ -296,7 +297,7 @@ def mask_dataset(
         upsample: see `image_masks`.
         dilation: see `image_masks`.
         shared: hide the same in all images, what the mean of their maps points at. Then
-            a mask tells nothing about the class of its image. Not for `random`.
+            a mask says nothing about the class of its image. Not for `random`.
         seed: of `random`, and of the partners of `resample`.
         fill: what takes the place of what is hidden, `zero` or `resample`, see
             `MaskedDataset`.
