@@ -69,6 +69,11 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy of predictions, in [0, 1]."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
 def worst_class(logits: Tensor, labels: Tensor) -> float:
     """Accuracy of the class with the smallest, in [0, 1]."""
     is_right = (logits.argmax(1) == labels).double()

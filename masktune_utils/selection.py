@@ -8,15 +8,16 @@ how many of the other images, by models that have not seen them either.
 Most mistakes can also be images that are hard to read. ERM is less sure of these than
 of those that a shortcut causes. Then held-out images are resampled by the masks of each
 candidate: ERM may lose accuracy where the candidate loses hardly any. So ERM relies on
-what is hidden, and the candidate does without it. Only training images and their
-classes are used.
+what is hidden, and the candidate does without it. Of all candidates, the one is chosen
+that falls the least behind the best model on such images. Only training images and
+their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +164,7 @@ def choose(
     )
     if mistakes < FEW:
         counted += ", too few to judge by"
-        chosen, reason = by_shortfalls(judged, resampled_shortfalls(candidates))
+        chosen, reason = few_mistakes_test(candidates, judged)
     else:
         chosen, reason = by_mistakes(judged)
         if chosen == "base":
@@ -392,6 +393,33 @@ def _in_words(row: dict[str, Any]) -> str:
     return f"With {row['description']}, {of_mistakes}, {interval}, and {rest}."
 
 
+def few_mistakes_test(
+    candidates: Sequence[Settings], judged: dict[str, dict]
+) -> tuple[str, str]:
+    """Choose by resampled images where ERM has too few mistakes to judge by.
+
+    ERM is kept if its shortfall is below `FAR_BEHIND`.
+
+    Args:
+        candidates: see `choose`; their models are saved.
+        judged: see `judge`.
+
+    Returns:
+        See `by_mistakes`.
+    """
+    resampled = resampled_accuracies(candidates, SAMPLE, evaluation.worst_class)
+    shortfalls = largest_shortfalls(resampled, STILL_VISIBLE)
+    if not shortfalls:
+        hidden = "The masks of all candidates hide too much to compare models"
+        return "base", f"{hidden} on resampled images, so ERM is kept."
+    if shortfalls["base"] < FAR_BEHIND:
+        of_erm = f"{100 * shortfalls['base']:.1f} points"
+        kept = f"ERM is no more than {of_erm} behind the best model, and is kept."
+        return "base", f"On images resampled by the masks of candidates, {kept}"
+    chosen, reason = by_shortfalls(judged, shortfalls, SAMPLE)
+    return chosen, f"{reason} That is in doubt."
+
+
 def second_test(
     candidates: Sequence[Settings],
     judged: dict[str, dict],
@@ -401,7 +429,8 @@ def second_test(
     """Choose where no candidate gets most of the mistakes right.
 
     If ERM is sure of them, a shortcut causes them that no candidate hides. Otherwise,
-    they may be images that are hard to read, and resampled images decide.
+    they may be images that are hard to read, and resampled images decide: whether ERM
+    relies on what can be hidden, and which model does without it.
 
     Args:
         candidates: see `choose`; their models are saved.
@@ -416,114 +445,111 @@ def second_test(
     if probability > SURE:
         sure = f"ERM is sure of its mistakes {median}, as where a shortcut causes them"
         return "base", f"{sure} that no candidate hides, so ERM is kept."
-    resampled = resampled_accuracies(candidates)
-    chosen, reason = by_reliance(judged, resampled, erm_accuracy)
-    return chosen, f"ERM is not sure of its mistakes {median}. {reason}"
+    unsure = f"ERM is not sure of its mistakes {median}."
+    resampled = resampled_accuracies(candidates, LARGE_SAMPLE, evaluation.accuracy)
+    shown_by = relied_on(resampled, erm_accuracy)
+    if shown_by is None:
+        kept = "No candidate passes the second test, on resampled images"
+        return "base", f"{unsure} {kept}, so ERM is kept."
+    description = judged[shown_by]["description"]
+    relies = _reliance_in_words(description, resampled, shown_by, erm_accuracy)
+    shortfalls = largest_shortfalls(resampled, erm_accuracy - NOT_NEEDED)
+    chosen, reason = by_shortfalls(judged, shortfalls, LARGE_SAMPLE)
+    return chosen, f"{unsure} {relies} {reason}"
 
 
-def resampled_accuracies(candidates: Sequence[Settings]) -> dict[str, dict[str, float]]:
-    """Accuracies of ERM and of each candidate on images that its masks resample.
+def resampled_accuracies(
+    candidates: Sequence[Settings],
+    size: int,
+    accuracy_of: Callable[[Tensor, Tensor], float],
+) -> dict[str, dict[str, float]]:
+    """Accuracies of all models on images that the masks of each candidate resample.
 
-    The images are held out: the masks are those of one half, the models those of the
-    other.
+    A model that relies on what a mask hides loses accuracy where that comes from
+    another image. The images are held out: the masks are those of one half, the models
+    those of the other.
 
     Args:
         candidates: see `choose`; their models are saved.
+        size: how many images of each half, at most.
+        accuracy_of: from logits and labels.
 
     Returns:
-        By configuration: `erm` and `candidate`, in [0, 1], the mean of both halves.
+        By candidate, whose masks they are: by configuration, `base` among them, the
+        accuracy, in [0, 1], the mean of both halves.
     """
-    accuracies = {}
-    for candidate in candidates:
-        accuracies[candidate.configuration] = {"erm": 0.0, "candidate": 0.0}
-    for name, masked, networks in _resampled_samples(candidates, LARGE_SAMPLE):
-        labels = masked.labels.cpu()
-        judged = {"erm": networks["base"], "candidate": networks[name]}
-        for key, network in judged.items():
-            predictions = evaluation.predict(network, masked).argmax(1)
-            is_right = (predictions == labels).double()
-            accuracies[name][key] += is_right.mean().item() / 2
+    names = [candidate.configuration for candidate in candidates]
+    accuracies = {mask: dict.fromkeys(["base", *names], 0.0) for mask in names}
+    for half, other in ((0, 1), (1, 0)):
+        networks = _networks_of_half(candidates, other)
+        for mask, masked in _resampled_samples(candidates, half, size):
+            labels = masked.labels.cpu()
+            for name, network in networks.items():
+                logits = evaluation.predict(network, masked)
+                accuracies[mask][name] += accuracy_of(logits, labels) / 2
     return accuracies
 
 
-def by_reliance(
-    judged: dict[str, dict], resampled: dict[str, dict[str, float]], erm_accuracy: float
-) -> tuple[str, str]:
-    """Choose a candidate that does without what ERM relies on.
+def relied_on(
+    resampled: dict[str, dict[str, float]], erm_accuracy: float
+) -> str | None:
+    """A candidate that does without what ERM relies on; None if there is none.
 
     Where images are resampled by the candidate's masks, ERM makes at least `RELIED_ON`
     times as many mistakes as on images as they are, and the candidate is at most
-    `NOT_NEEDED` below ERM's accuracy on images as they are. Of several candidates, the
-    one that is furthest above ERM is chosen.
+    `NOT_NEEDED` below ERM's accuracy on images as they are. Of several candidates, it
+    is the one that is furthest above ERM.
 
     Args:
-        judged: see `judge`.
         resampled: see `resampled_accuracies`.
         erm_accuracy: of ERM on held-out images as they are, in [0, 1].
-
-    Returns:
-        See `by_mistakes`.
     """
     gains = {}
     for name, accuracies in resampled.items():
-        of_erm = accuracies["erm"]
-        of_candidate = accuracies["candidate"]
+        of_erm = accuracies["base"]
+        of_candidate = accuracies[name]
         erm_relies_on_it = 1 - of_erm >= RELIED_ON * (1 - erm_accuracy)
         does_without_it = of_candidate >= erm_accuracy - NOT_NEEDED
         if erm_relies_on_it and does_without_it:
             gains[name] = of_candidate - of_erm
-    if not gains:
-        kept = "No candidate passes the second test, on resampled images"
-        return "base", f"{kept}, so ERM is kept."
-    chosen = max(gains, key=gains.get)
-    description = judged[chosen]["description"]
-    return chosen, _reliance_in_words(description, resampled[chosen], erm_accuracy)
+    return max(gains, key=gains.get, default=None)
 
 
 def _reliance_in_words(
-    description: str, accuracies: dict[str, float], erm_accuracy: float
+    description: str,
+    resampled: dict[str, dict[str, float]],
+    name: str,
+    erm_accuracy: float,
 ) -> str:
     """What ERM and a candidate get right of the images that its masks resample."""
     images = f"Of held-out images that the masks of {description} resample"
-    erm = f"ERM gets {100 * accuracies['erm']:.1f} % right"
-    tuned = f"the model fine-tuned with them {100 * accuracies['candidate']:.1f} %"
+    erm = f"ERM gets {100 * resampled[name]['base']:.1f} % right"
+    tuned = f"the model fine-tuned with them {100 * resampled[name][name]:.1f} %"
     before = f"of images as they are, ERM gets {100 * erm_accuracy:.1f} %"
     meaning = "ERM relies on what is hidden, and the other model does without it."
     return f"{images}, {erm}, and {tuned}; {before}. {meaning}"
 
 
-def resampled_shortfalls(candidates: Sequence[Settings]) -> dict[str, float]:
-    """How far each model falls behind the best one on resampled images.
-
-    A model that relies on what a mask hides loses accuracy where that comes from
-    another image. `SAMPLE` images of each half are resampled by the masks of each
-    candidate, which the models of that half have made; the models of the other half
-    predict them.
+def largest_shortfalls(
+    resampled: dict[str, dict[str, float]], least: float
+) -> dict[str, float]:
+    """How far each model falls behind the best one, at most, over all sets of images.
 
     Args:
-        candidates: see `choose`; their models are saved.
+        resampled: see `resampled_accuracies`.
+        least: a set on which the best model is below this accuracy is left out: its
+            masks hide too much.
 
     Returns:
-        By configuration, `base` among them: the largest difference, over all sets of
-        images, between the best model's accuracy in its worst class and this one's, in
-        [0, 1]. A set on which the best one is below `STILL_VISIBLE` is left out;
-        without any set there are no shortfalls.
+        By configuration, `base` among them, in [0, 1]; nothing if no set is left.
     """
-    names = ["base", *(candidate.configuration for candidate in candidates)]
-    worst_class = {mask: dict.fromkeys(names, 0.0) for mask in names[1:]}
-    for mask, masked, networks in _resampled_samples(candidates, SAMPLE):
-        for name, network in networks.items():
-            logits = evaluation.predict(network, masked)
-            worst = evaluation.worst_class(logits, masked.labels.cpu())
-            worst_class[mask][name] += worst / 2  # the mean of both halves
     shortfalls = {}
-    for of_models in worst_class.values():
-        best = max(of_models.values())
-        if best < STILL_VISIBLE:
+    for accuracies in resampled.values():
+        best = max(accuracies.values())
+        if best < least:
             continue
-        for name in names:
-            shortfall = best - of_models[name]
-            shortfalls[name] = max(shortfalls.get(name, 0.0), shortfall)
+        for name, of_model in accuracies.items():
+            shortfalls[name] = max(shortfalls.get(name, 0.0), best - of_model)
     return shortfalls
 
 
@@ -545,65 +571,47 @@ def _networks_of_half(
 
 
 def _resampled_samples(
-    candidates: Sequence[Settings], size: int
-) -> Iterator[tuple[str, MaskedDataset, dict[str, nn.Module]]]:
-    """For each half and candidate, images to judge by, and models to be judged.
-
-    Args:
-        candidates: see `choose`.
-        size: how many images of each half, at most.
-
-    Yields:
-        The candidate; images of the half, resampled by its masks; and the models of the
-        other half, by configuration.
-    """
-    for half, other in ((0, 1), (1, 0)):
-        networks = _networks_of_half(candidates, other)
-        train = shortcuts.load(candidates[0].of_half(half)).train
-        generator = torch.Generator().manual_seed(candidates[0].seed)
-        sample = torch.randperm(len(train), generator=generator)[:size]
-        for chain in chains(candidates):
-            settings_of_half = [candidate.of_half(half) for candidate in chain]
-            models_of_half = _rounds(settings_of_half, train)
-            for candidate, tuned in zip(chain, models_of_half, strict=True):
-                masks = tuned.masked.own_masks[sample]
-                masked = MaskedDataset(train[sample], masks, "resample", candidate.seed)
-                yield candidate.configuration, masked, networks
+    candidates: Sequence[Settings], half: int, size: int
+) -> Iterator[tuple[str, MaskedDataset]]:
+    """Of each candidate: at most `size` images of a half, resampled by its masks."""
+    train = shortcuts.load(candidates[0].of_half(half)).train
+    generator = torch.Generator().manual_seed(candidates[0].seed)
+    sample = torch.randperm(len(train), generator=generator)[:size]
+    for chain in chains(candidates):
+        settings_of_half = [candidate.of_half(half) for candidate in chain]
+        models_of_half = _rounds(settings_of_half, train)
+        for candidate, tuned in zip(chain, models_of_half, strict=True):
+            masks = tuned.masked.own_masks[sample]
+            masked = MaskedDataset(train[sample], masks, "resample", candidate.seed)
+            yield candidate.configuration, masked
 
 
 def by_shortfalls(
-    judged: dict[str, dict], shortfalls: dict[str, float]
+    judged: dict[str, dict], shortfalls: dict[str, float], count: int
 ) -> tuple[str, str]:
-    """Choose the candidate with the smallest shortfall.
+    """Choose the candidate with the smallest shortfall; ERM, if its own is smaller.
 
-    ERM is kept if its own is smaller, or below `FAR_BEHIND`. Of the candidates within
-    one standard error that fall less behind than ERM, the one that hides least is
-    chosen.
+    Of the candidates within one standard error that fall less behind than ERM, the one
+    that hides least is chosen.
 
     Args:
         judged: see `judge`.
-        shortfalls: see `resampled_shortfalls`.
+        shortfalls: see `largest_shortfalls`.
+        count: of images, for the standard error.
 
     Returns:
         See `by_mistakes`.
     """
-    if not shortfalls:
-        hidden = "The masks of all candidates hide too much to compare models"
-        return "base", f"{hidden} on resampled images, so ERM is kept."
-    least = min(shortfalls[name] for name in judged)
-    error = math.sqrt(max(least * (1 - least), 1 / SAMPLE) / SAMPLE)
     where = "On images resampled by the masks of candidates,"
-    of_erm = f"{100 * shortfalls['base']:.0f} points"
-    if shortfalls["base"] < FAR_BEHIND:
-        kept = f"ERM is no more than {of_erm} behind the best, and is kept."
-        return "base", f"{where} {kept}"
+    least = min(shortfalls[name] for name in judged)
     if shortfalls["base"] <= least:
-        kept = "no candidate falls less behind the best than ERM, which is kept."
+        kept = "no candidate falls less behind the best model than ERM, which is kept."
         return "base", f"{where} {kept}"
+    error = math.sqrt(max(least * (1 - least), 1 / count) / count)
     better = [name for name in judged if shortfalls[name] < shortfalls["base"]]
     near = [name for name in better if shortfalls[name] <= least + error]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
     description = judged[chosen]["description"]
-    of_chosen = f"{100 * shortfalls[chosen]:.0f} points"
-    reason = f"{description} is at most {of_chosen} behind the best, and ERM {of_erm}"
-    return chosen, f"{where} {reason}. That is in doubt."
+    of_chosen = f"{100 * shortfalls[chosen]:.1f} points behind the best model"
+    of_erm = f"{100 * shortfalls['base']:.1f}"
+    return chosen, f"{where} {description} is at most {of_chosen}, and ERM {of_erm}."
