@@ -5,12 +5,11 @@ other half. Where a shortcut decides, nearly all of their mistakes are images th
 against it. So a candidate is judged by how many of these mistakes it gets right, and
 how many of the other images, by models that have not seen them either.
 
-Most mistakes can also be images that are hard to read. ERM is less sure of these than
-of those that a shortcut causes. Then held-out images are resampled by the masks of each
-candidate: ERM may lose accuracy where the candidate loses hardly any. So ERM relies on
-what is hidden, and the candidate does without it. Of all candidates, the one is chosen
-that falls the least behind the best model on such images. Only training images and
-their classes are used.
+Most mistakes can also be images that are hard to read, of which ERM is less sure, or
+there can be too few. Then held-out images are resampled by the masks of each candidate.
+Where ERM loses accuracy, and another model hardly any, ERM relies on what is hidden,
+and the other model does without it. If nothing shows that, ERM is kept. Only training
+images and their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024). Such groups to
 choose by: uLA (Tsirigotis et al., 2023). To choose masks by them is ours.
@@ -41,24 +40,25 @@ from masktune_utils.settings import BaseSettings, Settings
 
 # With fewer mistakes than this, resampled images are the judge.
 FEW = 10
-# So many images of each half are resampled, at most: if mistakes are few; and if they
+# At most this many images of each half are resampled: if mistakes are few; and if they
 # are not, but no candidate gets most of them right.
 SAMPLE = 500
 LARGE_SAMPLE = 5000
-# A shortcut causes ERM's mistakes if its median probability of them is above this.
+# If ERM's median probability of its mistakes is above this, a shortcut causes them.
 SURE = 0.95
-# ERM relies on what is resampled if it makes this many times as many mistakes there.
+# ERM relies on what is resampled if it makes at least this many times as many mistakes
+# as on the original images. (It cannot if it gets less than three quarters right.)
 RELIED_ON = 4
-# A candidate does without it if its accuracy there is at most this far below ERM's on
-# images as they are.
+# A model does without it if its accuracy is at most this far below ERM's on the
+# original images.
 NOT_NEEDED = 0.01
 # If mistakes are few, ERM is kept if its shortfall is below this.
 FAR_BEHIND = 0.25
 # Resampled images count if the best model's worst class reaches this; else the masks
 # hide too much.
 STILL_VISIBLE = 0.9
-# Fine-tuning takes as many whole epochs as make this many steps, but no more than
-# MOST_EPOCHS.
+# Fine-tuning on all images takes as many whole epochs as make this many steps, but no
+# more than MOST_EPOCHS; on half of them as many epochs.
 STEPS = 750
 MOST_EPOCHS = 6
 CANDIDATES = (  # shared, param of mean_std, dilation, rounds at most
@@ -94,6 +94,11 @@ class HeldOut:
     erm_probabilities: Tensor
     candidate_predictions: dict[str, Tensor]
     hidden: dict[str, float]
+
+    @property
+    def is_mistake(self) -> Tensor:
+        """N, whether ERM's prediction is wrong."""
+        return self.erm_predictions != self.labels
 
 
 def candidates(settings: BaseSettings, count: int) -> list[Settings]:
@@ -134,6 +139,8 @@ def choose(
 ) -> dict[str, Any]:
     """Judge candidates on held-out images, choose one or keep ERM, and save the choice.
 
+    A choice that is saved for this base model and these candidates is returned.
+
     Args:
         candidates: of one base model, whose result is saved; with `cross_fit`.
         jobs: how many processes.
@@ -156,23 +163,18 @@ def choose(
     judged = judge(held_out)
     _describe(judged, candidates)
     images = len(held_out.labels)
-    is_wrong = held_out.erm_predictions != held_out.labels
-    mistakes = int(is_wrong.sum())
+    mistakes = int(held_out.is_mistake.sum())
     counted = (
         f"{mistakes} of {images:,} training images are predicted wrongly "
         "by ERM models that have not seen them"
     )
     if mistakes < FEW:
         counted += ", too few to judge by"
-        chosen, reason = few_mistakes_test(candidates, judged)
+        chosen, reason = few_mistakes_test(candidates, judged, held_out)
     else:
         chosen, reason = by_mistakes(judged)
         if chosen == "base":
-            probability = held_out.erm_probabilities[is_wrong].median().item()
-            erm_accuracy = 1 - mistakes / images
-            chosen, second_reason = second_test(
-                candidates, judged, probability, erm_accuracy
-            )
+            chosen, second_reason = second_test(candidates, judged, held_out)
             reason = f"{reason} {second_reason}"
     choice = {
         "configuration": chosen,
@@ -328,7 +330,7 @@ def judge(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """
     from scipy.stats import binomtest  # takes a second
 
-    wrong = held_out.erm_predictions != held_out.labels
+    wrong = held_out.is_mistake
     judged = {}
     for name, predictions in held_out.candidate_predictions.items():
         right = predictions == held_out.labels
@@ -359,8 +361,9 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     """Choose by ERM's mistakes.
 
     Candidates that get most of the mistakes right, beyond doubt (the interval lies
-    above one half), are admitted. Of those within one standard error of the best score
-    (by the number of mistakes), the one that hides least is chosen.
+    above one half), and most of the rest, are admitted. Of those within one standard
+    error of the best score (by the number of mistakes), the one that hides least is
+    chosen.
 
     Args:
         judged: see `judge`.
@@ -368,18 +371,20 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
     Returns:
         The chosen configuration, or `base` if there is none; and the reason.
     """
-    admitted = {name: row for name, row in judged.items() if row["interval"][0] > 0.5}
-    among = admitted or judged
-    best = max(among.values(), key=lambda row: row["score"])
+    admitted = {}
+    for name, row in judged.items():
+        if row["interval"][0] > 0.5 and accuracy(row["rest"]) > 0.5:
+            admitted[name] = row
+    best = max((admitted or judged).values(), key=lambda row: row["score"])
+    if not admitted:
+        none = "No candidate gets most of them right beyond doubt."
+        return "base", f"{none} {_in_words(best)}"
     count = sum(best["mistakes"]["all"])
-    error = math.sqrt(best["score"] * (1 - best["score"]) / count)
-    least = best["score"] - error
-    near = [name for name, row in among.items() if row["score"] >= least]
+    standard_error = math.sqrt(best["score"] * (1 - best["score"]) / count)
+    lowest_score = best["score"] - standard_error
+    near = [name for name, row in admitted.items() if row["score"] >= lowest_score]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
-    result = _in_words(judged[chosen])
-    if admitted:
-        return chosen, result
-    return "base", f"No candidate gets most of them right beyond doubt. {result}"
+    return chosen, _in_words(judged[chosen])
 
 
 def _in_words(row: dict[str, Any]) -> str:
@@ -394,15 +399,16 @@ def _in_words(row: dict[str, Any]) -> str:
 
 
 def few_mistakes_test(
-    candidates: Sequence[Settings], judged: dict[str, dict]
+    candidates: Sequence[Settings], judged: dict[str, dict], held_out: HeldOut
 ) -> tuple[str, str]:
     """Choose by resampled images where ERM has too few mistakes to judge by.
 
-    ERM is kept if its shortfall is below `FAR_BEHIND`.
+    ERM is kept if its largest shortfall is below `FAR_BEHIND`.
 
     Args:
         candidates: see `choose`; their models are saved.
         judged: see `judge`.
+        held_out: predictions.
 
     Returns:
         See `by_mistakes`.
@@ -410,21 +416,22 @@ def few_mistakes_test(
     resampled = resampled_accuracies(candidates, SAMPLE, evaluation.worst_class)
     shortfalls = largest_shortfalls(resampled, STILL_VISIBLE)
     if not shortfalls:
-        hidden = "The masks of all candidates hide too much to compare models"
-        return "base", f"{hidden} on resampled images, so ERM is kept."
+        too_much = "The masks of all candidates hide too much to compare models"
+        return "base", f"{too_much} on resampled images, so ERM is kept."
     if shortfalls["base"] < FAR_BEHIND:
         of_erm = f"{100 * shortfalls['base']:.1f} points"
-        kept = f"ERM is no more than {of_erm} behind the best model, and is kept."
+        kept = f"ERM is at most {of_erm} behind the best model, and is kept."
         return "base", f"On images resampled by the masks of candidates, {kept}"
-    chosen, reason = by_shortfalls(judged, shortfalls, SAMPLE)
-    return chosen, f"{reason} That is in doubt."
+    images = min(2 * SAMPLE, len(held_out.labels))
+    images_of_class = images // len(held_out.labels.unique())
+    chosen, reason = by_shortfalls(judged, shortfalls, images_of_class)
+    if chosen != "base":
+        reason = f"{reason} That is in doubt."
+    return chosen, reason
 
 
 def second_test(
-    candidates: Sequence[Settings],
-    judged: dict[str, dict],
-    probability: float,
-    erm_accuracy: float,
+    candidates: Sequence[Settings], judged: dict[str, dict], held_out: HeldOut
 ) -> tuple[str, str]:
     """Choose where no candidate gets most of the mistakes right.
 
@@ -435,26 +442,31 @@ def second_test(
     Args:
         candidates: see `choose`; their models are saved.
         judged: see `judge`.
-        probability: the median of ERM's probabilities of its mistakes, in [0, 1].
-        erm_accuracy: of ERM on held-out images as they are, in [0, 1].
+        held_out: predictions.
 
     Returns:
         See `by_mistakes`.
     """
-    median = f"(median probability {100 * probability:.0f} %)"
-    if probability > SURE:
+    probabilities = held_out.erm_probabilities[held_out.is_mistake]
+    median_probability = probabilities.quantile(0.5).item()
+    median = f"(median probability {100 * median_probability:.0f} %)"
+    if median_probability > SURE:
         sure = f"ERM is sure of its mistakes {median}, as where a shortcut causes them"
         return "base", f"{sure} that no candidate hides, so ERM is kept."
     unsure = f"ERM is not sure of its mistakes {median}."
+    erm_accuracy = 1 - held_out.is_mistake.double().mean().item()
     resampled = resampled_accuracies(candidates, LARGE_SAMPLE, evaluation.accuracy)
-    shown_by = relied_on(resampled, erm_accuracy)
+    shown_by = shows_reliance(resampled, erm_accuracy)
     if shown_by is None:
-        kept = "No candidate passes the second test, on resampled images"
-        return "base", f"{unsure} {kept}, so ERM is kept."
+        none = (
+            "No candidate shows, on resampled images, that ERM relies on what it hides"
+        )
+        return "base", f"{unsure} {none}, so ERM is kept."
     description = judged[shown_by]["description"]
     relies = _reliance_in_words(description, resampled, shown_by, erm_accuracy)
     shortfalls = largest_shortfalls(resampled, erm_accuracy - NOT_NEEDED)
-    chosen, reason = by_shortfalls(judged, shortfalls, LARGE_SAMPLE)
+    images = min(2 * LARGE_SAMPLE, len(held_out.labels))
+    chosen, reason = by_shortfalls(judged, shortfalls, images)
     return chosen, f"{unsure} {relies} {reason}"
 
 
@@ -480,29 +492,32 @@ def resampled_accuracies(
     """
     names = [candidate.configuration for candidate in candidates]
     accuracies = {mask: dict.fromkeys(["base", *names], 0.0) for mask in names}
-    for half, other in ((0, 1), (1, 0)):
-        networks = _networks_of_half(candidates, other)
-        for mask, masked in _resampled_samples(candidates, half, size):
-            labels = masked.labels.cpu()
-            for name, network in networks.items():
-                logits = evaluation.predict(network, masked)
-                accuracies[mask][name] += accuracy_of(logits, labels) / 2
+    bar = progress.bar(total=2 * len(names), unit="mask", desc="resampling")
+    with bar, progress.silence():
+        for half, other in ((0, 1), (1, 0)):
+            networks = _networks_of_half(candidates, other)
+            for mask, masked in _resampled_samples(candidates, half, size):
+                labels = masked.labels.cpu()
+                for name, network in networks.items():
+                    logits = evaluation.predict(network, masked)
+                    accuracies[mask][name] += accuracy_of(logits, labels) / 2
+                bar.update()
     return accuracies
 
 
-def relied_on(
+def shows_reliance(
     resampled: dict[str, dict[str, float]], erm_accuracy: float
 ) -> str | None:
     """A candidate that does without what ERM relies on; None if there is none.
 
     Where images are resampled by the candidate's masks, ERM makes at least `RELIED_ON`
-    times as many mistakes as on images as they are, and the candidate is at most
-    `NOT_NEEDED` below ERM's accuracy on images as they are. Of several candidates, it
-    is the one that is furthest above ERM.
+    times as many mistakes as on the original images, and the candidate is at most
+    `NOT_NEEDED` below ERM's accuracy on these. Of several candidates, it is the one
+    that is furthest above ERM.
 
     Args:
         resampled: see `resampled_accuracies`.
-        erm_accuracy: of ERM on held-out images as they are, in [0, 1].
+        erm_accuracy: of ERM on the original held-out images, in [0, 1].
     """
     gains = {}
     for name, accuracies in resampled.items():
@@ -525,19 +540,19 @@ def _reliance_in_words(
     images = f"Of held-out images that the masks of {description} resample"
     erm = f"ERM gets {100 * resampled[name]['base']:.1f} % right"
     tuned = f"the model fine-tuned with them {100 * resampled[name][name]:.1f} %"
-    before = f"of images as they are, ERM gets {100 * erm_accuracy:.1f} %"
+    before = f"of the original images, ERM gets {100 * erm_accuracy:.1f} %"
     meaning = "ERM relies on what is hidden, and the other model does without it."
     return f"{images}, {erm}, and {tuned}; {before}. {meaning}"
 
 
 def largest_shortfalls(
-    resampled: dict[str, dict[str, float]], least: float
+    resampled: dict[str, dict[str, float]], least_accuracy: float
 ) -> dict[str, float]:
     """How far each model falls behind the best one, at most, over all sets of images.
 
     Args:
         resampled: see `resampled_accuracies`.
-        least: a set on which the best model is below this accuracy is left out: its
+        least_accuracy: a set on which the best model is below it is left out: its
             masks hide too much.
 
     Returns:
@@ -546,7 +561,7 @@ def largest_shortfalls(
     shortfalls = {}
     for accuracies in resampled.values():
         best = max(accuracies.values())
-        if best < least:
+        if best < least_accuracy:
             continue
         for name, of_model in accuracies.items():
             shortfalls[name] = max(shortfalls.get(name, 0.0), best - of_model)
@@ -589,27 +604,29 @@ def _resampled_samples(
 def by_shortfalls(
     judged: dict[str, dict], shortfalls: dict[str, float], count: int
 ) -> tuple[str, str]:
-    """Choose the candidate with the smallest shortfall; ERM, if its own is smaller.
+    """Choose by how far models fall behind at most.
 
-    Of the candidates within one standard error that fall less behind than ERM, the one
-    that hides least is chosen.
+    ERM is kept unless some candidate falls less behind. Of those that do, and are
+    within one standard error of the smallest shortfall, the one that hides least is
+    chosen.
 
     Args:
         judged: see `judge`.
         shortfalls: see `largest_shortfalls`.
-        count: of images, for the standard error.
+        count: how many images an accuracy is of.
 
     Returns:
         See `by_mistakes`.
     """
     where = "On images resampled by the masks of candidates,"
-    least = min(shortfalls[name] for name in judged)
-    if shortfalls["base"] <= least:
+    smallest = min(shortfalls[name] for name in judged)
+    if shortfalls["base"] <= smallest:
         kept = "no candidate falls less behind the best model than ERM, which is kept."
         return "base", f"{where} {kept}"
-    error = math.sqrt(max(least * (1 - least), 1 / count) / count)
+    variance = max(smallest * (1 - smallest), 1 / count)
+    standard_error = math.sqrt(variance / count)
     better = [name for name in judged if shortfalls[name] < shortfalls["base"]]
-    near = [name for name in better if shortfalls[name] <= least + error]
+    near = [name for name in better if shortfalls[name] <= smallest + standard_error]
     chosen = min(near, key=lambda name: judged[name]["hidden"])
     description = judged[chosen]["description"]
     of_chosen = f"{100 * shortfalls[chosen]:.1f} points behind the best model"

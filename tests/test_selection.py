@@ -180,6 +180,26 @@ def test_a_candidate_is_admitted_if_its_interval_lies_above_one_half(right, mist
     assert chosen == "a"
 
 
+def test_what_is_not_admitted_is_not_chosen():
+    """Not even where it is within a standard error of the best, and hides less."""
+    judged = {"a": row(28, 999, 0.3), "b": row(26, 999, 0.1)}
+    assert judged["b"]["interval"][0] < 0.5
+    chosen, _ = selection.by_mistakes(judged)
+    assert chosen == "a"
+
+
+@pytest.mark.parametrize(("rest", "expected"), [(500, "base"), (501, "a")])
+def test_a_candidate_is_admitted_if_most_of_the_rest_is_right(rest, expected):
+    chosen, _ = selection.by_mistakes({"a": row(40, rest, 0.1)})
+    assert chosen == expected
+
+
+def test_where_none_is_admitted_the_best_is_reported():
+    judged = {"a": row(25, 999, 0.2), "b": row(24, 999, 0.1)}
+    _, reason = selection.by_mistakes(judged)
+    assert "With rule 0.2, 25 of these are right" in reason
+
+
 @with_small_rules
 def test_candidates_that_differ_in_their_rounds_alone_form_a_chain():
     candidates = selection.candidates(Settings(**SMALL), 400)
@@ -300,7 +320,7 @@ def test_without_a_shortcut_erm_is_kept(tmp_path):
     choice = selection.choose(selection.candidates(settings, len(sets.train)))
     assert choice["configuration"] == "base"
     assert choice["mistakes"] >= selection.FEW
-    assert "so ERM is kept" in choice["reason"]
+    assert "ERM is not sure of its mistakes" in choice["reason"]
     table = results.collect(str(tmp_path))
     assert table["chosen"].tolist() == [True]
 
@@ -311,7 +331,9 @@ def test_without_mistakes_resampled_images_are_the_judge(tmp_path):
     candidates = selection.candidates(settings, len(sets.train))
     choice = selection.choose(candidates)
     assert choice["mistakes"] < selection.FEW
-    chosen, reason = selection.few_mistakes_test(candidates, choice["candidates"])
+    held_out = selection.predict_held_out(candidates, jobs=1, retrain=False)
+    judged = choice["candidates"]
+    chosen, reason = selection.few_mistakes_test(candidates, judged, held_out)
     assert choice["configuration"] == chosen != "base"
     assert choice["reason"].endswith(f", too few to judge by. {reason}")
 
@@ -398,7 +420,7 @@ def test_a_shortfall_is_the_largest_on_images_that_a_model_can_read(least, expec
 )
 def test_erm_relies_on_what_a_candidate_does_without(erm, candidate, expected):
     resampled = {"a": {"base": erm, "a": candidate, "b": 0.99}}
-    assert selection.relied_on(resampled, erm_accuracy=0.98) == expected
+    assert selection.shows_reliance(resampled, erm_accuracy=0.98) == expected
 
 
 def test_of_masks_that_show_it_the_one_furthest_above_erm_is_named():
@@ -408,7 +430,7 @@ def test_of_masks_that_show_it_the_one_furthest_above_erm_is_named():
         "c": {"base": 0.868, "c": 0.9705},
         "d": {"base": 0.5, "d": 0.969},  # it needs what it hides
     }
-    assert selection.relied_on(resampled, erm_accuracy=0.98) == "b"
+    assert selection.shows_reliance(resampled, erm_accuracy=0.98) == "b"
 
 
 def in_second_test(resampled: dict, monkeypatch, probability: float = 0.9) -> tuple:
@@ -423,7 +445,13 @@ def in_second_test(resampled: dict, monkeypatch, probability: float = 0.9) -> tu
     monkeypatch.setattr(selection, "resampled_accuracies", accuracies)
     hidden = dict(zip(names, [0.1, 0.2, 0.3], strict=True))
     judged = {name: row(20, 990, hidden[name]) for name in names}
-    chosen, reason = selection.second_test(names, judged, probability, 0.98)
+    labels = torch.arange(2500) % 2
+    erm_predictions = labels.clone()
+    erm_predictions[:50] = 2  # 98 % are right
+    probabilities = torch.ones(2500)
+    probabilities[:50] = probability
+    held_out = HeldOut(labels, erm_predictions, probabilities, {}, hidden)
+    chosen, reason = selection.second_test(names, judged, held_out)
     is_sure = probability > selection.SURE
     assert asked == ([] if is_sure else [(names, 5000, evaluation.accuracy)])
     return chosen, reason
@@ -442,7 +470,7 @@ def test_of_all_candidates_the_one_that_falls_least_behind_is_chosen(monkeypatch
     assert chosen == "b"
     images = "Of held-out images that the masks of rule 0.2 resample"
     right = "ERM gets 75.0 % right, and the model fine-tuned with them 97.5 %"
-    before = "of images as they are, ERM gets 98.0 %"
+    before = "of the original images, ERM gets 98.0 %"
     meaning = "ERM relies on what is hidden, and the other model does without it."
     where = "On images resampled by the masks of candidates"
     points = "rule 0.2 is at most 0.5 points behind the best model, and ERM 23.0."
@@ -477,8 +505,29 @@ def test_erm_is_kept_if_it_relies_on_nothing_that_can_be_hidden(monkeypatch):
     resampled = {"a": {"base": 0.97, "a": 0.99, "b": 0.99, "c": 0.99}}
     chosen, reason = in_second_test(resampled, monkeypatch)
     assert chosen == "base"
-    kept = "No candidate passes the second test, on resampled images"
-    assert reason == f"{UNSURE} {kept}, so ERM is kept."
+    none = "No candidate shows, on resampled images, that ERM relies on what it hides"
+    assert reason == f"{UNSURE} {none}, so ERM is kept."
+
+
+@pytest.mark.parametrize(("behind", "expected"), [(0.00039, "a"), (0.00041, "b")])
+def test_the_standard_error_is_that_of_all_images(behind, expected, monkeypatch):
+    """It is 0.0004 of 2,500 images."""
+    resampled = {
+        "a": {"base": 0.8, "a": 0.98 - behind, "b": 0.98, "c": 0.9},
+        "b": {"base": 0.8, "a": 0.98, "b": 0.98, "c": 0.9},
+        "c": {"base": 0.8, "a": 0.9, "b": 0.9, "c": 0.9},
+    }
+    chosen, _ = in_second_test(resampled, monkeypatch)
+    assert chosen == expected
+
+
+def test_the_median_of_an_even_number_of_mistakes_lies_in_the_middle():
+    labels = torch.zeros(40, dtype=torch.long)
+    probabilities = torch.tensor([0.94, 0.97]).repeat_interleave(20)
+    held_out = HeldOut(labels, labels + 1, probabilities, {}, {})
+    chosen, reason = selection.second_test([], {}, held_out)
+    assert chosen == "base"
+    assert "(median probability 96 %)" in reason  # 95.5
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.9499, "a"), (0.9501, "base")])
@@ -617,7 +666,6 @@ def times_of(directory) -> dict:
 def test_one_candidate_is_enough_and_to_retrain_is_to_train_both_halves_again(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(selection, "STILL_VISIBLE", 0)  # these models are poor
     settings, _ = with_base(tmp_path, limit=40, epochs=1)
     rule = {"method": "mean_std", "param": 2.0, "fill": "resample", "cross_fit": True}
     candidates = [settings.replace(**rule)]
@@ -709,7 +757,7 @@ def test_where_mistakes_do_not_decide_resampled_images_do(settings, monkeypatch)
     assert choice["configuration"] == name
     judged = choice["candidates"]
     _, first = selection.by_mistakes(judged)
-    _, second = selection.second_test([candidate], judged, 0.9, erm_accuracy=0.96)
+    _, second = selection.second_test([candidate], judged, held_out)
     assert choice["reason"].endswith(f"{first} {second}")
     resampled[name][name] = 0.9
     choice = selection.choose([candidate], retrain=True)
@@ -754,41 +802,69 @@ def test_of_models_that_fall_behind_the_least_the_one_that_hides_least_is_chosen
     assert chosen == expected
 
 
-IN_DOUBT = (
-    "rule 0.1 is at most 5.0 points behind the best model, and ERM 25.1. "
-    "That is in doubt."
-)
-NOT_FAR = "ERM is no more than 24.9 points behind the best model, and is kept."
-
-
-@pytest.mark.parametrize(("erm", "expected"), [(0.699, IN_DOUBT), (0.701, NOT_FAR)])
-def test_without_mistakes_erm_is_kept_unless_it_falls_far_behind(
-    erm, expected, monkeypatch
-):
+def in_few_mistakes_test(resampled: dict, count: int, monkeypatch) -> tuple:
+    """Its result for two candidates and held-out images; b hides less than a."""
     asked = []
 
     def accuracies(candidates, size, accuracy_of):
         asked.append((candidates, size, accuracy_of))
-        first = {"base": erm, "a": 0.95, "b": 0.9}
-        second = {"base": 0.9, "a": 0.85, "b": 0.8}
-        hidden = {"base": 0.0, "a": 0.1, "b": 0.89}
-        return {"a": first, "b": second, "c": hidden}
+        return resampled
 
     monkeypatch.setattr(selection, "resampled_accuracies", accuracies)
-    judged = {"a": row(0, 999, 0.1), "b": row(0, 999, 0.1)}
-    chosen, reason = selection.few_mistakes_test(["a", "b"], judged)
+    judged = {"a": row(0, 999, 0.2), "b": row(0, 999, 0.1)}
+    labels = torch.arange(count) % 2
+    held_out = HeldOut(labels, labels, torch.ones(count), {}, {})
+    result = selection.few_mistakes_test(["a", "b"], judged, held_out)
+    assert asked == [(["a", "b"], 500, evaluation.worst_class)]
+    return result
+
+
+IN_DOUBT = (
+    "rule 0.2 is at most 5.0 points behind the best model, and ERM 25.1. "
+    "That is in doubt."
+)
+NOT_FAR = "ERM is at most 24.9 points behind the best model, and is kept."
+NONE_BETTER = "no candidate falls less behind the best model than ERM, which is kept."
+
+
+@pytest.mark.parametrize(
+    ("erm", "a", "expected"),
+    [(0.699, 0.85, IN_DOUBT), (0.701, 0.85, NOT_FAR), (0.699, 0.6, NONE_BETTER)],
+)
+def test_without_mistakes_erm_is_kept_unless_it_falls_far_behind(
+    erm, a, expected, monkeypatch
+):
+    resampled = {
+        "a": {"base": erm, "a": 0.95, "b": 0.6},
+        "b": {"base": 0.9, "a": a, "b": 0.9},
+        "c": {"base": 0.0, "a": 0.1, "b": 0.89},  # these masks hide too much
+    }
+    chosen, reason = in_few_mistakes_test(resampled, 1000, monkeypatch)
     assert chosen == ("a" if expected == IN_DOUBT else "base")
     assert reason == f"On images resampled by the masks of candidates, {expected}"
-    assert asked == [(["a", "b"], 500, evaluation.worst_class)]
+
+
+@pytest.mark.parametrize(
+    ("count", "behind", "expected"),
+    [(500, 0.003, "b"), (1000, 0.003, "a"), (9000, 0.0015, "b")],
+)
+def test_without_mistakes_the_standard_error_is_that_of_a_class(
+    count, behind, expected, monkeypatch
+):
+    """It is 0.004 of 250 images, and 0.002 of 500, the most that are looked at."""
+    resampled = {
+        "a": {"base": 0.5, "a": 1.0, "b": 1 - behind},
+        "b": {"base": 0.5, "a": 1.0, "b": 1.0},
+    }
+    assert in_few_mistakes_test(resampled, count, monkeypatch)[0] == expected
 
 
 def test_without_mistakes_erm_is_kept_where_all_masks_hide_too_much(monkeypatch):
-    resampled = {"a": {"base": 0.1, "a": 0.899}}
-    monkeypatch.setattr(selection, "resampled_accuracies", lambda *_: resampled)
-    chosen, reason = selection.few_mistakes_test(["a"], {"a": row(0, 999, 0.1)})
+    resampled = {"a": {"base": 0.1, "a": 0.899, "b": 0.1}}
+    chosen, reason = in_few_mistakes_test(resampled, 1000, monkeypatch)
     assert chosen == "base"
-    hidden = "The masks of all candidates hide too much to compare models"
-    assert reason == f"{hidden} on resampled images, so ERM is kept."
+    too_much = "The masks of all candidates hide too much to compare models"
+    assert reason == f"{too_much} on resampled images, so ERM is kept."
 
 
 def test_the_networks_that_judge_are_on_the_device_of_the_images(settings, monkeypatch):
