@@ -433,7 +433,9 @@ def test_of_masks_that_show_it_the_one_furthest_above_erm_is_named():
     assert selection.shows_reliance(resampled, erm_accuracy=0.98) == "b"
 
 
-def in_second_test(resampled: dict, monkeypatch, probability: float = 0.9) -> tuple:
+def in_second_test(
+    resampled: dict, monkeypatch, probability: float = 0.9, count: int = 2500
+) -> tuple:
     """Its result for three candidates, of which a hides least, and c most."""
     asked = []
     names = ["a", "b", "c"]
@@ -445,11 +447,11 @@ def in_second_test(resampled: dict, monkeypatch, probability: float = 0.9) -> tu
     monkeypatch.setattr(selection, "resampled_accuracies", accuracies)
     hidden = dict(zip(names, [0.1, 0.2, 0.3], strict=True))
     judged = {name: row(20, 990, hidden[name]) for name in names}
-    labels = torch.arange(2500) % 2
+    labels = torch.arange(count) % 2
     erm_predictions = labels.clone()
-    erm_predictions[:50] = 2  # 98 % are right
-    probabilities = torch.ones(2500)
-    probabilities[:50] = probability
+    erm_predictions[: count // 50] = 2  # 98 % are right
+    probabilities = torch.ones(count)
+    probabilities[: count // 50] = probability
     held_out = HeldOut(labels, erm_predictions, probabilities, {}, hidden)
     chosen, reason = selection.second_test(names, judged, held_out)
     is_sure = probability > selection.SURE
@@ -509,15 +511,18 @@ def test_erm_is_kept_if_it_relies_on_nothing_that_can_be_hidden(monkeypatch):
     assert reason == f"{UNSURE} {none}, so ERM is kept."
 
 
-@pytest.mark.parametrize(("behind", "expected"), [(0.00039, "a"), (0.00041, "b")])
-def test_the_standard_error_is_that_of_all_images(behind, expected, monkeypatch):
-    """It is 0.0004 of 2,500 images."""
+@pytest.mark.parametrize(
+    ("count", "behind", "expected"),
+    [(2500, 0.00039, "a"), (2500, 0.00041, "b"), (15_000, 0.00009, "a")],
+)
+def test_the_standard_error_is_that_of_all_images(count, behind, expected, monkeypatch):
+    """It is 0.0004 of 2,500 images, and 0.0001 of 10,000, the most that judge."""
     resampled = {
         "a": {"base": 0.8, "a": 0.98 - behind, "b": 0.98, "c": 0.9},
         "b": {"base": 0.8, "a": 0.98, "b": 0.98, "c": 0.9},
         "c": {"base": 0.8, "a": 0.9, "b": 0.9, "c": 0.9},
     }
-    chosen, _ = in_second_test(resampled, monkeypatch)
+    chosen, _ = in_second_test(resampled, monkeypatch, count=count)
     assert chosen == expected
 
 
