@@ -210,11 +210,12 @@ def test_candidates_that_differ_in_their_rounds_alone_form_a_chain():
 
 def predict_step_by_step(
     settings: Settings, candidates: list[Settings], train: Split
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> HeldOut:
     """Held-out predictions of ERM and of each candidate, in the order of the images."""
     halves = data.stratified_halves(train.labels, settings.seed)
     erm = torch.zeros_like(train.labels)
     predicted = {name: erm.clone() for name in names_of(candidates)}
+    hidden = dict.fromkeys(predicted, 0.0)
     for half, other in ((0, 1), (1, 0)):
         seen = train[halves[half]]
         unseen = train[halves[other]]
@@ -226,7 +227,9 @@ def predict_step_by_step(
             logits = evaluation.predict(tuned.model, unseen)
             erm[halves[other]] = erm_logits.argmax(1)
             predicted[candidate.configuration][halves[other]] = logits.argmax(1)
-    return erm, predicted
+            share = tuned.masked.own_masks.float().mean().item()
+            hidden[candidate.configuration] += share / 2
+    return HeldOut(train.labels, erm, torch.ones(len(erm)), predicted, hidden)
 
 
 def assert_probabilities_are_of_the_other_half(
@@ -244,18 +247,14 @@ def assert_probabilities_are_of_the_other_half(
 @with_small_rules
 def test_the_choice_equals_one_made_step_by_step(tmp_path):
     settings, sets = with_base(tmp_path, conflicting_share=0.1)
-    labels = sets.train.labels
     candidates = selection.candidates(settings, len(sets.train))
     choice = selection.choose(candidates)
-    erm, predicted = predict_step_by_step(settings, candidates, sets.train)
+    expected_held_out = predict_step_by_step(settings, candidates, sets.train)
     held_out = selection.predict_held_out(candidates, jobs=1, retrain=False)
     assert_probabilities_are_of_the_other_half(held_out, settings, sets.train)
-    hidden = {name: row["hidden"] for name, row in choice["candidates"].items()}
-    sure = torch.ones(len(labels))
-    judged = selection.judge(HeldOut(labels, erm, sure, predicted, hidden))
-    for name, expected in judged.items():
+    for name, expected in selection.judge(expected_held_out).items():
         assert choice["candidates"][name].items() >= expected.items()
-    assert choice["mistakes"] == (erm != labels).sum() >= selection.FEW
+    assert choice["mistakes"] == expected_held_out.is_mistake.sum() >= selection.FEW
     assert choice["images"] == 400
     chosen, reason = selection.by_mistakes(choice["candidates"])
     assert reason in choice["reason"]
@@ -691,6 +690,13 @@ def test_one_candidate_is_enough_and_to_retrain_is_to_train_both_halves_again(
     assert again == expected
 
 
+def test_where_erm_is_kept_the_chosen_model_is_the_base_model(settings, splits):
+    kept = {"configuration": "base"}
+    assert selection.chosen_settings(kept, [settings]) is None
+    base = experiment.base_model(settings, splits.train)
+    assert selection.chosen_model(kept, [settings], base, splits.train) is base
+
+
 def test_the_chosen_model_is_loaded_unless_it_is_trained_again(settings, splits):
     base = experiment.base_model(settings, splits.train)
     arguments = ({"configuration": "top_k_0.1"}, [settings], base, splits.train)
@@ -876,7 +882,8 @@ def test_the_networks_that_judge_are_on_the_device_of_the_images(settings, monke
     for name in ("base", settings.configuration):
         path = settings.of_half(1).checkpoint_path(name)
         store.save_checkpoint(path, models.new_model(0), {}, [])
-    monkeypatch.setattr(models, "resolve_device", lambda _name: torch.device("meta"))
+    devices = {settings.device: torch.device("meta")}
+    monkeypatch.setattr(models, "resolve_device", devices.get)
     networks = selection._networks_of_half([settings], 1)
     assert networks.keys() == {"base", settings.configuration}
     for network in networks.values():
