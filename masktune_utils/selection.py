@@ -44,10 +44,12 @@ FEW = 10
 # are not, but no candidate gets most of them right.
 SAMPLE = 500
 LARGE_SAMPLE = 5000
-# If ERM's median probability of its mistakes is above this, a shortcut causes them.
+# If ERM's median probability of its mistakes is above this, a shortcut is taken to
+# cause them.
 SURE = 0.95
 # ERM relies on what is resampled if it makes at least this many times as many mistakes
-# as on the original images. (It cannot if it gets less than three quarters right.)
+# as on the original images. (That is impossible if it gets fewer than three quarters
+# of these right.)
 RELIED_ON = 4
 # A model does without it if its accuracy is at most this far below ERM's on the
 # original images.
@@ -377,7 +379,7 @@ def by_mistakes(judged: dict[str, dict]) -> tuple[str, str]:
             admitted[name] = row
     best = max((admitted or judged).values(), key=lambda row: row["score"])
     if not admitted:
-        none = "No candidate gets most of them right beyond doubt."
+        none = "No candidate gets most of them, beyond doubt, and most of the others right."
         return "base", f"{none} {_in_words(best)}"
     count = sum(best["mistakes"]["all"])
     standard_error = math.sqrt(best["score"] * (1 - best["score"]) / count)

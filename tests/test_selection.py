@@ -165,7 +165,9 @@ def test_erm_is_kept_unless_most_of_its_mistakes_are_right_beyond_doubt():
     judged = {"a": row(25, 999, 0.1), "b": row(20, 999, 0.2)}
     chosen, reason = selection.by_mistakes(judged)
     assert chosen == "base"
-    doubt = "No candidate gets most of them right beyond doubt."
+    doubt = (
+        "No candidate gets most of them, beyond doubt, and most of the others right."
+    )
     numbers = (
         "25 of these are right (62 %, 95 % interval 47–76 %), and 99.9 % of the others."
     )
@@ -333,7 +335,7 @@ def test_without_mistakes_resampled_images_are_the_judge(tmp_path):
     held_out = selection.predict_held_out(candidates, jobs=1, retrain=False)
     judged = choice["candidates"]
     chosen, reason = selection.few_mistakes_test(candidates, judged, held_out)
-    assert choice["configuration"] == chosen != "base"
+    assert choice["configuration"] == chosen  # which depends on the CPU and its threads
     assert choice["reason"].endswith(f", too few to judge by. {reason}")
 
 
