@@ -137,6 +137,8 @@ def grid(
             is_mask = picture.ndim == 2
             pixels = picture if is_mask else picture.permute(1, 2, 0)
             ax.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
+            ax.set_frame_on(True)  # else a mask that is white at its edge looks cut off
+            ax.spines[:].set(visible=True, color="0.7", linewidth=0.5)
     style = {"fontsize": 8, "rotation": 0, "ha": "right", "va": "center"}
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, **style)

@@ -437,9 +437,9 @@ def second_test(
 ) -> tuple[str, str]:
     """Choose where no candidate gets most of the mistakes right.
 
-    If ERM is sure of them, a shortcut causes them that no candidate hides. Otherwise,
-    they may be images that are hard to read, and resampled images decide: whether ERM
-    relies on what can be hidden, and which model does without it.
+    If ERM is sure of them, probably a shortcut causes them that no candidate hides.
+    Otherwise, they may be images that are hard to read, and resampled images decide:
+    whether ERM relies on what can be hidden, and which model does without it.
 
     Args:
         candidates: see `choose`; their models are saved.

@@ -380,34 +380,6 @@ def test_the_size_of_digits_is_fixed():
         Settings(image_size=96)
 
 
-class Spy(torch.nn.Module):
-    """A network that keeps the images that it gets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(2, 1))
-        self.seen = []
-
-    def forward(self, batch):
-        self.seen += [*batch]
-        return batch.mean((1, 2, 3))[:, None] @ self.weight.T
-
-
-def test_flip_mirrors_half_of_the_images(splits):
-    few = splits.train[:100]
-    originals = data.to_float(few.images)
-
-    def is_original(image: torch.Tensor) -> bool:
-        return bool((originals == image).flatten(1).all(1).any())
-
-    spy = Spy()
-    training.train(spy, few, epochs=1, batch_size=25, flip=True)
-    mirrored = [image for image in spy.seen if not is_original(image)]
-    assert len(spy.seen) == 100
-    assert 30 < len(mirrored) < 70
-    assert all(is_original(image.flip(-1)) for image in mirrored)
-
-
 def test_dilation_grows_with_the_side():
     mask = torch.zeros(56, 56)
     mask[20, 20] = 1

@@ -25,7 +25,7 @@ STUDIES = {  # table of a study → what tells its rows apart
         "placement",
         "conflicting_share",
         "referee",
-        "asks for",
+        "needs",
         "method",
     ],
     "09_selective": ["dataset", "labels", "placement", "rule"],

@@ -317,6 +317,25 @@ def test_the_order_of_the_images_and_mirroring_depend_on_no_dropout(splits):
     assert torch.equal(seen["with"], seen["without"])
 
 
+def test_flip_mirrors_about_half_of_each_batch(splits):
+    few = splits.train[:100]
+    originals, _ = few.batch(slice(None))
+
+    def is_original(image: torch.Tensor) -> bool:
+        return bool((originals == image).flatten(1).all(1).any())
+
+    batches = []
+    network = AlwaysClass0()
+    network.register_forward_pre_hook(lambda _, inputs: batches.append(*inputs))
+    training.train(network, few, epochs=1, batch_size=25, flip=True)
+    assert len(batches) == 4
+    for batch in batches:
+        mirrored = [image for image in batch if not is_original(image)]
+        assert 5 < len(mirrored) < 20
+        for image in mirrored:
+            assert is_original(image.flip(-1))
+
+
 def test_a_model_in_evaluation_mode_is_trained_in_training_mode(model, splits):
     before = model.backbone[1].running_mean.clone()
     training.train(model, splits.train[:20], epochs=1, batch_size=10)
