@@ -2,9 +2,9 @@
 
 No shortcut is in them yet.
 
-Digits 0–4 are class 0, digits 5–9 class 1; FashionMNIST and KMNIST have ten kinds of
-clothes and characters instead. A folder of images has its own classes, and perhaps
-groups.
+Digits 0–4 are class 0, digits 5–9 class 1 (or, with the labels `digits`, each is a
+class); FashionMNIST and KMNIST have ten kinds of clothes and characters instead. A
+folder of images has its own classes, and perhaps groups.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -32,17 +32,33 @@ REMEDY = (
 )
 
 
+class ImageSet(Protocol):
+    """What can be trained on and predicted: a `Split` or a `masking.MaskedDataset`."""
+
+    @property
+    def labels(self) -> Tensor:
+        """N, int64, on the device to compute on."""
+
+    def __len__(self) -> int: ...
+
+    def in_epoch(self, epoch: int) -> Self:
+        """The images of an epoch, from 1."""
+
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images as float32 in [0, 1], B×C×H×W, and labels, B, on that device."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """A set of images, all on one device.
+    """A set of images, on one device; more than fit into its memory stay on the CPU.
 
     Attributes:
         images: N×C×H×W, uint8, or floating point in [0, 1].
         labels: N, int64, 0, 1, ….
-        digits: N, int64, 0–9; or the number of the group in `names`; by default the
-            labels.
+        digits: N, int64, 0–9; or the number of the group in `group_names`; by default
+            the labels.
         shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
-        names: of the groups; if there are none, the groups are class × shortcut.
+        group_names: if there are none, the groups are class × shortcut.
 
     Raises:
         ValueError: another shape, type or range; the message tells what is allowed.
@@ -52,7 +68,7 @@ class Split:
     labels: Tensor
     digits: Tensor | None = None
     shortcut: Tensor | None = None
-    names: tuple[str, ...] = ()
+    group_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images = self.images
@@ -195,10 +211,13 @@ def load(settings: DataSettings) -> tuple[Split, Split]:
     limit = settings.limit
     if limit is None:
         return train, test
-    limited = _first_of_each(train, train_kinds, limit)
-    if len(limited) <= limit - len(train_kinds.unique()):
-        raise ValueError(f"limit is {limit}; allowed: at most {len(limited)} here.")
-    return limited, _first_of_each(test, test.digits, limit)
+    kinds, counts = train_kinds.unique(return_counts=True)
+    smallest = counts.min().item()
+    if limit // len(kinds) > smallest:
+        most = len(kinds) * smallest
+        raise ValueError(f"limit is {limit}; allowed: at most {most} here.")
+    train = _first_of_each(train, train_kinds, limit)
+    return train, _first_of_each(test, test.digits, limit)
 
 
 def resolve_dataset(dataset: str) -> str:
@@ -349,6 +368,11 @@ def _read_folders(settings: DataSettings) -> tuple[Split, Split]:
         )
         labels = torch.tensor(listing.targets)
         splits.append(
-            Split(images, labels, torch.tensor(groups), names=tuple(names.tolist()))
+            Split(
+                images,
+                labels,
+                torch.tensor(groups),
+                group_names=tuple(names.tolist()),
+            )
         )
     return splits[0], splits[1]

@@ -12,7 +12,7 @@ from masktune_utils.settings import DataSettings
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Any, batch_size: int = 100) -> Tensor:
+def predict(model: nn.Module, dataset: data.ImageSet, batch_size: int = 100) -> Tensor:
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:
@@ -69,15 +69,26 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """N, bool, on the CPU: whether the predicted class is that of the image.
+
+    Args:
+        logits: N×classes, see `predict`.
+        labels: N, on any device.
+    """
+    return logits.argmax(1) == labels.cpu()
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy of predictions, in [0, 1]."""
-    return (logits.argmax(1) == labels).double().mean().item()
+    """Accuracy of predictions, in [0, 1]; see `is_right`."""
+    return is_right(logits, labels).double().mean().item()
 
 
 def worst_class(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy of the class with the smallest, in [0, 1]."""
-    is_right = (logits.argmax(1) == labels).double()
-    return min(is_right[labels == label].mean().item() for label in labels.unique())
+    """The smallest accuracy of a class that has images, in [0, 1]; see `is_right`."""
+    labels = labels.cpu()
+    right = is_right(logits, labels).double()
+    return min(right[labels == label].mean().item() for label in labels.unique())
 
 
 def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
@@ -87,9 +98,9 @@ def group_accuracy(logits: Tensor, split: data.Split) -> dict[str, float]:
         logits: N×classes.
         split: the images.
     """
-    is_right = (logits.argmax(1) == split.labels.cpu()).double()
+    right = is_right(logits, split.labels).double()
     members = shortcuts.groups(split)
-    return {name: is_right[index].mean().item() for name, index in members.items()}
+    return {name: right[index].mean().item() for name, index in members.items()}
 
 
 def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
@@ -124,7 +135,7 @@ def evaluate(model: nn.Module, sets: shortcuts.BiasedSets) -> dict[str, Any]:
 def _of_split(logits: Tensor, split: data.Split) -> dict[str, Any]:
     groups = group_accuracy(logits, split)
     report = metrics(logits, split.labels)
-    report["worst_class"] = worst_class(logits, split.labels.cpu())
+    report["worst_class"] = worst_class(logits, split.labels)
     report["groups"] = groups
     report["worst_group"] = min(groups.values())
     return report
@@ -148,6 +159,7 @@ def evaluate_checkpoint(
         CheckpointError: the file is damaged, foreign, or made from other images or for
             another number of classes.
         FileNotFoundError: no such file, or no such images.
+        ValueError: an unknown data set or device.
     """
     dataset = data.resolve_dataset(dataset)
     checkpoint = store.load_checkpoint(path, device=models.resolve_device(device))

@@ -5,7 +5,7 @@ import contextlib
 import copy
 import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,9 @@ class Trained:
     masked: MaskedDataset | None = None
 
 
-def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
+def from_notebook(
+    namespace: dict[str, Any], other_names: Sequence[str] = (), **derived: Any
+) -> Settings:
     """Make a notebook's parameters into settings.
 
     They are read from the cell of parameters as it was last run, and from the cell that
@@ -66,13 +68,14 @@ def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
 
     Args:
         namespace: the notebook's `globals()`.
+        other_names: parameters of this notebook that are no settings.
         **derived: settings that the notebook has computed.
 
     Raises:
-        ValueError: see `Settings`; an unknown parameter; one that is no literal; or a
-            directory that cannot be written to.
+        ValueError: see `Settings`; no cell of parameters; an unknown parameter; one
+            that is no literal; or a directory that cannot be written to.
     """
-    shown = {}
+    shown = None
     injected = {}
     is_literal = True
     for source in namespace["In"]:
@@ -84,11 +87,14 @@ def from_notebook(namespace: dict[str, Any], **derived: Any) -> Settings:
             is_literal = bool(assigned)
             shown = assigned
             injected = {}
+    if shown is None:
+        allowed = "a cell whose first line is directory = …, as in the notebooks"
+        raise ValueError(f"No cell of parameters was run; allowed: {allowed}.")
     if not is_literal:
         allowed = "literals, such as epochs = 10, one a line"
         raise ValueError(f"The cell of parameters is not read; allowed: {allowed}.")
-    known = {*shown, *DEFAULTS}
-    for name in injected:
+    known = {*DEFAULTS, *other_names}
+    for name in {**shown, **injected}:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             allowed = nearest[0] if nearest else ", ".join(DEFAULTS)
@@ -214,8 +220,8 @@ def masktune_rounds(
     """MaskTune with 1, 2, … `rounds` of masking, one model for each.
 
     Each round explains the model of the round before on the images that it was
-    fine-tuned on, adds what it looks at to what is hidden, and fine-tunes the base
-    model anew.
+    fine-tuned on (with `resample`, those of the first epoch), adds what it looks at to
+    what is hidden, and fine-tunes the base model anew.
 
     Args:
         settings: the experiment.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masktune_utils.data import Split
-from masktune_utils.settings import Fill
+from masktune_utils.settings import Fill, Upsample
 
 
 def threshold(maps: Tensor, param: float) -> Tensor:
@@ -217,7 +217,8 @@ class MaskedDataset:
         own_masks: N×H×W, True, or up to 1 in float32, where the image's own mask hides
             it.
         fill: `zero` or `resample`.
-        seed: of the partners.
+        seed: of the partners. Those of an epoch are drawn from `seed` + `epoch`, so
+            seeds that are closer than the number of epochs share some.
         epoch: from 1; each has its own partners.
     """
 
@@ -311,6 +312,9 @@ def mask_dataset(
     size = tuple(split.images.shape[-2:])
     if fill not in get_args(Fill):
         raise ValueError(f"fill is {fill!r}; allowed: {', '.join(get_args(Fill))}.")
+    if upsample not in get_args(Upsample):
+        allowed = ", ".join(get_args(Upsample))
+        raise ValueError(f"upsample is {upsample!r}; allowed: {allowed}.")
     if len(split) != len(saliency_map):
         raise ValueError(
             f"{len(saliency_map)} maps; allowed: {len(split)}, one per image."
@@ -343,7 +347,8 @@ def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
         `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`:
         share of the images whose shortcut is hidden to more than 99 %; `rest`: mean
         share of the area outside; `digit`: mean share of the digit's ink (grey value
-        outside the shortcut). All are NaN if no image has a shortcut.
+        outside the shortcut). All are NaN if no image has a shortcut. With `resample`,
+        what is hidden is the union with the mask of the partner in the first epoch.
     """
     shares = {"shortcut": [], "rest": [], "digit": []}
     with_shortcut = dataset.split.has_shortcut.nonzero()[:, 0]

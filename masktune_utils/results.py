@@ -248,7 +248,9 @@ def conclude(bases: Sequence[Settings]) -> str:
         for base, choice in seeds:
             text += f"seed {base.seed}: {choice['reason']}\n"
         settings, _ = seeds[0]
-        rows = compare(table, settings)
+        seed_numbers = [base.seed for base, _ in seeds]
+        of_seeds = table[table["seed"].isin(seed_numbers)]
+        rows = compare(of_seeds, settings)
         worst = rows.groupby("model")["worst_group"].mean()
         groups = [name for name in rows if name.startswith("group ")]
         text += f"\nAccuracy in %\n\n{summarize(rows, ['model']).to_string()}\n\n"

@@ -26,8 +26,8 @@ def saliency_maps(
     Args:
         model: a SmallCNN, or any network of images, see `models.target_layer`. It is
             explained in evaluation mode, and is itself left as it is.
-        images: N×C×H×W, uint8 or float in [0, 1], on the model's device.
-        labels: N; the class whose score is explained, one per image.
+        images: N×C×H×W, uint8 or float in [0, 1], on any device.
+        labels: N, on any device; the class whose score is explained, one per image.
         cam: one of `settings.Cam`, named as the classes of torchcam.
         batch_size: images at a time. It only changes the speed, except for
             SmoothGradCAMpp, which adds noise from a fixed seed.
@@ -49,18 +49,19 @@ def saliency_maps(
     layer.register_forward_hook(
         lambda _module, _inputs, output: output.requires_grad_().clone()
     )
+    device = next(explained.parameters()).device
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     maps = []
     with (
         getattr(methods, cam)(explained, layer) as extractor,
-        torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.enable_grad(),
     ):
         torch.manual_seed(0)  # SmoothGradCAMpp draws noise
         for batch, classes in progress.bar(
             batches, desc=cam, disable=len(batches) <= 1
         ):
-            scores = explained(data.to_float(batch.to(labels.device)))
+            scores = explained(data.to_float(batch.to(device)))
             maps += extractor(classes.tolist(), scores)
     maps = torch.cat(maps)
     empty = int((maps.amax(dim=(1, 2)) == 0).sum())

@@ -157,10 +157,9 @@ def choose(
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
     names = [candidate.configuration for candidate in candidates]
-    if path.exists() and not retrain:
-        choice = results.read_choice(path)
-        if choice["base_sha256"] == base_sha256 and names == [*choice["candidates"]]:
-            return choice
+    saved = None if retrain else results.current_choice(candidates[0])
+    if saved and names == [*saved["candidates"]]:
+        return saved
     held_out = predict_held_out(candidates, jobs, retrain)
     judged = judge(held_out)
     _describe(judged, candidates)
@@ -499,10 +498,9 @@ def resampled_accuracies(
         for half, other in ((0, 1), (1, 0)):
             networks = _networks_of_half(candidates, other)
             for mask, masked in _resampled_samples(candidates, half, size):
-                labels = masked.labels.cpu()
                 for name, network in networks.items():
                     logits = evaluation.predict(network, masked)
-                    accuracies[mask][name] += accuracy_of(logits, labels) / 2
+                    accuracies[mask][name] += accuracy_of(logits, masked.labels) / 2
                 bar.update()
     return accuracies
 

@@ -35,8 +35,8 @@ def groups(split: Split) -> dict[str, Tensor]:
         shortcut.
     """
     members = {}
-    if split.names:
-        for number, name in enumerate(split.names):
+    if split.group_names:
+        for number, name in enumerate(split.group_names):
             members[name] = split.digits.cpu() == number
     else:
         labels = split.labels.cpu()
@@ -184,7 +184,8 @@ def plant(
         settings: if its `shortcut` is `none`, these images get the square.
         generator: see `square`.
     """
-    add = SHORTCUTS.get(settings.shortcut, square)
+    name = "square" if settings.shortcut == "none" else settings.shortcut
+    add = SHORTCUTS[name]
     before = split.images[which]
     after = add(before, settings, generator)
     images = split.images.clone()
@@ -235,9 +236,10 @@ def load(settings: DataSettings) -> BiasedSets:
 
     Returns:
         `train`; `raw`, the test images without a shortcut; `biased`, the test images
-        with it in every image of class 1 and in no other; `validation`, what is held
-        out of `train`: the `validation_share`, or the other `half`. Nothing is planted
-        in a folder of images: its test set is `raw`, and `biased` is empty.
+        with it in every image of class 1 (of ten classes, the last five; see `halves`)
+        and in no other; `validation`, what is held out of `train`: the
+        `validation_share`, or the other `half`. Nothing is planted in a folder of
+        images: its test set is `raw`, and `biased` is empty.
 
     Raises:
         FileNotFoundError: see `data.load`.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from tqdm.std import tqdm
 
 from masktune_utils import progress
+from masktune_utils.data import ImageSet
 
 SECONDS_BETWEEN_STATES = 60
 
@@ -29,7 +31,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def train(
     model: nn.Module,
-    dataset: Any,
+    dataset: ImageSet,
     *,
     epochs: int,
     batch_size: int = 128,
@@ -47,6 +49,8 @@ def train(
     keep_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place with cross-entropy.
+
+    For the whole process, it asks cuDNN for deterministic convolutions.
 
     Args:
         model: is left in training mode, on its device.
@@ -198,10 +202,10 @@ def _batches(
 
 def _train_epoch(
     model: nn.Module,
-    dataset: Any,
+    dataset: ImageSet,
     batches: list[Tensor],
     scheduler: optim.lr_scheduler.LRScheduler,
-    bar: Any,
+    bar: tqdm,
     mirror: torch.Generator | None,
 ) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device."""

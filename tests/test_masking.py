@@ -283,6 +283,12 @@ def test_an_unknown_fill_is_refused(splits):
         masking.mask_dataset(splits.train, FIRST_MAPS, "mean", 0.1, fill="black")
 
 
+def test_an_unknown_upsampling_is_refused(splits):
+    message = "upsample is 'bicubic'; allowed: bilinear, nearest, map"
+    with pytest.raises(ValueError, match=message):
+        masking.mask_dataset(splits.train, FIRST_MAPS, "mean", 0.1, "bicubic")
+
+
 def test_without_a_shortcut_no_share_is_known():
     images = data.Split(torch.rand(4, 3, 28, 28), torch.tensor([0, 1, 0, 1]))
     masked = masking.mask_dataset(images, MAPS[:4], "mean", 0.1)

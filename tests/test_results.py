@@ -89,6 +89,18 @@ def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
     assert "In its worst group, ERM is right on 25.0% of the images.\n" in text
 
 
+def test_a_choice_is_compared_with_the_base_models_of_its_own_seeds(saved):
+    choice = dict.fromkeys(results.CHOICE_KEYS, "")
+    choice |= {"configuration": "top_k_0.1", "base_sha256": "base 0"}
+    folder = saved / "results" / "mnist"
+    results.write_json(folder / "seed0" / "chosen.json", choice)
+    other = result("base", 1) | {"worst_group": 0.75}
+    results.write_json(folder / "seed1" / "base.json", other)
+    bases = [Settings(dataset="mnist", directory=str(saved), seed=s) for s in (0, 1)]
+    text = results.conclude(bases)
+    assert "In its worst group, ERM is right on 25.0% of the images" in text
+
+
 def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_reported(saved):
     choice = dict.fromkeys(results.CHOICE_KEYS, "") | {"base_sha256": "an older one"}
     results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)

@@ -147,6 +147,19 @@ def test_later_cells_may_use_the_names_of_parameters(shown, expected, later):
 def test_unknown_parameters_are_refused_with_the_nearest_known_one(
     injected, message, shown
 ):
-    cells = ["", shown, f"# Parameters\n{injected}\n"]
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        experiment.from_notebook({"In": cells})
+    by_papermill = ["", shown, f"# Parameters\n{injected}\n"]
+    by_hand = ["", f"{shown}{injected}\n"]
+    for cells in (by_papermill, by_hand):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            experiment.from_notebook({"In": cells})
+
+
+def test_a_notebook_may_have_parameters_that_are_no_settings(shown, expected):
+    cells = ["", f'{shown}path = "a.pth"\n']
+    assert experiment.from_notebook({"In": cells}, ["path"]) == expected
+
+
+def test_a_cell_of_parameters_that_is_not_recognized_is_not_passed_over(shown):
+    message = "^No cell of parameters was run; allowed: a cell whose first line is"
+    with pytest.raises(ValueError, match=message):
+        experiment.from_notebook({"In": ["", f"# my run\n{shown}", "import torch"]})

@@ -431,6 +431,17 @@ def test_a_folder_is_run_without_the_published_rules_unless_a_grid_asks_for_them
     assert "best of the others" not in printed
 
 
+def test_a_folder_is_run_with_the_configurations_that_are_asked_for(whole_run, capsys):
+    options = ["--dataset", "folder", "--directory", str(whole_run.directory)]
+    options += ["--train_folder", f"{whole_run.directory}/train"]
+    options += ["--test_folder", f"{whole_run.directory}/test"]
+    options += ["--method", "mean_std", "--param", "1.0", "1.5", "--dry-run"]
+    assert command.main(["run", *options]) == 0
+    printed = capsys.readouterr().out
+    for name in ("mean_std_1.0", "mean_std_1.5"):
+        assert name in printed
+
+
 def test_an_interrupt_ends_the_kernels_too_and_progress_is_seen_before(directory):
     options = ["--epochs", "10000", "--param", "0.1", "--seed", "0", "1", "--jobs", "2"]
     process = start(directory, *options)

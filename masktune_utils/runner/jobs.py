@@ -5,7 +5,7 @@ import logging
 import tempfile
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import papermill
 from joblib import Parallel, cpu_count, delayed
@@ -67,8 +67,13 @@ class Job(NamedTuple):
             return False
         return self.copy.exists() and settings.checkpoint_path(self.name).exists()
 
+    @property
+    def failed_copy(self) -> Path:
+        """The notebook as far as it got, if it failed."""
+        return self.copy.with_stem(f"{self.copy.stem}_failed")
+
     def run(self, threads: int, force: bool = False) -> tuple["Job", str | None]:
-        """Execute the notebook in a kernel that has forgotten all others.
+        """Execute the notebook, and keep the copy, or what there is of it.
 
         Args:
             threads: see `kernels.warm`.
@@ -77,36 +82,50 @@ class Job(NamedTuple):
         Returns:
             The job, and None or the error that ended it, in one line.
         """
+        error = None
+        with tempfile.TemporaryDirectory() as folder:
+            executed = Path(folder) / "executed.ipynb"
+            try:
+                self._execute(executed, threads, force)
+                store.write_bytes(self.copy, executed.read_bytes())
+                self.failed_copy.unlink(missing_ok=True)
+            except Exception as failure:  # noqa: BLE001 - the others go on
+                error = _in_one_line(failure)
+                with contextlib.suppress(OSError):
+                    store.write_bytes(self.failed_copy, executed.read_bytes())
+        return self, error
+
+    def _execute(self, executed: Path, threads: int, force: bool) -> None:
+        """Execute the notebook in a kernel that has forgotten all others."""
+        source = NOTEBOOKS / f"{self.stem}.ipynb"
+        values = self._values()
+        if force:
+            values["retrain"] = True
+        with kernels.warm(NOTEBOOKS, threads) as kernel:
+            papermill.execute_notebook(
+                source,
+                executed,
+                values,
+                km=kernel,
+                progress_bar=False,
+                stdout_file=progress.Bars(),
+            )
+
+    def _values(self) -> dict[str, Any]:
+        """The parameters to inject: what the notebook shows, or is not the default."""
         values = {}
         for name in scope(self.stem).model_fields:
             value = getattr(self.settings, name)
             if name in parameters(self.stem) or value != DEFAULTS[name]:
                 values[name] = value
-        if force:
-            values["retrain"] = True
-        source = NOTEBOOKS / f"{self.stem}.ipynb"
-        failed = self.copy.with_stem(f"{self.copy.stem}_failed")
-        error = None
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy.ipynb"
-            try:
-                with kernels.warm(NOTEBOOKS, threads) as kernel:
-                    papermill.execute_notebook(
-                        source,
-                        copy,
-                        values,
-                        km=kernel,
-                        progress_bar=False,
-                        stdout_file=progress.Bars(),
-                    )
-                store.write_bytes(self.copy, copy.read_bytes())
-                failed.unlink(missing_ok=True)
-            except Exception as failure:  # noqa: BLE001 - the others go on
-                kind = getattr(failure, "ename", type(failure).__name__)
-                error = f"{kind}: {getattr(failure, 'evalue', failure)}".splitlines()[0]
-                with contextlib.suppress(OSError):
-                    store.write_bytes(failed, copy.read_bytes())
-        return self, error
+        return values
+
+
+def _in_one_line(failure: Exception) -> str:
+    """Kind and message, those of the cell if a cell failed."""
+    kind = getattr(failure, "ename", type(failure).__name__)
+    message = getattr(failure, "evalue", failure)
+    return f"{kind}: {message}".splitlines()[0]
 
 
 def scope(stem: str) -> type[DataSettings]:

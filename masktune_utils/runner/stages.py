@@ -12,7 +12,7 @@ from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, Job, make_stage
 from masktune_utils.runner.report import write_report
-from masktune_utils.settings import DEFAULTS, Settings
+from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
 STAGES = {
     "run": ("01_dataset", *BASE, FINETUNE),
@@ -69,7 +69,12 @@ def _stems(arguments: argparse.Namespace, stem: str) -> tuple[str, ...]:
     """The notebooks that are run before the choice, in their order."""
     if stem != FINETUNE:
         return (stem,)
-    if arguments.command == "run" and _grid_file(arguments) is None:
+    varies_finetuning = _options(arguments).keys() - BaseSettings.model_fields
+    if (
+        arguments.command == "run"
+        and _grid_file(arguments) is None
+        and not varies_finetuning
+    ):
         return ("01_dataset", *BASE)  # no configuration to compare the choice with
     return STAGES[arguments.command]
 
