@@ -131,14 +131,6 @@ def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
     assert not kernel.is_alive()
 
 
-def test_a_kernel_that_could_not_be_reset_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "RESET", "1 / 0")
-    message = "no kernel was reset: division by zero"
-    with pytest.raises(RuntimeError, match=message), kernels.warm(tmp_path, 1):
-        pass
-    assert not kernels.idle_kernels["1"]
-
-
 def test_a_kernel_that_died_is_replaced(tmp_path):
     with kernels.warm(tmp_path, 1) as kernel:
         run(tmp_path, "1", km=kernel)

@@ -159,6 +159,12 @@ def test_a_notebook_may_have_parameters_that_are_no_settings(shown, expected):
     assert experiment.from_notebook({"In": cells}, ["path"]) == expected
 
 
+def test_where_no_cells_are_kept_the_names_count(expected):
+    names = {"directory": expected.directory, "dataset": "mnist5k", "seed": 4}
+    namespace = {"In": [""], "pd": None, **names}
+    assert experiment.from_notebook(namespace) == expected.replace(seed=4)
+
+
 def test_a_cell_of_parameters_that_is_not_recognized_is_not_passed_over(shown):
     message = "^No cell of parameters was run; allowed: a cell whose first line is"
     with pytest.raises(ValueError, match=message):
