@@ -50,7 +50,7 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """A set of images, on one device; more than fit into its memory stay on the CPU.
+    """A set of images, all on one device (more than `IN_MEMORY` bytes: see `to`).
 
     Attributes:
         images: N×C×H×W, uint8, or floating point in [0, 1].
