@@ -267,7 +267,7 @@ def test_the_models_of_the_halves_are_trained_again_on_request(
         asked.append(retrain)
         return {"configuration": "base"}
 
-    monkeypatch.setattr(stages.selection, "choose", choose)
+    monkeypatch.setattr(stages.experiment, "choose", choose)
     settings = tiny(tmp_path, retrain=retrain)
     assert stages.choose("run", [settings], 1, force) == ([], {})
     assert asked == [True]
@@ -356,7 +356,7 @@ def asked(monkeypatch) -> dict[str, list]:
 
     monkeypatch.setattr(stages.jobs, "execute", execute)
     monkeypatch.setattr(stages.jobs, "save_tables", lambda *_, **__: None)
-    monkeypatch.setattr(stages.selection, "choose", choose)
+    monkeypatch.setattr(stages.experiment, "choose", choose)
     return asked
 
 
@@ -380,7 +380,9 @@ def test_one_rule_that_is_given_is_the_candidate(asked, tmp_path):
     twice = [given, cross_fitted]
     stages.run_stages("choose", stages.STAGES["choose"], twice, 1, force=False)
     assert asked["candidates"][0] == [cross_fitted]
-    assert len(asked["candidates"][1]) == 14
+    assert len(asked["candidates"][1]) == len(
+        stages.experiment.candidates(tiny(tmp_path), 200)
+    )
     assert asked["candidates"][2] == [cross_fitted]
 
 
@@ -414,19 +416,28 @@ def test_to_retrain_is_to_do_what_is_done(directory):
     assert not again.is_done(finished)
 
 
-def test_a_folder_is_run_without_the_published_rules_unless_a_grid_asks_for_them(
-    whole_run, tmp_path, capsys
-):
-    options = ["--dataset", "folder", "--epochs", "2", "--batch_size", "20"]
-    options += ["--train_folder", f"{whole_run.directory}/train"]
-    options += ["--test_folder", f"{whole_run.directory}/test"]
-    options += ["--directory", str(tmp_path), "--jobs", "2"]
-    assert command.main(["run", *options]) == 0
+def test_the_command_of_the_readme_for_photographs(whole_run, tmp_path, capsys):
+    readme = (REPOSITORY / "README.md").read_text()
+    (line,) = re.findall(r"masktune (run --dataset folder .*)", readme)
+    arguments = line.split()
+    replacements = {
+        "--train-folder": f"{whole_run.directory}/train",
+        "--test-folder": f"{whole_run.directory}/test",
+        "--weights": "",  # there is no network to download them
+        "--epochs": "1",
+    }
+    for option, value in replacements.items():
+        arguments[arguments.index(option) + 1] = value
+    arguments += ["--limit", "20", "--directory", str(tmp_path), "--jobs", "2"]
+    assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    names = executed(tmp_path, "folder")
+    (experiment,) = (tmp_path / "results").glob("folder*")
+    names = executed(tmp_path, experiment.name)
     assert {name[:2] for name in names} >= {"01", "02", "03", "05"}
     for name in names:
         assert not name.startswith("04") or "cross_fit" in name
+    for kind in ("figures", "runs"):
+        assert [path.name for path in (tmp_path / kind).iterdir()] == [experiment.name]
     assert "training images are predicted wrongly by ERM models" in printed
     assert "best of the others" not in printed
 

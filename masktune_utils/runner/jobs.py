@@ -14,13 +14,7 @@ from tqdm import tqdm
 from masktune_utils import progress, results, store
 from masktune_utils.runner import kernels
 from masktune_utils.runner.grids import FINETUNE
-from masktune_utils.settings import (
-    DEFAULTS,
-    REPOSITORY,
-    BaseSettings,
-    DataSettings,
-    Settings,
-)
+from masktune_utils.settings import DEFAULTS, REPOSITORY, BaseSettings, Settings
 
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -28,8 +22,6 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 ERM = "02_erm"
 BASE = (ERM, "03_saliency_masks")
 ALWAYS = ("01_dataset", "05_plots")  # they are quick, and show what is there
-# What a notebook depends on; the others on BaseSettings.
-SCOPES = {"01_dataset": DataSettings, FINETUNE: Settings}
 
 
 class Job(NamedTuple):
@@ -128,9 +120,9 @@ def _in_one_line(failure: Exception) -> str:
     return f"{kind}: {message}".splitlines()[0]
 
 
-def scope(stem: str) -> type[DataSettings]:
+def scope(stem: str) -> type[BaseSettings]:
     """The settings that a notebook depends on."""
-    return SCOPES.get(stem, BaseSettings)
+    return Settings if stem == FINETUNE else BaseSettings
 
 
 @cache
