@@ -4,12 +4,18 @@ import ast
 import contextlib
 import copy
 import difflib
+import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 from masktune_utils import (
@@ -17,18 +23,42 @@ from masktune_utils import (
     evaluation,
     masking,
     models,
+    progress,
     results,
     saliency,
+    selection,
+    shortcuts,
     store,
     training,
 )
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import DEFAULTS, Settings
+from masktune_utils.selection import HeldOut
+from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 from masktune_utils.shortcuts import BiasedSets
 
 INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
 UNFINISHED = ".unfinished"  # beside a checkpoint: the state of its training
+HALVES = (0, 1)
+ORIGINAL = "original"  # the images as they are
+# At most this many images of each half are resampled.
+SAMPLE = 1000
+# Fine-tuning on all images takes as many whole epochs as make this many steps, but no
+# more than MOST_EPOCHS; on half of them as many epochs.
+STEPS = 750
+MOST_EPOCHS = 6
+CANDIDATES = (  # shared, param of mean_std, dilation, rounds at most
+    (False, 4.0, 3, 2),
+    (False, 3.0, 4, 2),
+    (False, 2.0, 2, 1),
+    (True, 1.0, 1, 2),
+    (True, 2.0, 2, 5),
+)
+COARSE_CANDIDATES = (  # of photographs, whose maps have few cells
+    (False, 1.5, 0, 2),
+    (False, 1.0, 0, 2),
+    (False, 0.5, 0, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +210,7 @@ def finetuned_model(
     base: Trained,
     masked: MaskedDataset,
     retrain: bool = False,
+    same: Trained | None = None,
 ) -> Trained:
     """The base model after fine-tuning on the masked images (in the paper, one epoch).
 
@@ -188,6 +219,8 @@ def finetuned_model(
         base: the ERM model; it is left as it is.
         masked: the masked training set.
         retrain: fine-tune and save it again in any case.
+        same: a model that was fine-tuned on the same masked images in the same way;
+            it is saved, and nothing is trained.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings
@@ -199,9 +232,13 @@ def finetuned_model(
     device = masked.labels.device
     seconds = None
     if retrain or not path.exists():
-        model = copy.deepcopy(base.model)
-        history = training.train(model, masked, **settings.finetuning)
-        seconds = sum(epoch["seconds"] for epoch in history)
+        if same is None:
+            model = copy.deepcopy(base.model)
+            history = training.train(model, masked, **settings.finetuning)
+            seconds = sum(epoch["seconds"] for epoch in history)
+        else:
+            model = same.model
+            history = same.history
         store.save_checkpoint(path, model, identity, history)
     saved = store.load_checkpoint(path, identity, device)
     return Trained(
@@ -223,7 +260,8 @@ def masktune_rounds(
 
     Each round explains the model of the round before on the images that it was
     fine-tuned on (with `resample`, those of the first epoch), adds what it looks at to
-    what is hidden, and fine-tunes the base model anew.
+    what is hidden, and fine-tunes the base model anew. Once a round hides nothing more,
+    the later ones repeat its model.
 
     Args:
         settings: the experiment.
@@ -233,12 +271,22 @@ def masktune_rounds(
     """
     maps = training_saliency(settings, base, train)
     masked = None
+    tuned = None
+    same = None
     for rounds in range(1, settings.rounds + 1):
-        masked = masking.mask_dataset(train, maps, **settings.mask_rule, earlier=masked)
         this_round = settings.replace(rounds=rounds)
-        tuned = finetuned_model(this_round, base, masked, retrain)
+        if same is None:
+            grown = masking.mask_dataset(
+                train, maps, **settings.mask_rule, earlier=masked
+            )
+            if masked is not None and torch.equal(grown.own_masks, masked.own_masks):
+                same = tuned
+            masked = grown
+        tuned = finetuned_model(this_round, base, masked, retrain, same)
+        if settings.half is not None:
+            _save_masks(this_round, tuned)
         yield tuned
-        if rounds < settings.rounds:
+        if rounds < settings.rounds and same is None:
             # A map that is zero everywhere hides nothing more.
             with warnings.catch_warnings(action="ignore"):
                 maps = saliency.saliency_maps(
@@ -290,15 +338,42 @@ def masked_by_halves(settings: Settings, train: Split) -> MaskedDataset:
     parts = data.stratified_halves(train.labels, settings.seed)
     masks = []
     for half, index in enumerate(parts):
-        of_half = settings.of_half(half)
-        images = train[index]
-        base = base_model(of_half, images)
-        tuned = _last_round(of_half, base, images)
-        masks.append(tuned.masked.own_masks)
+        masks.append(masks_of_half(settings.of_half(half), train[index]))
     # from the order of the halves to that of the images
     order = torch.cat(parts).argsort().to(train.labels.device)
     own_masks = torch.cat(masks)[order]
     return MaskedDataset(train, own_masks, settings.fill, settings.seed)
+
+
+def masks_of_half(settings: Settings, images: Split) -> Tensor:
+    """The masks of one half, N×H×W; saved with the fine-tuned model of this half.
+
+    Args:
+        settings: of the half, see `Settings.of_half`.
+        images: the half.
+    """
+    base = base_model(settings, images)
+    size = (len(images), *images.images.shape[-2:])
+    with contextlib.suppress(Exception):  # not there, damaged: they are made again
+        saved = store.read_tensors(_masks_path(settings))
+        if saved["base_sha256"] == base.sha256:
+            bits = np.unpackbits(saved["bits"].numpy(), count=math.prod(size))
+            masks = torch.from_numpy(bits).bool().view(size)
+            return masks.to(images.labels.device)
+    return _last_round(settings, base, images).masked.own_masks
+
+
+def _masks_path(settings: Settings) -> Path:
+    return settings.folder("checkpoints") / f"CNN_masks_{settings.configuration}.pth"
+
+
+def _save_masks(settings: Settings, tuned: Trained) -> None:
+    """Save hard masks, eight pixels in a byte; soft ones are made again."""
+    masks = tuned.masked.own_masks
+    if masks.dtype == torch.bool:
+        bits = torch.from_numpy(np.packbits(masks.cpu().numpy()))
+        content = {"bits": bits, "base_sha256": tuned.base_sha256}
+        store.write_tensors(_masks_path(settings), content)
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:
@@ -383,3 +458,241 @@ def _measure(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         for name, share in masking.hidden_shares(trained.masked).items():
             row[f"hidden_{name}"] = share
     return row
+
+
+def candidates(settings: BaseSettings, count: int) -> list[Settings]:
+    """The candidates for one base model: from few pixels, widely dilated, to many.
+
+    Args:
+        settings: of the base model.
+        count: number of training images. If they are few, fine-tuning takes several
+            epochs.
+    """
+    rules = COARSE_CANDIDATES if settings.dataset == "folder" else CANDIDATES
+    batch_size = 16 if settings.dataset == "folder" else 32
+    epochs = min(MOST_EPOCHS, math.ceil(STEPS * batch_size / count))
+    of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
+    listed = []
+    for shared, param, dilation, most_rounds in rules:
+        for rounds in range(1, most_rounds + 1):
+            candidate = Settings(
+                **of_base,
+                method="mean_std",
+                param=param,
+                dilation=dilation,
+                shared=shared,
+                fill="resample",
+                rounds=rounds,
+                cross_fit=True,
+                finetune_lr=0.02,
+                finetune_schedule="linear",
+                finetune_batch_size=batch_size,
+                finetune_epochs=epochs,
+            )
+            listed.append(candidate)
+    return listed
+
+
+def choose(
+    candidates: Sequence[Settings], jobs: int = 1, retrain: bool = False
+) -> dict[str, Any]:
+    """Choose among candidates on held-out images, or keep ERM; and save the choice.
+
+    A choice that is saved for this base model and these candidates is returned.
+
+    Args:
+        candidates: of one base model, whose result is saved; with `cross_fit`.
+        jobs: how many processes.
+        retrain: train the models of both halves again.
+
+    Returns:
+        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
+        kept; `reason`; `images` and `mistakes`, their numbers; `candidates`, each in
+        words; `accuracy` and `distances`, environment → model → see
+        `selection.Verdict`; `base_sha256`.
+    """
+    path = candidates[0].folder("results") / "chosen.json"
+    base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
+    names = [candidate.configuration for candidate in candidates]
+    saved = None if retrain else results.current_choice(candidates[0])
+    if saved and names == [*saved["candidates"]]:
+        return saved
+    held_out = predict_held_out(candidates, jobs, retrain)
+    described = {}
+    for candidate in candidates:
+        rule = candidate.model_dump(include=results.DESCRIBED)
+        described[candidate.configuration] = results.describe(**rule)
+    verdict = selection.judge(held_out, described)
+    choice = {
+        "configuration": verdict.chosen,
+        "reason": verdict.reason,
+        "images": len(held_out.labels),
+        "mistakes": int(held_out.is_mistake.sum()),
+        "candidates": described,
+        "accuracy": verdict.accuracy.to_dict("index"),
+        "distances": verdict.distances.to_dict("index"),
+        "base_sha256": base_sha256,
+    }
+    results.write_json(path, choice)
+    return choice
+
+
+def chosen_settings(choice: dict, candidates: Sequence[Settings]) -> Settings | None:
+    """The settings of what was chosen; None if ERM is kept.
+
+    Args:
+        choice: see `choose`.
+        candidates: among which it was made.
+    """
+    by_name = {candidate.configuration: candidate for candidate in candidates}
+    return by_name.get(choice["configuration"])
+
+
+def chosen_model(
+    choice: dict,
+    candidates: Sequence[Settings],
+    base: Trained,
+    train: Split,
+    retrain: bool = False,
+) -> Trained:
+    """The chosen model; or the base model itself, if ERM is kept.
+
+    Args:
+        choice: see `choose`.
+        candidates: among which it was made.
+        base: the ERM model.
+        train: the biased training set.
+        retrain: see `masktune`.
+    """
+    settings = chosen_settings(choice, candidates)
+    if settings is None:
+        return base
+    return masktune(settings, base, train, retrain)
+
+
+def predict_held_out(
+    candidates: Sequence[Settings], jobs: int, retrain: bool
+) -> HeldOut:
+    """Train the models of both halves, and let each predict the other half.
+
+    A candidate whose models are those of another one is left out.
+
+    Args:
+        candidates: see `choose`.
+        jobs: see `choose`.
+        retrain: see `choose`.
+    """
+    null = candidates[0].replace(
+        method="threshold", param=1.0, dilation=0, shared=False, fill="zero", rounds=1
+    )
+    parallel = Parallel(jobs, return_as="generator")
+    tasks = [delayed(_train_erm)(null.of_half(half), retrain) for half in HALVES]
+    list(progress.bar(parallel(tasks), total=len(tasks), desc="ERM of both halves"))
+
+    tasks = []
+    for chain in [[null], *chains(candidates)]:
+        for half in HALVES:
+            tasks.append(delayed(_train_chain)(chain, half, retrain))
+    weights = defaultdict(list)  # SHA-256 of those of both halves
+    for of_chain in progress.bar(parallel(tasks), total=len(tasks), desc="fine-tuning"):
+        for name, sha256 in of_chain.items():
+            weights[name].append(sha256)
+    judged = {}
+    seen = []
+    for candidate in candidates:
+        name = candidate.configuration
+        if weights[name] not in seen:
+            seen.append(weights[name])
+            judged[name] = candidate
+
+    networks = {selection.ERM: null, selection.NULL: null, **judged}
+    masks = list(judged.values())
+    tasks = []
+    for name, settings in networks.items():
+        for half in HALVES:
+            tasks.append(delayed(_predict_other_half)(name, settings, half, masks))
+    predicted = list(progress.bar(parallel(tasks), total=len(tasks), desc="predicting"))
+    both_halves = zip(predicted[::2], predicted[1::2], strict=True)
+    joined = {}  # network → images → logits and labels
+    for name, (first, second) in zip(networks, both_halves, strict=True):
+        joined[name] = {}
+        for images, parts in first.items():
+            pairs = zip(parts, second[images], strict=True)
+            joined[name][images] = [torch.cat(pair) for pair in pairs]
+    resampled = {}
+    for mask in judged:
+        row = {name: evaluation.worst_class(*joined[name][mask]) for name in networks}
+        resampled[mask] = row
+    logits, labels = joined[selection.ERM][ORIGINAL]
+    return HeldOut(
+        labels=labels,
+        probabilities=logits.softmax(1),
+        predictions={name: joined[name][ORIGINAL][0].argmax(1) for name in networks},
+        resampled=pd.DataFrame(resampled).T,
+    )
+
+
+def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
+    """Candidates grouped so that only their rounds differ, in order of rounds."""
+    of_first_round = {}
+    for candidate in sorted(candidates, key=lambda settings: settings.rounds):
+        of_first_round.setdefault(candidate.replace(rounds=1), []).append(candidate)
+    return list(of_first_round.values())
+
+
+def _train_erm(settings: Settings, retrain: bool) -> None:
+    """The base model of a half, and its maps, once for all chains."""
+    with progress.silence():
+        train = shortcuts.load(settings).train
+        base = base_model(settings, train, retrain)
+        training_saliency(settings, base, train)
+
+
+def _train_chain(chain: Sequence[Settings], half: int, retrain: bool) -> dict[str, str]:
+    """Train the candidates of a chain on a half; SHA-256 of the weights of each."""
+    names = {candidate.rounds: candidate.configuration for candidate in chain}
+    settings = chain[-1].of_half(half)
+    weights = {}
+    with progress.silence():
+        train = shortcuts.load(settings).train
+        base = base_model(settings, train)
+        for tuned in masktune_rounds(settings, base, train, retrain):
+            if tuned.settings.rounds in names:
+                weights[names[tuned.settings.rounds]] = tuned.sha256
+    return weights
+
+
+def _predict_other_half(
+    name: str, settings: Settings, half: int, masks: Sequence[Settings]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits and labels of the half that a saved model has not seen.
+
+    Args:
+        name: `base`, or another name of a fine-tuned model.
+        settings: of that model.
+        half: on which it was trained.
+        masks: candidates, whose masks for the other half resample its images.
+
+    Returns:
+        Of the images as they are (`ORIGINAL`), and of at most `SAMPLE` as each
+        candidate resamples them: N×classes, and N, on the CPU.
+    """
+    of_half = settings.of_half(half)
+    configuration = "base" if name == selection.ERM else of_half.configuration
+    path = of_half.checkpoint_path(configuration)
+    with progress.silence():
+        images = shortcuts.load(of_half).validation
+        device = images.labels.device
+        network = store.load_checkpoint(path, device=device).model
+        labels = images.labels.cpu()
+        predicted = {ORIGINAL: (evaluation.predict(network, images), labels)}
+        generator = torch.Generator().manual_seed(settings.seed)
+        sample = torch.randperm(len(images), generator=generator)[:SAMPLE]
+        for candidate in masks:
+            own_masks = masks_of_half(candidate.of_half(1 - half), images)
+            masked = MaskedDataset(
+                images[sample], own_masks[sample], "resample", candidate.seed
+            )
+            logits = evaluation.predict(network, masked)
+            predicted[candidate.configuration] = (logits, labels[sample])
+    return predicted

@@ -19,6 +19,8 @@ CHOICE_KEYS = {
     "images",
     "mistakes",
     "candidates",
+    "accuracy",
+    "distances",
     "base_sha256",
 }
 # The settings that `describe` puts into words.
@@ -44,7 +46,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_choice(path: Path) -> dict[str, Any]:
-    """A saved choice, see `selection.choose`.
+    """A saved choice, see `experiment.choose`.
 
     Raises:
         ValueError: the file is damaged, or not a choice.
@@ -99,8 +101,8 @@ def collect(directory: str = "") -> pd.DataFrame:
 
     Returns:
         One row per result, sorted by `KEY`, base models first; without `metrics`, what
-        `experiment.record` returns. Also `chosen`: whether `selection.choose` chose it;
-        None if there was no choice.
+        `experiment.record` returns. Also `chosen`: whether `experiment.choose` chose
+        it; None if there was no choice.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import data, models, results, selection, shortcuts, store
+from masktune_utils import data, experiment, models, results, shortcuts, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, Job, make_stage
@@ -210,7 +210,7 @@ def choose(
     Args:
         command: with `choose`, the configurations of a base model are its candidates,
             if there are several, or one that is not the default. Else those of
-            `selection.candidates` are.
+            `experiment.candidates` are.
         grid: all configurations whose base models are there.
         count: how many processes.
         force: train the models of the halves again, as with the setting `retrain`.
@@ -230,14 +230,14 @@ def choose(
                 candidates = list(dict.fromkeys(cross_fitted))
             else:
                 images = len(shortcuts.load(job.settings).train)
-                candidates = selection.candidates(job.settings, images)
+                candidates = experiment.candidates(job.settings, images)
             retrain = force or job.settings.retrain
-            choice = selection.choose(candidates, count, retrain)
+            choice = experiment.choose(candidates, count, retrain)
         except Exception as error:  # noqa: BLE001 - the other choices go on
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             errors[Job("choice", job.settings, job.name)] = message
             continue
-        settings = selection.chosen_settings(choice, candidates)
+        settings = experiment.chosen_settings(choice, candidates)
         if settings is not None:
             chosen.append(settings)
     return chosen, errors
