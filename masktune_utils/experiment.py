@@ -508,8 +508,8 @@ def choose(
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
         kept; `reason`; `images` and `mistakes`, their numbers; `candidates`, each in
-        words; `accuracy` and `distances`, environment → model → see
-        `selection.Verdict`; `base_sha256`.
+        words; `accuracy`, `distances` and `left`, see `selection.Verdict`;
+        `base_sha256`.
     """
     path = candidates[0].folder("results") / "chosen.json"
     base_sha256 = results.read_result(path.with_stem("base"))["sha256"]
@@ -531,6 +531,7 @@ def choose(
         "candidates": described,
         "accuracy": verdict.accuracy.to_dict("index"),
         "distances": verdict.distances.to_dict("index"),
+        "left": verdict.left,
         "base_sha256": base_sha256,
     }
     results.write_json(path, choice)

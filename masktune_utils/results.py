@@ -21,6 +21,7 @@ CHOICE_KEYS = {
     "candidates",
     "accuracy",
     "distances",
+    "left",
     "base_sha256",
 }
 # The settings that `describe` puts into words.

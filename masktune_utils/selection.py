@@ -74,13 +74,15 @@ class Verdict:
         chosen: a candidate; or `ERM`, which is then kept.
         reason: in a few sentences.
         accuracy: see `environments`.
-        distances: see `distances`.
+        distances: see `distances`; the best is that of the models that are left.
+        left: see `strike_out`.
     """
 
     chosen: str
     reason: str
     accuracy: pd.DataFrame
     distances: pd.DataFrame
+    left: list[str]
 
 
 def environments(held_out: HeldOut) -> pd.DataFrame:
@@ -153,7 +155,7 @@ def judge(held_out: HeldOut, describe: dict[str, str]) -> Verdict:
     before = evaluation.worst_class(held_out.probabilities, held_out.labels)
     left = strike_out(accuracy, before)
     behind = distances(accuracy, left, before)
-    verdict = partial(Verdict, accuracy=accuracy, distances=behind)
+    verdict = partial(Verdict, accuracy=accuracy, distances=behind, left=left)
     good = [name for name in held_out.resampled.index if name in left]
     reason = _mistakes_in_words(held_out)
     if not good:

@@ -14,8 +14,8 @@ from masktune_utils.settings import REPOSITORY, Settings
 PACKAGE = REPOSITORY / "masktune_utils"
 # A module imports only from those before it.
 ORDER = ["progress", "settings", "models", "images", "data", "shortcuts", "training"]
-ORDER += ["saliency", "masking", "store", "evaluation", "results", "experiment"]
-ORDER += ["selection", "plotting"]
+ORDER += ["saliency", "masking", "store", "evaluation", "selection", "results"]
+ORDER += ["experiment", "plotting"]
 ORDER += ["runner.grids", "runner.kernels", "runner.jobs", "runner.report"]
 ORDER += ["runner.stages", "runner.command"]
 
