@@ -1,0 +1,238 @@
+"""What the models of both halves predict, collected once; rules are compared on it.
+
+    python results/trials.py                      # the table of rules
+    python results/trials.py collect frame 0 1    # a kind of base model, and its seeds
+
+A file of results/trials holds, for one kind and seed on the 5,000 digits: predictions
+for every held-out image by ERM, by ERM fine-tuned with nothing masked, and by each
+candidate; whether they are right where the masks of each candidate resample the image;
+and, for looking only, accuracies on the test sets. Three minutes of one core each.
+"""
+
+import copy
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import torch
+
+from masktune_utils import (
+    data,
+    evaluation,
+    experiment,
+    masking,
+    models,
+    saliency,
+    selection,
+    shortcuts,
+    training,
+)
+from masktune_utils.masking import MaskedDataset
+from masktune_utils.selection import ERM, NULL, HeldOut
+from masktune_utils.settings import Settings
+
+FILES = Path(__file__).with_suffix("")
+NO_EXCEPTION = {"conflicting_share": 0.0}
+KINDS = {
+    "square_4": {"square_size": 4},
+    "square_6": {},
+    "square_8": {"square_size": 8},
+    "square_10": {"square_size": 10},
+    "square_12": {"square_size": 12},
+    "red": {"square_color": "red"},
+    "ordered": {"placement": "ordered"},
+    "two_squares": {"shortcut": "two_squares"},
+    "anywhere": {"shortcut": "square_anywhere"},
+    "frame": {"shortcut": "frame"},
+    "pixels": {"shortcut": "pixels"},
+    "digit_color": {"shortcut": "digit_color"},
+    "background": {"shortcut": "background"},
+    "none": {"shortcut": "none"},
+    "share0": NO_EXCEPTION,
+    "share0_12": NO_EXCEPTION | {"square_size": 12},
+    "share_02": {"conflicting_share": 0.002},
+    "share_5": {"conflicting_share": 0.05},
+    "undertrained": {"epochs": 3},
+    "undertrained_none": {"epochs": 3, "shortcut": "none"},
+    "digits_square_6": {"labels": "digits"},
+    "digits_square_8": {"labels": "digits", "square_size": 8},
+    "digits_square_10": {"labels": "digits", "square_size": 10},
+    "digits_share0": NO_EXCEPTION | {"labels": "digits"},
+    "digits_none": {"labels": "digits", "shortcut": "none"},
+}
+
+
+def networks_of_half(
+    settings: Settings, images: data.Split
+) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor]]:
+    """The models that are trained on a half, and the masks of each candidate for it.
+
+    A round that hides nothing more repeats the model of the round before.
+    """
+    num_classes = len(images.labels.unique())
+    base = models.new_model(settings.seed, "cpu", num_classes)
+    training.train(base, images, **settings.training)
+    (first, *_) = experiment.candidates(settings, 2 * len(images))
+
+    def fine_tuned(dataset: data.ImageSet) -> torch.nn.Module:
+        network = copy.deepcopy(base)
+        training.train(network, dataset, **first.finetuning)
+        return network.eval()
+
+    networks = {ERM: base.eval(), NULL: fine_tuned(images)}
+    masks = {}
+    base_maps = saliency.saliency_maps(base, images.images, images.labels)
+    for shared, param, dilation, most_rounds in experiment.CANDIDATES:
+        maps = base_maps
+        masked = None
+        for rounds in range(1, most_rounds + 1):
+            rule = first.replace(shared=shared, param=param, dilation=dilation)
+            grown = masking.mask_dataset(images, maps, **rule.mask_rule, earlier=masked)
+            if masked is None or not torch.equal(grown.own_masks, masked.own_masks):
+                masked = grown
+                network = fine_tuned(masked)
+                maps = saliency.saliency_maps(network, masked.images, images.labels)
+            name = f"{'shared ' if shared else ''}{param:g}+{dilation} r{rounds}"
+            networks[name] = network
+            masks[name] = masked.own_masks
+    return networks, masks
+
+
+def collect(kind: str, seed: int) -> None:
+    """Train the models of both halves, and save what they predict."""
+    settings = Settings(dataset="mnist5k", seed=seed, **KINDS[kind])
+    sets = shortcuts.load(settings)
+    halves = []
+    for index in data.stratified_halves(sets.train.labels, seed):
+        halves.append(sets.train[index])
+    networks = []
+    masks = []
+    for half in halves:
+        networks_of, masks_of = networks_of_half(settings, half)
+        networks.append(networks_of)
+        masks.append(masks_of)
+
+    labels = torch.cat([half.labels for half in halves])
+    right = np.zeros((len(masks[0]), len(networks[0]), len(labels)), bool)
+    predictions = np.zeros((len(networks[0]), len(labels)), np.uint8)
+    probabilities = np.zeros(len(labels), np.float32)
+    worst_groups = np.zeros((2, len(networks[0])))
+    partners = []
+    start = 0
+    for number, half in enumerate(halves):
+        here = slice(start, start + len(half))
+        start += len(half)
+        for column, (name, network) in enumerate(networks[1 - number].items()):
+            logits = evaluation.predict(network, half)
+            predictions[column, here] = logits.argmax(1)
+            if name == ERM:
+                probabilities[here] = logits.softmax(1).amax(1)
+            report = evaluation.evaluate(network, sets)
+            worst_groups[number, column] = report["worst_group"]
+            for row, own_masks in enumerate(masks[number].values()):
+                resampled = MaskedDataset(half, own_masks, "resample", seed)
+                logits = evaluation.predict(network, resampled)
+                right[row, column, here] = evaluation.is_right(logits, half.labels)
+        partners.append(half.labels[resampled.partners])
+    FILES.mkdir(exist_ok=True)
+    np.savez_compressed(
+        FILES / f"{kind}__{seed}.npz",
+        models=list(networks[0]),
+        labels=labels.byte().numpy(),
+        partner_labels=torch.cat(partners).byte().numpy(),
+        predictions=predictions,
+        probabilities=probabilities,
+        right=np.packbits(right, axis=-1),
+        worst_groups=worst_groups,
+    )
+
+
+def read(file: Path, exchange: str = "any") -> tuple[HeldOut, dict[str, float]]:
+    """What a file holds, and the worst group of each model, the mean of both halves.
+
+    Args:
+        file: of `collect`.
+        exchange: `any`; or only images whose hidden part comes from the `same` class,
+            or from an `other` one.
+    """
+    saved = np.load(file)
+    names = saved["models"].tolist()
+    labels = saved["labels"]
+    right = np.unpackbits(saved["right"], axis=-1, count=len(labels)).astype(bool)
+    is_same = labels == saved["partner_labels"]
+    counts = {"any": np.ones(len(labels), bool), "same": is_same, "other": ~is_same}
+    resampled = {}
+    for mask, of_models in zip(names[2:], right, strict=True):
+        shares = []
+        for label in np.unique(labels):
+            members = counts[exchange] & (labels == label)
+            shares.append(of_models[:, members].mean(1))
+        resampled[mask] = dict(zip(names, np.min(shares, axis=0), strict=True))
+    predictions = {}
+    for name, of_model in zip(names, saved["predictions"], strict=True):
+        predictions[name] = torch.from_numpy(of_model).long()
+    probabilities = torch.from_numpy(saved["probabilities"])[:, None]
+    is_predicted = torch.nn.functional.one_hot(predictions[ERM]).bool()
+    held_out = HeldOut(
+        labels=torch.from_numpy(labels).long(),
+        probabilities=torch.where(is_predicted, probabilities, 1 - probabilities),
+        predictions=predictions,
+        resampled=pd.DataFrame(resampled).T,
+    )
+    worst_groups = dict(zip(names, saved["worst_groups"].mean(0), strict=True))
+    return held_out, worst_groups
+
+
+def compare() -> pd.DataFrame:
+    """Regret and harm of the rule, and of variants, over all files, in points."""
+    as_it_is = {"COST": selection.COST}
+    variants = {
+        "the rule": as_it_is,
+        "no model is struck out": {"strike_out": lambda accuracy, _: list(accuracy)},
+        "loss counts twice": {"COST": 2},
+        "loss counts six times": {"COST": 6},
+        "sure: 90 %": {"SURE": 0.9},
+        "sure: 97.5 %": {"SURE": 0.975},
+        "5 mistakes speak": {"FEW": 5},
+        "20 mistakes speak": {"FEW": 20},
+        "5 points": {"BEHIND": 0.05},
+        "20 points": {"BEHIND": 0.2},
+    }
+    rows = []
+    for name, changes in variants.items():
+        for exchange in ("any", "same", "other") if name == "the rule" else ("any",):
+            with patch.multiple(selection, **changes):
+                title = name if exchange == "any" else f"exchange by {exchange} class"
+                rows.append({"rule": title, **_outcome(exchange)})
+    return pd.DataFrame(rows).set_index("rule")
+
+
+def _outcome(exchange: str) -> dict[str, float]:
+    regrets = []
+    gains = []
+    kept = 0
+    for file in sorted(FILES.glob("*.npz")):
+        held_out, worst_groups = read(file, exchange)
+        verdict = selection.judge(held_out, {name: name for name in worst_groups})
+        taken = worst_groups[verdict.chosen]
+        regrets.append(100 * (max(worst_groups.values()) - taken))
+        gains.append(100 * (taken - worst_groups[ERM]))
+        kept += verdict.chosen == ERM
+    return {
+        "files": len(regrets),
+        "mean regret": np.mean(regrets),
+        "largest regret": max(regrets),
+        "largest harm": max(0.0, -min(gains)),
+        "ERM kept": kept,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["collect"]:
+        kind, *seeds = sys.argv[2:]
+        for seed in seeds:
+            collect(kind, int(seed))
+    else:
+        print(compare().round(1).to_string())
