@@ -19,9 +19,6 @@ CHOICE_KEYS = {
     "images",
     "mistakes",
     "candidates",
-    "accuracy",
-    "distances",
-    "left",
     "base_sha256",
 }
 # The settings that `describe` puts into words.
@@ -58,6 +55,8 @@ def read_choice(path: Path) -> dict[str, Any]:
 def current_choice(base: Settings) -> dict[str, Any] | None:
     """The saved choice of an experiment; None if there is none for today's base model.
 
+    Nor is one of an older version returned, which has no table of accuracies.
+
     Args:
         base: the settings of the base model.
 
@@ -70,7 +69,7 @@ def current_choice(base: Settings) -> dict[str, Any] | None:
         return None
     choice = read_choice(path)
     is_current = choice["base_sha256"] == read_result(of_base)["sha256"]
-    return choice if is_current else None
+    return choice if is_current and "accuracy" in choice else None
 
 
 def _read_json(path: Path, keys: set[str]) -> dict[str, Any]:

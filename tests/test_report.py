@@ -51,7 +51,9 @@ def test_a_script_in_a_name_is_shown_as_text(tmp_path):
     row |= {"sha256": "of base", "base_sha256": "of base", f"group {script}": 0.5}
     folder = settings.folder("results")
     results.write_json(folder / "base.json", row)
-    choice = dict.fromkeys(results.CHOICE_KEYS, script) | {"base_sha256": "of base"}
+    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], script) | {
+        "base_sha256": "of base"
+    }
     (folder / "chosen.json").write_text(json.dumps(choice))
     page = write_report([settings]).read_text()
     assert script not in page

@@ -81,7 +81,7 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
 
 
 def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
-    choice = dict.fromkeys(results.CHOICE_KEYS, "")
+    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], "")
     choice |= {"configuration": "mean_0.5", "base_sha256": "base 0", "reason": "Why."}
     results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)
     text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
@@ -90,7 +90,7 @@ def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
 
 
 def test_a_choice_is_compared_with_the_base_models_of_its_own_seeds(saved):
-    choice = dict.fromkeys(results.CHOICE_KEYS, "")
+    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], "")
     choice |= {"configuration": "top_k_0.1", "base_sha256": "base 0"}
     folder = saved / "results" / "mnist"
     results.write_json(folder / "seed0" / "chosen.json", choice)
@@ -102,11 +102,23 @@ def test_a_choice_is_compared_with_the_base_models_of_its_own_seeds(saved):
 
 
 def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_reported(saved):
-    choice = dict.fromkeys(results.CHOICE_KEYS, "") | {"base_sha256": "an older one"}
+    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], "") | {
+        "base_sha256": "an older one"
+    }
     results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)
     base = Settings(dataset="mnist", directory=str(saved))
     assert results.current_choice(base) is None
     assert results.conclude([base]) == ""
+
+
+def test_a_choice_of_an_older_version_is_made_again(saved):
+    choice = dict.fromkeys(results.CHOICE_KEYS, "") | {"base_sha256": "base 0"}
+    path = saved / "results" / "mnist" / "seed0" / "chosen.json"
+    base = Settings(dataset="mnist", directory=str(saved))
+    results.write_json(path, choice)
+    assert results.current_choice(base) is None
+    results.write_json(path, choice | {"accuracy": {}})
+    assert results.current_choice(base)
 
 
 @pytest.mark.parametrize("content", ['{"configuration": "base"}', "[", "[1]"])
