@@ -594,17 +594,20 @@ def predict_held_out(
     for chain in [[null], *chains(candidates)]:
         for half in HALVES:
             tasks.append(delayed(_train_chain)(chain, half, retrain))
-    weights = defaultdict(list)  # SHA-256 of those of both halves
+    outcomes = defaultdict(list)  # of both halves
     for of_chain in progress.bar(parallel(tasks), total=len(tasks), desc="fine-tuning"):
-        for name, sha256 in of_chain.items():
-            weights[name].append(sha256)
+        for name, outcome in of_chain.items():
+            outcomes[name].append(outcome)
     judged = {}
+    hidden = {}
     seen = []
     for candidate in candidates:
         name = candidate.configuration
-        if weights[name] not in seen:
-            seen.append(weights[name])
+        weights, shares = zip(*outcomes[name], strict=True)
+        if weights not in seen:
+            seen.append(weights)
             judged[name] = candidate
+            hidden[name] = sum(shares) / 2
 
     networks = {selection.ERM: null, selection.NULL: null, **judged}
     masks = list(judged.values())
@@ -625,11 +628,14 @@ def predict_held_out(
         row = {name: evaluation.worst_class(*joined[name][mask]) for name in networks}
         resampled[mask] = row
     logits, labels = joined[selection.ERM][ORIGINAL]
+    _, resampled_labels = joined[selection.ERM][mask]
     return HeldOut(
         labels=labels,
         probabilities=logits.softmax(1),
         predictions={name: joined[name][ORIGINAL][0].argmax(1) for name in networks},
         resampled=pd.DataFrame(resampled).T,
+        resampled_images=len(resampled_labels),
+        hidden=hidden,
     )
 
 
@@ -649,18 +655,25 @@ def _train_erm(settings: Settings, retrain: bool) -> None:
         training_saliency(settings, base, train)
 
 
-def _train_chain(chain: Sequence[Settings], half: int, retrain: bool) -> dict[str, str]:
-    """Train the candidates of a chain on a half; SHA-256 of the weights of each."""
+def _train_chain(
+    chain: Sequence[Settings], half: int, retrain: bool
+) -> dict[str, tuple[str, float]]:
+    """Train the candidates of a chain on a half.
+
+    Returns:
+        Of each, SHA-256 of its weights, and the mean share of the image that it hides.
+    """
     names = {candidate.rounds: candidate.configuration for candidate in chain}
     settings = chain[-1].of_half(half)
-    weights = {}
+    outcomes = {}
     with progress.silence():
         train = shortcuts.load(settings).train
         base = base_model(settings, train)
         for tuned in masktune_rounds(settings, base, train, retrain):
             if tuned.settings.rounds in names:
-                weights[names[tuned.settings.rounds]] = tuned.sha256
-    return weights
+                share = tuned.masked.own_masks.float().mean().item()
+                outcomes[names[tuned.settings.rounds]] = (tuned.sha256, share)
+    return outcomes
 
 
 def _predict_other_half(

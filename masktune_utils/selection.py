@@ -44,12 +44,16 @@ class HeldOut:
         predictions: model → N, classes; `ERM`, `NULL` and the candidates.
         resampled: accuracy of the worst class, in [0, 1], on images that are resampled;
             a row for the masks of each candidate, a column for each model.
+        resampled_images: how many images each of these rows is of.
+        hidden: candidate → mean share of the image that its masks hide.
     """
 
     labels: Tensor
     probabilities: Tensor
     predictions: dict[str, Tensor]
     resampled: pd.DataFrame
+    resampled_images: int
+    hidden: dict[str, float]
 
     @property
     def is_mistake(self) -> Tensor:
@@ -85,21 +89,24 @@ class Verdict:
     left: list[str]
 
 
-def environments(held_out: HeldOut) -> pd.DataFrame:
-    """Accuracy of each model in each environment.
+def environments(held_out: HeldOut) -> tuple[pd.DataFrame, pd.Series]:
+    """Accuracy of each model in each environment, and of how many images it is.
 
     The environments are the images that the masks of each candidate resample, of which
     the worst class counts; `rest`; and `mistakes`, of ERM, if there are any.
 
     Returns:
-        Environments in rows, models in columns, in [0, 1].
+        Environments in rows, models in columns, in [0, 1]; and environment → number.
     """
     accuracy = held_out.resampled.copy()
+    num_classes = held_out.probabilities.shape[1]
+    counts = pd.Series(held_out.resampled_images / num_classes, accuracy.index)
     is_mistake = held_out.is_mistake
     for name, members in {"rest": ~is_mistake, "mistakes": is_mistake}.items():
         if members.any():
             accuracy.loc[name] = held_out.accuracy(members)
-    return accuracy
+            counts[name] = int(members.sum())
+    return accuracy, counts
 
 
 def distances(accuracy: pd.DataFrame, left: list[str], before: float) -> pd.DataFrame:
@@ -136,14 +143,34 @@ def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:
         left.remove(shortfalls.idxmax())
 
 
+def propose(behind: pd.DataFrame, errors: pd.DataFrame, hidden: dict) -> str:
+    """Of the candidates that fall least behind, the one that hides least.
+
+    These are within one standard error of the smallest shortfall: that of the best
+    candidate where it is furthest behind, the largest if there are several such
+    environments.
+
+    Args:
+        behind: see `distances`; of the candidates that are left.
+        errors: the standard error of each accuracy.
+        hidden: see `HeldOut`.
+    """
+    shortfalls = behind.max()
+    best = shortfalls.idxmin()
+    is_furthest = behind[best] == shortfalls[best]
+    limit = shortfalls[best] + errors.loc[is_furthest, best].max()
+    near = shortfalls.index[shortfalls <= limit]
+    return min(near, key=hidden.get)
+
+
 def judge(held_out: HeldOut, describe: dict[str, str]) -> Verdict:
     """Propose a candidate, and take it if ERM is seen to rely on what it hides.
 
-    Of the candidates that are left, the one with the smallest shortfall is proposed. If
-    ERM is sure of enough mistakes, it is taken if most of them are right with it, and
-    more than with nothing masked, and refused if most are wrong, both by the 95 %
-    interval (Wilson). Else it is taken if ERM, and the model with nothing masked, are
-    `BEHIND` on some of the resampled images.
+    One of the candidates that are left is proposed, see `propose`. If ERM is sure of
+    enough mistakes, it is taken if most of them are right with it, and more than with
+    nothing masked, and refused if most are wrong, both by the 95 % interval (Wilson).
+    Else it is taken if ERM, and the model with nothing masked, are `BEHIND` on some of
+    the resampled images.
 
     Args:
         held_out: predictions.
@@ -151,7 +178,7 @@ def judge(held_out: HeldOut, describe: dict[str, str]) -> Verdict:
     """
     from scipy.stats import binomtest  # takes a second
 
-    accuracy = environments(held_out)
+    accuracy, counts = environments(held_out)
     before = evaluation.worst_class(held_out.probabilities, held_out.labels)
     left = strike_out(accuracy, before)
     behind = distances(accuracy, left, before)
@@ -161,13 +188,14 @@ def judge(held_out: HeldOut, describe: dict[str, str]) -> Verdict:
     if not good:
         return verdict(ERM, f"{reason} All candidates fall far behind: ERM is kept.")
 
-    shortfalls = behind[good].max()
-    proposal = shortfalls.idxmin()
+    variance = (accuracy * (1 - accuracy)).clip(lower=1 / counts, axis=0)
+    errors = variance.div(counts, axis=0) ** 0.5
+    proposal = propose(behind[good], errors, held_out.hidden)
     models = accuracy.shape[1]
     reason += (
         f" {models - len(left)} of {models} models fall 10 points or more behind and "
-        f"are struck out. Of the candidates left, {describe[proposal]} falls least "
-        "behind."
+        "are struck out. Of the candidates that then fall least behind, "
+        f"{describe[proposal]} hides least."
     )
     is_sure = held_out.is_mistake & (held_out.probabilities.amax(1) > SURE)
     count = int(is_sure.sum())

@@ -63,6 +63,16 @@ KINDS = {
     "digits_none": {"labels": "digits", "shortcut": "none"},
 }
 
+
+def without_mistakes(held_out: HeldOut) -> tuple[pd.DataFrame, pd.Series]:
+    """The environments of `selection`, but for ERM's mistakes and the rest."""
+    num_classes = held_out.probabilities.shape[1]
+    counts = pd.Series(
+        held_out.resampled_images / num_classes, held_out.resampled.index
+    )
+    return held_out.resampled, counts
+
+
 VARIANTS = {  # names in `selection` that are changed
     "the rule": {"COST": 3},
     "no model is struck out": {"strike_out": lambda accuracy, _: list(accuracy)},
@@ -74,7 +84,10 @@ VARIANTS = {  # names in `selection` that are changed
     "20 mistakes are enough": {"FEW": 20},
     "5 points behind": {"BEHIND": 0.05},
     "20 points behind": {"BEHIND": 0.2},
-    "without ERM's mistakes": {"environments": lambda held_out: held_out.resampled},
+    "without ERM's mistakes": {"environments": without_mistakes},
+    "the smallest distance alone": {
+        "propose": lambda behind, *_: behind.max().idxmin()
+    },
 }
 
 
@@ -133,6 +146,10 @@ def collect(kind: str, seed: int) -> None:
     predictions = np.zeros((len(networks[0]), len(labels)), np.uint8)
     probabilities = np.zeros(len(labels), np.float32)
     worst_groups = np.zeros((2, len(networks[0])))
+    hidden = np.zeros(len(masks[0]))
+    for masks_of in masks:
+        for row, own_masks in enumerate(masks_of.values()):
+            hidden[row] += own_masks.float().mean().item() / 2
     partners = []
     start = 0
     for number, half in enumerate(halves):
@@ -159,6 +176,7 @@ def collect(kind: str, seed: int) -> None:
         predictions=predictions,
         probabilities=probabilities,
         right=np.packbits(right, axis=-1),
+        hidden=hidden,
         worst_groups=worst_groups,
     )
 
@@ -194,6 +212,8 @@ def read(file: Path, exchange: str = "any") -> tuple[HeldOut, dict[str, float]]:
         probabilities=torch.where(is_predicted, probabilities, 1 - probabilities),
         predictions=predictions,
         resampled=pd.DataFrame(resampled).T,
+        resampled_images=counts[exchange].sum(),
+        hidden=dict(zip(names[2:], saved["hidden"], strict=True)),
     )
     worst_groups = dict(zip(names, saved["worst_groups"].mean(0), strict=True))
     return held_out, worst_groups

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pandas as pd
@@ -12,11 +13,17 @@ from masktune_utils import results
 from masktune_utils.runner import grids
 from masktune_utils.settings import REPOSITORY
 
-spec = importlib.util.spec_from_file_location(
-    "tables", REPOSITORY / "results" / "tables.py"
-)
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
+
+def load(name: str) -> ModuleType:
+    """A script of the results, as a module."""
+    path = REPOSITORY / "results" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load("tables")
 
 STUDIES = {  # table of a study → what tells its rows apart
     "07_limits": ["experiment", "model"],
@@ -54,6 +61,17 @@ def test_each_table_is_in_one_of_the_texts_and_another_number_is_noticed():
     assert tables.with_tables("\n".join(damaged)) == "\n".join(expected)
 
 
+def test_the_rule_has_the_regret_of_its_table_and_harms_none_of_the_trials():
+    trials = load("trials")
+    made = trials.outcome(trials.VARIANTS["the rule"])
+    expected = tables.RULES.set_index("rule").loc["the rule"].to_dict()
+    assert {name: round(value, 1) for name, value in made.items()} == expected
+    assert made["largest harm"] == 0
+    assert {file.stem for file in trials.FILES.glob("*.npz")} == {
+        f"{kind}__0" for kind in trials.KINDS
+    }
+
+
 def test_rank_correlations_are_those_of_the_table():
     text = tables.FILES[1].read_text()
     _, _, _, *lines = tables.published_table()
@@ -78,10 +96,14 @@ def study(stem: str) -> pd.DataFrame:
 def known_numbers() -> set[str]:
     """Every mean ± standard deviation of the reference run, by configuration."""
     hidden = [name for name in tables.RUNS if name.startswith("hidden_")]
-    chosen = tables.CHOSEN.assign(configuration="chosen")
-    rows = pd.concat([tables.RUNS, chosen])
-    summary = results.summarize(rows, KEY[:2], [*results.ACCURACIES, *hidden])
-    numbers = set(summary.to_numpy().flat)
+    numbers = set()
+    for runs, chosen in (
+        (tables.RUNS, tables.CHOSEN),
+        (tables.CHOICES_RUN, tables.ONE_TEST),
+    ):
+        rows = pd.concat([runs, chosen.assign(configuration="chosen")])
+        summary = results.summarize(rows, KEY[:2], [*results.ACCURACIES, *hidden])
+        numbers.update(summary.to_numpy().flat)
     for stem in STUDIES:
         numbers.update(study(stem).to_numpy().flat)
     return numbers
@@ -154,7 +176,8 @@ def test_the_grids_of_the_reference_run_list_every_row():
     is_chosen = tables.RUNS.index.isin(tables.CHOSEN.index)
     assert keys_of(tables.RUNS[~is_chosen], KEY) <= made
     bases = {(settings.experiment, settings.seed) for settings in choices}
-    assert keys_of(tables.CHOSEN, ["experiment", "seed"]) <= bases
+    for chosen in (tables.CHOSEN, tables.ONE_TEST):
+        assert keys_of(chosen, ["experiment", "seed"]) <= bases
 
 
 def test_readme_is_short():

@@ -71,13 +71,15 @@ def toy(
         probabilities=probabilities,
         predictions=predictions,
         resampled=pd.DataFrame(resampled or everywhere).T,
+        resampled_images=1000,
+        hidden={"a": 0.1, "b": 0.2},
     )
 
 
 def test_the_environments_by_hand():
     right = {NULL: (5, 950), "a": (30, 900), "b": (40, 480)}
     resampled = {"a": {ERM: 0.5, NULL: 0.6, "a": 0.9, "b": 0.8}}
-    accuracy = selection.environments(toy(right, resampled))
+    accuracy, counts = selection.environments(toy(right, resampled))
     assert accuracy.loc["mistakes"].to_dict() == {
         ERM: 0,
         NULL: 5 / 40,
@@ -91,10 +93,11 @@ def test_the_environments_by_hand():
         "b": 480 / 960,
     }
     assert accuracy.loc["a"].to_dict() == resampled["a"]
+    assert counts.to_dict() == {"mistakes": 40, "rest": 960, "a": 500}
 
 
 def test_without_a_mistake_there_is_no_such_environment():
-    accuracy = selection.environments(toy({"a": (0, 990)}, mistakes=0, sure=0))
+    accuracy, _ = selection.environments(toy({"a": (0, 990)}, mistakes=0, sure=0))
     assert [*accuracy.index] == ["a", "rest"]
 
 
@@ -134,6 +137,27 @@ def test_a_model_is_struck_out_where_it_is_ten_points_behind(poor, left):
     assert len(selection.strike_out(accuracy, before=0.99)) == left
 
 
+@pytest.mark.parametrize(
+    ("a", "error", "expected"),
+    [(0.02, 0.03, "a"), (0.04, 0.03, "b"), (0.04, 0.05, "a")],
+)
+def test_within_one_standard_error_the_candidate_that_hides_least_is_proposed(
+    a, error, expected
+):
+    """The larger error of two environments in which the best is furthest behind."""
+    behind = pd.DataFrame(
+        {
+            "rest": {"a": a, "b": 0.0},
+            "mistakes": {"a": 0.0, "b": 0.0},
+            "mask": {"a": 0.0, "b": -0.1},
+        }
+    ).T
+    errors = pd.DataFrame(
+        {"rest": {"b": 0.001}, "mistakes": {"b": error}, "mask": {"b": 0.5}}
+    ).T
+    assert selection.propose(behind, errors, {"a": 0.1, "b": 0.2}) == expected
+
+
 MISTAKES = "40 of 1,000 training images are predicted wrongly by ERM models"
 TAKEN = "ERM relies on what is hidden, so it is taken."
 NOT_SHOWN = "that does not show that ERM relies on what is hidden, so it is kept."
@@ -148,9 +172,9 @@ def test_a_candidate_is_taken_if_most_mistakes_that_erm_is_sure_of_are_right():
     assert verdict.chosen == "a"
     assert verdict.reason == (
         f"{MISTAKES} that have not seen them. 2 of 3 models fall 10 points or more "
-        "behind and are struck out. Of the candidates left, Rule a falls least "
-        "behind. ERM is sure of 40 of its mistakes. 36 of these are right now (95 % "
-        "interval 77–96 %), and 2 with nothing masked, so it is taken."
+        "behind and are struck out. Of the candidates that then fall least behind, "
+        "Rule a hides least. ERM is sure of 40 of its mistakes. 36 of these are right "
+        "now (95 % interval 77–96 %), and 2 with nothing masked, so it is taken."
     )
 
 
@@ -207,11 +231,18 @@ def test_what_only_erm_loses_to_hard_images_does_not_count():
     assert judge({NULL: (0, 960), "a": (30, 960)}, resampled, sure=5).chosen == ERM
 
 
-@pytest.mark.parametrize(("a", "expected"), [(37, "b"), (38, "a"), (39, "a")])
-def test_of_those_left_the_one_that_falls_least_behind_is_taken(a, expected):
-    """In doubt the first, which hides less."""
-    right = {NULL: (2, 960), "a": (a, 955), "b": (38, 955)}
+@pytest.mark.parametrize(("a", "expected"), [(35, "b"), (37, "a")])
+def test_of_those_that_fall_least_behind_the_one_that_hides_less_is_taken(a, expected):
+    """The standard error of 38 of 40 mistakes is 3.4 points; a is 7.5 or 2.5 behind."""
+    right = {NULL: (2, 960), "a": (a, 960), "b": (38, 960)}
     assert judge(right).chosen == expected
+
+
+def test_a_standard_error_is_never_zero():
+    """Of 40 mistakes, all of which are right, it is one fortieth."""
+    right = {NULL: (2, 960), "a": (39, 960), "b": (40, 960)}
+    assert judge(right).chosen == "a"
+    assert judge(right | {"a": (38, 960)}).chosen == "b"
 
 
 def test_erm_is_kept_if_all_candidates_are_struck_out():
@@ -359,7 +390,10 @@ def test_what_is_judged_equals_what_is_predicted_step_by_step(tmp_path, monkeypa
             torch.testing.assert_close(held_out.probabilities, expected.softmax(1))
     generator = torch.Generator().manual_seed(settings.seed)
     sample = torch.randperm(200, generator=generator)[:150]
+    assert held_out.resampled_images == 300
     for mask, row in held_out.resampled.iterrows():
+        shares = [of_half[mask].float().mean().item() for of_half in masks]
+        assert held_out.hidden[mask] == sum(shares) / 2
         for name, share in row.items():
             logits = []
             labels = []
@@ -402,7 +436,7 @@ def test_candidates_with_the_same_models_are_judged_once(tmp_path):
     candidates = [weak, weak.replace(rounds=2), settings.replace(**rule, param=2.0)]
     held_out = experiment.predict_held_out(candidates, jobs=1, retrain=False)
     first, _, third = names_of(candidates)
-    assert [*held_out.resampled.index] == [first, third]
+    assert [*held_out.resampled.index] == [first, third] == [*held_out.hidden]
 
 
 def count_calls(monkeypatch, module: object, name: str) -> list:
