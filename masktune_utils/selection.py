@@ -188,8 +188,7 @@ def judge(held_out: HeldOut, describe: dict[str, str]) -> Verdict:
     if not good:
         return verdict(ERM, f"{reason} All candidates fall far behind: ERM is kept.")
 
-    variance = (accuracy * (1 - accuracy)).clip(lower=1 / counts, axis=0)
-    errors = variance.div(counts, axis=0) ** 0.5
+    errors = (accuracy * (1 - accuracy)).div(counts, axis=0) ** 0.5
     proposal = propose(behind[good], errors, held_out.hidden)
     models = accuracy.shape[1]
     reason += (

@@ -238,13 +238,6 @@ def test_of_those_that_fall_least_behind_the_one_that_hides_less_is_taken(a, exp
     assert judge(right).chosen == expected
 
 
-def test_a_standard_error_is_never_zero():
-    """Of 40 mistakes, all of which are right, it is one fortieth."""
-    right = {NULL: (2, 960), "a": (39, 960), "b": (40, 960)}
-    assert judge(right).chosen == "a"
-    assert judge(right | {"a": (38, 960)}).chosen == "b"
-
-
 def test_erm_is_kept_if_all_candidates_are_struck_out():
     verdict = judge({NULL: (40, 960), "a": (0, 960), "b": (40, 700)})
     assert verdict.chosen == ERM
