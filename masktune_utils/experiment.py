@@ -345,21 +345,24 @@ def masked_by_halves(settings: Settings, train: Split) -> MaskedDataset:
     return MaskedDataset(train, own_masks, settings.fill, settings.seed)
 
 
-def masks_of_half(settings: Settings, images: Split) -> Tensor:
+def masks_of_half(settings: Settings, images: Split, base_sha256: str = "") -> Tensor:
     """The masks of one half, N×H×W; saved with the fine-tuned model of this half.
 
     Args:
         settings: of the half, see `Settings.of_half`.
         images: the half.
+        base_sha256: of the base model of this half; by default that model is loaded.
     """
-    base = base_model(settings, images)
+    if not base_sha256:
+        base_sha256 = base_model(settings, images).sha256
     size = (len(images), *images.images.shape[-2:])
     with contextlib.suppress(Exception):  # not there, damaged: they are made again
         saved = store.read_tensors(_masks_path(settings))
-        if saved["base_sha256"] == base.sha256:
+        if saved["base_sha256"] == base_sha256:
             bits = np.unpackbits(saved["bits"].numpy(), count=math.prod(size))
             masks = torch.from_numpy(bits).bool().view(size)
             return masks.to(images.labels.device)
+    base = base_model(settings, images)
     return _last_round(settings, base, images).masked.own_masks
 
 
@@ -588,7 +591,8 @@ def predict_held_out(
     )
     parallel = Parallel(jobs, return_as="generator")
     tasks = [delayed(_train_erm)(null.of_half(half), retrain) for half in HALVES]
-    list(progress.bar(parallel(tasks), total=len(tasks), desc="ERM of both halves"))
+    bases = progress.bar(parallel(tasks), total=len(tasks), desc="ERM of both halves")
+    base_sha256 = list(bases)
 
     tasks = []
     for chain in [[null], *chains(candidates)]:
@@ -614,7 +618,8 @@ def predict_held_out(
     tasks = []
     for name, settings in networks.items():
         for half in HALVES:
-            tasks.append(delayed(_predict_other_half)(name, settings, half, masks))
+            task = delayed(_predict_other_half)
+            tasks.append(task(name, settings, half, masks, base_sha256[1 - half]))
     predicted = list(progress.bar(parallel(tasks), total=len(tasks), desc="predicting"))
     both_halves = zip(predicted[::2], predicted[1::2], strict=True)
     joined = {}  # network → images → logits and labels
@@ -647,12 +652,13 @@ def chains(candidates: Sequence[Settings]) -> list[list[Settings]]:
     return list(of_first_round.values())
 
 
-def _train_erm(settings: Settings, retrain: bool) -> None:
-    """The base model of a half, and its maps, once for all chains."""
+def _train_erm(settings: Settings, retrain: bool) -> str:
+    """The base model of a half, and its maps, once for all chains; its SHA-256."""
     with progress.silence():
         train = shortcuts.load(settings).train
         base = base_model(settings, train, retrain)
         training_saliency(settings, base, train)
+    return base.sha256
 
 
 def _train_chain(
@@ -677,7 +683,11 @@ def _train_chain(
 
 
 def _predict_other_half(
-    name: str, settings: Settings, half: int, masks: Sequence[Settings]
+    name: str,
+    settings: Settings,
+    half: int,
+    masks: Sequence[Settings],
+    base_sha256: str,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Logits and labels of the half that a saved model has not seen.
 
@@ -686,6 +696,7 @@ def _predict_other_half(
         settings: of that model.
         half: on which it was trained.
         masks: candidates, whose masks for the other half resample its images.
+        base_sha256: of the base model of the other half.
 
     Returns:
         Of the images as they are (`ORIGINAL`), and of at most `SAMPLE` as each
@@ -703,10 +714,9 @@ def _predict_other_half(
         generator = torch.Generator().manual_seed(settings.seed)
         sample = torch.randperm(len(images), generator=generator)[:SAMPLE]
         for candidate in masks:
-            own_masks = masks_of_half(candidate.of_half(1 - half), images)
-            masked = MaskedDataset(
-                images[sample], own_masks[sample], "resample", candidate.seed
-            )
+            other = candidate.of_half(1 - half)
+            own_masks = masks_of_half(other, images, base_sha256)[sample]
+            masked = MaskedDataset(images[sample], own_masks, "resample", other.seed)
             logits = evaluation.predict(network, masked)
             predicted[candidate.configuration] = (logits, labels[sample])
     return predicted
