@@ -3,10 +3,10 @@
 Two base models are trained, each on half of the training images, and each candidate
 fine-tunes both. All models then predict the images of the half that they have not seen,
 in several environments: the images that ERM gets wrong, the rest, and, for the masks of
-each candidate, the images with the hidden part taken from another image. The model that
-falls furthest behind the best one in any of these is struck out, again and again. ERM
-is kept unless the mistakes that it is sure of, or the resampled images, show that it
-relies on what the mask hides. Only training images and their classes are used.
+each candidate, the images with the hidden part taken from another image. Models that
+fall far behind the best one in any of these are struck out, one at a time. ERM is kept
+unless the mistakes that it is sure of, or the resampled images, show that it relies on
+what the mask hides. Only training images and their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024); such groups to
 choose by: uLA (Tsirigotis et al., 2023); regret over environments: Agarwal and Zhang,
@@ -192,7 +192,8 @@ def judge(held_out: HeldOut, describe: dict[str, str]) -> Verdict:
     proposal = propose(behind[good], errors, held_out.hidden)
     models = accuracy.shape[1]
     reason += (
-        f" {models - len(left)} of {models} models fall 10 points or more behind and "
+        f" {models - len(left)} of {models} models fall {100 * BEHIND:.0f} points or "
+        "more behind and "
         "are struck out. Of the candidates that then fall least behind, "
         f"{describe[proposal]} hides least."
     )

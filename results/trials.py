@@ -34,6 +34,7 @@ from masktune_utils.selection import ERM, NULL, HeldOut
 from masktune_utils.settings import Settings
 
 FILES = Path(__file__).with_suffix("")
+SILENT = "largest harm, no shortcut, ERM's mistakes not asked"
 NO_EXCEPTION = {"conflicting_share": 0.0}
 KINDS = {
     "square_4": {"square_size": 4},
@@ -74,7 +75,7 @@ def without_mistakes(held_out: HeldOut) -> tuple[pd.DataFrame, pd.Series]:
 
 
 VARIANTS = {  # names in `selection` that are changed
-    "the rule": {"COST": 3},
+    "the rule": {"COST": selection.COST},
     "no model is struck out": {"strike_out": lambda accuracy, _: list(accuracy)},
     "a loss counts 1.5 times": {"COST": 1.5},
     "a loss counts six times": {"COST": 6},
@@ -209,7 +210,7 @@ def read(file: Path, exchange: str = "any") -> tuple[HeldOut, dict[str, float]]:
     is_predicted = torch.nn.functional.one_hot(predictions[ERM]).bool()
     held_out = HeldOut(
         labels=torch.from_numpy(labels).long(),
-        probabilities=torch.where(is_predicted, probabilities, 1 - probabilities),
+        probabilities=is_predicted * probabilities,  # of the other classes: not saved
         predictions=predictions,
         resampled=pd.DataFrame(resampled).T,
         resampled_images=counts[exchange].sum(),
@@ -226,7 +227,7 @@ def compare() -> pd.DataFrame:
         rows.append({"rule": name, **outcome(changes)})
     for exchange in ("same", "other"):
         name = f"exchange by the {exchange} class"
-        rows.append({"rule": name, **outcome({"COST": selection.COST}, exchange)})
+        rows.append({"rule": name, **outcome(VARIANTS["the rule"], exchange)})
     return pd.DataFrame(rows).set_index("rule")
 
 
@@ -260,9 +261,7 @@ def outcome(changes: dict, exchange: str = "any") -> dict[str, float]:
         "mean regret": np.mean(regrets),
         "largest regret": max(regrets),
         "largest harm": max(0.0, -min(gains)),
-        "largest harm without a shortcut, if no mistakes spoke": max(
-            0.0, -min(gains_in_silence)
-        ),
+        SILENT: max(0.0, -min(gains_in_silence)),
         "ERM kept": kept,
     }
 
