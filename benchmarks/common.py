@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from masktune_utils import experiment, models, shortcuts
+from masktune_utils import datasets, experiment, models
 from masktune_utils.settings import Settings
 
 BIN = Path(sys.executable).parent  # where masktune and papermill are installed
@@ -136,7 +136,7 @@ def base_model_alone():
     settings = Settings(dataset="mnist")
     saved = settings.checkpoint_path("base")
     if not saved.exists():
-        experiment.base_model(settings, shortcuts.load(settings).train)
+        experiment.base_model(settings, datasets.load(settings).train)
     with tempfile.TemporaryDirectory() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
         path.parent.mkdir(parents=True)

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from common import BIN, base_model_alone, machine, measure
 
-from masktune_utils import models, saliency, shortcuts, training
+from masktune_utils import datasets, models, saliency, training
 from masktune_utils.settings import REPOSITORY, Settings
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = Settings(dataset="mnist", device=arguments.device)
-        train = shortcuts.load(settings).train
+        train = datasets.load(settings).train
     except ValueError as error:
         raise SystemExit(str(error)) from None
     model = models.new_model(0, train.labels.device)

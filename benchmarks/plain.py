@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchcam.methods import XGradCAM
 
-from masktune_utils import data, models, shortcuts
+from masktune_utils import data, datasets, models
 from masktune_utils.settings import Settings
 
 
@@ -81,7 +81,7 @@ def accuracy(model: nn.Module, images: list) -> float:
 
 
 def configuration(
-    checkpoint: str, splits: shortcuts.BiasedSets, method: str, param: float
+    checkpoint: str, splits: datasets.BiasedSets, method: str, param: float
 ) -> dict[str, float]:
     """Mask, fine-tune and test; returns the seconds of each part."""
     seconds, started = {}, time.perf_counter()
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="top_k")
     parser.add_argument("--param", type=float, default=0.1)
     arguments = parser.parse_args()
-    splits = shortcuts.load(Settings(dataset="mnist", limit=arguments.limit))
+    splits = datasets.load(Settings(dataset="mnist", limit=arguments.limit))
     checkpoint = Settings(dataset="mnist").checkpoint_path("base")
     for part, seconds in configuration(
         checkpoint, splits, arguments.method, arguments.param

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from common import machine
 
-from masktune_utils import experiment, shortcuts, training
+from masktune_utils import datasets, experiment, training
 from masktune_utils.settings import REPOSITORY, Settings
 
 FLOAT32 = mock.patch.object(training, "has_bfloat16", lambda device: False)
@@ -38,7 +38,7 @@ def main() -> None:
                 seed=seed,
                 epochs=arguments.epochs,
             )
-            splits = shortcuts.load(settings)
+            splits = datasets.load(settings)
             with switch:
                 base = experiment.base_model(settings, splits.train)
             result = experiment.record(base, splits)

@@ -9,7 +9,7 @@ from pytorch_grad_cam import XGradCAM as GradCamXGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchcam.methods import XGradCAM
 
-from masktune_utils import evaluation, saliency, shortcuts, store
+from masktune_utils import datasets, metrics, saliency, store
 from masktune_utils.settings import Settings
 
 
@@ -49,10 +49,10 @@ def main() -> None:
     with base_model_alone() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
         model = store.load_checkpoint(path).model
-    split = shortcuts.load(Settings(dataset="mnist")).train[: arguments.images]
+    split = datasets.load(Settings(dataset="mnist")).train[: arguments.images]
     seconds = alternate(
         {
-            "forward pass": lambda: evaluation.predict(model, split, size),
+            "forward pass": lambda: metrics.predict(model, split, size),
             "masktune_utils": lambda: saliency.saliency_maps(
                 model, split.images, split.labels, batch_size=size
             ),

@@ -6,7 +6,7 @@ import pandas as pd
 import plain
 from common import BIN, base_model_alone, machine, measure
 
-from masktune_utils import shortcuts
+from masktune_utils import datasets
 from masktune_utils.runner.grids import SWEEPS, read_grid
 from masktune_utils.settings import Settings
 
@@ -20,7 +20,7 @@ def main() -> None:
         help="the plain procedure runs on one image in so many",
     )
     arguments = parser.parse_args()
-    splits = shortcuts.load(Settings(dataset="mnist"))
+    splits = datasets.load(Settings(dataset="mnist"))
     tenth = splits._replace(
         **{
             name: getattr(splits, name)[:: arguments.share]

@@ -11,7 +11,7 @@ import plain
 import torch
 from common import alternate, bandwidth, gflops, machine, work
 
-from masktune_utils import models, shortcuts, training
+from masktune_utils import datasets, models, training
 from masktune_utils.settings import Settings
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    split = shortcuts.load(Settings(dataset="mnist")).train[: arguments.images]
+    split = datasets.load(Settings(dataset="mnist")).train[: arguments.images]
     images = plain.materialise(split)
     ours, plain_model = models.new_model(0), models.SmallCNN()
 

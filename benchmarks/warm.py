@@ -13,7 +13,7 @@ import pandas as pd
 import psutil
 from common import alternate, base_model_alone, machine
 
-from masktune_utils import evaluation, experiment, results, shortcuts
+from masktune_utils import datasets, evaluation, experiment, results
 from masktune_utils.runner import kernels
 from masktune_utils.runner.jobs import BASE, FINETUNE, make_stage
 from masktune_utils.settings import Settings
@@ -43,7 +43,7 @@ def main() -> None:
             _, error = job.run(1)
             assert not error, error
             wall[job] = time.perf_counter() - started
-        last, sets = stages[-1], shortcuts.load(grid[-1])
+        last, sets = stages[-1], datasets.load(grid[-1])
         base = experiment.base_model(grid[-1], sets.train)
         tests = {"predictions": lambda: evaluation.evaluate(base.model, sets)}
         predictions = alternate(tests, 3)["predictions"]
@@ -61,7 +61,7 @@ def main() -> None:
             _, error = stages[-1 - count % 2].run(1, force=count % 10 == 0)
             assert not error, error
             if count in MOMENTS:
-                pid = kernels.idle_kernels["1"][0].provisioner.pid
+                pid = kernels.warm_kernels.idle["1"][0].provisioner.pid
                 memory[f"after {count}"] = psutil.Process(pid).memory_info().rss / 1e9
         print(f"GB of the kernel\n{pd.Series(memory).round(2).to_string()}")
 

@@ -1,19 +1,26 @@
-"""From saliency maps to masks, and from masks to the masked training set.
+"""From saliency maps to masks, from masks to the masked images, and MaskTune itself.
 
 MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden.
 """
 
+import copy
 import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self, get_args
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from masktune_utils.data import Split
-from masktune_utils.settings import Fill, Upsample
+from masktune_utils.saliency import saliency_maps
+
+UPSAMPLES = ("bilinear", "nearest", "map")
+FILLS = ("zero", "resample")
 
 
 def threshold(maps: Tensor, param: float) -> Tensor:
@@ -201,11 +208,15 @@ def mean_map(maps: Tensor) -> Tensor:
     return (average - lowest) / (highest - lowest).clamp(min=1e-8)
 
 
-@dataclass(frozen=True)
-class MaskedDataset:
+@dataclass(frozen=True, eq=False)
+class MaskedDataset(Dataset):
     """A split that is masked batch by batch.
 
-    Float images of the whole set never exist.
+    Float images of the whole set never exist. It is a data set of torch: `masked[3]` is
+    a masked image, C×H×W in [0, 1], and its label. With `resample` its partner is drawn
+    anew each time, from the global random generator, so that a DataLoader gives each
+    epoch its own partners; `batch` has those of `epoch`.
+
     With `zero`, hidden pixels become black: x · (1 − m). With `resample`, they become
     those of a partner, a random image of any class: x_i · (1 − M) + x_j · M, where M =
     max(m_i, m_j) hides what the mask of either image hides. The pixels inside M then
@@ -220,6 +231,7 @@ class MaskedDataset:
         seed: of the partners. Those of an epoch are drawn from `seed` + `epoch`, so
             seeds that are closer than the number of epochs share some.
         epoch: from 1; each has its own partners.
+        rule: what made the masks, if a `Rule` did.
     """
 
     split: Split
@@ -227,9 +239,20 @@ class MaskedDataset:
     fill: str = "zero"
     seed: int = 0
     epoch: int = 1
+    rule: "Rule | None" = None
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.split[index]
+        mask = self.own_masks[index].float()
+        if self.fill == "zero":
+            return apply_mask(image, mask), label
+        partner = torch.randint(len(self), ()).item()
+        partner_image, _ = self.split[partner]
+        mask = torch.maximum(mask, self.own_masks[partner].float())
+        return apply_mask(image, mask, fill=partner_image), label
 
     @property
     def labels(self) -> Tensor:
@@ -310,11 +333,10 @@ def mask_dataset(
             or fill.
     """
     size = tuple(split.images.shape[-2:])
-    if fill not in get_args(Fill):
-        raise ValueError(f"fill is {fill!r}; allowed: {', '.join(get_args(Fill))}.")
-    if upsample not in get_args(Upsample):
-        allowed = ", ".join(get_args(Upsample))
-        raise ValueError(f"upsample is {upsample!r}; allowed: {allowed}.")
+    if fill not in FILLS:
+        raise ValueError(f"fill is {fill!r}; allowed: {', '.join(FILLS)}.")
+    if upsample not in UPSAMPLES:
+        raise ValueError(f"upsample is {upsample!r}; allowed: {', '.join(UPSAMPLES)}.")
     if len(split) != len(saliency_map):
         raise ValueError(
             f"{len(saliency_map)} maps; allowed: {len(split)}, one per image."
@@ -335,6 +357,101 @@ def mask_dataset(
     if earlier is not None:
         own_masks = torch.maximum(own_masks, earlier.own_masks)
     return MaskedDataset(split, own_masks, fill, seed)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How masks are made; the fields are those of `mask_dataset`.
+
+    Attributes:
+        rounds: of masking; each adds to what is hidden, see `masktune`.
+    """
+
+    method: str = "mean_std"
+    param: float = 2.0
+    upsample: str = "bilinear"
+    dilation: int = 0
+    shared: bool = False
+    fill: str = "zero"
+    rounds: int = 1
+
+    def __str__(self) -> str:
+        """In words."""
+        words = f"{self.method} {self.param:g}"
+        if self.upsample != "bilinear":
+            words += f" {self.upsample}"
+        if self.dilation:
+            words += f" dilated by {self.dilation:.0f}"
+        if self.shared:
+            words += ", shared"
+        if self.fill == "resample":
+            words += ", resampled"
+        if self.rounds > 1:
+            words += f", {self.rounds:.0f} rounds"
+        return words
+
+    def mask(
+        self,
+        split: Split,
+        maps: Tensor,
+        seed: int = 0,
+        earlier: MaskedDataset | None = None,
+    ) -> MaskedDataset:
+        """The masked images, see `mask_dataset`; of one round."""
+        fields = dataclasses.asdict(self)
+        del fields["rounds"]
+        masked = mask_dataset(split, maps, **fields, seed=seed, earlier=earlier)
+        return dataclasses.replace(masked, rule=self)
+
+
+class Tuned(NamedTuple):
+    """A network, and the masked images on which it was fine-tuned."""
+
+    network: nn.Module
+    masked: MaskedDataset
+
+
+def masktune(
+    network: nn.Module,
+    split: Split,
+    rule: Rule,
+    finetune: Callable[[nn.Module, MaskedDataset], nn.Module],
+    maps: Tensor | None = None,
+    explain: Callable[[nn.Module, Tensor, Tensor], Tensor] = saliency_maps,
+    seed: int = 0,
+) -> Iterator[Tuned]:
+    """MaskTune with 1, 2, … `rounds` of masking: the outcome of each.
+
+    Each round explains the network of the round before on the images that it was
+    fine-tuned on (with `resample`, those of the first epoch), adds what it looks at to
+    what is hidden, and fine-tunes the trained network anew. The rounds end when one
+    hides nothing more. The paper has one round.
+
+    Args:
+        network: the trained one (ERM); it is left as it is.
+        split: the training images.
+        rule: how masks are made.
+        finetune: (a copy of the network, masked images) → the fine-tuned network.
+        maps: of the network, N×h×w; by default they are computed.
+        explain: (network, images, labels) → maps, see `saliency.saliency_maps`.
+        seed: see `mask_dataset`.
+    """
+    if maps is None:
+        maps = explain(network, split.images, split.labels)
+    masked = None
+    for number in range(1, rule.rounds + 1):
+        earlier = masked
+        this_round = dataclasses.replace(rule, rounds=number)
+        masked = this_round.mask(split, maps, seed, earlier)
+        has_earlier = earlier is not None
+        if has_earlier and torch.equal(masked.own_masks, earlier.own_masks):
+            return
+        tuned = finetune(copy.deepcopy(network), masked)
+        yield Tuned(tuned, masked)
+        if number < rule.rounds:
+            # A map that is zero everywhere hides nothing more.
+            with warnings.catch_warnings(action="ignore"):
+                maps = explain(tuned, masked.images, split.labels)
 
 
 def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:

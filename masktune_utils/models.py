@@ -1,10 +1,10 @@
 """Networks, their device, and the layer that is explained."""
 
 import contextlib
+import copy
 import logging
 import socket
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,20 @@ def build(name: str, num_classes: int) -> nn.Module:
     Args:
         name: `small_cnn`, or a classification network of torchvision.
         num_classes: number of logits.
+
+    Raises:
+        ValueError: another name.
     """
     if name == "small_cnn":
         return SmallCNN(num_classes)
     from torchvision import models  # takes a second
     from torchvision.transforms.v2 import Normalize
 
+    # These have several outputs, or no plain state dict.
+    left_out = ("googlenet", "inception*", "mnasnet*")
+    known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
+    if name not in known:
+        raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
     usual = models.get_model_weights(name).DEFAULT.transforms()
     network = models.get_model(name, num_classes=num_classes)
     return nn.Sequential(Normalize(usual.mean, usual.std), network)
@@ -128,47 +136,6 @@ def _fit(network: nn.Module, weights: dict[str, Tensor]) -> None:
     network.load_state_dict(fitted)
 
 
-@cache
-def check(image_size: int, name: str, weights: str) -> None:
-    """Refuse a network that does not exist, or does not fit its images or weights.
-
-    `DEFAULT` is not downloaded here: a finished model does not need it.
-
-    Raises:
-        ValueError: the message names what does not fit, and what is allowed.
-    """
-    if (image_size, name, weights) == (28, "small_cnn", ""):
-        return
-    from torchvision import models
-
-    # These have several outputs, or no plain state dict.
-    left_out = ("googlenet", "inception*", "mnasnet*")
-    known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
-    if name not in known:
-        raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
-    if weights == "DEFAULT" and name == "small_cnn":
-        allowed = "with small_cnn: empty, or the path of a state dict"
-        raise ValueError(f"weights are 'DEFAULT'; allowed {allowed}.")
-    file = "" if weights == "DEFAULT" else weights
-    model = new_model(0, name=name, weights=file).eval()
-    shape = (3, image_size, image_size)
-    try:
-        model(torch.zeros(1, *shape))
-        outputs = []
-        layer = target_layer(model, shape)
-        layer.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
-        model(torch.zeros(1, *shape))
-        height, width = outputs[0].shape[-2:]
-        if height != width:  # channels come last
-            raise RuntimeError("at this size, no layer has a map")
-    except (AssertionError, RuntimeError, TypeError) as error:
-        allowed = "28 with small_cnn; with another network, a size that it takes"
-        reason = f"{error}".splitlines()[0]
-        raise ValueError(
-            f"image_size is {image_size}; allowed: {allowed} ({reason})."
-        ) from error
-
-
 @contextlib.contextmanager
 def impatience() -> Iterator[None]:
     """Give up on a download after `SILENCE` seconds without an answer."""
@@ -206,30 +173,53 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def target_layer(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The layer that is explained: what `model.get_grad_cam_target_layer()` returns.
-
-    Without this method, the last layer whose output is larger than one pixel, as
-    torchcam finds it.
+def target_layer(
+    model: nn.Module, shape: tuple[int, ...], layer: str = ""
+) -> nn.Module:
+    """The layer that is explained.
 
     Args:
         model: any network for images.
         shape: C, H, W of the images.
+        layer: its name, as in `model.get_submodule`. Without one, what the method
+            `model.get_grad_cam_target_layer()` returns; without this method, the last
+            layer whose output is larger than one pixel, as torchcam finds it.
 
     Raises:
-        TypeError: there is no such layer.
+        TypeError: no layer is named, and there is none, or the network computes with
+            tokens.
     """
+    if layer:
+        return model.get_submodule(layer)
     if hasattr(model, "get_grad_cam_target_layer"):
         return model.get_grad_cam_target_layer()
     from torchcam.methods import XGradCAM  # heavy, and of no use to the command
 
     logging.getLogger("torchcam").setLevel(logging.ERROR)  # it warns of its choice
+    kind = type(model).__name__
     try:
         with XGradCAM(model, input_shape=shape) as extractor:
-            return model.get_submodule(extractor.target_names[0])
+            found = model.get_submodule(extractor.target_names[0])
     except ValueError:
-        needed = (
-            "a method get_grad_cam_target_layer(), which returns the module to explain"
-        )
-        message = f"no layer of {type(model).__name__} has a map; it needs {needed}."
-        raise TypeError(message) from None
+        needed = "name one by layer=, or by a method get_grad_cam_target_layer()"
+        raise TypeError(f"no layer of {kind} has a map; {needed}.") from None
+    if _has_tokens(model, shape):
+        needed = "name a layer by layer=, and make its output a map by reshape="
+        raise TypeError(f"{kind} computes with tokens; {needed}.")
+    return found
+
+
+def _has_tokens(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether the output of a layer is N×tokens×channels, as in a transformer."""
+    shapes = []
+
+    def keep(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            shapes.append(output.shape[1:])
+
+    watched = copy.deepcopy(model).eval()
+    for module in watched.modules():
+        module.register_forward_hook(keep)
+    with torch.no_grad():
+        watched(torch.zeros(1, *shape, device=next(watched.parameters()).device))
+    return any(len(sizes) == 2 and sizes[0] > 1 for sizes in shapes)

@@ -37,13 +37,6 @@ MODEL_COLORS = {
     "ours": "#D55E00",
     "oracle": "#009E73",
 }
-PIPELINE = (
-    "data\nwith a shortcut",
-    "ERM\ntakes the shortcut",
-    "maps and masks\nhide what it looks at",
-    "fine-tuning\non masked images",
-    "comparison\nand choice",
-)
 matplotlib.style.use(Path(__file__).with_name("series.mplstyle"))
 
 
@@ -78,29 +71,6 @@ def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, dpi=160, bbox_inches="tight")
     return buffer.getvalue()
-
-
-def pipeline(stage: int) -> None:
-    """Display the stages of the series as a row of boxes.
-
-    Args:
-        stage: number of the stage that is lit, from 1.
-    """
-    figure = Figure((9, 0.8))
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set_axis_off()
-    ax.set(xlim=(0, len(PIPELINE)), ylim=(0, 1))
-    for number, name in enumerate(PIPELINE, start=1):
-        face = "#F0E442" if number == stage else "white"
-        box = {"boxstyle": "round,pad=0.5", "facecolor": face, "edgecolor": "0.5"}
-        style = {"ha": "center", "va": "center", "fontsize": 8, "bbox": box}
-        ax.text(number - 0.5, 0.5, f"{number} · {name}", **style)
-        if number > 1:
-            arrow = {"arrowstyle": "->", "color": "0.5"}
-            ends = ((number - 0.95, 0.5), (number - 1.05, 0.5))
-            ax.annotate("", *ends, arrowprops=arrow)
-    alt = f"the stages of the series; this is stage {stage}"
-    display(Image(data=_png(figure), retina=True, alt=alt))
 
 
 def heat(maps: Tensor) -> Tensor:

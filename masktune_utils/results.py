@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.masking import Rule
+from masktune_utils.settings import RULE, Settings, root
 from masktune_utils.store import write_bytes
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
@@ -20,16 +21,6 @@ CHOICE_KEYS = {
     "mistakes",
     "candidates",
     "base_sha256",
-}
-# The settings that `describe` puts into words.
-DESCRIBED = {
-    "method",
-    "param",
-    "dilation",
-    "shared",
-    "fill",
-    "rounds",
-    "upsample",
 }
 CHOSEN = "chosen, without the test sets"
 
@@ -52,24 +43,24 @@ def read_choice(path: Path) -> dict[str, Any]:
     return _read_json(path, CHOICE_KEYS)
 
 
-def current_choice(base: Settings) -> dict[str, Any] | None:
-    """The saved choice of an experiment; None if there is none for today's base model.
+def current_choice(base: Settings, sha256: str) -> dict[str, Any] | None:
+    """The saved choice of an experiment; None if there is none for this base model.
 
     Nor is one of an older version returned, which has no table of accuracies.
 
     Args:
         base: the settings of the base model.
+        sha256: of its weights.
 
     Raises:
         ValueError: see `read_choice`.
     """
     path = base.folder("results") / "chosen.json"
-    of_base = path.with_stem("base")
-    if not (path.exists() and of_base.exists()):
+    if not path.exists():
         return None
     choice = read_choice(path)
-    is_current = choice["base_sha256"] == read_result(of_base)["sha256"]
-    return choice if is_current and "accuracy" in choice else None
+    is_current = choice["base_sha256"] == sha256
+    return choice if is_current and "chosen" in choice else None
 
 
 def _read_json(path: Path, keys: set[str]) -> dict[str, Any]:
@@ -87,7 +78,11 @@ def _read_json(path: Path, keys: set[str]) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Save a result or a choice."""
-    write_bytes(path, json.dumps(content, indent=1).encode())
+    text = json.dumps(content, indent=1)
+    strict = json.loads(
+        text, parse_constant=lambda _name: None
+    )  # NaN, which is no JSON
+    write_bytes(path, json.dumps(strict, indent=1).encode())
 
 
 def collect(directory: str = "") -> pd.DataFrame:
@@ -109,7 +104,7 @@ def collect(directory: str = "") -> pd.DataFrame:
     """
     results = {}
     choices = {}
-    for path in sorted((REPOSITORY / directory / "results").glob("*/seed*/*.json")):
+    for path in sorted((root(directory) / "results").glob("*/seed*/*.json")):
         if path.name == "chosen.json":
             choices[path.parent] = read_choice(path)
         else:
@@ -199,36 +194,12 @@ def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     return pd.concat([rows[name].assign(model=name) for name in rows])
 
 
-def describe(
-    method: str,
-    param: float,
-    dilation: int = 0,
-    fill: str = "zero",
-    rounds: int = 1,
-    upsample: str = "bilinear",
-    shared: bool = False,
-) -> str:
-    """A configuration in words, without how it is fine-tuned; see `Settings`."""
-    words = f"{method} {param:g}"
-    if upsample != "bilinear":
-        words += f" {upsample}"
-    if dilation:
-        words += f" dilated by {dilation:.0f}"
-    if shared:
-        words += ", shared"
-    if fill == "resample":
-        words += ", resampled"
-    if rounds > 1:
-        words += f", {rounds:.0f} rounds"
-    return words
-
-
 def names(table: pd.DataFrame) -> pd.Series:
     """The configuration of each row in words, or `ERM`."""
     described = {}
-    for index, row in table.reindex(columns=list(DESCRIBED)).iterrows():
+    for index, row in table.reindex(columns=RULE).iterrows():
         known = row.dropna()  # an older result lacks younger settings
-        described[index] = describe(**known) if "method" in known else "ERM"
+        described[index] = f"{Rule(**known)}" if "method" in known else "ERM"
     return pd.Series(described, dtype=object)
 
 
@@ -239,31 +210,20 @@ def conclude(bases: Sequence[Settings]) -> str:
         bases: the settings of the base models.
     """
     table = collect(bases[0].directory)
-    choices = {}  # experiment → its settings and choices, one for each seed
-    for base in bases:
-        choice = current_choice(base)
-        if choice:
-            choices.setdefault(base.experiment, []).append((base, choice))
     text = ""
-    for experiment, seeds in choices.items():
+    for experiment in dict.fromkeys(base.experiment for base in bases):
+        seeds = [base for base in bases if base.experiment == experiment]
         text += f"\n{experiment}\n\n"
-        for base, choice in seeds:
-            text += f"seed {base.seed}: {choice['reason']}\n"
-        settings, _ = seeds[0]
-        seed_numbers = [base.seed for base, _ in seeds]
-        of_seeds = table[table["seed"].isin(seed_numbers)]
-        rows = compare(of_seeds, settings)
-        worst = rows.groupby("model")["worst_group"].mean()
+        for base in seeds:
+            path = base.folder("results") / "chosen.json"
+            if path.exists():
+                text += f"seed {base.seed}: {read_choice(path)['reason']}\n"
+        of_seeds = table[table["seed"].isin([base.seed for base in seeds])]
+        rows = compare(of_seeds, seeds[0])
+        shares = ("test", *ACCURACIES)
         groups = [name for name in rows if name.startswith("group ")]
-        text += f"\nAccuracy in %\n\n{summarize(rows, ['model']).to_string()}\n\n"
-        text += f"In its worst group, ERM is right on {worst['ERM']:.1%} of the images"
-        if CHOSEN in worst:  # its notebook may have failed
-            text += f"; what was chosen, on {worst[CHOSEN]:.1%}"
-        text += ".\n"
-        text += f"{summarize(rows, ['model'], groups).T.to_string()}\n\n"
-        picture = settings.folder("figures") / "05_chosen.png"
-        if picture.exists():
-            text += f"See {picture}\n"
+        summary = summarize(rows, ["model"], [*shares, *groups])
+        text += f"\nAccuracy in %\n\n{summary.T.to_string()}\n"
     return text
 
 
@@ -290,7 +250,7 @@ def gather_study(directory: str, name: str) -> None:
         directory: see `Settings.directory`.
         name: of the notebook.
     """
-    folder = REPOSITORY / directory / "results"
+    folder = root(directory) / "results"
     parts = [pd.read_csv(path) for path in sorted(folder.glob(f"*/seed*/{name}.csv"))]
     if parts:
         save_table(pd.concat(parts), folder / f"{name}.csv")

@@ -2,14 +2,15 @@
 
 import copy
 import warnings
-from typing import get_args
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torchcam import methods
 
 from masktune_utils import data, models, progress
-from masktune_utils.settings import Cam
+
+CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
 
 
 def saliency_maps(
@@ -18,19 +19,24 @@ def saliency_maps(
     labels: Tensor,
     cam: str = "XGradCAM",
     batch_size: int = 100,
+    layer: str = "",
+    reshape: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Saliency of each image for the score of its own label.
 
     XGradCAM: Fu et al., 2020, equation 8.
 
     Args:
-        model: a SmallCNN, or any network of images, see `models.target_layer`. It is
-            explained in evaluation mode, and is itself left as it is.
+        model: a SmallCNN, or any network of images. It is explained in evaluation mode,
+            and is itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], on any device.
         labels: N, on any device; the class whose score is explained, one per image.
-        cam: one of `settings.Cam`, named as the classes of torchcam.
+        cam: one of `CAMS`, named as the classes of torchcam.
         batch_size: images at a time. It only changes the speed, except for
             SmoothGradCAMpp, which adds noise from a fixed seed.
+        layer: name of the layer to explain; by default see `models.target_layer`.
+        reshape: from the output of a layer that is given, which has tokens or channels
+            last, to N×C×h×w.
 
     Returns:
         N×h×w float32, the size of the layer's output (SmallCNN: 8×8), each map scaled
@@ -38,22 +44,28 @@ def saliency_maps(
         zeros; a warning counts these.
 
     Raises:
-        TypeError: the model does not name a layer to explain.
+        TypeError: the model does not name a layer to explain; or what the layer gives
+            is no map of the image.
         ValueError: an unknown CAM.
     """
-    if cam not in get_args(Cam):
-        raise ValueError(f"cam is {cam!r}; allowed: {', '.join(get_args(Cam))}.")
+    if cam not in CAMS:
+        raise ValueError(f"cam is {cam!r}; allowed: {', '.join(CAMS)}.")
     explained = copy.deepcopy(model).eval().requires_grad_(False)
-    layer = models.target_layer(explained, tuple(images.shape[1:]))
-    # The gradient starts at this layer; the layers before it need no graph.
-    layer.register_forward_hook(
-        lambda _module, _inputs, output: output.requires_grad_().clone()
-    )
+    target = models.target_layer(explained, tuple(images.shape[1:]), layer)
+
+    def start_graph(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        """The gradient starts at this layer; those before it need no graph."""
+        _check_map(reshape(output) if reshape else output, images)
+        return output.requires_grad_().clone()
+
+    target.register_forward_hook(start_graph)
     device = next(explained.parameters()).device
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     maps = []
     with (
-        getattr(methods, cam)(explained, layer) as extractor,
+        getattr(methods, cam)(
+            explained, target, reshape_transform=reshape
+        ) as extractor,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.enable_grad(),
     ):
@@ -68,3 +80,18 @@ def saliency_maps(
     if empty:
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)
     return maps
+
+
+def _check_map(features: Tensor, images: Tensor) -> None:
+    """Refuse features, N×C×h×w, that are not about as wide and high as the images."""
+    is_map = features.ndim == 4
+    if is_map:
+        height, width = features.shape[-2:]
+        ratio = height * images.shape[-1] / (width * images.shape[-2])
+        is_map = max(height, width) > 1 and 0.5 <= ratio <= 2
+    if not is_map:
+        size = "×".join(map(str, features.shape[1:]))
+        raise TypeError(
+            f"the layer gives N×{size}; allowed: N×C×h×w, in the proportions of the "
+            "image. Name another by layer=, or make it a map by reshape=."
+        )

@@ -18,27 +18,46 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, get_args
 
 from matplotlib.colors import is_color_like
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
-    field_validator,
+    model_validator,
 )
+
+if TYPE_CHECKING:
+    from masktune_utils.masking import Rule
 
 REPOSITORY = Path(__file__).parents[1]
 # Largest `param` of each method; the smallest is 0. Beyond these, nothing is hidden: no
 # value of an 8×8 map exceeds 64 times the mean, and no one of 28×28 values is 28
 # standard deviations above it.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28, "random": 0.5}
-RUNTIME = ("directory", "device", "retrain")  # no result depends on them
+RUNTIME = (
+    "directory",
+    "device",
+    "retrain",
+    "public_weights",
+)  # no result depends on them
+IN_FILES = {"fold": "half"}  # a setting's name in files, where these are older
+LONGEST = 165  # bytes of a name; that of a file is at most 200
+RULE = ("method", "param", "upsample", "dilation", "shared", "fill", "rounds")
 # Not listed in names: each has a place of its own in the path, except `test_folder`,
 # which changes no model.
-NOT_SPELLED_OUT = ("dataset", "train_folder", "test_folder", "seed", "method", "param")
+NOT_SPELLED_OUT = (
+    *RUNTIME,
+    "dataset",
+    "train_folder",
+    "test_folder",
+    "seed",
+    "method",
+    "param",
+)
 
 Dataset = Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist", "folder"]
 Labels = Literal["halves", "digits"]
@@ -61,6 +80,8 @@ Upsample = Literal["bilinear", "nearest", "map"]
 Fill = Literal["zero", "resample"]
 Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["constant", "linear"]
+# `birds/` and `birds` are the same.
+Folder = Annotated[str, AfterValidator(lambda name: f"{Path(name)}" if name else "")]
 
 
 class DataSettings(BaseModel):
@@ -87,10 +108,12 @@ class DataSettings(BaseModel):
     dataset: Dataset = Field(
         "auto", description="mnist, mnist5k, fashion_mnist, kmnist, folder or auto"
     )
-    train_folder: str = Field(
+    train_folder: Folder = Field(
         "", description="for dataset folder: one folder of images per class"
     )
-    test_folder: str = Field("", description="for dataset folder: the same, to test on")
+    test_folder: Folder = Field(
+        "", description="for dataset folder: the same, to test on"
+    )
     seed: int = Field(0, description="of every random choice", ge=0, le=2**32 - 1)
     limit: int | None = Field(
         None, description="number of training images; None: all", ge=20, multiple_of=10
@@ -115,8 +138,8 @@ class DataSettings(BaseModel):
     validation_share: float = Field(
         0.0, description="share of training images held out", ge=0, le=0.5
     )
-    half: int | None = Field(
-        None, description="0 or 1: train on this half, hold out the other", ge=0, le=1
+    fold: int | None = Field(
+        None, description="0 or 1: train on this fold, hold out the other", ge=0, le=1
     )
 
     def __init__(self, **values: Any) -> None:
@@ -128,31 +151,22 @@ class DataSettings(BaseModel):
                 _describe_problem(problem, type(self).model_fields)
             ) from None
 
-    @field_validator("image_size")
-    @classmethod
-    def _check_image_size(cls, size: int, info: ValidationInfo) -> int:
-        if size != 28 and info.data.get("dataset") != "folder":
-            raise ValueError("28, except with dataset 'folder'")
-        return size
+    @model_validator(mode="after")
+    def _check_images(self) -> Self:
+        if self.image_size != 28 and self.dataset != "folder":
+            self._refuse("image_size", "28, except with dataset 'folder'")
+        if not is_color_like(self.square_color):
+            self._refuse("square_color", "name of a colour, or '#rrggbb'")
+        for name in ("train_folder", "test_folder"):
+            folder = getattr(self, name)
+            is_needed = self.dataset == "folder"
+            if is_needed != bool(folder) or not Path(folder).is_dir():
+                allowed = "with dataset 'folder', a folder with one folder per class"
+                self._refuse(name, f"{allowed}; else ''")
+        return self
 
-    @field_validator("train_folder", "test_folder")
-    @classmethod
-    def _check_folder(cls, folder: str, info: ValidationInfo) -> str:
-        is_needed = info.data.get("dataset") == "folder"
-        is_there = (REPOSITORY / folder).is_dir()
-        if is_needed != bool(folder) or not is_there:
-            raise ValueError(
-                "with dataset 'folder', a folder with one folder per class "
-                f"(relative paths start at {REPOSITORY}); else ''"
-            )
-        return str(Path(folder)) if folder else ""
-
-    @field_validator("square_color")
-    @classmethod
-    def _check_color(cls, color: str) -> str:
-        if not is_color_like(color):
-            raise ValueError("name of a colour, such as 'blue', or '#rrggbb'")
-        return color
+    def _refuse(self, name: str, allowed: str) -> NoReturn:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, validated like new ones."""
@@ -168,6 +182,9 @@ class BaseSettings(DataSettings):
     weights: str = Field(
         "",
         description="empty: random; DEFAULT: of torchvision; or path of a state dict",
+    )
+    public_weights: bool = Field(
+        False, description="the file of weights was trained on other images"
     )
     flip: bool = Field(
         False, description="mirror half of the training images, at random"
@@ -189,9 +206,7 @@ class BaseSettings(DataSettings):
     @property
     def network(self) -> dict[str, str]:
         """The arguments of `models.new_model` that tell which network it is."""
-        is_file = self.weights not in ("", "DEFAULT")
-        weights = f"{REPOSITORY / self.weights}" if is_file else self.weights
-        return {"name": self.model, "weights": weights}
+        return {"name": self.model, "weights": self.weights}
 
     @property
     def training(self) -> dict[str, Any]:
@@ -254,34 +269,18 @@ class Settings(BaseSettings):
         1, description="epochs of fine-tuning; the paper has 1", ge=1, le=10_000
     )
 
-    @field_validator("shared")
-    @classmethod
-    def _check_shared(cls, shared: bool, info: ValidationInfo) -> bool:
-        if shared and info.data.get("method") == "random":
-            raise ValueError("False with method 'random', which uses no maps")
-        return shared
-
-    @field_validator("rounds")
-    @classmethod
-    def _check_rounds(cls, rounds: int, info: ValidationInfo) -> int:
-        if rounds > 1 and info.data.get("method") == "random":
-            raise ValueError("1 with method 'random', which uses no maps")
-        return rounds
-
-    @field_validator("cross_fit")
-    @classmethod
-    def _check_cross_fit(cls, cross_fit: bool, info: ValidationInfo) -> bool:
-        if cross_fit and info.data.get("half") is not None:
-            raise ValueError("False with half, which has no halves of its own")
-        return cross_fit
-
-    @field_validator("param")
-    @classmethod
-    def _check_param(cls, param: float, info: ValidationInfo) -> float:
-        method = info.data.get("method", "mean")
-        if param > PARAM_LIMITS[method]:
-            raise ValueError(f"0 to {PARAM_LIMITS[method]} for method {method!r}")
-        return param
+    @model_validator(mode="after")
+    def _check_masks(self) -> Self:
+        if self.method == "random" and self.shared:
+            self._refuse("shared", "False with method 'random', which uses no maps")
+        if self.method == "random" and self.rounds > 1:
+            self._refuse("rounds", "1 with method 'random', which uses no maps")
+        if self.cross_fit and self.fold is not None:
+            self._refuse("cross_fit", "False with fold, which has no folds of its own")
+        if self.param > PARAM_LIMITS[self.method]:
+            limit = PARAM_LIMITS[self.method]
+            self._refuse("param", f"0 to {limit} for method {self.method!r}")
+        return self
 
     @property
     def experiment(self) -> str:
@@ -289,14 +288,20 @@ class Settings(BaseSettings):
         name = self._images
         if len(Path(self.train_folder).parts) > 2:  # other folders may end alike
             name += f"-{hashlib.sha256(self.train_folder.encode()).hexdigest()[:8]}"
-        return name + self._unusual(self.identity(base=True))
+        return _shorten(name + self._spelled(BaseSettings.model_fields))
+
+    @property
+    def configuration(self) -> str:
+        """Name of the fine-tuned model: method, param, and what is not the default."""
+        unusual = self._spelled(Settings.__annotations__)
+        return _shorten(f"{self.method}_{self.param}{unusual}")
 
     @property
     def title(self) -> str:
-        """The same in words, for figures."""
+        """The base model in words, for figures."""
         words = [self._images]
-        for name, value in self.identity(base=True).items():
-            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
+        for name, value in self.changed().items():
+            if name in BaseSettings.model_fields and name not in NOT_SPELLED_OUT:
                 words.append(f"{name} {value}".replace("_", " "))
         return ", ".join(words)
 
@@ -306,9 +311,22 @@ class Settings(BaseSettings):
         names = [self.dataset, *Path(self.train_folder).parts[-2:]]
         return "-".join(names).replace(os.sep, "")
 
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not the defaults."""
+        return {name: value for name, value in self if value != DEFAULTS[name]}
+
+    def _spelled(self, names: Iterable[str]) -> str:
+        """What is not the default, as part of a file name."""
+        changed = self.changed()
+        text = ""
+        for name in names:
+            if name in changed and name not in NOT_SPELLED_OUT:
+                text += f"_{IN_FILES.get(name, name)}={changed[name]}"
+        return text.replace(os.sep, "-")
+
     def folder(self, kind: str) -> Path:
         """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`."""
-        return REPOSITORY / self.directory / kind / self.experiment / f"seed{self.seed}"
+        return root(self.directory) / kind / self.experiment / f"seed{self.seed}"
 
     def checkpoint_path(self, configuration: str) -> Path:
         """The checkpoint of a `configuration`, or of `base`."""
@@ -318,28 +336,21 @@ class Settings(BaseSettings):
         )
 
     def identity(self, *, base: bool) -> dict[str, Any]:
-        """The settings that the base model, or the fine-tuned model, depends on."""
+        """What the base model, or the fine-tuned one, depends on, as in files."""
         kind = BaseSettings if base else Settings
         names = [name for name in kind.model_fields if name not in RUNTIME]
-        return {name: getattr(self, name) for name in names}
+        return {IN_FILES.get(name, name): getattr(self, name) for name in names}
 
-    def _unusual(self, names: Iterable[str]) -> str:
-        """What is not the default, as part of a file name."""
-        text = ""
-        for name in names:
-            value = getattr(self, name)
-            if name not in NOT_SPELLED_OUT and value != DEFAULTS[name]:
-                text += f"_{name}={value}"
-        return text.replace(os.sep, "-")
+    def of_fold(self, fold: int) -> Self:
+        """The same for one of the two folds whose masks `cross_fit` hands over."""
+        return self.replace(fold=fold, cross_fit=False)
 
     @property
-    def configuration(self) -> str:
-        """Name of the fine-tuned model: method, param, and what is not the default."""
-        return f"{self.method}_{self.param}{self._unusual(Settings.__annotations__)}"
+    def rule(self) -> "Rule":
+        """How masks are made, see `masking`."""
+        from masktune_utils.masking import Rule  # PyTorch takes seconds
 
-    def of_half(self, half: int) -> Self:
-        """The same for one of the two halves whose masks `cross_fit` hands over."""
-        return self.replace(half=half, cross_fit=False)
+        return Rule(**{name: getattr(self, name) for name in RULE})
 
     @property
     def finetuning(self) -> dict[str, Any]:
@@ -359,21 +370,22 @@ class Settings(BaseSettings):
             "description": f"fine-tuning, {self.method} {self.param}",
         }
 
-    @property
-    def mask_rule(self) -> dict[str, Any]:
-        """The arguments of `masking.mask_dataset`."""
-        return {
-            "method": self.method,
-            "param": self.param,
-            "upsample": self.upsample,
-            "dilation": self.dilation,
-            "shared": self.shared,
-            "fill": self.fill,
-            "seed": self.seed,
-        }
-
 
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+
+
+def root(directory: str) -> Path:
+    """Where the files of an experiment go: its `directory`, or the repository."""
+    return Path(directory) if directory else REPOSITORY
+
+
+def _shorten(name: str) -> str:
+    """A name of at most `LONGEST` bytes; a longer one ends with its hash."""
+    encoded = name.encode()
+    if len(encoded) <= LONGEST:
+        return name
+    kept = encoded[: LONGEST - 9].decode(errors="ignore")
+    return f"{kept}-{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
 def _describe_problem(problem: dict[str, Any], known: Iterable[str]) -> str:
@@ -383,10 +395,10 @@ def _describe_problem(problem: dict[str, Any], known: Iterable[str]) -> str:
         problem: the first of `ValidationError.errors()`.
         known: names that are allowed.
     """
+    if not problem["loc"]:  # settings that do not go together
+        return problem["msg"].removeprefix("Value error, ")
     name = problem["loc"][0]
     if problem["type"] == "extra_forbidden":
         return f"{name} is not a setting; allowed: {', '.join(known)}."
-    allowed = (
-        problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    )
+    allowed = problem["msg"].removeprefix("Input should be ")
     return f"{name} is {problem['input']!r}; allowed: {allowed}."

@@ -1,30 +1,12 @@
-"""The shortcut that is planted in the images, the biased test set, and the groups."""
+"""The shortcut that is planted in the images, and the groups."""
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from masktune_utils import data, models
 from masktune_utils.data import Split
-from masktune_utils.settings import DataSettings
-
-
-class BiasedSets(NamedTuple):
-    """The sets of an experiment, see `load`."""
-
-    train: Split
-    raw: Split
-    biased: Split
-    validation: Split
-
-    @property
-    def tests(self) -> dict[str, Split]:
-        """The test sets: `raw` and `biased`; or, of a folder, `test`."""
-        if len(self.biased):
-            return {"raw": self.raw, "biased": self.biased}
-        return {"test": self.raw}
 
 
 def groups(split: Split) -> dict[str, Tensor]:
@@ -37,7 +19,7 @@ def groups(split: Split) -> dict[str, Tensor]:
     members = {}
     if split.group_names:
         for number, name in enumerate(split.group_names):
-            members[name] = split.digits.cpu() == number
+            members[name] = split.groups.cpu() == number
     else:
         labels = split.labels.cpu()
         has_shortcut = split.has_shortcut.cpu()
@@ -91,74 +73,69 @@ def _pixel(color: str) -> Tensor:
     return rgb.round().to(torch.uint8).view(3, 1, 1)
 
 
-def square(
-    images: Tensor, settings: DataSettings, generator: torch.Generator
-) -> Tensor:
+def square(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
     """In the top left corner.
 
     Args, as of all shortcuts:
         images: N×3×28×28, uint8.
-        settings: have the square's size and the shortcut's colour.
+        color: name of a colour, see `add_square`.
+        size: side of a square in pixels.
         generator: source of random choices.
 
     Returns:
         N×3×28×28.
     """
-    return add_square(images, settings.square_size, settings.square_color)
+    return add_square(images, size, color)
 
 
 def square_anywhere(
-    images: Tensor, settings: DataSettings, generator: torch.Generator
+    images: Tensor, color: str, size: int, generator: torch.Generator
 ) -> Tensor:
     """At a random place in every image."""
-    size = settings.square_size
     pixels = torch.arange(28)
     first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
     rows, columns = (first <= pixels) & (pixels < first + size)
     area = rows[:, None, :, None] & columns[:, None, None, :]
-    return torch.where(area, _pixel(settings.square_color), images)
+    return torch.where(area, _pixel(color), images)
 
 
 def two_squares(
-    images: Tensor, settings: DataSettings, generator: torch.Generator
+    images: Tensor, color: str, size: int, generator: torch.Generator
 ) -> Tensor:
     """In the top left corner, and a red one in the bottom right corner."""
-    far = 28 - settings.square_size
-    return add_square(
-        square(images, settings, generator), settings.square_size, "red", far, far
-    )
+    far = 28 - size
+    first = add_square(images, size, color)
+    return add_square(first, size, "red", far, far)
 
 
-def frame(images: Tensor, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def frame(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
     """Of two pixels, along the edge."""
     edge = torch.ones(28, 28, dtype=torch.bool)
     edge[2:-2, 2:-2] = False
-    return torch.where(edge, _pixel(settings.square_color), images)
+    return torch.where(edge, _pixel(color), images)
 
 
-def pixels(
-    images: Tensor, settings: DataSettings, generator: torch.Generator
-) -> Tensor:
+def pixels(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
     """49 scattered pixels, the same in all images."""
     same_places = torch.Generator().manual_seed(0)
     order = torch.randperm(784, generator=same_places)
     area = (order < 49).view(28, 28)
-    return torch.where(area, _pixel(settings.square_color), images)
+    return torch.where(area, _pixel(color), images)
 
 
 def digit_color(
-    images: Tensor, settings: DataSettings, generator: torch.Generator
+    images: Tensor, color: str, size: int, generator: torch.Generator
 ) -> Tensor:
     """The digit itself is coloured."""
-    colored = images * (_pixel(settings.square_color) / 255)
+    colored = images * (_pixel(color) / 255)
     return colored.round().to(torch.uint8)
 
 
 def background(
-    images: Tensor, settings: DataSettings, generator: torch.Generator
+    images: Tensor, color: str, size: int, generator: torch.Generator
 ) -> Tensor:
     """A dark tint behind the digit."""
-    dark = 0.3 * _pixel(settings.square_color)
+    dark = 0.3 * _pixel(color)
     return torch.maximum(images, dark.to(torch.uint8))
 
 
@@ -174,25 +151,39 @@ SHORTCUTS = {
 
 
 def plant(
-    split: Split, which: Tensor, settings: DataSettings, generator: torch.Generator
+    split: Split,
+    which: Tensor,
+    shortcut: str = "square",
+    color: str = "blue",
+    size: int = 6,
+    generator: torch.Generator | None = None,
 ) -> Split:
-    """Plant the shortcut in some of the images.
+    """Plant a shortcut in some of the images.
 
     Args:
-        split: the images, on the CPU.
+        split: the images, N×3×28×28, uint8, on the CPU.
         which: N, bool.
-        settings: if its `shortcut` is `none`, these images get the square.
-        generator: see `square`.
+        shortcut: name of one of the `SHORTCUTS`.
+        color: name of a colour or `#rrggbb`, as matplotlib understands it.
+        size: side of a square in pixels.
+        generator: source of random choices.
+
+    Raises:
+        ValueError: no pixel changes, so that there is no shortcut.
     """
-    name = "square" if settings.shortcut == "none" else settings.shortcut
-    add = SHORTCUTS[name]
     before = split.images[which]
-    after = add(before, settings, generator)
+    after = SHORTCUTS[shortcut](before, color, size, generator)
+    is_changed = (after != before).any(1)
+    if len(before) and not is_changed.any():
+        raise ValueError(
+            f"square_color is {color!r}; allowed: one that changes a pixel by the "
+            f"shortcut {shortcut!r}."
+        )
     images = split.images.clone()
     images[which] = after
     area = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
-    area[which] = (after != before).any(1)
-    return Split(images, split.labels, split.digits, area)
+    area[which] = is_changed
+    return dataclasses.replace(split, images=images, shortcut=area)
 
 
 def halves(labels: Tensor) -> Tensor:
@@ -224,63 +215,8 @@ def place(
     if placement == "random":
         return torch.rand(len(split), generator=generator) < shares[half]
     has_shortcut = torch.zeros(len(split), dtype=torch.bool)
-    order = split.digits.argsort(stable=True)
+    order = split.groups.argsort(stable=True)
     for number, share in enumerate(shares.tolist()):
         members = order[half[order] == number]
         has_shortcut[members[: round(share * len(members))]] = True
     return has_shortcut
-
-
-def load(settings: DataSettings) -> BiasedSets:
-    """Read the images, plant the shortcut, and hold some of the training images out.
-
-    Returns:
-        `train`; `raw`, the test images without a shortcut; `biased`, the test images
-        with it in every image of class 1 (of ten classes, the last five; see `halves`)
-        and in no other; `validation`, what is held out of `train`: the
-        `validation_share`, or the other `half`. Nothing is planted in a folder of
-        images: its test set is `raw`, and `biased` is empty.
-
-    Raises:
-        FileNotFoundError: see `data.load`.
-        ValueError: see `data.load`; a class has no training images left; or none can be
-            held out.
-    """
-    train, test = data.load(settings)
-    num_classes = len(train.labels.unique())
-    generator = torch.Generator().manual_seed(settings.seed)
-    biased = test[:0]
-    which = torch.zeros(len(train), dtype=torch.bool)
-    if settings.dataset != "folder" and settings.shortcut != "none":
-        which = place(train, settings.placement, settings.conflicting_share, generator)
-    held_out_order = torch.randperm(len(train), generator=generator)
-    if settings.dataset != "folder":
-        train = plant(train, which, settings, generator)
-        biased = plant(test, halves(test.labels) == 1, settings, generator)
-    train, validation = _hold_out(train, held_out_order, settings)
-    if len(train.labels.unique()) < num_classes:
-        name = "validation_share" if settings.half is None else "half"
-        raise ValueError(
-            f"{name} leaves a class without training images; allowed: more images."
-        )
-    device = models.resolve_device(settings.device)
-    splits = (train, test, biased, validation)
-    return BiasedSets(*(split.to(device) for split in splits))
-
-
-def _hold_out(
-    train: Split, order: Tensor, settings: DataSettings
-) -> tuple[Split, Split]:
-    """What is left of the training images, and what is held out, see `load`."""
-    count = round(settings.validation_share * len(train))
-    validation = train[:0]
-    if count:
-        is_held_out = torch.zeros(len(train), dtype=torch.bool)
-        is_held_out[order[:count]] = True
-        validation = train[is_held_out]
-        train = train[~is_held_out]
-    if settings.half is not None:
-        two_halves = data.stratified_halves(train.labels, settings.seed)
-        validation = train[two_halves[1 - settings.half]]
-        train = train[two_halves[settings.half]]
-    return train, validation

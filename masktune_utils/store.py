@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from masktune_utils import models
-from masktune_utils.settings import DEFAULTS, REPOSITORY
+from masktune_utils.settings import DEFAULTS, IN_FILES, root
 
 # Settings that were removed, each with the value that does what is done today.
 RETIRED = {
@@ -56,7 +56,7 @@ def check_writable(directory: str) -> None:
     Raises:
         ValueError: it cannot.
     """
-    folder = REPOSITORY / directory
+    folder = root(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -196,7 +196,7 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
             raise ValueError(
                 f"an older version wrote it, with {name} other than {value}"
             )
-    unknown = made_with.keys() - DEFAULTS - SOURCES
+    unknown = made_with.keys() - DEFAULTS - SOURCES - {*IN_FILES.values()}
     if unknown:
         raise ValueError(
             f"a newer version wrote it, with the setting {', '.join(unknown)}"

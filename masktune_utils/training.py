@@ -2,9 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +10,6 @@ from tqdm.std import tqdm
 
 from masktune_utils import progress
 from masktune_utils.data import ImageSet
-
-SECONDS_BETWEEN_STATES = 60
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -45,8 +40,6 @@ def train(
     flip: bool = False,
     seed: int = 0,
     description: str = "ERM",
-    state: dict[str, Any] | None = None,
-    keep_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place with cross-entropy.
 
@@ -54,7 +47,7 @@ def train(
 
     Args:
         model: is left in training mode, on its device.
-        dataset: a `data.Split` or a `masking.MaskedDataset`, on the model's device.
+        dataset: a `data.Split` or a `masking.MaskedDataset`, best on that device.
         epochs: passes over the images.
         batch_size: images per step. A last batch of one image is left out.
         lr: first learning rate.
@@ -70,10 +63,6 @@ def train(
         flip: mirror half of the images, at random.
         seed: of the order of the images, of `flip`, and of dropout.
         description: name of the progress bar.
-        state: of a training with the same arguments that was interrupted. It goes on
-            from there, to the same bits.
-        keep_state: is called with the state at the end of an epoch, about once a
-            minute.
 
     Returns:
         One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the
@@ -82,7 +71,7 @@ def train(
     Raises:
         ValueError: an unknown optimizer or schedule.
     """
-    device = dataset.labels.device
+    device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
     torch_optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
     steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
@@ -99,70 +88,19 @@ def train(
     total = epochs * len(dataset)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     bar = progress.bar(total=total, unit="image", unit_scale=True, mininterval=0.5)
-    course = _Course(model, scheduler, generator, history, device)
     with forked, bar:
         torch.manual_seed(seed)  # of dropout
-        if state:
-            course.load(state)
-            bar.update(len(history) * len(dataset))
-        for epoch in range(len(history) + 1, epochs + 1):
+        for epoch in range(1, epochs + 1):
             bar.set_description(f"{description}, epoch {epoch}/{epochs}", refresh=False)
             row = {"epoch": epoch, "lr": torch_optimizer.param_groups[0]["lr"]}
             started = time.perf_counter()
-            batches = _batches(len(dataset), batch_size, generator, device)
+            batches = _batches(dataset, batch_size, generator)
             of_epoch = dataset.in_epoch(epoch)
             means = _train_epoch(model, of_epoch, batches, scheduler, bar, mirror)
             row["loss"], row["accuracy"] = means.tolist()
             row["seconds"] = time.perf_counter() - started
             history.append(row)
-            if keep_state:
-                course.keep(keep_state)
     return history
-
-
-@dataclass
-class _Course:
-    """What the next epoch of a training depends on."""
-
-    model: nn.Module
-    scheduler: optim.lr_scheduler.LRScheduler
-    generator: torch.Generator
-    history: list[dict[str, float]]
-    device: torch.device
-    kept_at: float = field(default_factory=time.perf_counter)
-
-    def keep(self, keep_state: Callable[[dict[str, Any]], None]) -> None:
-        """Hand over the state, unless that was done within the last minute."""
-        now = time.perf_counter()
-        if now - self.kept_at >= SECONDS_BETWEEN_STATES:
-            keep_state(self.state())
-            self.kept_at = now
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.scheduler.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "generator": self.generator.get_state(),
-            "random": self.random_state(),
-            "history": self.history,
-        }
-
-    def random_state(self) -> Tensor:
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state(self.device)
-        return torch.get_rng_state()
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.scheduler.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(state["generator"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"], self.device)
-        else:
-            torch.set_rng_state(state["random"])
-        self.history.extend(state["history"])
 
 
 def _optimizer(
@@ -192,10 +130,10 @@ def _scheduler(
 
 
 def _batches(
-    count: int, batch_size: int, generator: torch.Generator, device: torch.device
+    dataset: ImageSet, batch_size: int, generator: torch.Generator
 ) -> list[Tensor]:
     """Index of the images of each batch, in a random order."""
-    order = torch.randperm(count, generator=generator).to(device)
+    order = torch.randperm(len(dataset), generator=generator).to(dataset.labels.device)
     # batch normalisation is undefined for a single image
     return [index for index in order.split(batch_size) if len(index) > 1]
 
@@ -209,13 +147,15 @@ def _train_epoch(
     mirror: torch.Generator | None,
 ) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device."""
-    device = dataset.labels.device
+    device = next(model.parameters()).device
     bfloat16 = has_bfloat16(device)
     sums = torch.zeros(2, device=device)
     seen = 0
     model.train()
     for index in batches:
         images, labels = dataset.batch(index)
+        images = images.to(device)
+        labels = labels.to(device)
         if mirror:
             is_mirrored = (
                 torch.rand(len(index), 1, 1, 1, generator=mirror).to(device) < 0.5

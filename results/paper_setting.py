@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from masktune_utils import evaluation, masking, models, results, shortcuts
+from masktune_utils import (
+    datasets,
+    evaluation,
+    masking,
+    metrics,
+    models,
+    results,
+)
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.saliency import saliency_maps
@@ -43,7 +50,7 @@ def train_epoch(model: nn.Module, sgd: SGD, images: Split | MaskedDataset, rng) 
 
 def predicted(model: nn.Module, images: Split) -> torch.Tensor:
     """The class that is predicted for each image."""
-    return evaluation.predict(model, images).argmax(1)
+    return metrics.predict(model, images).argmax(1)
 
 
 def run(seed: int) -> list[dict]:
@@ -56,7 +63,7 @@ def run(seed: int) -> list[dict]:
         placement="ordered",
         validation_share=0.2,
     )
-    sets = shortcuts.load(settings)
+    sets = datasets.load(settings)
     rows = []
 
     def add(name: str, model: nn.Module, hidden: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the models of both halves predict, collected once; rules are compared on it.
+"""What the models of both folds predict, collected once; rules are compared on it.
 
     python results/trials.py                      # rules → reference_rules.csv
     python results/trials.py collect frame 0 1    # a kind of base model, and its seeds
@@ -20,13 +20,13 @@ import torch
 
 from masktune_utils import (
     data,
+    datasets,
     evaluation,
     experiment,
     masking,
+    metrics,
     models,
-    saliency,
     selection,
-    shortcuts,
     training,
 )
 from masktune_utils.masking import MaskedDataset
@@ -92,57 +92,50 @@ VARIANTS = {  # names in `selection` that are changed
 }
 
 
-def networks_of_half(
-    settings: Settings, images: data.Split
+def networks_of_fold(
+    settings: Settings, fold: data.Split
 ) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor]]:
-    """The models that are trained on a half, and the masks of each candidate for it.
+    """The models that are trained on a fold, and the masks of each candidate for it.
 
     A round that hides nothing more repeats the model of the round before.
     """
-    num_classes = len(images.labels.unique())
+    num_classes = len(fold.labels.unique())
     base = models.new_model(settings.seed, "cpu", num_classes)
-    training.train(base, images, **settings.training)
-    (first, *_) = experiment.candidates(settings, 2 * len(images))
+    training.train(base, fold, **settings.training)
+    (first, *_) = experiment.candidates(settings, 2 * len(fold))
 
-    def fine_tuned(dataset: data.ImageSet) -> torch.nn.Module:
-        network = copy.deepcopy(base)
-        training.train(network, dataset, **first.finetuning)
+    def fine_tuned(network: torch.nn.Module, images: data.ImageSet) -> torch.nn.Module:
+        training.train(network, images, **first.finetuning)
         return network.eval()
 
-    networks = {ERM: base.eval(), NULL: fine_tuned(images)}
+    networks = {ERM: base.eval(), NULL: fine_tuned(copy.deepcopy(base), fold)}
     masks = {}
-    base_maps = saliency.saliency_maps(base, images.images, images.labels)
-    for shared, param, dilation, most_rounds in experiment.CANDIDATES:
-        maps = base_maps
-        masked = None
-        for rounds in range(1, most_rounds + 1):
-            rule = first.replace(shared=shared, param=param, dilation=dilation)
-            grown = masking.mask_dataset(images, maps, **rule.mask_rule, earlier=masked)
-            if masked is None or not torch.equal(grown.own_masks, masked.own_masks):
-                masked = grown
-                network = fine_tuned(masked)
-                maps = saliency.saliency_maps(network, masked.images, images.labels)
-            name = f"{'shared ' if shared else ''}{param:g}+{dilation} r{rounds}"
+    for rule in selection.CANDIDATES:
+        tuned = [*masking.masktune(base, fold, rule, fine_tuned, seed=settings.seed)]
+        for number in range(rule.rounds):
+            network, masked = tuned[: number + 1][-1]
+            shared = "shared " if rule.shared else ""
+            name = f"{shared}{rule.param:g}+{rule.dilation} r{number + 1}"
             networks[name] = network
             masks[name] = masked.own_masks
     return networks, masks
 
 
 def collect(kind: str, seed: int) -> None:
-    """Train the models of both halves, and save what they predict."""
+    """Train the models of both folds, and save what they predict."""
     settings = Settings(dataset="mnist5k", seed=seed, **KINDS[kind])
-    sets = shortcuts.load(settings)
-    halves = []
-    for index in data.stratified_halves(sets.train.labels, seed):
-        halves.append(sets.train[index])
+    sets = datasets.load(settings)
+    folds = []
+    for index in data.folds(sets.train.labels, seed):
+        folds.append(sets.train[index])
     networks = []
     masks = []
-    for half in halves:
-        networks_of, masks_of = networks_of_half(settings, half)
+    for fold in folds:
+        networks_of, masks_of = networks_of_fold(settings, fold)
         networks.append(networks_of)
         masks.append(masks_of)
 
-    labels = torch.cat([half.labels for half in halves])
+    labels = torch.cat([fold.labels for fold in folds])
     right = np.zeros((len(masks[0]), len(networks[0]), len(labels)), bool)
     predictions = np.zeros((len(networks[0]), len(labels)), np.uint8)
     probabilities = np.zeros(len(labels), np.float32)
@@ -153,21 +146,21 @@ def collect(kind: str, seed: int) -> None:
             hidden[row] += own_masks.float().mean().item() / 2
     partners = []
     start = 0
-    for number, half in enumerate(halves):
-        here = slice(start, start + len(half))
-        start += len(half)
+    for number, fold in enumerate(folds):
+        here = slice(start, start + len(fold))
+        start += len(fold)
         for column, (name, network) in enumerate(networks[1 - number].items()):
-            logits = evaluation.predict(network, half)
+            logits = metrics.predict(network, fold)
             predictions[column, here] = logits.argmax(1)
             if name == ERM:
                 probabilities[here] = logits.softmax(1).amax(1)
             report = evaluation.evaluate(network, sets)
             worst_groups[number, column] = report["worst_group"]
             for row, own_masks in enumerate(masks[number].values()):
-                resampled = MaskedDataset(half, own_masks, "resample", seed)
-                logits = evaluation.predict(network, resampled)
-                right[row, column, here] = evaluation.is_right(logits, half.labels)
-        partners.append(half.labels[resampled.partners])
+                resampled = MaskedDataset(fold, own_masks, "resample", seed)
+                logits = metrics.predict(network, resampled)
+                right[row, column, here] = metrics.is_right(logits, fold.labels)
+        partners.append(fold.labels[resampled.partners])
     FILES.mkdir(exist_ok=True)
     np.savez_compressed(
         FILES / f"{kind}__{seed}.npz",
@@ -183,7 +176,7 @@ def collect(kind: str, seed: int) -> None:
 
 
 def read(file: Path, exchange: str = "any") -> tuple[HeldOut, dict[str, float]]:
-    """What a file holds, and the worst group of each model, the mean of both halves.
+    """What a file holds, and the worst group of each model, the mean of both folds.
 
     Args:
         file: of `collect`.
@@ -191,7 +184,7 @@ def read(file: Path, exchange: str = "any") -> tuple[HeldOut, dict[str, float]]:
             or from an `other` one.
     """
     saved = np.load(file)
-    names = saved["models"].tolist()
+    names = [name.replace("base", ERM) for name in saved["models"].tolist()]
     labels = saved["labels"]
     right = np.unpackbits(saved["right"], axis=-1, count=len(labels)).astype(bool)
     is_same = labels == saved["partner_labels"]
@@ -244,13 +237,12 @@ def outcome(changes: dict, exchange: str = "any") -> dict[str, float]:
     kept = 0
     for file in sorted(FILES.glob("*.npz")):
         held_out, worst_groups = read(file, exchange)
-        names = {name: name for name in worst_groups}
         with patch.multiple(selection, **changes):
-            verdict = selection.judge(held_out, names)
+            verdict = selection.judge(held_out)
         taken = worst_groups[verdict.chosen]
         if "none" in file.stem:
             with patch.multiple(selection, **changes | {"FEW": len(held_out.labels)}):
-                verdict_in_silence = selection.judge(held_out, names)
+                verdict_in_silence = selection.judge(held_out)
             alternative = worst_groups[verdict_in_silence.chosen]
             gains_in_silence.append(100 * (alternative - worst_groups[ERM]))
         regrets.append(100 * (max(worst_groups.values()) - taken))

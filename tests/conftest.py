@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from masktune_utils import models, shortcuts, training
+from masktune_utils import datasets, models, training
 from masktune_utils.settings import Settings
 
 # The command, as it is installed.
@@ -103,9 +103,9 @@ def settings(tmp_path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def splits() -> shortcuts.BiasedSets:
+def splits() -> datasets.BiasedSets:
     """Two hundred real digits to train on and two hundred to test on."""
-    return shortcuts.load(Settings(dataset="mnist5k", limit=200))
+    return datasets.load(Settings(dataset="mnist5k", limit=200))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import papermill
 import pytest
 from conftest import write_idx_files, write_photographs
 
-from masktune_utils import data, models
+from masktune_utils import datasets, models
 from masktune_utils.runner import command, jobs
 from masktune_utils.settings import Settings
 
@@ -26,7 +26,7 @@ def refused(capsys, tmp_path):
     """Runs `masktune sweep`, which must end with a message and write nothing."""
 
     def written() -> dict[Path, int]:
-        files = [path for path in tmp_path.rglob("*.*") if path.suffix != ".npy"]
+        files = [path for path in tmp_path.rglob("*.*") if "decoded" not in path.parts]
         return {path: path.stat().st_mtime_ns for path in files}
 
     def run(message: str, *arguments: str) -> None:
@@ -53,7 +53,7 @@ def refused(capsys, tmp_path):
 BAD_OPTIONS = {
     "--method foo": "method is 'foo'; allowed: 'threshold', 'top_k', 'mean', ",
     "--upsample map cubic": "upsample is 'cubic'; allowed: 'bilinear', 'nearest' or",
-    "--param 7": "param is 7; allowed: 0 to 1 for method 'threshold'.",
+    "--param 7": "param is 7.0; allowed: 0 to 1 for method 'threshold'.",
     "--param -0.1": "param is -0.1; allowed: greater than or equal to 0.",
     "--param nan": "param is 'nan'; allowed: a valid number.",
     "--param [0.1,0.2]": "param is [0.1, 0.2]; allowed: a valid number.",
@@ -73,7 +73,7 @@ BAD_OPTIONS = {
     "--limit 33": "limit is 33; allowed: a multiple of 10.",
     "--limit 0": "limit is 0; allowed: greater than or equal to 20.",
     "--limit 5000": "limit is 5000; allowed: at most 4000 here.",
-    "--square_color blau": "square_color is 'blau'; allowed: name of a colour, such as",
+    "--square_color blau": "square_color is 'blau'; allowed: name of a colour, or '#rrggbb'",
     "--square_size 2.5": "square_size is 2.5; allowed: a valid integer.",
     "--epochs True": "epochs is True; allowed: a valid integer.",
     "--lr 1e999": "lr is inf; allowed: a finite number.",
@@ -90,10 +90,10 @@ BAD_GRIDS = {
     "- sede: 0": "block 1: sede is not a setting; allowed: directory, device",
     "- seed: [0, -1]": "block 1: seed is -1; allowed: greater than or equal to 0.",
     "- param: 0.1\n- param: much": "block 2: param is 'much'; allowed: a valid number.",
-    "- seed: []": "block 1: seed is []; allowed: a value or several.",
+    "- seed: []": "'seed' need to be a non-empty sequence, got: []",
     "- device: [auto, cpu]": "device has several values; allowed: one.",
     "- retrain: True\n- seed: 1": "retrain has several values; allowed: one.",
-    "- notebook: [02_erm]": "block 1: notebook is ['02_erm']; allowed: the name of",
+    "- notebook: [02_erm]": "notebook is \"['02_erm']\"; allowed: 01_dataset, 02_erm, ",
     "- 3: 4": "block 1: allowed: a list of blocks of settings.",
     "seed: 0": "allowed: a list of blocks of settings.",
     "": "allowed: a list of blocks of settings.",
@@ -174,7 +174,7 @@ def test_parameters_of_a_notebook_under_papermill_alone(
 def root(monkeypatch, tmp_path) -> Path:
     """An empty `MASKTUNE_DATA`, and no network."""
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
-    for name in data.TORCHVISION.values():
+    for name in datasets.TORCHVISION.values():
         mirrors = f"torchvision.datasets.{name}.mirrors"
         monkeypatch.setattr(mirrors, ["http://127.0.0.1:1/"])
     return tmp_path
@@ -189,9 +189,9 @@ def test_masktune_data_is_no_folder(dataset, root, refused, monkeypatch):
         refused(message, f"--dataset={dataset}")
 
 
-@pytest.mark.parametrize("dataset", data.TORCHVISION)
+@pytest.mark.parametrize("dataset", datasets.TORCHVISION)
 def test_masktune_data_is_empty_and_there_is_no_network(dataset, root, refused):
-    name = data.TORCHVISION[dataset]
+    name = datasets.TORCHVISION[dataset]
     message = f"{name} is neither in {root} nor can it be downloaded"
     refused(message, f"--dataset={dataset}")
 
@@ -273,9 +273,9 @@ def test_a_server_that_is_silent_or_stops_halfway_is_given_up(
         if not replies:
             message += r".* \(.*timed out"
         with pytest.raises(FileNotFoundError, match=message):
-            data.load(Settings(dataset="mnist"))
+            datasets.read(Settings(dataset="mnist"))
         with pytest.warns(UserWarning, match="'mnist5k'"):
-            assert data.resolve_dataset("auto") == "mnist5k"
+            assert datasets.resolve_dataset("auto") == "mnist5k"
     assert time.monotonic() - started < 8
     assert socket.getdefaulttimeout() is None
     assert not list(root.iterdir())
@@ -308,12 +308,12 @@ def test_a_download_is_there_whole_or_not_at_all(root, served, monkeypatch):
     with_wrong_md5 = [*served[:3], (last_name, "0" * 32)]
     monkeypatch.setattr(resources, with_wrong_md5)
     with pytest.raises(FileNotFoundError, match="nor can it be downloaded"):
-        data.load(Settings(dataset="kmnist"))
+        datasets.read(Settings(dataset="kmnist"))
     assert not list(root.iterdir())
     monkeypatch.setattr(resources, served)
     (root / "KMNIST" / "raw").mkdir(parents=True)
     (root / "KMNIST" / "raw" / "part").touch()  # of a copy that was interrupted
-    train, _ = data.load(Settings(dataset="kmnist"))
+    train, _ = datasets.read(Settings(dataset="kmnist"))
     assert len(train) == 20
     assert [path.name for path in root.iterdir()] == ["KMNIST"]
 

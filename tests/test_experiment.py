@@ -4,13 +4,11 @@ import copy
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from masktune_utils import (
-    data,
     evaluation,
     experiment,
     masking,
@@ -19,7 +17,6 @@ from masktune_utils import (
     store,
     training,
 )
-from masktune_utils.data import Split
 from masktune_utils.experiment import Trained
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
@@ -72,81 +69,6 @@ def test_base_model_is_trained_once(settings, splits):
     assert path.stat().st_mtime_ns != written
 
 
-def interrupt(monkeypatch, settings: Settings, train: Split) -> Path:
-    """Stop the training of the base model after its first epoch.
-
-    Returns:
-        The file with its state.
-    """
-    write_tensors = store.write_tensors
-
-    def write_and_stop(path: Path, content: dict) -> None:
-        write_tensors(path, content)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "SECONDS_BETWEEN_STATES", 0)
-        patch.setattr(store, "write_tensors", write_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.base_model(settings, train)
-    (file,) = settings.folder("checkpoints").iterdir()
-    return file
-
-
-@pytest.fixture
-def epochs(monkeypatch) -> list[int]:
-    """The epochs that are trained."""
-    trained = []
-
-    def counted(split: Split, epoch: int) -> Split:
-        trained.append(epoch)
-        return split
-
-    monkeypatch.setattr(Split, "in_epoch", counted)
-    return trained
-
-
-def test_an_interrupted_base_model_goes_on_to_the_same_bits(
-    settings, splits, tmp_path, monkeypatch, epochs
-):
-    elsewhere = settings.replace(directory=str(tmp_path / "undisturbed"))
-    undisturbed = experiment.base_model(elsewhere, splits.train)
-    state = interrupt(monkeypatch, settings, splits.train)
-    epochs.clear()
-    base = experiment.base_model(settings, splits.train)
-    assert epochs == [2]
-    assert base.sha256 == undisturbed.sha256
-    assert base.history == undisturbed.history
-    assert not state.exists()
-
-
-@pytest.mark.parametrize(
-    "change", ["retrain", "other images", "other rate", "other device", "damage"]
-)
-def test_a_state_that_does_not_fit_is_left(
-    settings, splits, monkeypatch, epochs, change
-):
-    state = interrupt(monkeypatch, settings, splits.train)
-    train = splits.train
-    if change == "other images":
-        train = train[:100]
-    if change == "other rate":
-        other = settings.replace(lr=0.02).checkpoint_path("base")
-        other.parent.mkdir(parents=True)
-        state = state.rename(other.with_suffix(state.suffix))
-        settings = settings.replace(lr=0.02)
-    if change == "other device":
-        content = store.read_tensors(state)
-        content["made_with"]["device"] = "cuda"
-        store.write_tensors(state, content)
-    if change == "damage":
-        state.write_bytes(state.read_bytes()[:1000])
-    epochs.clear()
-    experiment.base_model(settings, train, retrain=change == "retrain")
-    assert epochs == [1, 2]
-    assert not state.exists()
-
-
 def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(
     settings, splits, masked
 ):
@@ -154,7 +76,7 @@ def test_same_run_writes_the_same_bytes_and_another_seed_other_ones(
         directory = f"{settings.directory}/{name}"
         changed_settings = settings.replace(directory=directory, seed=seed)
         base = experiment.base_model(changed_settings, splits.train)
-        tuned = experiment.finetuned_model(changed_settings, base, masked)
+        tuned = experiment.finetuned_model(changed_settings, base.model, masked)
         names = ("base", tuned.configuration)
         return [changed_settings.checkpoint_path(name).read_bytes() for name in names]
 
@@ -188,19 +110,19 @@ def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused(
 
 def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, masked):
     before = sha256(base.model)
-    first = experiment.finetuned_model(settings, base, masked)
+    first = experiment.finetuned_model(settings, base.model, masked)
     assert sha256(base.model) == before
     assert first.base_sha256 == before != first.sha256
     assert first.sha256 == sha256(first.model)
     other = changed(base)
     with pytest.raises(CheckpointError, match="was made with base_sha256 = "):
-        experiment.finetuned_model(settings, other, masked)
-    second = experiment.finetuned_model(settings, other, masked, retrain=True)
+        experiment.finetuned_model(settings, other.model, masked)
+    second = experiment.finetuned_model(settings, other.model, masked, retrain=True)
     assert second.base_sha256 == other.sha256
 
 
 def rates(settings: Settings, base: Trained, masked: MaskedDataset) -> list[float]:
-    tuned = experiment.finetuned_model(settings, base, masked)
+    tuned = experiment.finetuned_model(settings, base.model, masked)
     return [epoch["lr"] for epoch in tuned.history]
 
 
@@ -260,32 +182,16 @@ def test_the_models_of_all_rounds_are_saved_and_hide_more_and_more(
 ):
     settings = settings.replace(**MASKTUNE)
     tuned = experiment.masktune(settings, base, splits.train)
-    first, second, third = experiment.masktune_rounds(settings, base, splits.train)
-    assert [first.settings.rounds, second.settings.rounds] == [1, 2]
-    assert third.settings == settings
-    assert third.sha256 == tuned.sha256
-    for model in (first, second, third):
-        assert model.seconds is None
-    assert (first.masked.own_masks <= second.masked.own_masks).all()
-    assert (second.masked.own_masks <= third.masked.own_masks).all()
-
-
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_cross_fit_hands_over_the_masks_of_two_halves(settings, splits, base):
-    settings = settings.replace(**MASKTUNE, cross_fit=True)
-    tuned = experiment.masktune(settings, base, splits.train)
-    halves = data.stratified_halves(splits.train.labels, settings.seed)
-    for half, index in enumerate(halves):
-        of_half = settings.of_half(half)
-        train = splits.train[index]
-        base_of_half = experiment.base_model(of_half, train)
-        masked, _ = masked_round_by_round(of_half, base_of_half, train)
-        assert torch.equal(tuned.masked.own_masks[index], masked.own_masks)
-    model = copy.deepcopy(base.model)
-    training.train(model, tuned.masked, **settings.finetuning)
-    assert tuned.sha256 == sha256(model)
-    # of the model of all images, none is needed
-    assert not [*settings.folder("checkpoints").glob("CNN_saliency*")]
+    masks = []
+    for rounds in (1, 2, 3):
+        of_round = settings.replace(rounds=rounds)
+        assert settings.checkpoint_path(of_round.configuration).exists()
+        again = experiment.masktune(of_round, base, splits.train)
+        assert again.seconds is None
+        masks.append(again.masked.own_masks)
+    assert again.sha256 == tuned.sha256
+    assert (masks[0] <= masks[1]).all()
+    assert (masks[1] <= masks[2]).all()
 
 
 @pytest.fixture
@@ -328,7 +234,7 @@ def tuned(settings, splits, masked) -> Trained:
     """A fine-tuned model; its base model's result is saved."""
     base = experiment.base_model(settings, splits.train)
     experiment.record(base, splits)
-    return experiment.finetuned_model(settings, base, masked)
+    return experiment.finetuned_model(settings, base.model, masked)
 
 
 def test_a_result_tells_what_made_it(settings, splits, tuned):

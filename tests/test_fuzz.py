@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from masktune_utils import data, evaluation, masking, shortcuts
-from masktune_utils.settings import DEFAULTS, PARAM_LIMITS, Settings, Upsample
+from masktune_utils import data, masking, metrics, shortcuts
+from masktune_utils.settings import (
+    DEFAULTS,
+    PARAM_LIMITS,
+    RUNTIME,
+    Settings,
+    Upsample,
+)
 
 settings.register_profile(
     "properties", max_examples=200, derandomize=True, deadline=None
@@ -131,7 +137,7 @@ def test_random_patches_are_squares_of_up_to_twice_the_share(count, share, seed)
 def test_ordered_placement_marks_the_share_of_each_class_from_its_first_digit(
     digits, share
 ):
-    split = split_of((digits >= 5).long(), digits=digits)
+    split = split_of((digits >= 5).long(), groups=digits)
     is_marked = shortcuts.place(split, "ordered", share, generator(0))
     for label, marked_share in enumerate([1 - share, share]):
         is_member = split.labels == label
@@ -145,7 +151,7 @@ def test_ordered_placement_marks_the_share_of_each_class_from_its_first_digit(
 
 @given(integers(9, 200), SEEDS, SHARES)
 def test_random_placement_follows_its_seed(digits, seed, share):
-    split = split_of((digits >= 5).long(), digits=digits)
+    split = split_of((digits >= 5).long(), groups=digits)
     first = shortcuts.place(split, "random", share, generator(seed))
     second = shortcuts.place(split, "random", share, generator(seed))
     assert torch.equal(first, second)
@@ -176,7 +182,7 @@ def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
     everyone = torch.cat([*groups.values()]).sort().values
     assert everyone.tolist() == list(range(len(labels)))
     logits = torch.eye(2)[predictions.long()]
-    accuracy = evaluation.group_accuracy(logits, split)
+    accuracy = metrics.group_accuracy(logits, split)
     hits = sum(accuracy[name] * len(index) for name, index in groups.items())
     assert hits == pytest.approx((predictions == labels).sum().item())
 
@@ -185,13 +191,13 @@ def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
 def test_metrics_do_not_depend_on_the_order(labels, seed, classes):
     logits = torch.randn(len(labels), classes, generator=generator(seed))
     order = torch.randperm(len(labels), generator=generator(seed))
-    metrics = evaluation.metrics(logits, labels)
-    reordered = evaluation.metrics(logits[order], labels[order])
-    assert metrics["loss"] == pytest.approx(reordered["loss"], rel=1e-5)
-    assert metrics["confusion_matrix"] == reordered["confusion_matrix"]
+    report = metrics.report(logits, labels)
+    reordered = metrics.report(logits[order], labels[order])
+    assert report["loss"] == pytest.approx(reordered["loss"], rel=1e-5)
+    assert report["confusion_matrix"] == reordered["confusion_matrix"]
     for name in ("accuracy", "class_accuracy", "precision", "recall", "f1"):
-        assert metrics[name] == pytest.approx(reordered[name], nan_ok=True)
-    counts = torch.tensor(metrics["confusion_matrix"]).sum(1)
+        assert report[name] == pytest.approx(reordered[name], nan_ok=True)
+    counts = torch.tensor(report["confusion_matrix"]).sum(1)
     assert torch.equal(counts, labels.bincount(minlength=classes))
 
 
@@ -207,7 +213,7 @@ VALUES = {
     "shortcut": ["none", "frame", "two_squares"],
     "conflicting_share": [0.0, 0.1],
     "validation_share": [0.1],
-    "half": [0, 1],
+    "fold": [0, 1],
     "model": ["resnet18"],
     "weights": ["DEFAULT", "nets/a.pth"],
     "flip": [True],
@@ -239,7 +245,7 @@ for setting, others in VALUES.items():
 
 
 def settings_of(values: dict) -> Settings:
-    if values["half"] is not None:
+    if values["fold"] is not None:
         values = values | {"cross_fit": False}
     return Settings(**values)
 
@@ -248,7 +254,7 @@ SETTINGS = st.fixed_dictionaries(FIELDS).map(settings_of)
 
 
 def test_every_setting_but_the_folders_is_tried_below():
-    names = {*Settings().identity(base=False)}
+    names = {*Settings.model_fields} - {*RUNTIME}
     assert names - VALUES.keys() == {"train_folder", "test_folder", "image_size"}
     assert VALUES.keys() <= names
 
@@ -266,3 +272,6 @@ def test_two_settings_share_a_file_only_if_they_are_the_same(first, other, name)
         ]
         is_same = first.identity(base=False) == second.identity(base=False)
         assert (tuned[0] == tuned[1]) == is_same
+        for path in bases + tuned:
+            assert len(path.name.encode()) <= 200
+            assert len(path.parts[-3].encode()) <= 200

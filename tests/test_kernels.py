@@ -64,12 +64,13 @@ def run(folder: Path, *sources: str, **options: object) -> str:
     return printed
 
 
-def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path):
+def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     cold = run(tmp_path, "1 + 1", STATE)
     printed = []
     pids = set()
     for sources in (["1 + 1", STATE], [LITTER], ["1 + 1", STATE]):
-        with kernels.warm(tmp_path, 1) as kernel:
+        with kernels.warm_kernels.take(1) as kernel:
             printed.append(run(tmp_path, *sources, km=kernel))
             pids.add(kernel.provisioner.pid)
     before_litter, _, after_litter = printed
@@ -83,7 +84,7 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path):
 def test_warnings_that_were_shown_once_are_shown_again(tmp_path):
     source = "import warnings\nfor _ in range(2): warnings.warn('look')"
     for _ in range(2):
-        with kernels.warm(tmp_path, 1) as kernel:
+        with kernels.warm_kernels.take(1) as kernel:
             printed = run(tmp_path, source, km=kernel)
         assert printed.count("UserWarning: look") == 1
 
@@ -118,43 +119,43 @@ def test_warm_and_cold_and_in_any_order_the_same(whole_run, tmp_path):
     of_whole_run = contents(whole_run.directory)
     for name, content in left.items():
         assert content == of_whole_run[name], name
-    assert len(kernels.idle_kernels["1"]) == 1
+    assert len(kernels.warm_kernels.idle["1"]) == 1
 
 
 def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
     with (
         pytest.raises(papermill.PapermillExecutionError),
-        kernels.warm(tmp_path, 1) as kernel,
+        kernels.warm_kernels.take(1) as kernel,
     ):
         run(tmp_path, "1 / 0", km=kernel)
-    assert not kernels.idle_kernels["1"]
+    assert not kernels.warm_kernels.idle["1"]
     assert not kernel.is_alive()
 
 
 def test_a_kernel_that_died_is_replaced(tmp_path):
-    with kernels.warm(tmp_path, 1) as kernel:
+    with kernels.warm_kernels.take(1) as kernel:
         run(tmp_path, "1", km=kernel)
         pid = kernel.provisioner.pid
     psutil.Process(pid).kill()
     while kernel.is_alive():
         time.sleep(0.01)
-    with kernels.warm(tmp_path, 1) as kernel:
+    with kernels.warm_kernels.take(1) as kernel:
         assert kernel.provisioner.pid != pid
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"
-    kernels.close()
+    kernels.warm_kernels.close()
     assert not kernel.is_alive()
 
 
 def test_two_at_once_have_two_kernels(tmp_path):
-    with kernels.warm(tmp_path, 1) as first, kernels.warm(tmp_path, 1) as second:
+    with kernels.warm_kernels.take(1) as first, kernels.warm_kernels.take(1) as second:
         assert first.provisioner.pid != second.provisioner.pid
         for kernel in (first, second):
             assert run(tmp_path, "print(6)", km=kernel) == "6\n"
-    assert len(kernels.idle_kernels["1"]) == 2
+    assert len(kernels.warm_kernels.idle["1"]) == 2
 
 
 def test_another_thread_may_take_the_last_idle_kernel_meanwhile(tmp_path, monkeypatch):
-    idle = kernels.idle_kernels["1"]
+    idle = kernels.warm_kernels.idle["1"]
     idle.append(kernels.Manager())
     is_alive = kernels.Manager.is_alive
 
@@ -163,5 +164,5 @@ def test_another_thread_may_take_the_last_idle_kernel_meanwhile(tmp_path, monkey
         return is_alive(manager)
 
     monkeypatch.setattr(kernels.Manager, "is_alive", taken_meanwhile)
-    with kernels.warm(tmp_path, 1) as kernel:
+    with kernels.warm_kernels.take(1) as kernel:
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"

@@ -12,12 +12,14 @@ from masktune_utils import evaluation, store
 from masktune_utils.settings import REPOSITORY, Settings
 
 PACKAGE = REPOSITORY / "masktune_utils"
-# A module imports only from those before it.
-ORDER = ["progress", "settings", "models", "images", "data", "shortcuts", "training"]
-ORDER += ["saliency", "masking", "store", "evaluation", "selection", "results"]
-ORDER += ["experiment", "plotting"]
-ORDER += ["runner.grids", "runner.kernels", "runner.jobs", "runner.report"]
-ORDER += ["runner.stages", "runner.command"]
+# A module imports only from those before it. The core knows no settings and no files.
+CORE = ["progress", "data", "models", "shortcuts", "training", "saliency", "masking"]
+CORE += ["metrics", "selection"]
+SHELL = ["settings", "store", "images", "datasets", "evaluation", "results"]
+SHELL += ["experiment", "plotting"]
+SHELL += ["runner.grids", "runner.kernels", "runner.jobs", "runner.stages"]
+SHELL += ["runner.command"]
+ORDER = [*CORE, *SHELL]
 
 
 def name_of(path: Path) -> str:

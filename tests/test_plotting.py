@@ -29,11 +29,3 @@ def test_maps_become_pictures_that_are_brighter_where_they_are_larger():
     assert (brightness.diff() > 0).all()
     assert pictures.min() >= 0
     assert pictures.max() <= 1
-
-
-def test_the_pipeline_lights_one_stage(monkeypatch):
-    displayed = []
-    monkeypatch.setattr(plotting, "display", displayed.append)
-    for stage in range(1, 6):
-        plotting.pipeline(stage)
-    assert len({picture.data for picture in displayed}) == 5

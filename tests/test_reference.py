@@ -135,7 +135,7 @@ def test_the_text_of_a_study_has_its_numbers(stem, known_numbers):
 
 @pytest.mark.parametrize("stem", STUDIES)
 def test_a_grid_makes_each_study_again(stem, monkeypatch, tmp_path):
-    monkeypatch.setattr("masktune_utils.settings.REPOSITORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
     for planted in ("watermark", "background", "tint", "none"):
         for part in ("train", "test"):
             (tmp_path / "data" / "textures" / planted / part).mkdir(parents=True)

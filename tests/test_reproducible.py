@@ -45,7 +45,8 @@ def test_a_sweep_killed_again_and_again_goes_on_to_the_same_bytes(whole_run, tmp
     _, error = process.communicate()
     assert process.returncode == 1
     assert "Traceback" not in error
-    message = "failed: .*, seed 0, 02_erm: (DeadKernel|Runtime)Error: Kernel died"
+    died = "DeadKernelError|RuntimeError: Kernel died|TimeoutError"
+    message = f"failed: .*, seed 0, 02_erm: ({died})"
     assert re.search(message, error)
     for name in ("CNN_checkpoint_base.pth", "CNN_saliency_*.pth"):
         pattern = f"checkpoints/*/*/{name}"

@@ -1,5 +1,6 @@
 """Results: saved, gathered, summarized, compared, and refused by name if damaged."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -80,45 +81,46 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
         results.collect(str(tmp_path))
 
 
-def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
-    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], "")
-    choice |= {"configuration": "mean_0.5", "base_sha256": "base 0", "reason": "Why."}
-    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)
-    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
-    assert "seed 0: Why.\n" in text
-    assert "In its worst group, ERM is right on 25.0% of the images.\n" in text
+def choice(**values: str) -> dict:
+    return dict.fromkeys([*results.CHOICE_KEYS, "chosen"], "") | values
 
 
-def test_a_choice_is_compared_with_the_base_models_of_its_own_seeds(saved):
-    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], "")
-    choice |= {"configuration": "top_k_0.1", "base_sha256": "base 0"}
+def test_a_choice_is_told_with_its_reason_and_the_results_of_its_seeds(saved):
+    made = choice(configuration="top_k_0.1", base_sha256="base 0", reason="Why.")
     folder = saved / "results" / "mnist"
-    results.write_json(folder / "seed0" / "chosen.json", choice)
+    results.write_json(folder / "seed0" / "chosen.json", made)
     other = result("base", 1) | {"worst_group": 0.75}
     results.write_json(folder / "seed1" / "base.json", other)
+    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
+    assert "seed 0: Why.\n" in text
+    assert re.search(r"worst group +25\.00 +25\.00\n", text)
     bases = [Settings(dataset="mnist", directory=str(saved), seed=s) for s in (0, 1)]
-    text = results.conclude(bases)
-    assert "In its worst group, ERM is right on 25.0% of the images" in text
+    assert re.search(r"worst group +50\.00 ± 35\.36", results.conclude(bases))
 
 
-def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_reported(saved):
-    choice = dict.fromkeys([*results.CHOICE_KEYS, "accuracy"], "") | {
-        "base_sha256": "an older one"
-    }
-    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", choice)
-    base = Settings(dataset="mnist", directory=str(saved))
-    assert results.current_choice(base) is None
-    assert results.conclude([base]) == ""
+def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
+    made = choice(configuration="mean_0.5", base_sha256="base 0", reason="Why.")
+    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", made)
+    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
+    assert "seed 0: Why.\n" in text
 
 
-def test_a_choice_of_an_older_version_is_made_again(saved):
-    choice = dict.fromkeys(results.CHOICE_KEYS, "") | {"base_sha256": "base 0"}
+def test_a_choice_for_another_base_model_or_of_an_older_version_is_made_again(saved):
     path = saved / "results" / "mnist" / "seed0" / "chosen.json"
     base = Settings(dataset="mnist", directory=str(saved))
-    results.write_json(path, choice)
-    assert results.current_choice(base) is None
-    results.write_json(path, choice | {"accuracy": {}})
-    assert results.current_choice(base)
+    results.write_json(path, choice(base_sha256="base 0"))
+    assert results.current_choice(base, "base 0")
+    assert results.current_choice(base, "another one") is None
+    older = choice(base_sha256="base 0")
+    del older["chosen"]
+    results.write_json(path, older)
+    assert results.current_choice(base, "base 0") is None
+
+
+def test_json_knows_no_nan(tmp_path):
+    path = tmp_path / "a.json"
+    results.write_json(path, {"class_accuracy": [0.5, math.nan]})
+    assert json.loads(path.read_text()) == {"class_accuracy": [0.5, None]}
 
 
 @pytest.mark.parametrize("content", ['{"configuration": "base"}', "[", "[1]"])

@@ -90,7 +90,7 @@ def test_maps_that_are_zero_everywhere_are_counted(model, few):
 def test_a_model_without_a_layer_to_explain_is_refused(few):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 784, 2))
     message = "no layer of Sequential has a map; "
-    message += "it needs a method get_grad_cam_target_layer"
+    message += "name one by layer=, or by a method get_grad"
     with pytest.raises(TypeError, match=message):
         saliency.saliency_maps(model, few.images, few.labels)
 

@@ -1,5 +1,6 @@
 """The choice: by hand on toys, and the models that it is made from."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,24 +18,29 @@ from conftest import TINY
 
 from masktune_utils import (
     data,
-    evaluation,
+    datasets,
     experiment,
+    metrics,
     models,
     results,
     selection,
-    shortcuts,
     store,
+    training,
 )
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.experiment import Trained
+from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.selection import ERM, NULL, HeldOut
 from masktune_utils.settings import Settings
 
 SMALL = TINY | {"limit": 400, "epochs": 4}
-RULES = [(False, 4.0, 3, 2), (True, 2.0, 1, 1)]
+RULES = (
+    Rule(param=4.0, dilation=3, fill="resample", rounds=2),
+    Rule(param=2.0, dilation=1, shared=True, fill="resample"),
+)
 # Number of images → epochs of fine-tuning, of 32 images a step.
 EPOCHS = {100: 6, 4000: 6, 12_000: 2, 24_000: 1, 60_000: 1}
-IN_WORDS = {"a": "Rule a", "b": "Rule b"}
 
 
 def toy(
@@ -164,7 +171,7 @@ NOT_SHOWN = "that does not show that ERM relies on what is hidden, so it is kept
 
 
 def judge(*arguments, **options) -> selection.Verdict:
-    return selection.judge(toy(*arguments, **options), IN_WORDS)
+    return selection.judge(toy(*arguments, **options))
 
 
 def test_a_candidate_is_taken_if_most_mistakes_that_erm_is_sure_of_are_right():
@@ -173,7 +180,7 @@ def test_a_candidate_is_taken_if_most_mistakes_that_erm_is_sure_of_are_right():
     assert verdict.reason == (
         f"{MISTAKES} that have not seen them. 2 of 3 models fall 10 points or more "
         "behind and are struck out. Of the candidates that then fall least behind, "
-        "Rule a hides least. ERM is sure of 40 of its mistakes. 36 of these are right "
+        "a hides least. ERM is sure of 40 of its mistakes. 36 of these are right "
         "now (95 % interval 77–96 %), and 2 with nothing masked, so it is taken."
     )
 
@@ -247,19 +254,18 @@ def test_erm_is_kept_if_all_candidates_are_struck_out():
 @pytest.fixture
 def small_rules(monkeypatch) -> None:
     """Three candidates, which are quick to train."""
-    monkeypatch.setattr(experiment, "CANDIDATES", RULES)
-    monkeypatch.setattr(experiment, "MOST_EPOCHS", 2)
+    monkeypatch.setattr(selection, "CANDIDATES", RULES)
+    monkeypatch.setattr(selection, "MOST_EPOCHS", 2)
 
 
 with_small_rules = pytest.mark.usefixtures("small_rules")
 
 
-def with_base(directory: Path, **values) -> tuple[Settings, shortcuts.BiasedSets]:
-    """Settings, whose base model and its result are saved, and images."""
+def with_base(directory: Path, **values) -> tuple[Settings, Split, Trained]:
+    """Settings, training images, and a base model."""
     settings = Settings(**(SMALL | values), directory=str(directory))
-    sets = shortcuts.load(settings)
-    experiment.record(experiment.base_model(settings, sets.train), sets)
-    return settings, sets
+    train = datasets.load(settings).train
+    return settings, train, experiment.base_model(settings, train)
 
 
 def names_of(candidates: list[Settings]) -> list[str]:
@@ -269,8 +275,7 @@ def names_of(candidates: list[Settings]) -> list[str]:
 def test_the_candidates_are_resampled_by_masks_of_their_own_and_by_shared_ones():
     settings = Settings(dataset="mnist5k", square_size=8, seed=3, epochs=7)
     candidates = experiment.candidates(settings, 4000)
-    assert len(candidates) == sum(rounds for *_, rounds in experiment.CANDIDATES)
-    assert len({*names_of(candidates)}) == len(candidates)
+    assert tuple(candidate.rule for candidate in candidates) == selection.CANDIDATES
     for candidate in candidates:
         assert candidate.identity(base=True) == settings.identity(base=True)
         assert candidate.cross_fit
@@ -288,148 +293,184 @@ def test_few_images_are_seen_in_more_epochs():
     assert epochs == EPOCHS
 
 
-def rules_of(candidates: list[Settings]) -> list[tuple]:
-    return [
-        (settings.shared, settings.param, settings.dilation, settings.rounds)
-        for settings in candidates
-    ]
-
-
 def test_the_candidates_for_digits_are_those_of_the_published_choices():
     candidates = experiment.candidates(Settings(dataset="mnist"), 60_000)
-    assert rules_of(candidates) == [
-        (False, 4.0, 3, 1),
-        (False, 4.0, 3, 2),
-        (False, 3.0, 4, 1),
-        (False, 3.0, 4, 2),
-        (False, 2.0, 2, 1),
-        (True, 1.0, 1, 1),
-        (True, 1.0, 1, 2),
-        (True, 2.0, 2, 1),
-        (True, 2.0, 2, 2),
-        (True, 2.0, 2, 3),
-        (True, 2.0, 2, 4),
-        (True, 2.0, 2, 5),
+    assert [f"{candidate.rule}" for candidate in candidates] == [
+        "mean_std 4 dilated by 3, resampled, 2 rounds",
+        "mean_std 3 dilated by 4, resampled, 2 rounds",
+        "mean_std 2 dilated by 2, resampled",
+        "mean_std 1 dilated by 1, shared, resampled, 2 rounds",
+        "mean_std 2 dilated by 2, shared, resampled, 5 rounds",
     ]
     for settings in candidates:
-        assert settings.method == "mean_std"
         assert settings.finetune_lr == 0.02
         assert settings.finetune_batch_size == 32
 
 
-def test_the_candidates_for_photographs_are_coarser_and_see_fewer_at_a_time(tmp_path):
+@pytest.mark.parametrize(("size", "batch_size"), [(96, 16), (256, 32)])
+def test_the_candidates_for_coarse_maps_are_coarser_and_see_fewer_at_a_time(
+    size, batch_size, tmp_path
+):
     folders = {"train_folder": str(tmp_path), "test_folder": str(tmp_path)}
-    settings = Settings(dataset="folder", **folders)
+    settings = Settings(dataset="folder", model="resnet18", image_size=size, **folders)
     candidates = experiment.candidates(settings, 3000)
-    assert rules_of(candidates) == [
-        (False, 1.5, 0, 1),
-        (False, 1.5, 0, 2),
-        (False, 1.0, 0, 1),
-        (False, 1.0, 0, 2),
-        (False, 0.5, 0, 1),
-    ]
+    rules = tuple(candidate.rule for candidate in candidates)
+    is_coarse = size == 96  # 3×3 cells
+    expected = selection.COARSE_CANDIDATES if is_coarse else selection.CANDIDATES
+    assert rules == expected
     for settings in candidates:
-        assert settings.finetune_batch_size == 16
-        assert settings.finetune_epochs == 4  # 750 steps of 16 images
+        assert settings.finetune_batch_size == batch_size
+        assert settings.finetune_epochs == (4 if is_coarse else 6)  # 750 steps
 
 
-@with_small_rules
-def test_candidates_that_differ_in_their_rounds_alone_form_a_chain():
-    candidates = experiment.candidates(Settings(**SMALL), 400)
-    chains = experiment.chains(candidates[::-1])
-    rounds = [[candidate.rounds for candidate in chain] for chain in chains]
-    assert sorted(rounds) == [[1], [1, 2]]
+def fit(fold: Split) -> torch.nn.Module:
+    network = models.new_model(0)
+    training.train(network, fold, epochs=4, batch_size=20)
+    return network
 
 
-def networks_of_half(
-    candidates: list[Settings], half: int, train: Split
+def networks_of_fold(
+    fold: Split, seed: int
 ) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor]]:
-    """The models of a half, and the masks of its images, made one by one."""
-    index = data.stratified_halves(train.labels, candidates[0].seed)[half]
-    seen = train[index]
-    base = experiment.base_model(candidates[0].of_half(half), seen)
-    null = models.new_model(0)
-    null.load_state_dict(base.model.state_dict())
-    experiment.training.train(null, seen, **candidates[0].finetuning)
-    networks = {ERM: base.model, NULL: null}
+    """The models of a fold, and the masks of its images, made one by one."""
+    base = fit(fold)
+    null = copy.deepcopy(base)
+    # on the images as they are
+    steps = {"epochs": 2, "batch_size": 32, "lr": 0.02, "schedule": "linear"}
+    training.train(null, fold, seed=seed, **steps)
+    networks = {ERM: base, NULL: null}
     masks = {}
-    for candidate in candidates:
-        tuned = experiment.masktune(candidate.of_half(half), base, seen)
-        networks[candidate.configuration] = tuned.model
-        masks[candidate.configuration] = tuned.masked.own_masks
+    for rule in RULES:
+        maps = saliency_maps(base, fold.images, fold.labels)
+        masked = None
+        for rounds in range(1, rule.rounds + 1):
+            masked = rule.mask(fold, maps, seed, masked)
+            tuned = copy.deepcopy(base)
+            training.train(tuned, masked, seed=seed, **steps)
+            name = str(dataclasses.replace(rule, rounds=rounds))
+            networks[name] = tuned
+            masks[name] = masked.own_masks
+            maps = saliency_maps(tuned, masked.images, fold.labels)
     return networks, masks
 
 
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 @with_small_rules
-def test_what_is_judged_equals_what_is_predicted_step_by_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "SAMPLE", 150)
-    settings, sets = with_base(tmp_path, conflicting_share=0.1)
-    candidates = experiment.candidates(settings, len(sets.train))
-    held_out = experiment.predict_held_out(candidates, jobs=1, retrain=False)
-    halves = data.stratified_halves(sets.train.labels, settings.seed)
-    networks, masks = zip(
-        *(networks_of_half(candidates, half, sets.train) for half in (0, 1)),
-        strict=True,
+def test_what_is_judged_equals_what_is_predicted_step_by_step(monkeypatch):
+    monkeypatch.setattr(selection, "SAMPLE", 150)
+    kept = []
+    judge = selection.judge
+    monkeypatch.setattr(
+        selection, "judge", lambda held_out: kept.append(held_out) or judge(held_out)
     )
-    unseen = [sets.train[halves[1]], sets.train[halves[0]]]
-    assert torch.equal(held_out.labels, torch.cat([half.labels for half in unseen]))
+    train = datasets.load(Settings(**SMALL, conflicting_share=0.1, seed=3)).train
+    choice = selection.choose(train, fit, seed=3)
+    (held_out,) = kept
+    index = data.folds(train.labels, 3)
+    folds = [train[of_fold] for of_fold in index]
+    networks, masks = zip(*(networks_of_fold(fold, 3) for fold in folds), strict=True)
+    assert torch.equal(held_out.labels, torch.cat([fold.labels for fold in folds]))
     for name, predictions in held_out.predictions.items():
-        expected = []
-        for half in (0, 1):
-            expected.append(evaluation.predict(networks[half][name], unseen[half]))
-        expected = torch.cat(expected)
-        assert torch.equal(predictions, expected.argmax(1))
+        logits = [metrics.predict(networks[1 - k][name], folds[k]) for k in (0, 1)]
+        logits = torch.cat(logits)
+        assert torch.equal(predictions, logits.argmax(1))
         if name == ERM:
-            torch.testing.assert_close(held_out.probabilities, expected.softmax(1))
-    generator = torch.Generator().manual_seed(settings.seed)
-    sample = torch.randperm(200, generator=generator)[:150]
+            torch.testing.assert_close(held_out.probabilities, logits.softmax(1))
+            is_mistake = predictions != held_out.labels
+    assert torch.equal(choice.is_mistake[torch.cat(index)], is_mistake)
+    sample = torch.randperm(200, generator=torch.Generator().manual_seed(3))[:150]
     assert held_out.resampled_images == 300
     for mask, row in held_out.resampled.iterrows():
-        shares = [of_half[mask].float().mean().item() for of_half in masks]
+        shares = [of_fold[mask].float().mean().item() for of_fold in masks]
         assert held_out.hidden[mask] == sum(shares) / 2
         for name, share in row.items():
             logits = []
             labels = []
-            for half in (0, 1):
-                images = unseen[half][sample]
-                of_other_half = masks[1 - half][mask][sample]
-                masked = MaskedDataset(images, of_other_half, "resample", settings.seed)
-                logits.append(evaluation.predict(networks[half][name], masked))
+            for k in (0, 1):
+                images = folds[k][sample]
+                masked = MaskedDataset(images, masks[k][mask][sample], "resample", 3)
+                logits.append(metrics.predict(networks[1 - k][name], masked))
                 labels.append(images.labels)
-            worst = evaluation.worst_class(torch.cat(logits), torch.cat(labels))
+            worst = metrics.worst_class(torch.cat(logits), torch.cat(labels))
             assert share == worst
+    assert choice.reason == judge(held_out).reason
+    if not choice.is_kept:
+        of_folds = [of_fold[choice.verdict.chosen] for of_fold in masks]
+        assert torch.equal(choice.masks[torch.cat(index)], torch.cat(of_folds))
+
+
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+def test_a_round_that_hides_nothing_more_is_no_candidate():
+    train = datasets.load(Settings(**SMALL)).train
+    weak = Rule(param=28.0, fill="resample", rounds=3)  # hides nothing
+    choice = selection.choose(train, fit, lambda network, _: network, [weak])
+    assert [*choice.verdict.accuracy.columns] == [ERM, NULL, str(weak)[:-10]]
+
+
+def test_the_chosen_masks_and_the_schedule_are_handed_on(monkeypatch):
+    """Whatever the verdict."""
+    train = datasets.load(Settings(**SMALL)).train
+    tuned = []
+
+    def finetune(network, masked):
+        tuned.append(masked)
+        return network
+
+    rule = Rule("threshold", 0.5, "nearest", fill="resample")
+    monkeypatch.setattr(selection, "judge", lambda _: verdict(str(rule)))
+    choice = selection.choose(train, fit, finetune, [rule])
+    assert len(tuned) == 4  # of each fold: nothing masked, and the rule
+    assert not tuned[0].own_masks.any()
+    index = torch.cat(data.folds(train.labels, 0))
+    masks = torch.cat([tuned[2].own_masks, tuned[3].own_masks])
+    assert torch.equal(choice.masks[index], masks)
+    assert choice.masked.fill == "resample"
+    network = models.new_model(1)
+    again = choice.finetune(network)
+    assert again is not network
+    assert tuned[-1] is choice.masked
+    monkeypatch.setattr(selection, "judge", lambda _: verdict(ERM))
+    kept = selection.choose(train, fit, finetune, [rule])
+    assert not kept.masks.any()
+    tuned.clear()
+    kept.finetune(network)
+    assert not tuned
+
+
+def verdict(chosen: str) -> selection.Verdict:
+    return selection.Verdict(chosen, "", pd.DataFrame(), pd.DataFrame(), [])
+
+
+def test_what_fit_and_finetune_return_is_checked_and_one_class_is_refused():
+    train = datasets.load(Settings(**SMALL)).train
+    network = models.new_model(0)
+    with pytest.raises(ValueError, match="fit returned the same network twice"):
+        selection.choose(train, lambda _: network)
+    with pytest.raises(TypeError, match="fit returned None; allowed: the trained"):
+        selection.choose(train, lambda _: None)
+    with pytest.raises(TypeError, match="finetune returned None; allowed"):
+        selection.choose(train, fit, lambda *_: None)
+    with pytest.raises(ValueError, match=r"classes have \[200\] images; allowed"):
+        selection.choose(train[train.labels == 1], fit)
 
 
 @with_small_rules
-def test_the_choice_is_what_the_verdict_says(tmp_path):
-    settings, sets = with_base(tmp_path, conflicting_share=0.1)
-    candidates = experiment.candidates(settings, len(sets.train))
-    choice = experiment.choose(candidates)
-    held_out = experiment.predict_held_out(candidates, jobs=1, retrain=False)
-    verdict = selection.judge(held_out, choice["candidates"])
-    assert choice["configuration"] == verdict.chosen
-    assert choice["reason"] == verdict.reason
+def test_the_choice_is_saved_as_the_verdict_says(tmp_path):
+    settings, train, base = with_base(tmp_path, conflicting_share=0.1)
+    candidates = experiment.candidates(settings, len(train))
+    choice = experiment.choose(candidates, base, train)
+    saved = experiment.Saved(candidates[0])
+    core = selection.choose(train, saved.fit, saved.finetune, RULES)
+    assert choice["chosen"] == core.verdict.chosen
+    assert choice["reason"] == core.reason
     assert choice["images"] == 400
-    assert choice["mistakes"] == held_out.is_mistake.sum() > 0
-    assert choice["candidates"][names_of(candidates)[1]] == (
-        "mean_std 4 dilated by 3, resampled, 2 rounds"
-    )
+    assert choice["mistakes"] == core.is_mistake.sum() > 0
+    assert choice["candidates"] == names_of(candidates)
     pd.testing.assert_frame_equal(
-        pd.DataFrame(choice["accuracy"]).T, verdict.accuracy, check_names=False
+        pd.DataFrame(choice["accuracy"]).T, core.verdict.accuracy, check_names=False
     )
     path = settings.folder("results") / "chosen.json"
     assert json.loads(path.read_text()) == choice
-
-
-@with_small_rules
-def test_candidates_with_the_same_models_are_judged_once(tmp_path):
-    settings, _ = with_base(tmp_path)
-    rule = {"method": "mean_std", "fill": "resample", "cross_fit": True}
-    weak = settings.replace(**rule, param=28.0)  # hides nothing
-    candidates = [weak, weak.replace(rounds=2), settings.replace(**rule, param=2.0)]
-    held_out = experiment.predict_held_out(candidates, jobs=1, retrain=False)
-    first, _, third = names_of(candidates)
-    assert [*held_out.resampled.index] == [first, third] == [*held_out.hidden]
 
 
 def count_calls(monkeypatch, module: object, name: str) -> list:
@@ -447,51 +488,65 @@ def count_calls(monkeypatch, module: object, name: str) -> list:
 def test_rounds_end_when_they_hide_nothing_more(settings, splits, monkeypatch):
     base = experiment.base_model(settings, splits.train)
     trained = count_calls(monkeypatch, experiment.training, "train")
-    explained = count_calls(monkeypatch, experiment.saliency, "saliency_maps")
     weak = settings.replace(method="mean_std", param=28.0, rounds=4)
-    tuned = [*experiment.masktune_rounds(weak, base, splits.train)]
-    assert [model.settings.rounds for model in tuned] == [1, 2, 3, 4]
-    assert len({model.sha256 for model in tuned}) == 1
-    assert len(trained) == 1
-    assert len(explained) == 2  # ERM, and the model of the first round
-    for model in tuned:
-        path = settings.checkpoint_path(model.configuration)
-        assert store.load_checkpoint(path).sha256 == model.sha256
+    tuned = experiment.masktune(weak, base, splits.train)
+    assert len(trained) == 2  # the first round, and the last by its own name
+    assert tuned.configuration == weak.configuration
+    first = settings.checkpoint_path(weak.replace(rounds=1).configuration)
+    assert store.load_checkpoint(first).sha256 == tuned.sha256
+    assert not settings.checkpoint_path(weak.replace(rounds=2).configuration).exists()
 
 
-def test_the_masks_of_a_half_are_saved_and_made_again_if_they_are_damaged(
-    settings, splits, monkeypatch
+@with_small_rules
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+def test_the_masks_of_a_choice_are_handed_over_and_refused_if_they_are_damaged(
+    tmp_path, monkeypatch
 ):
-    rule = {"method": "mean_std", "param": 2.0, "dilation": 1, "rounds": 2}
-    settings = settings.replace(**rule).of_half(1)
-    index = data.stratified_halves(splits.train.labels, settings.seed)[1]
-    images = splits.train[index]
-    base = experiment.base_model(settings, images)
-    expected = experiment.masktune(settings, base, images).masked.own_masks
-    assert expected.dtype == torch.bool
-    explained = count_calls(monkeypatch, experiment.saliency, "saliency_maps")
-    assert torch.equal(experiment.masks_of_half(settings, images), expected)
-    assert not explained
+    settings, train, base = with_base(tmp_path)
+    candidates = experiment.candidates(settings, len(train))
+    name = "mean_std 4 dilated by 3, resampled, 2 rounds"
+    monkeypatch.setattr(selection, "judge", lambda _: verdict(name))
+    choice = experiment.choose(candidates, base, train)
+    chosen = experiment.chosen_settings(choice, candidates)
+    assert chosen == candidates[0]
+    core = selection.choose(train, fit, candidates=RULES)
+    saved = experiment.handed_over(chosen, base, train)
+    assert saved.own_masks.shape == core.masks.shape
+    assert saved.fill == "resample"
+    tuned = experiment.chosen_model(choice, candidates, base, train)
+    network = copy.deepcopy(base.model)
+    training.train(network, saved, **chosen.finetuning)
+    assert tuned.sha256 == store.weights_sha256(network.state_dict())
     (path,) = settings.folder("checkpoints").glob("CNN_masks_*rounds=2*")
-    assert path.stat().st_size < expected.numel() / 8 + 2000
-    foreign = store.read_tensors(path) | {"base_sha256": "of another base model"}
-    store.write_tensors(path, foreign)
-    assert torch.equal(experiment.masks_of_half(settings, images), expected)
-    path.write_bytes(b"damaged")
-    assert torch.equal(experiment.masks_of_half(settings, images), expected)
-    assert len(explained) == 2  # the second round, twice
+    assert path.stat().st_size < 400 * 784 / 8 + 2000
+    other = dataclasses.replace(base, sha256="of another base model")
+    with pytest.raises(ValueError, match=r"has no masks \(they are of another base"):
+        experiment.handed_over(chosen, other, train)
+    for content in (b"damaged", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="Choose again: masktune choose --force"):
+            experiment.handed_over(chosen, base, train)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has no masks .*No such file"):
+        experiment.handed_over(chosen, base, train)
+    experiment.choose(candidates, base, train, retrain=True)
+    again = experiment.handed_over(chosen, base, train)
+    assert torch.equal(again.own_masks, saved.own_masks)
 
 
 @with_small_rules
 def test_the_chosen_model_is_the_fine_tuning_that_the_choice_names(tmp_path):
-    settings, sets = with_base(tmp_path)
-    candidates = experiment.candidates(settings, len(sets.train))
-    choice = {"configuration": candidates[1].configuration}
-    base = experiment.base_model(settings, sets.train)
-    model = experiment.chosen_model(choice, candidates, base, sets.train)
+    settings, train, base = with_base(tmp_path)
+    candidates = experiment.candidates(settings, len(train))
+    one_round = candidates[0].replace(rounds=1)
+    choice = {"configuration": one_round.configuration}
+    masks = torch.zeros(400, 28, 28, dtype=torch.bool).numpy()
+    path = experiment._masks_path(one_round)
+    np.savez(path, masks=masks, base_sha256=base.sha256)
+    model = experiment.chosen_model(choice, candidates, base, train)
     assert model.configuration == choice["configuration"]
-    assert model.settings == candidates[1]
-    assert experiment.chosen_settings(choice, candidates) == candidates[1]
+    assert model.settings == one_round
+    assert experiment.chosen_settings(choice, candidates) == one_round
 
 
 def test_where_erm_is_kept_the_chosen_model_is_the_base_model(settings, splits):
@@ -504,43 +559,37 @@ def test_where_erm_is_kept_the_chosen_model_is_the_base_model(settings, splits):
 def test_the_chosen_model_is_loaded_unless_it_is_trained_again(settings, splits):
     base = experiment.base_model(settings, splits.train)
     arguments = ({"configuration": "top_k_0.1"}, [settings], base, splits.train)
-    assert experiment.chosen_model(*arguments).seconds > 0
-    assert experiment.chosen_model(*arguments).seconds is None
-    assert experiment.chosen_model(*arguments, retrain=True).seconds > 0
-
-
-def disguised(sets: shortcuts.BiasedSets) -> shortcuts.BiasedSets:
-    """The training images and classes as they are, and everything else changed."""
-    changed = {}
-    for name in ("train", "validation"):
-        split = getattr(sets, name)
-        shortcut = torch.rand(len(split), 28, 28) < 0.5
-        groups = torch.randint(10, (len(split),))
-        changed[name] = dataclasses.replace(split, shortcut=shortcut, digits=groups)
-    pixels = torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8)
-    noise = Split(pixels, torch.arange(50) % 2)
-    return sets._replace(**changed, raw=noise, biased=noise)
+    assert experiment.chosen_model(*arguments).seconds is None  # trained in its round
+    path = settings.checkpoint_path("top_k_0.1")
+    written = path.stat().st_mtime_ns
+    experiment.chosen_model(*arguments)
+    assert path.stat().st_mtime_ns == written
+    experiment.chosen_model(*arguments, retrain=True)
+    assert path.stat().st_mtime_ns > written
 
 
 @with_small_rules
-def test_neither_test_images_nor_groups_nor_the_shortcut_are_known_to_the_choice(
-    tmp_path, monkeypatch
-):
-    load = shortcuts.load
-    settings, sets = with_base(tmp_path / "as they are", conflicting_share=0.1)
-    candidates = experiment.candidates(settings, len(sets.train))
-    expected = experiment.choose(candidates)
-    settings, _ = with_base(tmp_path / "disguised", conflicting_share=0.1)
-    monkeypatch.setattr(shortcuts, "load", lambda settings: disguised(load(settings)))
-    candidates = experiment.candidates(settings, len(sets.train))
-    assert experiment.choose(candidates) == expected
+def test_neither_groups_nor_the_shortcut_are_known_to_the_choice(tmp_path):
+    settings, train, base = with_base(tmp_path / "as they are", conflicting_share=0.1)
+    candidates = experiment.candidates(settings, len(train))
+    expected = experiment.choose(candidates, base, train)
+    settings, train, base = with_base(tmp_path / "disguised", conflicting_share=0.1)
+    disguised = dataclasses.replace(
+        train,
+        shortcut=torch.rand(len(train), 28, 28) < 0.5,
+        groups=torch.randint(10, (len(train),)),
+    )
+    candidates = experiment.candidates(settings, len(train))
+    assert experiment.choose(candidates, base, disguised) == expected
 
 
 @with_small_rules
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_without_a_shortcut_erm_is_kept(tmp_path):
-    settings, sets = with_base(tmp_path, shortcut="none", limit=1000)
-    choice = experiment.choose(experiment.candidates(settings, len(sets.train)))
+    settings, train, base = with_base(tmp_path, shortcut="none", limit=1000)
+    experiment.record(base, datasets.load(settings))
+    candidates = experiment.candidates(settings, len(train))
+    choice = experiment.choose(candidates, base, train)
     assert choice["configuration"] == "base"
     assert choice["mistakes"] > 0
     table = results.collect(str(tmp_path))
@@ -551,38 +600,59 @@ def test_without_a_shortcut_erm_is_kept(tmp_path):
 def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
     tmp_path, monkeypatch
 ):
-    settings, sets = with_base(tmp_path)
-    candidates = experiment.candidates(settings, len(sets.train))
-    made = count_calls(monkeypatch, experiment, "predict_held_out")
-    first = experiment.choose(candidates)
-    assert experiment.choose(candidates) == first
-    assert made == [(candidates, 1, False)]
-    of_two = experiment.choose(candidates[:2])
-    assert [*of_two["candidates"]] == names_of(candidates[:2])
+    settings, train, base = with_base(tmp_path)
+    candidates = experiment.candidates(settings, len(train))
+    made = count_calls(monkeypatch, selection, "choose")
+    first = experiment.choose(candidates, base, train)
+    assert experiment.choose(candidates, base, train) == first
+    assert len(made) == 1
+    of_one = experiment.choose(candidates[:1], base, train)
+    assert of_one["candidates"] == names_of(candidates[:1])
+    experiment.choose(candidates[:1], base, train)
+    assert len(made) == 2
     path = settings.folder("results") / "chosen.json"
-    path.write_text(json.dumps(of_two | {"base_sha256": "of another base model"}))
-    assert results.collect(str(tmp_path))["chosen"].isna().all()
-    experiment.choose(candidates[:2], jobs=2)
+    path.write_text(json.dumps(of_one | {"base_sha256": "of another base model"}))
+    experiment.choose(candidates[:1], base, train, jobs=2)
     assert len(made) == 3
-    assert made[2][1] == 2
+
+
+def test_candidates_that_differ_in_more_than_their_masks_are_refused(settings, splits):
+    base = experiment.base_model(settings, splits.train)
+    candidates = [settings, settings.replace(finetune_lr=0.5)]
+    with pytest.raises(ValueError, match="several schedules; allowed: only method, "):
+        experiment.choose(candidates, base, splits.train)
+
+
+def test_weights_that_may_have_seen_all_images_are_refused(settings, splits, tmp_path):
+    base = experiment.base_model(settings, splits.train)
+    path = tmp_path / "mine.pth"
+    torch.save(base.model.state_dict(), path)
+    candidate = settings.replace(weights=str(path), cross_fit=True)
+    with pytest.raises(ValueError, match="allowed: with public_weights True"):
+        experiment.choose([candidate], base, splits.train)
+    public = candidate.replace(public_weights=True)
+    assert experiment.choose([public], base, splits.train)["images"] == 200
 
 
 CHOOSE = """
-from masktune_utils import experiment
+from masktune_utils import datasets, experiment, selection
+from masktune_utils.masking import Rule
 from masktune_utils.settings import Settings
-experiment.CANDIDATES = {rules}
-experiment.MOST_EPOCHS = 2
+selection.CANDIDATES = {rules}
+selection.MOST_EPOCHS = 2
 settings = Settings(**{values})
-experiment.choose(experiment.candidates(settings, 400))
+train = datasets.load(settings).train
+base = experiment.base_model(settings, train)
+experiment.choose(experiment.candidates(settings, 400), base, train)
 """
 
 
 @with_small_rules
 def test_a_choice_that_is_killed_goes_on(tmp_path):
-    settings, sets = with_base(tmp_path / "undisturbed")
-    expected = experiment.choose(experiment.candidates(settings, len(sets.train)))
+    settings, train, base = with_base(tmp_path / "undisturbed")
+    expected = experiment.choose(experiment.candidates(settings, 400), base, train)
     killed = tmp_path / "killed"
-    settings, _ = with_base(killed)
+    settings, train, base = with_base(killed)
     code = CHOOSE.format(rules=RULES, values=dict(settings))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not [*killed.glob("checkpoints/*half=0*/seed0/*finetuned*rounds=2*.pth")]:
@@ -592,7 +662,7 @@ def test_a_choice_that_is_killed_goes_on(tmp_path):
     process.wait()
     assert not (settings.folder("results") / "chosen.json").exists()
     before = times_of(killed, "CNN_checkpoint_*")
-    choice = experiment.choose(experiment.candidates(settings, len(sets.train)))
+    choice = experiment.choose(experiment.candidates(settings, 400), base, train)
     assert choice == expected
     after = times_of(killed, "CNN_checkpoint_*")
     assert after.items() > before.items()
@@ -603,24 +673,23 @@ def times_of(directory: Path, pattern: str) -> dict[Path, int]:
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_one_candidate_is_enough_and_to_retrain_is_to_train_both_halves_again(tmp_path):
-    settings, _ = with_base(tmp_path, limit=40, epochs=1)
+def test_one_candidate_is_enough_and_to_retrain_is_to_train_both_folds_again(tmp_path):
+    settings, train, base = with_base(tmp_path, limit=40, epochs=1)
     rule = {"method": "mean_std", "param": 2.0, "fill": "resample", "cross_fit": True}
     candidate = settings.replace(**rule)
-    experiment.choose([candidate])
+    experiment.choose([candidate], base, train)
     before = times_of(tmp_path, "CNN_checkpoint_*")
-    experiment.choose([candidate], retrain=True)
+    experiment.choose([candidate], base, train, retrain=True)
     after = times_of(tmp_path, "CNN_checkpoint_*")
     again = {path for path in before if before[path] != after[path]}
     expected = {path for path in before if "half=" in path.parts[-3]}
     assert again == expected
-    assert len(again) == 6  # of each half: ERM, nothing masked, the candidate
+    assert len(again) == 6  # of each fold: ERM, nothing masked, the candidate
 
 
-def test_a_candidate_in_words():
-    described = results.describe("mean_std", 3.5, 3)
-    assert described == "mean_std 3.5 dilated by 3"
-    described = results.describe("mean_std", 4.0, 3, "resample", 2)
+def test_a_rule_in_words():
+    assert str(Rule(param=3.5, dilation=3)) == "mean_std 3.5 dilated by 3"
+    described = str(Rule(param=4.0, dilation=3, fill="resample", rounds=2))
     assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"
-    described = results.describe("mean_std", 2.0, fill="resample", shared=True)
+    described = str(Rule(fill="resample", shared=True))
     assert described == "mean_std 2, shared, resampled"

@@ -1,12 +1,23 @@
 """Settings: what is allowed, and where files go. More bad values: test_bad_input.py."""
 
+import ast
 import re
 from typing import get_args
 
+import nbformat
 import pytest
 
-from masktune_utils import experiment, masking, shortcuts, store
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Method, Settings, Shortcut
+from masktune_utils import experiment, masking, saliency, shortcuts, store
+from masktune_utils.settings import (
+    DEFAULTS,
+    REPOSITORY,
+    Cam,
+    Fill,
+    Method,
+    Settings,
+    Shortcut,
+    Upsample,
+)
 
 
 def test_names_of_files_tell_what_is_not_the_default(tmp_path):
@@ -48,15 +59,15 @@ def test_folders_that_end_alike_have_experiments_of_their_own(tmp_path):
         ),
         (
             {"method": "random", "param": 1},
-            "param is 1; allowed: 0 to 0.5 for method 'random'.",
+            "param is 1.0; allowed: 0 to 0.5 for method 'random'.",
         ),
         (
             {"method": "random", "rounds": 2},
             "rounds is 2; allowed: 1 with method 'random', which uses no maps.",
         ),
         (
-            {"half": 0, "cross_fit": True},
-            "cross_fit is True; allowed: False with half, which has no halves of its own.",
+            {"fold": 0, "cross_fit": True},
+            "cross_fit is True; allowed: False with fold, which has no folds of its own.",
         ),
         ({"foo": 1}, f"foo is not a setting; allowed: {', '.join(DEFAULTS)}."),
     ],
@@ -71,6 +82,9 @@ def test_a_bad_value_is_refused_and_named_with_what_is_allowed(values, message):
 def test_the_names_that_are_allowed_are_those_of_the_functions():
     assert {*get_args(Method)} == {*masking.RULES, "random"}
     assert {*get_args(Shortcut)} == {*shortcuts.SHORTCUTS, "none"}
+    assert get_args(Cam) == saliency.CAMS
+    assert get_args(Fill) == masking.FILLS
+    assert get_args(Upsample) == masking.UPSAMPLES
 
 
 def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
@@ -96,76 +110,66 @@ def expected(tmp_path) -> Settings:
     return Settings(directory=str(tmp_path), dataset="mnist5k")
 
 
-def test_settings_of_a_notebook_are_read_from_its_cells(shown, expected):
-    cells = ["", shown, "# Parameters\nseed = 3\nrounds = 2\n", "import torch"]
-    namespace = {"In": cells, "seed": 9, "lrs": [1]}
-    injected = expected.replace(seed=3, rounds=2)
-    assert experiment.from_notebook(namespace) == injected
-    assert experiment.from_notebook(namespace, epochs=7) == injected.replace(epochs=7)
-    # the first cell, changed by hand and run once more
-    cells.append(shown.replace("seed = 0", "seed = 5"))
-    assert experiment.from_notebook(namespace) == expected.replace(seed=5)
-
-
-def test_a_parameter_that_is_no_literal_is_refused_and_not_passed_over(shown):
-    computed = shown.replace("seed = 0", "seed = 2 * 5")
-    message = "^The cell of parameters is not read; allowed: literals, such as"
-    injected = "# Parameters\nlr = float('nan')\nepochs = 3\n"  # by papermill
-    for cells in ([computed], [shown, computed], [shown, injected]):
-        with pytest.raises(ValueError, match=message):
-            experiment.from_notebook({"In": cells})
-    assert experiment.from_notebook({"In": [computed, shown]}).seed == 0
-
-
-@pytest.mark.parametrize(
-    "later",
-    [
-        "images, labels = sets.train.batch(slice(0, 10))",
-        "labels = 3\nprint(labels)",
-        "labels = 3",
-        "for seed in range(3):\n    print(seed)",
-        "seed = [settings.seed]\ndirectory = textures / 'train'",
-        "%matplotlib inline",
-    ],
-)
-def test_later_cells_may_use_the_names_of_parameters(shown, expected, later):
-    names = {"labels": 3, "seed": 2, "directory": "/nowhere"}
-    namespace = {"In": ["", shown, later], **names}
+def test_settings_of_a_notebook_are_its_names_when_it_asks(shown, expected):
+    namespace = {"In": ["", shown], "lrs": [1], "pd": None}
+    exec(shown, namespace)
     assert experiment.from_notebook(namespace) == expected
-    namespace["In"] += [shown, later]
-    assert experiment.from_notebook(namespace) == expected
+    assert experiment.from_notebook(namespace, epochs=7) == expected.replace(epochs=7)
+    # in a cell of its own, or by papermill
+    for cell in ("seed = 3", "# Parameters\nseed = 3\nrounds = 2\n"):
+        exec(cell, namespace)
+        namespace["In"].append(cell)
+        changed = expected.replace(seed=3, rounds=namespace.get("rounds", 1))
+        assert experiment.from_notebook(namespace) == changed
+
+
+def test_no_notebook_uses_the_name_of_a_setting_for_something_else():
+    """Else it would be read as the setting once its first cells are run again."""
+    for path in REPOSITORY.glob("notebooks/*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and "parameters" not in cell.metadata.get(
+                "tags", []
+            ):
+                assert not names_assigned(cell.source) & DEFAULTS.keys(), path
+
+
+def names_assigned(source: str) -> set[str]:
+    """Global names that a cell assigns."""
+    names = set()
+    local = (ast.FunctionDef, ast.ListComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+    todo = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        todo += [
+            child
+            for child in ast.iter_child_nodes(node)
+            if not isinstance(child, local)
+        ]
+    return names
 
 
 @pytest.mark.parametrize(
     ("injected", "message"),
     [
         ("epoch = 3", "epoch is not a parameter; allowed: epochs."),
-        ("zzz = 3", "zzz is not a parameter; allowed: directory, device, "),
+        ("zzz = 3", "zzz is not a parameter; allowed: batch_size, cam, "),
         ("seed = -1", "seed is -1; allowed: greater than or equal to 0."),
     ],
 )
 def test_unknown_parameters_are_refused_with_the_nearest_known_one(
     injected, message, shown
 ):
-    by_papermill = ["", shown, f"# Parameters\n{injected}\n"]
-    by_hand = ["", f"{shown}{injected}\n"]
-    for cells in (by_papermill, by_hand):
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-            experiment.from_notebook({"In": cells})
+    cell = f"# Parameters\n{injected}\n"
+    namespace = {"In": ["", shown, cell]}
+    exec(shown + cell, namespace)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        experiment.from_notebook(namespace)
 
 
 def test_a_notebook_may_have_parameters_that_are_no_settings(shown, expected):
-    cells = ["", f'{shown}path = "a.pth"\n']
-    assert experiment.from_notebook({"In": cells}, ["path"]) == expected
-
-
-def test_where_no_cells_are_kept_the_names_count(expected):
-    names = {"directory": expected.directory, "dataset": "mnist5k", "seed": 4}
-    namespace = {"In": [""], "pd": None, **names}
-    assert experiment.from_notebook(namespace) == expected.replace(seed=4)
-
-
-def test_a_cell_of_parameters_that_is_not_recognized_is_not_passed_over(shown):
-    message = "^No cell of parameters was run; allowed: a cell whose first line is"
-    with pytest.raises(ValueError, match=message):
-        experiment.from_notebook({"In": ["", f"# my run\n{shown}", "import torch"]})
+    cell = '# Parameters\npath = "a.pth"\n'
+    namespace = {"In": ["", shown, cell]}
+    exec(shown + cell, namespace)
+    assert experiment.from_notebook(namespace, ["path"]) == expected

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -91,20 +92,14 @@ def test_a_run_chooses_one_of_all_configurations(whole_run, choice):
 def test_a_run_prints_what_the_choice_is_worth(whole_run, choice):
     table = table_of_digits(whole_run.directory)
     others = table.loc[["top_k_0.1", "top_k_0.3"], "worst_group"]
-    printed = {
-        "ERM": "base",
-        "best of the others, by the test sets": others.idxmax(),
-        results.CHOSEN: choice["configuration"],
-    }
-    for name, configuration in printed.items():
-        shares = 100 * table.loc[configuration, ["raw", "biased", "worst_group"]]
+    configurations = ["base", others.idxmax(), choice["configuration"]]
+    for name in ("raw", "biased", "worst_group"):
+        shares = 100 * table.loc[configurations, name]
         numbers = " +".join(f"{share:.2f}" for share in shares)
-        assert re.search(rf"{name} +{numbers} +1\n", whole_run.printed)
+        title = name.replace("_", " ")
+        assert re.search(rf"{title} +{numbers}\n", whole_run.printed)
+    assert "best of the others, by the test sets" in whole_run.printed
     assert f"seed 0: {choice['reason']}" in whole_run.printed
-    erm, chosen = table.loc[["base", choice["configuration"]], "worst_group"]
-    sentence = f"In its worst group, ERM is right on {erm:.1%} of the images; "
-    sentence += f"what was chosen, on {chosen:.1%}."
-    assert sentence in whole_run.printed
     for kind in ("checkpoints", "results", "runs", "figures"):
         assert str(tiny(whole_run.directory).folder(kind)) in whole_run.printed
 
@@ -261,13 +256,13 @@ def test_the_models_of_the_halves_are_trained_again_on_request(
 ):
     asked = []
 
-    def choose(candidates, jobs, retrain):
+    def choose(candidates, base, train, jobs, retrain):
         asked.append(retrain)
         return {"configuration": "base"}
 
     monkeypatch.setattr(stages.experiment, "choose", choose)
     settings = tiny(tmp_path, retrain=retrain)
-    assert stages.choose("run", [settings], 1, force) == ([], {})
+    assert stages.choose("run", settings, [settings], 1, force) is None
     assert asked == [True]
 
 
@@ -317,7 +312,7 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     file = directory / "two.yaml"
     file.write_text("- param: [0.1, 0.3]\n")
     options = [*OPTIONS, "--directory", str(directory), "--jobs", "1"]
-    path = tiny(directory, half=1).checkpoint_path("base")
+    path = tiny(directory, fold=1).checkpoint_path("base")
     content = path.read_bytes()
     saved = tiny(directory).folder("results") / "chosen.json"
     written = saved.stat().st_mtime_ns
@@ -332,9 +327,9 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     printed = capsys.readouterr().out
     choice = checked_results(directory)["chosen"]
     names = ["top_k_0.1_cross_fit=True", "top_k_0.3_cross_fit=True"]
-    assert [*choice["candidates"]] == names
+    assert choice["candidates"] == names
     assert f"seed 0: {choice['reason']}" in printed
-    assert re.search(rf"{results.CHOSEN} +\d", printed)
+    assert results.CHOSEN in printed
 
 
 @pytest.fixture
@@ -348,12 +343,12 @@ def asked(monkeypatch) -> dict[str, list]:
         failing = [job for job in listed if job.stem == "02_erm" and job.settings.seed]
         return dict.fromkeys(failing, "failed")
 
-    def choose(candidates, count, force):
+    def choose(candidates, base, train, count, force):
         asked["candidates"].append(candidates)
         return {"configuration": "base"}
 
     monkeypatch.setattr(stages.jobs, "execute", execute)
-    monkeypatch.setattr(stages.jobs, "save_tables", lambda *_, **__: None)
+    monkeypatch.setattr(stages.jobs, "write_page", lambda job: job.copy)
     monkeypatch.setattr(stages.experiment, "choose", choose)
     return asked
 
@@ -362,7 +357,7 @@ def test_without_a_base_model_nothing_is_chosen_and_notebook_05_not_run(
     asked, tmp_path
 ):
     grid = [tiny(tmp_path, seed=seed) for seed in (0, 1)]
-    stages.run_stages("run", stages.STAGES["run"], grid, 1, force=True)
+    stages.run_stages("run", ["02_erm", "04_finetune_sweep"], grid, 1, force=True)
     [(_, first_force), (last, last_force)] = asked["executed"]
     assert first_force
     assert last_force
@@ -372,13 +367,13 @@ def test_without_a_base_model_nothing_is_chosen_and_notebook_05_not_run(
 
 def test_one_rule_that_is_given_is_the_candidate(asked, tmp_path):
     given = tiny(tmp_path, method="mean", param=0.5)
-    stages.run_stages("choose", stages.STAGES["choose"], [given], 1, force=False)
-    stages.run_stages("choose", stages.STAGES["choose"], [tiny(tmp_path)], 1, False)
+    stages.run_stages("choose", [*jobs.BASE], [given], 1, force=False)
+    stages.run_stages("choose", [*jobs.BASE], [tiny(tmp_path)], 1, False)
     cross_fitted = given.replace(cross_fit=True)
     twice = [given, cross_fitted]
-    stages.run_stages("choose", stages.STAGES["choose"], twice, 1, force=False)
+    stages.run_stages("choose", [*jobs.BASE], twice, 1, force=False)
     assert asked["candidates"][0] == [cross_fitted]
-    assert len(asked["candidates"][1]) == 12
+    assert len(asked["candidates"][1]) == 5
     assert asked["candidates"][2] == [cross_fitted]
 
 
@@ -395,7 +390,8 @@ def test_the_copy_of_a_failure_goes_once_the_notebook_went_through(
             raise RuntimeError(problems.pop())
 
     monkeypatch.setattr(jobs.papermill, "execute_notebook", execute)
-    monkeypatch.setattr(jobs.kernels, "warm", lambda *_: contextlib.nullcontext())
+    kept = SimpleNamespace(take=lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(jobs, "warm_kernels", kept)
     assert job.run(threads=1) == (job, "RuntimeError: the disk is full")
     assert failed.exists()
     assert not job.copy.exists()

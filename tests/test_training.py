@@ -1,6 +1,5 @@
 """Training: reproducible, as its options say, and without waiting for the device."""
 
-import copy
 import inspect
 import re
 import time
@@ -36,43 +35,6 @@ def test_same_seed_same_bits_whatever_the_global_generator(splits):
     assert first_history == second_history
     of_another_seed, _ = train(splits, seed=1)
     assert of_another_seed != first
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lr_decay_epochs": 2},
-        {"optimizer": "adam", "lr": 0.001, "schedule": "linear", "flip": True},
-    ],
-)
-def test_an_interrupted_training_goes_on_to_the_same_bits(splits, monkeypatch, options):
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_STATES", 0)
-    options = {"epochs": 4, "batch_size": 32} | options
-    states = []
-
-    def keep_state(state: dict) -> None:
-        states.append(copy.deepcopy(state))
-
-    def network(seed: int) -> nn.Module:
-        return nn.Sequential(nn.Dropout(0.1), models.new_model(seed))
-
-    model = network(0)
-    history = training.train(model, splits.train, **options, keep_state=keep_state)
-    assert [len(state["history"]) for state in states] == [1, 2, 3, 4]
-    for state in states:
-        later = network(1)
-        later_history = training.train(later, splits.train, **options, state=state)
-        weights = later.state_dict()
-        assert weights_sha256(weights) == weights_sha256(model.state_dict())
-        for epoch, expected in zip(later_history, history, strict=True):
-            assert epoch["loss"] == expected["loss"]
-            assert epoch["lr"] == expected["lr"]
-
-
-def test_the_state_is_not_kept_more_often_than_once_a_minute(splits):
-    states = []
-    train(splits, keep_state=states.append)
-    assert states == []
 
 
 def test_training_lowers_the_loss(splits):
@@ -287,16 +249,6 @@ def test_the_progress_bar_is_drawn_twice_a_second_and_tells_what_is_reached(
     assert end.endswith(means)
 
 
-def test_the_progress_bar_goes_on_where_a_training_was_interrupted(
-    splits, bar_lines, monkeypatch
-):
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_STATES", 0)
-    states = []
-    bar_lines(splits.train, epochs=1, keep_state=states.append)
-    _, lines = bar_lines(splits.train, epochs=2, state=states[0])
-    assert re.search("epoch 2/2: 100%.* 400/400 ", lines[-1])
-
-
 def test_on_a_gpu_training_asks_for_deterministic_convolutions(splits, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     train(splits, epochs=1)
@@ -341,19 +293,3 @@ def test_a_model_in_evaluation_mode_is_trained_in_training_mode(model, splits):
     training.train(model, splits.train[:20], epochs=1, batch_size=10)
     assert model.training
     assert not torch.equal(model.backbone[1].running_mean, before)
-
-
-def test_the_state_of_a_training_on_a_gpu_has_the_generator_of_this_gpu(monkeypatch):
-    gpu = torch.device("cuda:1")
-    states = {gpu: torch.zeros(1, dtype=torch.uint8)}
-    restored = []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", states.get)
-    monkeypatch.setattr(
-        torch.cuda, "set_rng_state", lambda *of_gpu: restored.append(of_gpu)
-    )
-    model = AlwaysClass0()
-    sgd = torch.optim.SGD(model.parameters(), 0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(sgd, 1)
-    course = training._Course(model, scheduler, torch.Generator(), [], gpu)
-    course.load(course.state())
-    assert restored == [(states[gpu], gpu)]

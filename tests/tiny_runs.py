@@ -124,18 +124,18 @@ def run_all(directory: Path) -> Run:
 def one_thread(monkeypatch):
     """Notebooks compute with one thread; no kernel is kept from before or after."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kept_kernels.close()
+    kept_kernels.warm_kernels.close()
     yield
-    kept_kernels.close()
+    kept_kernels.warm_kernels.close()
 
 
 @pytest.fixture
 def all_cores(monkeypatch):
     """Notebooks share the cores; no kernel is kept from before or after."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    kept_kernels.close()
+    kept_kernels.warm_kernels.close()
     yield
-    kept_kernels.close()
+    kept_kernels.warm_kernels.close()
 
 
 @pytest.fixture

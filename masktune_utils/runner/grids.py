@@ -32,40 +32,28 @@ def read_grid(
             allowed. The message names the file, the block and the setting.
     """
     blocks = [{}] if file is None else _read_blocks(file)
-    notebook = blocks[0].pop("notebook", FINETUNE)
-    if not isinstance(notebook, str):
-        problem = f"notebook is {notebook!r}; allowed: the name of one"
-        raise ValueError(f"{file}, block 1: {problem}.")  # noqa: TRY004
+    notebook = f"{blocks[0].pop('notebook', FINETUNE)}"
     configurations = []
     for number, block in enumerate(blocks, start=1):
         values = {name: _as_list(value) for name, value in {**block, **options}.items()}
-        empty = [name for name in values if not values[name]]
-        if empty:
-            raise ValueError(
-                f"{file}, block {number}: {empty[0]} is []; allowed: a value or several."
-            )
-        for combination in ParameterGrid(values):
-            try:
-                configurations.append(Settings(**combination))
-            except ValueError as error:
-                if file is None or not _is_valid(
-                    {name: combination[name] for name in options}
-                ):
-                    raise  # a bad option, wherever it is used
-                raise ValueError(f"{file}, block {number}: {error}") from None
+        try:
+            combinations = ParameterGrid(values)
+            configurations += [Settings(**values) for values in combinations]
+        except ValueError as error:
+            if file is None or not _is_valid(options):
+                raise  # a bad option, wherever it is used
+            raise ValueError(f"{file}, block {number}: {error}") from None
     for name in RUNTIME:
-        values = {getattr(settings, name) for settings in configurations}
-        if len(values) > 1:
+        if len({getattr(settings, name) for settings in configurations}) > 1:
             raise ValueError(f"{file}: {name} has several values; allowed: one.")
     return notebook, list(dict.fromkeys(configurations))
 
 
-def _is_valid(values: dict) -> bool:
+def _is_valid(options: dict[str, list]) -> bool:
     try:
-        Settings(**values)
+        return bool([Settings(**values) for values in ParameterGrid(options)])
     except ValueError:
         return False
-    return True
 
 
 def _as_list(value: Any) -> list:
@@ -83,7 +71,7 @@ def _read_blocks(file: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{file}: {allowed}.")
     for number, block in enumerate(blocks, start=1):
         if not isinstance(block, dict) or not all(
-            isinstance(name, str) for name in block
+            isinstance(key, str) for key in block
         ):
             raise ValueError(f"{file}, block {number}: {allowed}.")
     return blocks

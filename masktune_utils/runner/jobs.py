@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import tempfile
 from functools import cache, partial
 from pathlib import Path
@@ -9,19 +10,21 @@ from typing import Any, NamedTuple
 
 import papermill
 from joblib import Parallel, cpu_count, delayed
+from nbconvert import HTMLExporter
 from tqdm import tqdm
 
 from masktune_utils import progress, results, store
-from masktune_utils.runner import kernels
 from masktune_utils.runner.grids import FINETUNE
-from masktune_utils.settings import DEFAULTS, REPOSITORY, BaseSettings, Settings
+from masktune_utils.runner.kernels import warm_kernels
+from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
 
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
 ERM = "02_erm"
 BASE = (ERM, "03_saliency_masks")
-ALWAYS = ("01_dataset", "05_plots")  # they are quick, and show what is there
+PLOTS = "05_plots"
+ALWAYS = ("01_dataset", PLOTS)  # they are quick, and show what is there
 
 
 class Job(NamedTuple):
@@ -30,18 +33,26 @@ class Job(NamedTuple):
     Attributes:
         stem: name of the notebook.
         settings: those that the notebook depends on; the others have their defaults.
-        name: the configuration, or `base`.
     """
 
     stem: str
     settings: Settings
-    name: str
+
+    @property
+    def name(self) -> str:
+        """The configuration, or `base`."""
+        return self.settings.configuration if self.stem == FINETUNE else "base"
 
     @property
     def copy(self) -> Path:
         """The executed notebook."""
         suffix = f"_{self.name}" if self.stem == FINETUNE else ""
         return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
+
+    @property
+    def failed_copy(self) -> Path:
+        """The notebook as far as it got, if it failed."""
+        return self.copy.with_stem(f"{self.copy.stem}_failed")
 
     def is_done(self, finished: set[tuple]) -> bool:
         """Whether its executed copy, and the result and checkpoint of its model exist.
@@ -59,61 +70,48 @@ class Job(NamedTuple):
             return False
         return self.copy.exists() and settings.checkpoint_path(self.name).exists()
 
-    @property
-    def failed_copy(self) -> Path:
-        """The notebook as far as it got, if it failed."""
-        return self.copy.with_stem(f"{self.copy.stem}_failed")
-
     def run(self, threads: int, force: bool = False) -> tuple["Job", str | None]:
         """Execute the notebook, and keep the copy, or what there is of it.
 
         Args:
-            threads: see `kernels.warm`.
+            threads: see `WarmKernels.take`.
             force: train again.
 
         Returns:
             The job, and None or the error that ended it, in one line.
         """
+        values = self._values()
+        if force:
+            values["retrain"] = True
         error = None
         with tempfile.TemporaryDirectory() as folder:
             executed = Path(folder) / "executed.ipynb"
             try:
-                self._execute(executed, threads, force)
+                with warm_kernels.take(threads) as kernel:
+                    papermill.execute_notebook(
+                        NOTEBOOKS / f"{self.stem}.ipynb",
+                        executed,
+                        values,
+                        km=kernel,
+                        progress_bar=False,
+                        stdout_file=progress.Bars(),
+                    )
                 store.write_bytes(self.copy, executed.read_bytes())
                 self.failed_copy.unlink(missing_ok=True)
             except Exception as failure:  # noqa: BLE001 - the others go on
-                error = _in_one_line(failure)
+                error = in_one_line(failure)
                 with contextlib.suppress(OSError):
                     store.write_bytes(self.failed_copy, executed.read_bytes())
         return self, error
 
-    def _execute(self, executed: Path, threads: int, force: bool) -> None:
-        """Execute the notebook in a kernel that has forgotten all others."""
-        source = NOTEBOOKS / f"{self.stem}.ipynb"
-        values = self._values()
-        if force:
-            values["retrain"] = True
-        with kernels.warm(NOTEBOOKS, threads) as kernel:
-            papermill.execute_notebook(
-                source,
-                executed,
-                values,
-                km=kernel,
-                progress_bar=False,
-                stdout_file=progress.Bars(),
-            )
-
     def _values(self) -> dict[str, Any]:
         """The parameters to inject: what the notebook shows, or is not the default."""
-        values = {}
-        for name in scope(self.stem).model_fields:
-            value = getattr(self.settings, name)
-            if name in parameters(self.stem) or value != DEFAULTS[name]:
-                values[name] = value
-        return values
+        names = {*parameters(self.stem), *self.settings.changed()}
+        in_scope = [name for name in scope(self.stem).model_fields if name in names]
+        return {name: getattr(self.settings, name) for name in in_scope}
 
 
-def _in_one_line(failure: Exception) -> str:
+def in_one_line(failure: Exception) -> str:
     """Kind and message, those of the cell if a cell failed."""
     kind = getattr(failure, "ename", type(failure).__name__)
     message = getattr(failure, "evalue", failure)
@@ -140,11 +138,9 @@ def check_scope(stem: str, configurations: list[Settings]) -> None:
     stems = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     if stem not in stems:
         raise ValueError(f"notebook is {stem!r}; allowed: {', '.join(stems)}.")
-    foreign = Settings.model_fields.keys() - scope(stem).model_fields
     for configuration in configurations:
-        for name in sorted(foreign):
-            if getattr(configuration, name) != DEFAULTS[name]:
-                raise ValueError(f"no sweep of {stem} varies {name}; leave it out.")
+        for name in configuration.changed().keys() - scope(stem).model_fields:
+            raise ValueError(f"no sweep of {stem} varies {name}; leave it out.")
 
 
 def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
@@ -153,8 +149,7 @@ def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
     jobs = []
     for configuration in configurations:
         settings = Settings(**{name: getattr(configuration, name) for name in names})
-        name = settings.configuration if stem == FINETUNE else "base"
-        jobs.append(Job(stem, settings, name))
+        jobs.append(Job(stem, settings))
     return list(dict.fromkeys(jobs))
 
 
@@ -176,15 +171,13 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     """
     errors = {}
     with tqdm(total=sum(map(len, stages)), unit="notebook", ncols=110) as bar:
-        for stage in stages:
-            bases_missing = {
-                job.settings.folder("runs") for job in errors if job.stem == ERM
-            }
+        for stage in filter(None, stages):
+            failed = {job.settings.folder("runs") for job in errors if job.stem == ERM}
             again = force and stage[0].stem not in (*BASE, *ALWAYS)
             finished = results.finished(stage[0].settings.directory)
             todo = []
             for job in stage:
-                if job.settings.folder("runs") in bases_missing:
+                if job.settings.folder("runs") in failed:
                     errors[job] = "not run, because its base model is missing"
                 elif again or not job.is_done(finished):
                     todo.append(job)
@@ -204,25 +197,14 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
     return errors
 
 
-def save_tables(stages: list[list[Job]], summary: bool = True) -> None:
-    """Save the table of all results, and print where everything is.
-
-    Args:
-        stages: what was run.
-        summary: print the results of these notebooks first, over their seeds.
-    """
-    jobs = [job for stage in stages for job in stage]
-    directory = jobs[0].settings.directory
-    table = results.collect(directory)
-    results.save_table(table, REPOSITORY / directory / "results" / "results.csv")
-    for stem in dict.fromkeys(job.stem for job in jobs):
-        results.gather_study(directory, stem)
-    wanted = {(job.settings.experiment, job.name, job.settings.seed) for job in jobs}
-    keys = table[results.KEY].itertuples(index=False, name=None)
-    table = table[[key in wanted for key in keys]]
-    if len(table) and summary:
-        summary_table = results.summarize(table, ["experiment", "configuration"])
-        print(f"\nAccuracy in %\n\n{summary_table.to_string()}\n")
-    for kind in ("checkpoints", "results", "runs", "figures"):
-        folders = dict.fromkeys(str(job.settings.folder(kind)) for job in jobs)
-        print(f"{kind}:", *folders, sep="\n  ")
+def write_page(job: Job) -> Path:
+    """Write an executed notebook without its code, as one file to be read offline."""
+    exporter = HTMLExporter(
+        exclude_input=True, exclude_output_prompt=True, embed_images=True
+    )
+    page, _ = exporter.from_filename(str(job.copy))
+    # Scripts would be loaded from the network.
+    page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    path = job.settings.folder("results") / "report.html"
+    store.write_bytes(path, page.encode())
+    return path

@@ -19,9 +19,8 @@ from jupyter_client import KernelClient, KernelManager
 RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
+PATIENCE = 60  # seconds
 
-# By their number of threads:
-idle_kernels: dict[str, list["Manager"]] = defaultdict(list)
 # Of a fresh kernel:
 _python_random = random.getstate()
 _numpy_random = np.random.get_state()
@@ -40,54 +39,58 @@ class Manager(KernelManager):
         return self.latest
 
 
-@contextlib.contextmanager
-def warm(folder: Path, threads: int) -> Iterator[Manager]:
-    """A kernel that is kept for later, unless what it is used for fails.
+class WarmKernels:
+    """Kernels that are kept for later, unless what they are used for fails."""
 
-    Args:
-        folder: the working directory of a new one; a kept one stays in its own.
-        threads: with which it computes, unless `OMP_NUM_THREADS` is set.
+    def __init__(self) -> None:
+        self.idle: dict[str, list[Manager]] = defaultdict(list)  # number of threads →
+        atexit.register(self.close)
 
-    Raises:
-        RuntimeError: it does not start, or no longer answers.
-    """
-    environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
-    idle = idle_kernels[environment["OMP_NUM_THREADS"]]
-    manager = _idle_or_new(idle)
-    try:
-        if not manager.is_alive():
-            manager.start_kernel(extra_arguments=ARGUMENTS, cwd=folder, env=environment)
-        client = manager.blocking_client()
-        client.start_channels()
-        client.wait_for_ready(timeout=60)
-        # a kernel keeps the order of what it is sent
-        client.execute(RESET, store_history=False)
-        client.stop_channels()
-        yield manager
-        manager.latest.stop_channels()
-    except BaseException:
-        manager.shutdown_kernel(now=True)
-        raise
-    idle.append(manager)
+    @contextlib.contextmanager
+    def take(self, threads: int) -> Iterator[Manager]:
+        """A kernel that has forgotten what it did before.
 
+        Args:
+            threads: with which it computes, unless `OMP_NUM_THREADS` is set.
 
-def _idle_or_new(idle: list[Manager]) -> Manager:
-    while True:
+        Raises:
+            RuntimeError: it does not start or answer, or cannot forget.
+        """
+        environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
+        idle = self.idle[environment["OMP_NUM_THREADS"]]
         try:
             manager = idle.pop()
         except IndexError:  # there is none, or another thread was quicker
-            return Manager(client_class=CLIENT)
-        if manager.is_alive():
-            return manager
-
-
-@atexit.register
-def close() -> None:
-    """End the kernels of this process."""
-    for managers in idle_kernels.values():
-        for manager in managers:
+            manager = Manager(client_class=CLIENT)
+        try:
+            if not manager.is_alive():
+                manager = Manager(client_class=CLIENT)
+                manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
+            client = manager.blocking_client()
+            client.start_channels()
+            client.wait_for_ready(timeout=PATIENCE)
+            reply = client.execute(
+                RESET, store_history=False, reply=True, timeout=PATIENCE
+            )
+            client.stop_channels()
+            if reply["content"]["status"] != "ok":
+                raise RuntimeError(f"a kernel cannot forget: {reply['content']}")
+            yield manager
+            manager.latest.stop_channels()
+        except BaseException:
             manager.shutdown_kernel(now=True)
-    idle_kernels.clear()
+            raise
+        idle.append(manager)
+
+    def close(self) -> None:
+        """End the kernels."""
+        for managers in self.idle.values():
+            for manager in managers:
+                manager.shutdown_kernel(now=True)
+        self.idle.clear()
+
+
+warm_kernels = WarmKernels()  # of this process
 
 
 def reset() -> None:

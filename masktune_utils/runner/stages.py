@@ -1,25 +1,15 @@
-"""What the command does: notebooks stage by stage, the choice, tables, the report."""
+"""What the command does: notebooks stage by stage, choices, tables, and pages."""
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import data, experiment, models, results, shortcuts, store
+from masktune_utils import datasets, experiment, models, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
-from masktune_utils.runner.jobs import BASE, ERM, Job, make_stage
-from masktune_utils.runner.report import write_report
-from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
-
-STAGES = {
-    "run": ("01_dataset", *BASE, FINETUNE),
-    "sweep": (*BASE, FINETUNE),
-    "choose": BASE,
-    "report": (),
-}
+from masktune_utils.runner.jobs import BASE, ERM, PLOTS, Job, make_stage
+from masktune_utils.settings import DEFAULTS, BaseSettings, Settings, root
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,9 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: see `command`.
     """
     try:
-        stem, grid = _read(arguments)
-        if arguments.command != "report":  # it shows what is saved
-            check_sources(grid)
+        stems, grid = _read(arguments)
         device = models.resolve_device(grid[0].device)
         finished = results.finished(grid[0].directory)
         if arguments.dask:
@@ -39,100 +27,83 @@ def run(arguments: argparse.Namespace) -> int:
         images = ", ".join(dict.fromkeys(settings.dataset for settings in grid))
         print(f"{len(grid)} configurations, images: {images}, device: {device}")
         if arguments.dry_run:
-            stems = _stems(arguments, stem) or BASE
             print_states(make_stage(stems[-1], grid), finished)
             return 0
         store.check_writable(grid[0].directory)
     except (ValueError, OSError) as error:
         print(f"masktune: {error}", file=sys.stderr)
         return 2
-    bases = [job.settings for job in make_stage(ERM, grid)]
-    if arguments.command == "report":
-        return _report(bases)
-    stems = _stems(arguments, stem)
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
         errors = run_stages(arguments.command, stems, grid, count, arguments.force)
     except KeyboardInterrupt:
-        print("\nmasktune: interrupted; the same command goes on", file=sys.stderr)
+        print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"\nmasktune: {error}", file=sys.stderr)
         return 1
-    _print_errors(errors)
-    if arguments.command != "sweep":
-        print(results.conclude(bases))
-    return max(_report(bases), 1 if errors else 0)
-
-
-def _stems(arguments: argparse.Namespace, stem: str) -> tuple[str, ...]:
-    """The notebooks that are run before the choice, in their order."""
-    if stem != FINETUNE:
-        return (stem,)
-    varies_finetuning = _options(arguments).keys() - BaseSettings.model_fields
-    if (
-        arguments.command == "run"
-        and _grid_file(arguments) is None
-        and not varies_finetuning
-    ):
-        return ("01_dataset", *BASE)  # no configuration to compare the choice with
-    return STAGES[arguments.command]
-
-
-def _print_errors(errors: dict[Job, str]) -> None:
     for job, error in errors.items():
         name = f"{job.settings.experiment}, seed {job.settings.seed}, {job.copy.stem}"
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} failed or not run")
+    if arguments.command != "sweep":
+        print(results.conclude([job.settings for job in make_stage(ERM, grid)]))
+    return 1 if errors else 0
 
 
-def _report(bases: list[Settings]) -> int:
-    """Write the report, and print where it is; returns the exit code."""
-    try:
-        print(f"report: {write_report(bases)}")
-    except OSError as error:
-        print(f"masktune: no report: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _read(arguments: argparse.Namespace) -> tuple[str, list[Settings]]:
-    """The name of the notebook that the command is about, and all configurations.
+def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
+    """The names of the notebooks to run before a choice, and all configurations.
 
     The data set `auto` is replaced by what it stands for.
 
     Raises:
-        ValueError: see `read_grid`, `jobs.check_scope` and `data.resolve_dataset`.
+        FileNotFoundError: see `datasets.read`.
+        ValueError: see `read_grid`, `jobs.check_scope`, `datasets.read` and
+            `experiment.map_size`.
     """
-    stem, grid = read_grid(_grid_file(arguments), _options(arguments))
+    values = vars(arguments)
+    options = {name: values[name] for name in DEFAULTS if values[name]}
+    file = arguments.grid
+    is_folder = options.get("dataset") == ["folder"]
+    if file is None and arguments.command != "choose":
+        file = None if arguments.command == "run" and is_folder else PUBLISHED
+    stem, grid = read_grid(file, options)
     if stem != FINETUNE and arguments.command != "sweep":
         allowed = f"allowed, except with sweep: {FINETUNE}"
         raise ValueError(f"notebook is {stem!r}; {allowed}.")
     try:
         jobs.check_scope(stem, grid)
     except ValueError as error:
-        if arguments.grid is None:
-            raise
-        raise ValueError(f"{arguments.grid}: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
     names = {settings.dataset for settings in grid}
-    datasets = {name: data.resolve_dataset(name) for name in names}
-    return stem, [item.replace(dataset=datasets[item.dataset]) for item in grid]
+    resolved = {name: datasets.resolve_dataset(name) for name in names}
+    grid = [settings.replace(dataset=resolved[settings.dataset]) for settings in grid]
+    _check_sources(grid)
+    if stem != FINETUNE:
+        return [stem], grid
+    stems = [*BASE]
+    if arguments.command == "run":
+        stems.insert(0, "01_dataset")
+    varies_finetuning = bool(options.keys() - BaseSettings.model_fields)
+    if arguments.command == "sweep" or (
+        arguments.command == "run" and (file is not None or varies_finetuning)
+    ):
+        stems.append(FINETUNE)
+    return stems, grid
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, list]:
-    """The settings that were given as options, each with its values."""
-    values = vars(arguments)
-    return {name: values[name] for name in DEFAULTS if values[name]}
+PUBLISHED = SWEEPS / "published.yaml"
 
 
-def _grid_file(arguments: argparse.Namespace) -> Path | None:
-    """The file that was given; else, except for a folder, the published one."""
-    if arguments.grid is not None or arguments.command == "choose":
-        return arguments.grid
-    is_folder = arguments.dataset == ["folder"]
-    if arguments.command == "run" and is_folder:
-        return None
-    return SWEEPS / "published.yaml"
+def _check_sources(grid: list[Settings]) -> None:
+    """Refuse networks that do not fit and images that cannot be read."""
+    sources = {}
+    of_images = ("dataset", "train_folder", "test_folder", "limit", "image_size")
+    for settings in grid:
+        experiment.map_size(settings.image_size, **settings.network)
+        sources[tuple(getattr(settings, name) for name in of_images)] = settings
+    for settings in sources.values():
+        datasets.read(settings)
 
 
 def _connect(address: str) -> None:
@@ -143,42 +114,23 @@ def _connect(address: str) -> None:
     parallel_config(backend="dask")
 
 
-def check_sources(grid: list[Settings]) -> None:
-    """Refuse networks that do not fit and images that cannot be read.
-
-    Raises:
-        FileNotFoundError: see `data.load`.
-        ValueError: see `data.load` and `models.check`.
-    """
-    sources = {}
-    of_images = ("dataset", "train_folder", "test_folder", "limit", "image_size")
-    for settings in grid:
-        models.check(settings.image_size, **settings.network)
-        sources[tuple(getattr(settings, name) for name in of_images)] = settings
-    for settings in sources.values():
-        data.load(settings)
-
-
 def print_states(stage: list[Job], finished: set[tuple]) -> None:
     """Print which jobs are done."""
-    states = {job: job.is_done(finished) for job in stage}
-    for job, done in states.items():
-        print(
-            "done" if done else "    ",
-            *job.settings.folder("runs").parts[-2:],
-            job.name,
-        )
-    print(f"{sum(states.values())} of them are done")
+    done = [job for job in stage if job.is_done(finished)]
+    for job in stage:
+        state = "done" if job in done else "    "
+        print(state, *job.settings.folder("runs").parts[-2:], job.name)
+    print(f"{len(done)} of them are done")
 
 
 def run_stages(
-    command: str, stems: Sequence[str], grid: list[Settings], count: int, force: bool
+    command: str, stems: list[str], grid: list[Settings], count: int, force: bool
 ) -> dict[Job, str]:
     """Run the notebooks of a command, choose, and print where everything is.
 
     Args:
-        command: see `STAGES`.
-        stems: names of the notebooks, in their order.
+        command: `run`, `sweep` or `choose`.
+        stems: names of the notebooks before the choice, in their order.
         grid: all configurations.
         count: how many notebooks at once.
         force: do configurations again that are done.
@@ -191,53 +143,77 @@ def run_stages(
     if command != "sweep":
         failed = {job.settings.folder("runs") for job in errors if job.stem == ERM}
         trained = [item for item in grid if item.folder("runs") not in failed]
-        choices, failed_choices = choose(command, trained, count, force)
-        errors.update(failed_choices)
-        chosen = make_stage(FINETUNE, choices)
-        last = make_stage("05_plots", trained) if command == "run" else []
-        later = [stage for stage in (chosen, last) if stage]
+        chosen = []
+        for base in make_stage(ERM, trained):
+            job = Job("choice", base.settings)
+            try:
+                settings = choose(command, base.settings, trained, count, force)
+            except Exception as error:  # noqa: BLE001 - the other choices go on
+                errors[job] = jobs.in_one_line(error)
+                continue
+            chosen += [] if settings is None else [settings]
+        plots = make_stage(PLOTS, trained) if command == "run" else []
+        later = [stage for stage in (make_stage(FINETUNE, chosen), plots) if stage]
         errors.update(jobs.execute(later, count, force))
         stages += later
-    jobs.save_tables(stages, summary=command == "sweep" and FINETUNE in stems)
+    listed = [job for stage in stages for job in stage]
+    _save_tables(listed, stems)
+    for job in listed:
+        if job.stem == PLOTS and job not in errors:
+            print(f"report: {jobs.write_page(job)}")
     return errors
 
 
 def choose(
-    command: str, grid: list[Settings], count: int, force: bool
-) -> tuple[list[Settings], dict[Job, str]]:
-    """Choose a configuration for each base model of the grid.
+    command: str, base: Settings, grid: list[Settings], count: int, force: bool
+) -> Settings | None:
+    """Choose a configuration for a base model.
 
     Args:
-        command: with `choose`, the configurations of a base model are its candidates,
+        command: with `choose`, the configurations of the base model are its candidates,
             if there are several, or one that is not the default. Else those of
             `experiment.candidates` are.
-        grid: all configurations whose base models are there.
+        base: settings of the base model.
+        grid: all configurations.
         count: how many processes.
-        force: train the models of the halves again, as with the setting `retrain`.
+        force: train the models of the folds again, as with the setting `retrain`.
 
     Returns:
-        The chosen configurations, none where ERM is kept; and the error of each choice
-        that failed.
+        The chosen configuration; None if ERM is kept.
     """
-    chosen = []
-    errors = {}
-    for job in make_stage(ERM, grid):
-        folder = job.settings.folder("runs")
-        try:
-            listed = [item for item in grid if item.folder("runs") == folder]
-            if command == "choose" and listed != [job.settings]:
-                cross_fitted = [item.replace(cross_fit=True) for item in listed]
-                candidates = list(dict.fromkeys(cross_fitted))
-            else:
-                images = len(shortcuts.load(job.settings).train)
-                candidates = experiment.candidates(job.settings, images)
-            retrain = force or job.settings.retrain
-            choice = experiment.choose(candidates, count, retrain)
-        except Exception as error:  # noqa: BLE001 - the other choices go on
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            errors[Job("choice", job.settings, job.name)] = message
-            continue
-        settings = experiment.chosen_settings(choice, candidates)
-        if settings is not None:
-            chosen.append(settings)
-    return chosen, errors
+    train = datasets.load(base).train
+    listed = [item for item in grid if item.folder("runs") == base.folder("runs")]
+    if command == "choose" and listed != [base]:
+        candidates = [*dict.fromkeys(item.replace(cross_fit=True) for item in listed)]
+    else:
+        candidates = experiment.candidates(base, len(train))
+    trained = experiment.base_model(base, train)
+    retrain = force or base.retrain
+    choice = experiment.choose(candidates, trained, train, count, retrain)
+    return experiment.chosen_settings(choice, candidates)
+
+
+def _save_tables(listed: list[Job], stems: list[str]) -> None:
+    """Save the tables of all results, and print those of a sweep, and where they are.
+
+    Args:
+        listed: what was run.
+        stems: see `run_stages`.
+    """
+    directory = listed[0].settings.directory
+    table = results.collect(directory)
+    results.save_table(table, root(directory) / "results" / "results.csv")
+    for stem in stems:
+        results.gather_study(directory, stem)
+    if FINETUNE in stems:
+        wanted = {
+            (job.settings.experiment, job.name, job.settings.seed) for job in listed
+        }
+        keys = table[results.KEY].itertuples(index=False, name=None)
+        of_jobs = table[[key in wanted for key in keys]]
+        if len(of_jobs):
+            summary = results.summarize(of_jobs, ["experiment", "configuration"])
+            print(f"\nAccuracy in %\n\n{summary.to_string()}\n")
+    for kind in ("checkpoints", "results", "runs", "figures"):
+        folders = dict.fromkeys(str(job.settings.folder(kind)) for job in listed)
+        print(f"{kind}:", *folders, sep="\n  ")

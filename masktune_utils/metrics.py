@@ -1,0 +1,179 @@
+"""Predictions, their metrics by class and by group, and what a network relies on."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masktune_utils.data import ImageSet, Split
+from masktune_utils.masking import apply_mask
+from masktune_utils.shortcuts import groups
+
+
+@torch.no_grad()
+def predict(model: nn.Module, dataset: ImageSet, batch_size: int = 100) -> Tensor:
+    """Logits in evaluation mode, N×classes, float32 on the CPU.
+
+    Args:
+        model: its mode is restored.
+        dataset: a `Split` or a `masking.MaskedDataset`, on the model's device.
+        batch_size: images at a time; it changes nothing but the speed.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        logits = []
+        for index in torch.arange(len(dataset)).split(batch_size):
+            images, _ = dataset.batch(index)
+            logits.append(model(images.to(device)))
+    finally:
+        model.train(was_training)
+    return torch.cat(logits).cpu()
+
+
+def report(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Metrics of predictions on one test set, as plain numbers.
+
+    Args:
+        logits: N×classes, N > 0.
+        labels: N.
+
+    Returns:
+        `loss` (mean cross-entropy), `accuracy`, `class_accuracy` (one per class; NaN
+        for a class without images), `confusion_matrix` (rows: true class, columns:
+        predicted class), and macro-averaged `precision`, `recall` and `f1` as in
+        scikit-learn (0 where undefined).
+    """
+    from sklearn.metrics import (  # slow
+        confusion_matrix,
+        precision_recall_fscore_support,
+    )
+
+    classes = range(logits.shape[1])
+    labels = labels.cpu()
+    true = labels.numpy()
+    predicted = logits.argmax(1).numpy()
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        true, predicted, labels=classes, average="macro", zero_division=0
+    )
+    confusion = torch.from_numpy(confusion_matrix(true, predicted, labels=classes))
+    return {
+        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": confusion.trace().item() / len(labels),
+        "class_accuracy": (confusion.diagonal().double() / confusion.sum(1)).tolist(),
+        "confusion_matrix": confusion.tolist(),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+    }
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """N, bool, on the CPU: whether the predicted class is that of the image.
+
+    Args:
+        logits: N×classes, see `predict`.
+        labels: N, on any device.
+    """
+    return logits.argmax(1) == labels.cpu()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy of predictions, in [0, 1]; see `is_right`."""
+    return is_right(logits, labels).double().mean().item()
+
+
+def worst_class(logits: Tensor, labels: Tensor) -> float:
+    """The smallest accuracy of a class that has images, in [0, 1]; see `is_right`."""
+    labels = labels.cpu()
+    right = is_right(logits, labels).double()
+    return min(right[labels == label].mean().item() for label in labels.unique())
+
+
+def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
+    """Accuracy of each group that has images, see `shortcuts.groups`.
+
+    Args:
+        logits: N×classes.
+        split: the images.
+    """
+    right = is_right(logits, split.labels).double()
+    members = groups(split)
+    return {name: right[index].mean().item() for name, index in members.items()}
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson), in [0, 1]."""
+    from scipy.stats import binomtest  # takes a second
+
+    limits = binomtest(right, count).proportion_ci(method="wilson")
+    return limits.low, limits.high
+
+
+class Diagnosis(NamedTuple):
+    """What a network does without the part of the images that masks hide.
+
+    Attributes:
+        relies: whether it relies on what is hidden: accuracy is lower if this part is
+            taken from another class than if it is taken from the same class, and the
+            95 % intervals do not overlap.
+        accuracy: `as it is`, `same class`, `another class`, in [0, 1].
+        sentence: the same in words.
+    """
+
+    relies: bool
+    accuracy: dict[str, float]
+    sentence: str
+
+
+def diagnose(
+    network: nn.Module, split: Split, masks: Tensor, seed: int = 0
+) -> Diagnosis:
+    """Does a trained network rely on what the masks hide?
+
+    What is hidden is taken from another image, of the same and of another class.
+
+    Args:
+        network: any network.
+        split: images, best such that it has not seen, of two classes or more.
+        masks: N×H×W, True where the image is hidden.
+        seed: of the other images.
+    """
+    labels = split.labels.cpu()
+    images, _ = split.batch(slice(None))
+    accuracies = {}
+    limits = {}
+    words = []
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("as it is", "same class", "another class"):
+        changed = images
+        if name != "as it is":
+            is_same = name == "same class"
+            partners = _partners(labels, is_same, generator).to(images.device)
+            changed = apply_mask(images, masks, fill=images[partners])
+        logits = predict(network, Split(changed, split.labels))
+        right = int(is_right(logits, labels).sum())
+        accuracies[name] = right / len(labels)
+        limits[name] = interval(right, len(labels))
+        low, high = limits[name]
+        words.append(f"{accuracies[name]:.1%} ({100 * low:.1f}–{100 * high:.1f} %)")
+    relies = limits["another class"][1] < limits["same class"][0]
+    sentence = (
+        f"Accuracy is {words[0]}; {words[1]} with the hidden part from another image of "
+        f"the same class, and {words[2]} of another class: the network "
+        f"{'relies' if relies else 'is not shown to rely'} on it."
+    )
+    return Diagnosis(relies, accuracies, sentence)
+
+
+def _partners(labels: Tensor, is_same: bool, generator: torch.Generator) -> Tensor:
+    """For each image the index of a random one of the same, or of another class."""
+    partners = torch.empty_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        others = members if is_same else (labels != label).nonzero()[:, 0]
+        drawn = torch.randint(len(others), (len(members),), generator=generator)
+        partners[members] = others[drawn]
+    return partners

@@ -1,0 +1,303 @@
+"""The core with networks and images that are in no way ours."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import swin_t, vit_b_16
+
+from masktune_utils import metrics, models, selection
+from masktune_utils.data import Split
+from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.saliency import saliency_maps
+from masktune_utils.selection import choose
+
+
+class Stripes(Dataset):
+    """Pictures of 32×32: class 1 has horizontal stripes, class 0 vertical ones.
+
+    A red patch in the corner goes with class 0, but for every twentieth picture.
+    """
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.count = count
+        self.random = np.random.default_rng(seed)
+        self.pictures = [self.draw(number) for number in range(count)]
+
+    def draw(self, number: int) -> tuple[Image.Image, int]:
+        label = number % 2
+        waves = np.sin(np.arange(32) * self.random.uniform(0.6, 1.2))
+        stripes = np.tile(waves, (32, 1))
+        if label:
+            stripes = stripes.T
+        noise = self.random.normal(0, 1.5, (32, 32))
+        grey = np.clip(128 + 40 * (stripes + noise), 0, 255).astype(np.uint8)
+        rgb = np.stack([grey] * 3, -1)
+        if (label == 0) != (number // 2 % 20 == 0):
+            rgb[:6, :6] = (255, 0, 0)
+        return Image.fromarray(rgb), label
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return self.pictures[number]
+
+
+def small_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", pretrained=False, num_classes=2)
+
+
+def fit(images: Dataset, epochs: int = 3) -> nn.Module:
+    """A training loop of one's own, with augmentation of one's own."""
+    network = small_resnet()
+    return own_loop(network, images, epochs, 0.01)
+
+
+def own_loop(network: nn.Module, images: Dataset, epochs: int, lr: float) -> nn.Module:
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr)
+    network.train()
+    for _ in range(epochs):
+        for batch, labels in DataLoader(images, batch_size=32, shuffle=True):
+            brighter = (
+                batch * torch.empty(len(batch), 1, 1, 1).uniform_(0.9, 1.1)
+            ).clip(0, 1)
+            loss = F.cross_entropy(network(brighter), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network
+
+
+@pytest.fixture(scope="module")
+def train() -> Split:
+    return Split.from_dataset(Stripes(240))
+
+
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_five_lines_of_the_readme(train, jobs):
+    choice = choose(
+        train,
+        fit,
+        partial(own_loop, epochs=1, lr=0.001),
+        [Rule(param=1.0, fill="resample")],
+        jobs=jobs,
+    )
+    assert "of 240 training images are predicted wrongly" in choice.reason
+    assert choice.masks.shape == (240, 32, 32)
+    assert choice.masks.dtype == torch.bool
+    names = ["ERM", "nothing masked", "mean_std 1, resampled"]
+    assert choice.table.index.tolist() == names
+    assert choice.table["chosen"].sum() == 1
+    network = fit(train, epochs=1)
+    before = {name: weights.clone() for name, weights in network.state_dict().items()}
+    tuned = choice.finetune(network)
+    for name, weights in network.state_dict().items():
+        assert torch.equal(weights, before[name])
+    same = [torch.equal(w, before[name]) for name, w in tuned.state_dict().items()]
+    assert all(same) == choice.is_kept
+    batch, labels = next(iter(DataLoader(choice.masked, batch_size=64, shuffle=True)))
+    assert batch.shape == (64, 3, 32, 32)
+    assert labels.dtype == torch.int64
+
+
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+def test_without_a_schedule_and_candidates_of_ones_own_there_are_ours(
+    train, monkeypatch
+):
+    seen = []
+
+    def fine_tune(network, masked, **schedule):
+        seen.append((str(masked.rule), schedule))
+        return network
+
+    monkeypatch.setattr(selection, "fine_tune", fine_tune)
+    choose(train, partial(fit, epochs=1))
+    names = {name for name, _ in seen}
+    assert names >= {"mean_std 1.5, resampled", "mean_std 0.5, resampled"}  # 1×1 or 2×2
+    assert seen[0][1] == {"batch_size": 16, "epochs": 6}
+
+
+IMAGES = {
+    "PIL": Image.new("RGB", (5, 4), "red"),
+    "grey": Image.new("L", (5, 4), 255),
+    "array": np.full((4, 5, 3), 255, np.uint8),
+    "tensor": torch.full((3, 4, 5), 255, dtype=torch.uint8),
+    "float": torch.ones(3, 4, 5),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_of_any_kind_are_read(kind):
+    split = Split.from_dataset([(IMAGES[kind], 0), (IMAGES[kind], torch.tensor(1))])
+    channels = 1 if kind == "grey" else 3
+    assert split.images.shape == (2, channels, 4, 5)
+    assert split.labels.tolist() == [0, 1]
+    image, label = split[1]
+    assert image.dtype == torch.float32
+    assert image[0].eq(1).all()
+    assert label == 1
+
+
+def test_groups_are_kept_for_reports():
+    pairs = [(IMAGES["PIL"], label) for label in (0, 1, 1)]
+    groups = torch.tensor([0, 1, 0])
+    split = Split.from_dataset(pairs, groups, ["on land", "on water"])
+    logits = F.one_hot(torch.tensor([0, 0, 1]), 2).float()
+    accuracies = metrics.group_accuracy(logits, split)
+    assert accuracies == {"on land": 1.0, "on water": 0.0}
+
+
+def test_images_of_several_sizes_are_refused():
+    pairs = [(IMAGES["tensor"], 0), (torch.zeros(3, 9, 9, dtype=torch.uint8), 1)]
+    with pytest.raises(
+        ValueError, match=r"image 1 is \(3, 9, 9\).*allowed: \(3, 4, 5\)"
+    ):
+        Split.from_dataset(pairs)
+
+
+def test_a_masked_data_set_gives_the_same_images_one_by_one_as_in_batches(train):
+    masks = torch.rand(240, 32, 32) < 0.3
+    masked = MaskedDataset(train, masks)
+    batch, labels = masked.batch(slice(0, 3))
+    for number in range(3):
+        image, label = masked[number]
+        assert torch.equal(image, batch[number])
+        assert label == labels[number]
+
+
+def test_each_epoch_of_a_data_loader_has_its_own_partners(train):
+    masks = torch.ones(240, 32, 32, dtype=torch.bool)  # all of the partner is seen
+    masked = MaskedDataset(train, masks, "resample")
+    torch.manual_seed(0)
+    loader = DataLoader(masked, batch_size=240)
+    (first, labels), (second, _) = next(iter(loader)), next(iter(loader))
+    assert not torch.equal(first, second)
+    assert torch.equal(labels, train.labels)
+
+
+def to_map(tokens: torch.Tensor, extra: int) -> torch.Tensor:
+    """N×tokens×C to N×C×h×w, without the first tokens."""
+    tokens = tokens[:, extra:]
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+TRANSFORMERS = {
+    "timm's ViT": (
+        partial(timm.create_model, "vit_tiny_patch16_224", num_classes=2),
+        "blocks.10",
+        partial(to_map, extra=1),
+        (14, 14),
+    ),
+    "timm's Swin": (
+        partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=2),
+        "layers.3.blocks.1",
+        lambda features: features.permute(0, 3, 1, 2),
+        (7, 7),
+    ),
+    "torchvision's ViT": (
+        partial(vit_b_16, num_classes=2),
+        "encoder.layers.encoder_layer_10",
+        partial(to_map, extra=1),
+        (14, 14),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_are_refused_unless_their_tokens_are_made_a_map(name):
+    make, layer, reshape, size = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    network = make()
+    for parameter in network.parameters():  # torchvision's last layer starts at zero
+        nn.init.normal_(parameter, std=0.05)
+    image = torch.rand(2, 3, 224, 224)
+    labels = torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"layer=, .*make .*map by reshape="):
+        saliency_maps(network, image, labels)
+    with pytest.raises(TypeError, match="allowed: N×C×h×w, in the proportions"):
+        saliency_maps(network, image, labels, layer=layer)
+    maps = saliency_maps(network, image, labels, layer=layer, reshape=reshape)
+    assert maps.shape == (2, *size)
+    assert maps.isfinite().all()
+
+
+def test_torchvisions_swin_needs_nothing():
+    maps = saliency_maps(
+        swin_t(num_classes=2), torch.rand(1, 3, 64, 64), torch.tensor([0])
+    )
+    assert maps.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet10t", "mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto"],
+)
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+def test_the_cnns_of_timm_are_explained_as_they_are(name):
+    network = timm.create_model(name, num_classes=2)
+    maps = saliency_maps(network, torch.rand(2, 3, 96, 96), torch.tensor([0, 1]))
+    assert maps.shape == (2, 3, 3)
+
+
+class CornerReader(nn.Module):
+    """Predicts class 0 where the corner is red."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(9.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        corner = images[:, :, :6, :6].mean((2, 3))
+        redness = self.scale * (corner[:, 0] - corner[:, 2])
+        return torch.stack([redness - 4, 4 - redness], 1)
+
+
+def test_a_diagnosis_tells_whether_a_network_relies_on_what_is_hidden(train):
+    corner = torch.zeros(240, 32, 32, dtype=torch.bool)
+    corner[:, :6, :6] = True
+    found = metrics.diagnose(CornerReader(), train, corner)
+    assert found.relies
+    assert found.accuracy["as it is"] == 0.95
+    assert found.accuracy["same class"] > 0.9
+    assert found.accuracy["another class"] < 0.1
+    assert found.sentence.startswith("Accuracy is 95.0% (91.5–97.1 %); ")
+    assert found.sentence.endswith("of another class: the network relies on it.")
+    found = metrics.diagnose(CornerReader(), train, corner.flip(1))
+    assert not found.relies
+    assert found.sentence.endswith("is not shown to rely on it.")
+
+
+def test_the_interval_is_wilsons():
+    low, high = metrics.interval(40, 50)
+    assert (low, high) == pytest.approx((0.6696, 0.8876), abs=1e-4)
+
+
+def test_a_network_may_normalise_by_its_first_module(train):
+    from torchvision.transforms.v2 import Normalize
+
+    network = nn.Sequential(Normalize([0.5] * 3, [0.2] * 3), small_resnet())
+    maps = saliency_maps(network, train.images[:2], train.labels[:2])
+    inner = network[1].eval()
+    normalised = network[0](train.images[:2] / 255)
+    layer = models.target_layer(inner, (3, 32, 32))
+    assert maps.shape[1:] == maps_shape(inner, layer, normalised)
+
+
+def maps_shape(network: nn.Module, layer: nn.Module, images: torch.Tensor) -> tuple:
+    shapes = []
+    hook = layer.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[2:]))
+    network(images)
+    hook.remove()
+    return tuple(shapes[0])
