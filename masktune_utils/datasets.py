@@ -283,14 +283,19 @@ def describe_files(settings: BaseSettings) -> dict[str, str]:
 
 
 def _describe_folder(folder: str) -> str:
+    digest = hashlib.sha256()
+    files = paths(folder)
+    for path in files:
+        digest.update(f"{Path(path).relative_to(folder)}".encode())
+        digest.update(Path(path).read_bytes())
+    return f"{len(files):,} files, {digest.hexdigest()[:16]}"
+
+
+def paths(folder: str) -> np.ndarray:
+    """The files of a folder of images, in their order."""
     from torchvision.datasets import ImageFolder
 
-    digest = hashlib.sha256()
-    paths = [Path(path) for path, _ in ImageFolder(folder).samples]
-    for path in paths:
-        digest.update(f"{path.relative_to(folder)}".encode())
-        digest.update(path.read_bytes())
-    return f"{len(paths):,} files, {digest.hexdigest()[:16]}"
+    return np.array([path for path, _ in ImageFolder(folder).samples])
 
 
 def _read_folders(settings: DataSettings) -> tuple[Split, Split]:

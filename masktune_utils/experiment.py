@@ -15,6 +15,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -426,9 +427,9 @@ def choose(
 
     Returns:
         What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
-        kept; `chosen`, the same in words; `reason`; `images` and `mistakes`, their
-        numbers; `candidates`, their names; `accuracy`, `distances` and `left`, see
-        `selection.Verdict`; `base_sha256`.
+        kept; `chosen`, the same in words; `reason`; `images` and `mistakes`, how many;
+        `mistake_numbers`, which; `candidates`, their names; `accuracy`, `distances` and
+        `left`, see `selection.Verdict`; `base_sha256`.
 
     Raises:
         ValueError: candidates differ in more than their masks; or the base models of
@@ -466,6 +467,7 @@ def choose(
         "reason": verdict.reason,
         "images": len(train),
         "mistakes": int(choice.is_mistake.sum()),
+        "mistake_numbers": choice.is_mistake.nonzero()[:, 0].tolist(),
         "candidates": names,
         "accuracy": verdict.accuracy.to_dict("index"),
         "distances": verdict.distances.to_dict("index"),
@@ -511,3 +513,39 @@ def chosen_model(
     if settings is None:
         return base
     return masktune(settings, base, train, retrain)
+
+
+def export(settings: Settings) -> Path:
+    """Write what was chosen for a base model, for other programs.
+
+    Args:
+        settings: of the base model, for which `choose` has chosen.
+
+    Returns:
+        A folder with `weights.pth`, a state dict with the network's own keys;
+        `mistakes.csv`, the images that ERM gets wrong when they are held out; and,
+        unless ERM is kept, `masks.npz`, N×H×W.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+    train = datasets.load(settings).train
+    base = base_model(settings, train)
+    choice = results.current_choice(settings, base.sha256)
+    if choice is None:
+        raise ValueError(f"no choice for {settings.title}; run masktune choose first.")
+    folder = settings.folder("results") / "export"
+    name = choice["configuration"]
+    path = settings.checkpoint_path(name)
+    network = store.load_checkpoint(path).model
+    if settings.model != "small_cnn":
+        network = network[1]  # the first module normalises the images
+    store.write_tensors(folder / "weights.pth", network.state_dict())
+    mistakes = pd.DataFrame({"image": choice["mistake_numbers"]})
+    if settings.dataset == "folder":
+        mistakes["path"] = datasets.paths(settings.train_folder)[mistakes["image"]]
+    results.save_table(mistakes, folder / "mistakes.csv")
+    if name != "base":
+        masks = path.with_name(f"CNN_masks_{name}.npz")
+        store.write_bytes(folder / "masks.npz", masks.read_bytes())
+    return folder

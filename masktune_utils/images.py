@@ -1,7 +1,6 @@
 """Image files as one uint8 tensor. They are decoded once, into a file that is kept."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,6 @@ def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
         N×3×side×side, uint8, channels last.
 
     Raises:
-        OSError: the disk has no room.
         ValueError: files cannot be read.
     """
     files = []
@@ -40,10 +38,6 @@ def decode(paths: Sequence[str], side: int, folder: Path) -> Tensor:
     read = memory.cache(_read)
     if not read.check_call_in_cache(files, side):
         read.clear(warn=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        size = len(paths) * side * side * 3
-        if shutil.disk_usage(folder).free < size:
-            raise OSError(f"{folder} has no room for {size:,} bytes of images.")
     return torch.from_numpy(read(files, side)).permute(0, 3, 1, 2)
 
 

@@ -22,6 +22,7 @@ CHOICE_KEYS = {
     "candidates",
     "base_sha256",
 }
+BEST = "best of the others, by the test sets"
 CHOSEN = "chosen, without the test sets"
 
 
@@ -164,33 +165,27 @@ def summarize(
     )
 
 
-def compare(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+def compare(table: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """Rows of the table of results that tell what the choice is worth.
 
     Args:
         table: see `collect`.
-        settings: the experiment.
+        experiment: see `Settings.experiment`.
 
     Returns:
         The rows of ERM; of the best of the other configurations by the test sets, if
-        there are any; of what was chosen, which may be ERM; and of the oracle, if it
-        was trained, and is another model; `model` tells them apart.
+        there are any; and of what was chosen, which may be ERM; `model` tells them
+        apart.
     """
-    of_experiment = table[table["experiment"] == settings.experiment]
+    of_experiment = table[table["experiment"] == experiment]
     is_base = of_experiment["configuration"] == "base"
     is_chosen = of_experiment["chosen"].eq(True)
     others = of_experiment[~is_base & ~is_chosen]
-    best = others.loc[others.groupby("seed")["worst_group"].idxmax()]
     rows = {
         "ERM": of_experiment[is_base],
-        "best of the others, by the test sets": best,
+        BEST: others.loc[others.groupby("seed")["worst_group"].idxmax()],
         CHOSEN: of_experiment[is_chosen],
     }
-    if settings.shortcut != "none":
-        without_shortcut = settings.replace(shortcut="none").experiment
-        is_oracle = table["experiment"].eq(without_shortcut)
-        is_oracle &= table["configuration"].eq("base")
-        rows["oracle: ERM without the shortcut"] = table[is_oracle]
     return pd.concat([rows[name].assign(model=name) for name in rows])
 
 
@@ -219,7 +214,7 @@ def conclude(bases: Sequence[Settings]) -> str:
             if path.exists():
                 text += f"seed {base.seed}: {read_choice(path)['reason']}\n"
         of_seeds = table[table["seed"].isin([base.seed for base in seeds])]
-        rows = compare(of_seeds, seeds[0])
+        rows = compare(of_seeds, experiment)
         shares = ("test", *ACCURACIES)
         groups = [name for name in rows if name.startswith("group ")]
         summary = summarize(rows, ["model"], [*shares, *groups])

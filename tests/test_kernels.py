@@ -105,7 +105,7 @@ def sweep(directory: Path, params: list[float]) -> dict[str, list]:
     grid = [tiny(directory, param=param) for param in params]
     for stem in ("02_erm", "03_saliency_masks", "04_finetune_sweep"):
         for job in jobs.make_stage(stem, grid):
-            assert job.run(threads=1) == (job, None)
+            assert job.run(together=1) == (job, None)
     copies = sorted(directory.glob("runs/*/*/*.ipynb"))
     return {path.name: outputs(path) for path in copies}
 

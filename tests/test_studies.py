@@ -165,7 +165,7 @@ def test_the_studies_run_on_tiny_data(stem, validation_share, shared):
         **TINY, validation_share=validation_share, directory=str(shared)
     )
     (job,) = jobs.make_stage(stem, [settings])
-    assert job.run(threads=1) == (job, None)
+    assert job.run(together=1) == (job, None)
     table = pd.read_csv(job.settings.folder("results") / f"{stem}.csv")
     assert table["seed"].eq(0).all()
     assert len(table) > 4

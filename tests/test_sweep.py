@@ -10,17 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from joblib import cpu_count
 from tiny_runs import OPTIONS, kernels, masktune, start, tiny
 
-from masktune_utils import results, store
+from masktune_utils import datasets, experiment, results, store
 from masktune_utils.runner import command, jobs, stages
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
+PARTS = ("train", "test")
 NOTEBOOKS_OF_A_RUN = {"01", "02", "03", "04", "05"}
 
 
@@ -102,6 +105,52 @@ def test_a_run_prints_what_the_choice_is_worth(whole_run, choice):
     assert f"seed 0: {choice['reason']}" in whole_run.printed
     for kind in ("checkpoints", "results", "runs", "figures"):
         assert str(tiny(whole_run.directory).folder(kind)) in whole_run.printed
+
+
+def test_what_was_chosen_is_exported_for_other_programs(directory, choice, capsys):
+    options = [*OPTIONS, "--directory", str(directory)]
+    assert command.main(["export", *options]) == 0
+    folder = tiny(directory).folder("results") / "export"
+    assert f"export: {folder}" in capsys.readouterr().out
+    weights = torch.load(folder / "weights.pth", weights_only=True)
+    path = tiny(directory).checkpoint_path(choice["configuration"])
+    saved = store.load_checkpoint(path).model.state_dict()
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in weights)
+    mistakes = pd.read_csv(folder / "mistakes.csv")
+    assert mistakes["image"].tolist() == choice["mistake_numbers"]
+    assert len(mistakes) == choice["mistakes"]
+    if choice["configuration"] != "base":
+        masks = np.load(folder / "masks.npz")["masks"]
+        assert masks.shape == (200, 28, 28)
+    nothing = [*options, "--seed", "5"]
+    assert command.main(["export", *nothing]) == 2
+    assert "run masktune choose first" in capsys.readouterr().err
+
+
+def test_exported_weights_of_photographs_have_the_keys_of_the_network(
+    whole_run, tmp_path
+):
+    folders = {f"{part}_folder": f"{whole_run.directory}/{part}" for part in PARTS}
+    settings = Settings(
+        **folders,
+        dataset="folder",
+        model="resnet18",
+        image_size=64,
+        epochs=1,
+        batch_size=20,
+        directory=str(tmp_path),
+    )
+    train = datasets.load(settings).train
+    base = experiment.base_model(settings, train)
+    candidate = settings.replace(method="mean_std", param=1.0, cross_fit=True)
+    experiment.choose([candidate], base, train)
+    folder = experiment.export(settings)
+    weights = torch.load(folder / "weights.pth", weights_only=True)
+    assert "conv1.weight" in weights
+    paths = pd.read_csv(folder / "mistakes.csv")["path"]
+    assert all(Path(path).is_file() for path in paths)
+    assert len(paths) > 0
 
 
 def test_folders_of_three_classes_go_through_all_notebooks(whole_run):
@@ -238,7 +287,7 @@ def damaged(directory) -> list[Path]:
 def test_a_failure_of_03_stops_nothing(tmp_path, monkeypatch):
     ran = []
 
-    def run(job, threads, force):
+    def run(job, together, force):
         ran.append(job.stem)
         return job, "a figure failed" if job.stem == jobs.BASE[1] else None
 
@@ -262,7 +311,7 @@ def test_the_models_of_the_halves_are_trained_again_on_request(
 
     monkeypatch.setattr(stages.experiment, "choose", choose)
     settings = tiny(tmp_path, retrain=retrain)
-    assert stages.choose("run", settings, [settings], 1, force) is None
+    assert stages.choose("run", settings, [settings], 1, force) == []
     assert asked == [True]
 
 
@@ -361,7 +410,7 @@ def test_without_a_base_model_nothing_is_chosen_and_notebook_05_not_run(
     [(_, first_force), (last, last_force)] = asked["executed"]
     assert first_force
     assert last_force
-    assert last == [jobs.make_stage("05_plots", grid[:1])]
+    assert [*filter(None, last)] == [jobs.make_stage("05_plots", grid[:1])]
     assert len(asked["candidates"]) == 1
 
 
@@ -392,10 +441,10 @@ def test_the_copy_of_a_failure_goes_once_the_notebook_went_through(
     monkeypatch.setattr(jobs.papermill, "execute_notebook", execute)
     kept = SimpleNamespace(take=lambda _: contextlib.nullcontext())
     monkeypatch.setattr(jobs, "warm_kernels", kept)
-    assert job.run(threads=1) == (job, "RuntimeError: the disk is full")
+    assert job.run(together=1) == (job, "RuntimeError: the disk is full")
     assert failed.exists()
     assert not job.copy.exists()
-    assert job.run(threads=1) == (job, None)
+    assert job.run(together=1) == (job, None)
     assert not failed.exists()
     assert job.copy.exists()
 

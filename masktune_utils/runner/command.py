@@ -1,4 +1,4 @@
-"""The command `masktune`: notebooks 01 to 05 and a choice, a sweep, or choices."""
+"""The command `masktune`: notebooks 01 to 05 and a choice, sweeps, choices, export."""
 
 import argparse
 import ast
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from masktune_utils.settings import RUNTIME, Settings
 
-COMMANDS = ("run", "sweep", "choose")
-USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
+COMMANDS = ("run", "sweep", "choose", "export")
+USAGE = """masktune run|sweep|choose|export [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"""
 
 
@@ -22,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    commands = "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose"
+    commands = (
+        "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose; "
+        "export: what was chosen, for other programs"
+    )
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(

@@ -70,16 +70,17 @@ class Job(NamedTuple):
             return False
         return self.copy.exists() and settings.checkpoint_path(self.name).exists()
 
-    def run(self, threads: int, force: bool = False) -> tuple["Job", str | None]:
+    def run(self, together: int, force: bool = False) -> tuple["Job", str | None]:
         """Execute the notebook, and keep the copy, or what there is of it.
 
         Args:
-            threads: see `WarmKernels.take`.
+            together: how many notebooks share the cores of this machine.
             force: train again.
 
         Returns:
             The job, and None or the error that ended it, in one line.
         """
+        threads = max(1, cpu_count() // together)
         values = self._values()
         if force:
             values["retrain"] = True
@@ -129,18 +130,23 @@ def parameters(stem: str) -> list[str]:
     return list(papermill.inspect_notebook(NOTEBOOKS / f"{stem}.ipynb"))
 
 
-def check_scope(stem: str, configurations: list[Settings]) -> None:
+def check_scope(stem: str, configurations: list[Settings], file: Path | None) -> None:
     """Refuse a notebook that does not exist, and settings that it does not depend on.
+
+    Args:
+        stem: name of the notebook.
+        configurations: all of them.
+        file: the grid that names them.
 
     Raises:
         ValueError: the message names it, and what is allowed.
     """
     stems = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     if stem not in stems:
-        raise ValueError(f"notebook is {stem!r}; allowed: {', '.join(stems)}.")
+        raise ValueError(f"{file}: notebook is {stem!r}; allowed: {', '.join(stems)}.")
     for configuration in configurations:
         for name in configuration.changed().keys() - scope(stem).model_fields:
-            raise ValueError(f"no sweep of {stem} varies {name}; leave it out.")
+            raise ValueError(f"{file}: no sweep of {stem} varies {name}; leave it out.")
 
 
 def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
@@ -183,7 +189,7 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
                     todo.append(job)
             bar.update(len(stage) - len(todo))
             together = min(count, len(stage))
-            run = partial(Job.run, threads=max(1, cpu_count() // together), force=again)
+            run = partial(Job.run, together=together, force=again)
             parallel = Parallel(
                 together, prefer="threads", return_as="generator_unordered"
             )

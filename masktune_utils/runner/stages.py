@@ -11,6 +11,9 @@ from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, PLOTS, Job, make_stage
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings, root
 
+PUBLISHED = SWEEPS / "published.yaml"
+OF_IMAGES = ("dataset", "train_folder", "test_folder", "limit", "image_size")
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit code.
@@ -18,6 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     Args:
         arguments: see `command`.
     """
+    command = arguments.command
     try:
         stems, grid = _read(arguments)
         device = models.resolve_device(grid[0].device)
@@ -30,12 +34,17 @@ def run(arguments: argparse.Namespace) -> int:
             print_states(make_stage(stems[-1], grid), finished)
             return 0
         store.check_writable(grid[0].directory)
+        bases = [job.settings for job in make_stage(ERM, grid)]
+        if command == "export":
+            for base in bases:
+                print(f"export: {experiment.export(base)}")
+            return 0
     except (ValueError, OSError) as error:
         print(f"masktune: {error}", file=sys.stderr)
         return 2
     count = arguments.jobs or min(cpu_count(), 8 if device.type == "cpu" else 4)
     try:
-        errors = run_stages(arguments.command, stems, grid, count, arguments.force)
+        errors = run_stages(command, stems, grid, count, arguments.force)
     except KeyboardInterrupt:
         print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
         return 130
@@ -46,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         name = f"{job.settings.experiment}, seed {job.settings.seed}, {job.copy.stem}"
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(f"\n{len(errors)} failed or not run")
-    if arguments.command != "sweep":
-        print(results.conclude([job.settings for job in make_stage(ERM, grid)]))
+    if command != "sweep":
+        print(results.conclude(bases))
     return 1 if errors else 0
 
 
@@ -61,49 +70,36 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
         ValueError: see `read_grid`, `jobs.check_scope`, `datasets.read` and
             `experiment.map_size`.
     """
-    values = vars(arguments)
-    options = {name: values[name] for name in DEFAULTS if values[name]}
+    command = arguments.command
+    options = {name: getattr(arguments, name) for name in DEFAULTS}
+    options = {name: values for name, values in options.items() if values}
     file = arguments.grid
-    is_folder = options.get("dataset") == ["folder"]
-    if file is None and arguments.command != "choose":
-        file = None if arguments.command == "run" and is_folder else PUBLISHED
+    is_run_of_a_folder = command == "run" and options.get("dataset") == ["folder"]
+    if file is None and command in ("run", "sweep") and not is_run_of_a_folder:
+        file = PUBLISHED
     stem, grid = read_grid(file, options)
-    if stem != FINETUNE and arguments.command != "sweep":
+    jobs.check_scope(stem, grid, file)
+    if stem != FINETUNE and command != "sweep":
         allowed = f"allowed, except with sweep: {FINETUNE}"
         raise ValueError(f"notebook is {stem!r}; {allowed}.")
-    try:
-        jobs.check_scope(stem, grid)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
     names = {settings.dataset for settings in grid}
     resolved = {name: datasets.resolve_dataset(name) for name in names}
     grid = [settings.replace(dataset=resolved[settings.dataset]) for settings in grid]
-    _check_sources(grid)
-    if stem != FINETUNE:
-        return [stem], grid
-    stems = [*BASE]
-    if arguments.command == "run":
-        stems.insert(0, "01_dataset")
-    varies_finetuning = bool(options.keys() - BaseSettings.model_fields)
-    if arguments.command == "sweep" or (
-        arguments.command == "run" and (file is not None or varies_finetuning)
-    ):
-        stems.append(FINETUNE)
-    return stems, grid
-
-
-PUBLISHED = SWEEPS / "published.yaml"
-
-
-def _check_sources(grid: list[Settings]) -> None:
-    """Refuse networks that do not fit and images that cannot be read."""
     sources = {}
-    of_images = ("dataset", "train_folder", "test_folder", "limit", "image_size")
     for settings in grid:
         experiment.map_size(settings.image_size, **settings.network)
-        sources[tuple(getattr(settings, name) for name in of_images)] = settings
+        sources[tuple(getattr(settings, name) for name in OF_IMAGES)] = settings
     for settings in sources.values():
-        datasets.read(settings)
+        datasets.read(settings)  # what cannot be read is refused here
+    if stem != FINETUNE:
+        return [stem], grid
+    if command in ("choose", "export"):
+        return [*BASE], grid
+    if command == "sweep":
+        return [*BASE, FINETUNE], grid
+    varies_finetuning = bool(options.keys() - BaseSettings.model_fields)
+    last = [FINETUNE] if file is not None or varies_finetuning else []
+    return ["01_dataset", *BASE, *last], grid
 
 
 def _connect(address: str) -> None:
@@ -145,17 +141,14 @@ def run_stages(
         trained = [item for item in grid if item.folder("runs") not in failed]
         chosen = []
         for base in make_stage(ERM, trained):
-            job = Job("choice", base.settings)
             try:
-                settings = choose(command, base.settings, trained, count, force)
+                chosen += choose(command, base.settings, trained, count, force)
             except Exception as error:  # noqa: BLE001 - the other choices go on
-                errors[job] = jobs.in_one_line(error)
-                continue
-            chosen += [] if settings is None else [settings]
-        plots = make_stage(PLOTS, trained) if command == "run" else []
-        later = [stage for stage in (make_stage(FINETUNE, chosen), plots) if stage]
-        errors.update(jobs.execute(later, count, force))
-        stages += later
+                errors[Job("choice", base.settings)] = jobs.in_one_line(error)
+        stages.append(make_stage(FINETUNE, chosen))
+        if command == "run":
+            stages.append(make_stage(PLOTS, trained))
+        errors.update(jobs.execute(stages[len(stems) :], count, force))
     listed = [job for stage in stages for job in stage]
     _save_tables(listed, stems)
     for job in listed:
@@ -166,7 +159,7 @@ def run_stages(
 
 def choose(
     command: str, base: Settings, grid: list[Settings], count: int, force: bool
-) -> Settings | None:
+) -> list[Settings]:
     """Choose a configuration for a base model.
 
     Args:
@@ -179,7 +172,7 @@ def choose(
         force: train the models of the folds again, as with the setting `retrain`.
 
     Returns:
-        The chosen configuration; None if ERM is kept.
+        The chosen configuration; none if ERM is kept.
     """
     train = datasets.load(base).train
     listed = [item for item in grid if item.folder("runs") == base.folder("runs")]
@@ -190,7 +183,8 @@ def choose(
     trained = experiment.base_model(base, train)
     retrain = force or base.retrain
     choice = experiment.choose(candidates, trained, train, count, retrain)
-    return experiment.chosen_settings(choice, candidates)
+    settings = experiment.chosen_settings(choice, candidates)
+    return [] if settings is None else [settings]
 
 
 def _save_tables(listed: list[Job], stems: list[str]) -> None:
@@ -205,15 +199,12 @@ def _save_tables(listed: list[Job], stems: list[str]) -> None:
     results.save_table(table, root(directory) / "results" / "results.csv")
     for stem in stems:
         results.gather_study(directory, stem)
-    if FINETUNE in stems:
-        wanted = {
-            (job.settings.experiment, job.name, job.settings.seed) for job in listed
-        }
-        keys = table[results.KEY].itertuples(index=False, name=None)
-        of_jobs = table[[key in wanted for key in keys]]
-        if len(of_jobs):
-            summary = results.summarize(of_jobs, ["experiment", "configuration"])
-            print(f"\nAccuracy in %\n\n{summary.to_string()}\n")
+    wanted = {(job.settings.experiment, job.name, job.settings.seed) for job in listed}
+    keys = table[results.KEY].itertuples(index=False, name=None)
+    of_jobs = table[[key in wanted for key in keys]]
+    if FINETUNE in stems and len(of_jobs):
+        summary = results.summarize(of_jobs, ["experiment", "configuration"])
+        print(f"\nAccuracy in %\n\n{summary.to_string()}\n")
     for kind in ("checkpoints", "results", "runs", "figures"):
         folders = dict.fromkeys(str(job.settings.folder(kind)) for job in listed)
         print(f"{kind}:", *folders, sep="\n  ")
