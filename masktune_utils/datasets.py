@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masktune_utils import data, models, shortcuts
+from masktune_utils import data, models, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.images import decode
 from masktune_utils.settings import REPOSITORY, BaseSettings, DataSettings, root
@@ -250,7 +250,7 @@ def _download(kind: type, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (
-            models.impatience(),
+            store.impatience(),
             TemporaryDirectory(dir=root, prefix=".download") as folder,
         ):
             downloaded = Path(kind(folder, download=True).raw_folder)

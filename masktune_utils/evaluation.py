@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from masktune_utils import datasets, metrics, models, store
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import DataSettings
 
 
@@ -86,3 +88,35 @@ def evaluate_checkpoint(
             f"{path} tells {outputs} classes apart; the images have {num_classes}."
         )
     return evaluate(checkpoint.model, sets)
+
+
+def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
+    """How much of the shortcut and of the rest is hidden, in images that have one.
+
+    Args:
+        dataset: the masked images.
+
+    Returns:
+        `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`:
+        share of the images whose shortcut is hidden to more than 99 %; `rest`: mean
+        share of the area outside; `digit`: mean share of the digit's ink (grey value
+        outside the shortcut). All are NaN if no image has a shortcut. With `resample`,
+        what is hidden is the union with the mask of the partner in the first epoch.
+    """
+    shares = {"shortcut": [], "rest": [], "digit": []}
+    with_shortcut = dataset.split.has_shortcut.nonzero()[:, 0]
+    for index in with_shortcut.split(1000):
+        split = dataset.split[index]
+        hidden = dataset.masks(index)
+        inside = split.shortcut.float().expand_as(hidden)
+        ink = split.images.sum(1, dtype=torch.float32) * (1 - inside)
+        areas = {"shortcut": inside, "rest": 1 - inside, "digit": ink}
+        for name, area in areas.items():
+            hidden_area = (hidden * area).sum((1, 2))
+            share = hidden_area / area.sum((1, 2))
+            shares[name] += share.tolist()
+    shares["shortcut_whole"] = [float(share > 0.99) for share in shares["shortcut"]]
+    # An image without any ink outside the shortcut has no share of it.
+    return {
+        name: torch.tensor(values).nanmean().item() for name, values in shares.items()
+    }

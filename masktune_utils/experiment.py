@@ -117,8 +117,9 @@ def map_size(image_size: int, name: str, weights: str) -> int:
     if weights == "DEFAULT" and name == "small_cnn":
         allowed = "with small_cnn: empty, or the path of a state dict"
         raise ValueError(f"weights are 'DEFAULT'; allowed {allowed}.")
-    file = "" if weights == "DEFAULT" else weights
-    network = models.new_model(0, name=name, weights=file)
+    network = models.new_model(0, name=name)
+    if weights not in ("", "DEFAULT"):
+        store.load_weights(network, name, weights)
     image = torch.zeros(1, 3, image_size, image_size)
     try:
         with warnings.catch_warnings(action="ignore"):  # the map of black is zero
@@ -129,6 +130,20 @@ def map_size(image_size: int, name: str, weights: str) -> int:
         raise ValueError(
             f"image_size is {image_size}; allowed: {allowed} ({reason})."
         ) from error
+
+
+def new_network(
+    settings: Settings, num_classes: int, device: torch.device
+) -> nn.Module:
+    """The network of an experiment at the start of training.
+
+    Raises:
+        ValueError: see `store.load_weights`.
+    """
+    network = models.new_model(settings.seed, device, num_classes, settings.model)
+    if settings.weights:
+        store.load_weights(network, settings.model, settings.weights)
+    return network
 
 
 def base_model(settings: Settings, train: Split, retrain: bool = False) -> Trained:
@@ -147,8 +162,7 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
     device = train.labels.device
     seconds = None
     if retrain or not path.exists():
-        num_classes = len(train.labels.unique())
-        model = models.new_model(settings.seed, device, num_classes, **settings.network)
+        model = new_network(settings, len(train.labels.unique()), device)
         history = training.train(model, train, **settings.training)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, model, identity, history)
@@ -331,7 +345,7 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         `{raw,biased,test}_class_{0,1,…}`, accuracies in [0, 1];
         `group {name}`, the same; if images are held out, `validation_worst_class` and
         `validation_worst_group`; for a fine-tuned model
-        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `masking.hidden_shares`. All
+        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `hidden_shares`. All
         of `evaluation.evaluate` is in `metrics`.
     """
     settings = trained.settings
@@ -375,7 +389,7 @@ def _measure(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         row["validation_worst_class"] = report["validation"]["worst_class"]
         row["validation_worst_group"] = report["validation"]["worst_group"]
     if trained.masked is not None:
-        for name, share in masking.hidden_shares(trained.masked).items():
+        for name, share in evaluation.hidden_shares(trained.masked).items():
             row[f"hidden_{name}"] = share
     return row
 

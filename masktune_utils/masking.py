@@ -59,6 +59,8 @@ def mean_std(maps: Tensor, param: float) -> Tensor:
 
 
 RULES = {"threshold": threshold, "top_k": top_k, "mean": mean, "mean_std": mean_std}
+METHODS = (*RULES, "random")
+HARD = ("mean_std", "random")  # their masks have hard edges, whatever the upsampling
 
 
 def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
@@ -102,15 +104,17 @@ def random_patches(
     height, width = size
     generator = torch.Generator().manual_seed(seed)
     area, row_place, column_place = torch.rand(3, count, 1, generator=generator)
-    pixels = 2 * share * area * height * width
-    side = pixels.sqrt().round()
-    first_row = (row_place * (height - side + 1)).floor()
-    first_column = (column_place * (width - side + 1)).floor()
-    rows = torch.arange(height)
-    columns = torch.arange(width)
-    in_rows = (first_row <= rows) & (rows < first_row + side)
-    in_columns = (first_column <= columns) & (columns < first_column + side)
+    side = (2 * share * area * height * width).sqrt().round()
+    in_rows = _is_inside(row_place, side, height)
+    in_columns = _is_inside(column_place, side, width)
     return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def _is_inside(place: Tensor, side: Tensor, length: int) -> Tensor:
+    """Which of the pixels of a side lie in an interval at a place in [0, 1]."""
+    first = (place * (length - side + 1)).floor()
+    pixels = torch.arange(length)
+    return (first <= pixels) & (pixels < first + side)
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
@@ -154,44 +158,6 @@ def apply_mask(
     if images.is_floating_point():
         return masked
     return masked.round().to(images.dtype)
-
-
-def image_masks(
-    saliency_map: Tensor,
-    size: tuple,
-    method: str,
-    param: float,
-    upsample: str,
-    dilation: int,
-) -> Tensor:
-    """Masks of the size of the images.
-
-    Args:
-        saliency_map: ...×h×w, in [0, 1].
-        size: H, W of the images.
-        method: see `create_mask`.
-        param: see `create_mask`.
-        upsample: how the mask gets from the map's size to the image's. `bilinear`: the
-            mask is resized, with soft edges. `nearest`: the mask is resized, with hard
-            edges. `map`: the map is resized bilinearly before the rule is applied, with
-            hard edges, as in the authors' code. `mean_std` is always applied as in
-            `map`.
-        dilation: by which the mask is dilated, in all eight directions, in 28ths of the
-            side.
-
-    Returns:
-        ...×H×W float32 in [0, 1], 1 where the image is hidden.
-    """
-    if upsample == "map" or method == "mean_std":
-        mask = create_mask(resize(saliency_map, size), method, param).float()
-    else:
-        mask = resize(create_mask(saliency_map, method, param), size, upsample)
-    pixels = round(dilation * size[0] / 28)
-    if pixels:
-        # Rows, then columns: quicker on a CPU than a square window.
-        dilated_rows = _dilate_rows(mask, pixels)
-        mask = _dilate_rows(dilated_rows.mT, pixels).mT
-    return mask
 
 
 def _dilate_rows(masks: Tensor, pixels: int) -> Tensor:
@@ -299,72 +265,27 @@ class MaskedDataset(Dataset):
         return torch.cat(parts)
 
 
-def mask_dataset(
-    split: Split,
-    saliency_map: Tensor,
-    method: str,
-    param: float,
-    upsample: str = "bilinear",
-    dilation: int = 0,
-    shared: bool = False,
-    seed: int = 0,
-    fill: str = "zero",
-    earlier: MaskedDataset | None = None,
-) -> MaskedDataset:
-    """Hide in every image of a split what its saliency map points at.
-
-    Args:
-        split: the images.
-        saliency_map: N×h×w, one per image; `random` does not use them.
-        method: see `create_mask`; or `random`, see `random_patches`.
-        param: of the method; for `random`, the share.
-        upsample: see `image_masks`.
-        dilation: see `image_masks`.
-        shared: hide the same in all images, what the mean of their maps points at. Then
-            a mask says nothing about the class of its image. Not for `random`.
-        seed: of `random`, and of the partners of `resample`.
-        fill: what takes the place of what is hidden, `zero` or `resample`, see
-            `MaskedDataset`.
-        earlier: a masked dataset of the same split; what its own masks hide stays
-            hidden.
-
-    Raises:
-        ValueError: the number of maps is not that of the images; or an unknown method
-            or fill.
-    """
-    size = tuple(split.images.shape[-2:])
-    if fill not in FILLS:
-        raise ValueError(f"fill is {fill!r}; allowed: {', '.join(FILLS)}.")
-    if upsample not in UPSAMPLES:
-        raise ValueError(f"upsample is {upsample!r}; allowed: {', '.join(UPSAMPLES)}.")
-    if len(split) != len(saliency_map):
-        raise ValueError(
-            f"{len(saliency_map)} maps; allowed: {len(split)}, one per image."
-        )
-    is_soft = upsample == "bilinear" and method not in ("mean_std", "random")
-    if method == "random":  # a patch is a map of the image's size
-        patches = random_patches(len(split), param, seed, size)
-        saliency_map = patches.to(split.labels.device)
-        method = "threshold"
-        param = 0.0
-    if shared:
-        saliency_map = mean_map(saliency_map)
-    parts = []
-    for maps in saliency_map.split(1000):
-        masks = image_masks(maps, size, method, param, upsample, dilation)
-        parts.append(masks if is_soft else masks.bool())
-    own_masks = torch.cat(parts).expand(len(split), *size)
-    if earlier is not None:
-        own_masks = torch.maximum(own_masks, earlier.own_masks)
-    return MaskedDataset(split, own_masks, fill, seed)
-
-
 @dataclass(frozen=True)
 class Rule:
-    """How masks are made; the fields are those of `mask_dataset`.
+    """How masks are made.
 
     Attributes:
+        method: see `create_mask`; or `random`, see `random_patches`.
+        param: of the method; for `random`, the share.
+        upsample: how a mask gets from the map's size to the image's. `bilinear`: the
+            mask is resized, with soft edges. `nearest`: the mask is resized, with hard
+            edges. `map`: the map is resized bilinearly before the method is applied,
+            with hard edges, as in the authors' code. `mean_std` is always applied as in
+            `map`.
+        dilation: by which the mask is dilated, in all eight directions, in 28ths of the
+            side.
+        shared: hide the same in all images, what the mean of their maps points at. Then
+            a mask says nothing about the class of its image. Not for `random`.
+        fill: what takes the place of what is hidden, see `MaskedDataset`.
         rounds: of masking; each adds to what is hidden, see `masktune`.
+
+    Raises:
+        ValueError: an unknown method, upsample or fill.
     """
 
     method: str = "mean_std"
@@ -374,6 +295,13 @@ class Rule:
     shared: bool = False
     fill: str = "zero"
     rounds: int = 1
+
+    def __post_init__(self) -> None:
+        known = {"method": METHODS, "upsample": UPSAMPLES, "fill": FILLS}
+        for name, allowed in known.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
 
     def __str__(self) -> str:
         """In words."""
@@ -390,6 +318,31 @@ class Rule:
             words += f", {self.rounds:.0f} rounds"
         return words
 
+    def image_masks(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Masks of the size of the images, by maps.
+
+        Args:
+            maps: ...×h×w, in [0, 1]; of `random`, the patches.
+            size: H, W of the images.
+
+        Returns:
+            ...×H×W, True where the image is hidden; with soft edges float32 in [0, 1].
+        """
+        if self.method == "random":
+            masks = maps.float()
+        elif self.upsample == "map" or self.method == "mean_std":
+            masks = create_mask(resize(maps, size), self.method, self.param).float()
+        else:
+            small = create_mask(maps, self.method, self.param)
+            masks = resize(small, size, self.upsample)
+        pixels = round(self.dilation * size[0] / 28)
+        if pixels:
+            # Rows, then columns: quicker on a CPU than a square window.
+            dilated_rows = _dilate_rows(masks, pixels)
+            masks = _dilate_rows(dilated_rows.mT, pixels).mT
+        is_soft = self.upsample == "bilinear" and self.method not in HARD
+        return masks if is_soft else masks.bool()
+
     def mask(
         self,
         split: Split,
@@ -397,11 +350,48 @@ class Rule:
         seed: int = 0,
         earlier: MaskedDataset | None = None,
     ) -> MaskedDataset:
-        """The masked images, see `mask_dataset`; of one round."""
-        fields = dataclasses.asdict(self)
-        del fields["rounds"]
-        masked = mask_dataset(split, maps, **fields, seed=seed, earlier=earlier)
-        return dataclasses.replace(masked, rule=self)
+        """Hide in every image of a split what its saliency map points at, in one round.
+
+        Args:
+            split: the images.
+            maps: N×h×w, one per image; `random` does not use them.
+            seed: of `random`, and of the partners of `resample`.
+            earlier: a masked dataset of the same split; what its own masks hide stays
+                hidden.
+
+        Raises:
+            ValueError: the number of maps is not that of the images.
+        """
+        size = tuple(split.images.shape[-2:])
+        if len(split) != len(maps):
+            raise ValueError(f"{len(maps)} maps; allowed: {len(split)}, one per image.")
+        if self.method == "random":
+            maps = random_patches(len(split), self.param, seed, size)
+            maps = maps.to(split.labels.device)
+        if self.shared:
+            maps = mean_map(maps)
+        parts = [self.image_masks(part, size) for part in maps.split(1000)]
+        own_masks = torch.cat(parts).expand(len(split), *size)
+        if earlier is not None:
+            own_masks = torch.maximum(own_masks, earlier.own_masks)
+        return MaskedDataset(split, own_masks, self.fill, seed, rule=self)
+
+
+def mask_dataset(
+    split: Split,
+    saliency_map: Tensor,
+    method: str,
+    param: float,
+    upsample: str = "bilinear",
+    dilation: int = 0,
+    shared: bool = False,
+    seed: int = 0,
+    fill: str = "zero",
+    earlier: MaskedDataset | None = None,
+) -> MaskedDataset:
+    """Hide what saliency maps point at: `Rule.mask` in one call."""
+    rule = Rule(method, param, upsample, dilation, shared, fill)
+    return rule.mask(split, saliency_map, seed, earlier)
 
 
 class Tuned(NamedTuple):
@@ -452,35 +442,3 @@ def masktune(
             # A map that is zero everywhere hides nothing more.
             with warnings.catch_warnings(action="ignore"):
                 maps = explain(tuned, masked.images, split.labels)
-
-
-def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:
-    """How much of the shortcut and of the rest is hidden, in images that have one.
-
-    Args:
-        dataset: the masked images.
-
-    Returns:
-        `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`:
-        share of the images whose shortcut is hidden to more than 99 %; `rest`: mean
-        share of the area outside; `digit`: mean share of the digit's ink (grey value
-        outside the shortcut). All are NaN if no image has a shortcut. With `resample`,
-        what is hidden is the union with the mask of the partner in the first epoch.
-    """
-    shares = {"shortcut": [], "rest": [], "digit": []}
-    with_shortcut = dataset.split.has_shortcut.nonzero()[:, 0]
-    for index in with_shortcut.split(1000):
-        split = dataset.split[index]
-        hidden = dataset.masks(index)
-        inside = split.shortcut.float().expand_as(hidden)
-        ink = split.images.sum(1, dtype=torch.float32) * (1 - inside)
-        areas = {"shortcut": inside, "rest": 1 - inside, "digit": ink}
-        for name, area in areas.items():
-            hidden_area = (hidden * area).sum((1, 2))
-            share = hidden_area / area.sum((1, 2))
-            shares[name] += share.tolist()
-    shares["shortcut_whole"] = [float(share > 0.99) for share in shares["shortcut"]]
-    # An image without any ink outside the shortcut has no share of it.
-    return {
-        name: torch.tensor(values).nanmean().item() for name, values in shares.items()
-    }

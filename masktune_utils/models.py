@@ -1,15 +1,10 @@
 """Networks, their device, and the layer that is explained."""
 
-import contextlib
 import copy
 import logging
-import socket
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-
-SILENCE = 15  # seconds without an answer, after which a download is given up
 
 
 class SmallCNN(nn.Module):
@@ -80,7 +75,6 @@ def new_model(
     device: str | torch.device = "cpu",
     num_classes: int = 2,
     name: str = "small_cnn",
-    weights: str = "",
 ) -> nn.Module:
     """A network at the start of training; the global random generator is left as it is.
 
@@ -89,62 +83,11 @@ def new_model(
         device: where to put it.
         num_classes: number of logits.
         name: see `build`.
-        weights: empty: random. `DEFAULT`: those of torchvision. Or a file with a state
-            dict. If they are for another number of classes, the last layer is random.
-
-    Raises:
-        ValueError: the weights cannot be downloaded or read, or are not of this
-            network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = build(name, num_classes)
-        if weights:
-            _load_weights(model, name, weights)
     return model.to(device, memory_format=torch.channels_last)
-
-
-def _load_weights(model: nn.Module, name: str, weights: str) -> None:
-    network = model if name == "small_cnn" else model[1]
-    try:
-        _fit(network, _read_weights(name, weights))
-    except Exception as error:  # torch has no class of its own for a damaged file
-        reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
-        allowed = "DEFAULT, while online, or the path of a state dict"
-        raise ValueError(
-            f"weights are {weights}: {reason}; allowed: {allowed}."
-        ) from error
-
-
-def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    if weights != "DEFAULT":
-        return torch.load(weights, map_location="cpu", weights_only=True)
-    from torchvision import models
-
-    with impatience():
-        return models.get_model(name, weights="DEFAULT", progress=False).state_dict()
-
-
-def _fit(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights; a last layer for another number of classes keeps its own."""
-    fitted = dict(weights)
-    random = network.state_dict()
-    last_layer = [*random][-1].rpartition(".")[0]
-    for key in random:
-        if key.startswith(last_layer) and weights[key].shape != random[key].shape:
-            fitted[key] = random[key]
-    network.load_state_dict(fitted)
-
-
-@contextlib.contextmanager
-def impatience() -> Iterator[None]:
-    """Give up on a download after `SILENCE` seconds without an answer."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(patience)
 
 
 def resolve_device(device: str = "auto") -> torch.device:

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from masktune_utils import store
+from masktune_utils.data import Split
 from masktune_utils.settings import Settings
+from masktune_utils.shortcuts import groups
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and two more.
 CLASS_COLORS = [
@@ -71,6 +73,22 @@ def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, dpi=160, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
+    """At most `per_group` images of each group, spread over the split.
+
+    Returns:
+        Their index, and the name of its group for each, on two lines.
+    """
+    chosen = []
+    titles = []
+    for name, index in groups(split).items():
+        step = max(1, len(index) // per_group)
+        spread = index[::step][:per_group]
+        chosen.append(spread)
+        titles += [name.replace(", ", "\n")] * len(spread)
+    return torch.cat(chosen), titles
 
 
 def heat(maps: Tensor) -> Tensor:

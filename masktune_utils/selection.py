@@ -41,7 +41,7 @@ FEW = 10
 BEHIND = 0.1
 ERM = "ERM"
 NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
-NOTHING = Rule("threshold", 1.0)  # hides nothing: no value of a map is above 1
+NOTHING = Rule("threshold", 1.0, "nearest")  # no value of a map is above 1
 # At most this many images of each fold are resampled.
 SAMPLE = 1000
 FINE_MAP = 8  # cells a side; a map with fewer is coarse
@@ -413,10 +413,9 @@ def choose(
 
     order = torch.cat(parts).argsort()
     rule = rule_of.get(verdict.chosen, NOTHING)
-    of_folds = [model.maps for model in models[NULL]]
-    if verdict.chosen != ERM:
-        of_folds = [model.maps for model in models[verdict.chosen]]
-    own_masks = torch.cat(of_folds)[order.to(train.labels.device)]
+    chosen = models[NULL if verdict.chosen == ERM else verdict.chosen]
+    own_masks = torch.cat([model.maps for model in chosen])
+    own_masks = own_masks[order.to(own_masks.device)]
     masked = MaskedDataset(train, own_masks, rule.fill, seed, rule=rule)
     return Choice(verdict, masked, held_out.is_mistake[order], schedule)
 

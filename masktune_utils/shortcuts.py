@@ -33,22 +33,6 @@ def groups(split: Split) -> dict[str, Tensor]:
     return index
 
 
-def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
-    """At most `per_group` images of each group, spread over the split.
-
-    Returns:
-        Their index, and the name of its group for each, on two lines.
-    """
-    chosen = []
-    titles = []
-    for name, index in groups(split).items():
-        step = max(1, len(index) // per_group)
-        spread = index[::step][:per_group]
-        chosen.append(spread)
-        titles += [name.replace(", ", "\n")] * len(spread)
-    return torch.cat(chosen), titles
-
-
 def add_square(
     images: Tensor, size: int, color: str, row: int = 0, column: int = 0
 ) -> Tensor:

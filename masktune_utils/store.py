@@ -1,10 +1,13 @@
 """Files: atomic writing, and checkpoints, refused by name if anything is wrong."""
 
+import contextlib
 import hashlib
 import io
 import os
+import socket
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ RETIRED = {
     "restart": False,
     "start_half": None,
 }
+SILENCE = 15  # seconds without an answer, after which a download is given up
 # What a checkpoint also tells besides its settings, see `experiment`.
 SOURCES = {"base_sha256", "train_images", "weights_file"}
 
@@ -207,3 +211,51 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
     model = models.build(made_with.get("model", DEFAULTS["model"]), len(last_bias))
     model.load_state_dict(weights)
     return Checkpoint(model, made_with, list(content["history"]), content["sha256"])
+
+
+@contextlib.contextmanager
+def impatience() -> Iterator[None]:
+    """Give up on a download after `SILENCE` seconds without an answer."""
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def load_weights(model: nn.Module, name: str, weights: str) -> None:
+    """Let a network start from weights; a last layer for other classes keeps its own.
+
+    Args:
+        model: see `models.build`.
+        name: its name.
+        weights: `DEFAULT`: those of torchvision; or a file with a state dict.
+
+    Raises:
+        ValueError: they cannot be downloaded or read, or are not of this network.
+    """
+    network = model if name == "small_cnn" else model[1]
+    try:
+        fitted = _read_weights(name, weights)
+        random = network.state_dict()
+        last_layer = [*random][-1].rpartition(".")[0]
+        for key in random:
+            if key.startswith(last_layer) and fitted[key].shape != random[key].shape:
+                fitted[key] = random[key]
+        network.load_state_dict(fitted)
+    except Exception as error:  # torch has no class of its own for a damaged file
+        reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
+        allowed = "DEFAULT, while online, or the path of a state dict"
+        raise ValueError(
+            f"weights are {weights}: {reason}; allowed: {allowed}."
+        ) from error
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    if weights != "DEFAULT":
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    from torchvision.models import get_model
+
+    with impatience():
+        return get_model(name, weights="DEFAULT", progress=False).state_dict()

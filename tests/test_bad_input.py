@@ -16,7 +16,7 @@ import papermill
 import pytest
 from conftest import write_idx_files, write_photographs
 
-from masktune_utils import datasets, models
+from masktune_utils import datasets, store
 from masktune_utils.runner import command, jobs
 from masktune_utils.settings import Settings
 
@@ -261,7 +261,7 @@ def answer_by_half(server: socket.socket) -> None:
 def test_a_server_that_is_silent_or_stops_halfway_is_given_up(
     replies, root, monkeypatch
 ):
-    monkeypatch.setattr(models, "SILENCE", 0.3)
+    monkeypatch.setattr(store, "SILENCE", 0.3)
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         if replies:

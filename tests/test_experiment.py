@@ -255,7 +255,7 @@ def test_a_result_tells_how_good_a_model_is_and_what_was_hidden(splits, tuned):
     assert row["biased"] == report["biased"]["accuracy"]
     assert row["biased_class_1"] == report["biased"]["class_accuracy"][1]
     assert row["worst_group"] == report["worst_group"]
-    shares = masking.hidden_shares(tuned.masked)
+    shares = evaluation.hidden_shares(tuned.masked)
     assert row["hidden_shortcut"] == shares["shortcut"]
 
 

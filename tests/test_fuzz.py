@@ -64,23 +64,28 @@ def split_of(labels: torch.Tensor, **options) -> data.Split:
     return data.Split(images, labels, **options)
 
 
+def image_masks(maps: torch.Tensor, size: tuple, *rule: object) -> torch.Tensor:
+    """Masks by a rule: method, param, upsample, dilation."""
+    return masking.Rule(*rule).image_masks(maps, size).float()
+
+
 @given(MAPS, RULES, UPSAMPLES, st.integers(0, 26))
 def test_masks_lie_in_0_1_and_are_monotone_in_dilation(maps, rule, upsample, dilation):
-    masks = masking.image_masks(maps, SIZE, *rule, upsample, dilation)
+    masks = image_masks(maps, SIZE, *rule, upsample, dilation)
     assert masks.shape == (len(maps), *SIZE)
     assert masks.dtype == torch.float32
     assert masks.min() >= 0
     assert masks.max() <= 1
     if upsample != "bilinear":
         assert torch.equal(masks, masks.bool().float())
-    wider = masking.image_masks(maps, SIZE, *rule, upsample, dilation + 1)
+    wider = image_masks(maps, SIZE, *rule, upsample, dilation + 1)
     assert (masks <= wider).all()
 
 
 @given(RULES, UPSAMPLES, st.integers(0, 27))
 def test_maps_that_are_zero_everywhere_hide_nothing(rule, upsample, dilation):
     maps = torch.zeros(2, 8, 8)
-    assert not masking.image_masks(maps, SIZE, *rule, upsample, dilation).any()
+    assert not image_masks(maps, SIZE, *rule, upsample, dilation).any()
 
 
 @given(MAPS, RULES, SHARES, UPSAMPLES)
@@ -88,8 +93,8 @@ def test_masks_are_monotone_in_param(maps, rule, share, upsample):
     """More of `top_k` hides more; of the other methods it hides less."""
     method, high = rule
     low = share * high
-    of_low = masking.image_masks(maps, SIZE, method, low, upsample, 0)
-    of_high = masking.image_masks(maps, SIZE, method, high, upsample, 0)
+    of_low = image_masks(maps, SIZE, method, low, upsample, 0)
+    of_high = image_masks(maps, SIZE, method, high, upsample, 0)
     if method == "top_k":
         assert (of_low <= of_high + 1e-6).all()
     else:
@@ -99,7 +104,7 @@ def test_masks_are_monotone_in_param(maps, rule, share, upsample):
 @given(MAPS, RULES, HARD_UPSAMPLES, SEEDS)
 def test_masking_twice_with_hard_edges_equals_once(maps, rule, upsample, seed):
     images = random_images(len(maps), seed)
-    masks = masking.image_masks(maps, SIZE, *rule, upsample, 0)
+    masks = image_masks(maps, SIZE, *rule, upsample, 0)
     once = masking.apply_mask(images, masks)
     assert torch.equal(masking.apply_mask(once, masks), once)
     is_shown = masks == 0
@@ -110,7 +115,7 @@ def test_masking_twice_with_hard_edges_equals_once(maps, rule, upsample, seed):
 def test_a_masked_image_is_the_same_in_any_batch(maps, rule, upsample, dilation, seed):
     split = data.Split(random_images(len(maps), seed), torch.arange(len(maps)))
     masked = masking.mask_dataset(split, maps, *rule, upsample, dilation)
-    masks = masking.image_masks(maps, SIZE, *rule, upsample, dilation)
+    masks = image_masks(maps, SIZE, *rule, upsample, dilation)
     expected = split.images / 255 * (1 - masks[:, None])
     together, _ = masked.batch(slice(None))
     assert torch.equal(together, expected)

@@ -9,12 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from masktune_utils import data, masking
+from masktune_utils import data, evaluation, masking
 from masktune_utils.settings import Upsample
 
 SIZE = (28, 28)
 ALL = slice(None)
 EACH_MAP = {"axis": (-2, -1), "keepdims": True}
+
+
+def image_masks(maps: torch.Tensor, size: tuple, *rule: object) -> torch.Tensor:
+    """Masks by a rule: method, param, upsample, dilation."""
+    return masking.Rule(*rule).image_masks(maps, size).float()
 
 
 def random_maps(*shape: int, seed: int) -> torch.Tensor:
@@ -65,7 +70,7 @@ def test_a_map_that_is_the_same_everywhere_hides_nothing_by_mean_std():
 @pytest.mark.parametrize("upsample", get_args(Upsample))
 @pytest.mark.parametrize("method", FORMULAS)
 def test_masks_reach_the_size_of_the_image_as_they_should(method, upsample):
-    mask = masking.image_masks(MAPS, SIZE, method, 0.3, upsample, 0)
+    mask = image_masks(MAPS, SIZE, method, 0.3, upsample)
     if upsample == "map" or method == "mean_std":
         maps = F.interpolate(MAPS[:, None], size=SIZE, mode="bilinear")[:, 0]
         expected = FORMULAS[method](maps.numpy().astype(np.float64), 0.3)
@@ -123,7 +128,7 @@ def upper_half() -> torch.Tensor:
 def test_hidden_shares_of_known_masks(splits, upper_half):
     train = splits.train
     masked = masking.mask_dataset(train, upper_half, "threshold", 0.5, "nearest")
-    shares = masking.hidden_shares(masked)
+    shares = evaluation.hidden_shares(masked)
     assert shares["shortcut"] == 1
     assert shares["shortcut_whole"] == 1
     assert shares["rest"] == pytest.approx((14 * 28 - 36) / (28 * 28 - 36))
@@ -139,9 +144,9 @@ def test_hidden_shares_are_means_over_all_images(splits):
     many = masking.mask_dataset(
         splits.train[again], FIRST_MAPS[again], "threshold", 0.5
     )
-    shares = masking.hidden_shares(few)
+    shares = evaluation.hidden_shares(few)
     assert 0.1 < shares["shortcut"] < 0.9
-    assert masking.hidden_shares(many) == pytest.approx(shares)
+    assert evaluation.hidden_shares(many) == pytest.approx(shares)
 
 
 def test_an_image_without_ink_outside_the_square_has_no_share_of_it(splits, upper_half):
@@ -151,14 +156,14 @@ def test_an_image_without_ink_outside_the_square_has_no_share_of_it(splits, uppe
     two = dataclasses.replace(splits.train[with_square], images=images)
     masked = masking.mask_dataset(two, upper_half[:2], "threshold", 0.5)
     alone = masking.mask_dataset(two[1:], upper_half[:1], "threshold", 0.5)
-    both = masking.hidden_shares(masked)
-    assert both["digit"] == masking.hidden_shares(alone)["digit"] > 0
+    both = evaluation.hidden_shares(masked)
+    assert both["digit"] == evaluation.hidden_shares(alone)["digit"] > 0
 
 
 @pytest.mark.parametrize("method", [*FORMULAS, "random"])
 def test_hidden_shares_are_nan_where_no_image_has_a_square(splits, method):
     masked = masking.mask_dataset(splits.raw, FIRST_MAPS, method, 0.1)
-    shares = [*masking.hidden_shares(masked).values()]
+    shares = [*evaluation.hidden_shares(masked).values()]
     assert np.isnan(shares).all()
 
 
@@ -176,14 +181,14 @@ def test_resampled_images_equal_the_formula_one_by_one(splits):
         assert torch.equal(images[0], expected)
         assert labels.item() == split.labels[i]
         assert torch.equal(masked.masks(index)[0], hidden)
-    hard = masking.image_masks(FIRST_MAPS, SIZE, *rule, 0).bool()
+    hard = image_masks(FIRST_MAPS, SIZE, *rule).bool()
     assert torch.equal(masked.own_masks, hard)
 
 
 def test_soft_edges_are_resampled_by_their_share(splits):
     train = splits.train
     masked = masking.mask_dataset(train, FIRST_MAPS, "top_k", 0.3, fill="resample")
-    soft = masking.image_masks(FIRST_MAPS, SIZE, "top_k", 0.3, "bilinear", 0)
+    soft = image_masks(FIRST_MAPS, SIZE, "top_k", 0.3, "bilinear")
     partners = masked.partners
     hidden = torch.maximum(soft, soft[partners])[:, None]
     pixels = train.images / 255
@@ -239,7 +244,7 @@ def test_shares_tell_what_is_really_hidden(splits):
     for fill in ("zero", "resample"):
         rule = {"method": "top_k", "param": 0.1, "upsample": "nearest", "fill": fill}
         masked = masking.mask_dataset(train, FIRST_MAPS, **rule)
-        shares[fill] = masking.hidden_shares(masked)["rest"]
+        shares[fill] = evaluation.hidden_shares(masked)["rest"]
         hidden = masked.masks(ALL)[train.has_shortcut]
         expected = (hidden * outside).sum((1, 2)) / outside.sum((1, 2))
         assert shares[fill] == pytest.approx(expected.mean().item(), rel=1e-5)
@@ -292,7 +297,7 @@ def test_an_unknown_upsampling_is_refused(splits):
 def test_without_a_shortcut_no_share_is_known():
     images = data.Split(torch.rand(4, 3, 28, 28), torch.tensor([0, 1, 0, 1]))
     masked = masking.mask_dataset(images, MAPS[:4], "mean", 0.1)
-    assert all(math.isnan(share) for share in masking.hidden_shares(masked).values())
+    assert all(math.isnan(share) for share in evaluation.hidden_shares(masked).values())
 
 
 def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():
@@ -302,11 +307,11 @@ def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():
     expected = torch.zeros(28, 28)
     expected[8:13, 18:23] = 1
     expected[:3, :3] = 1
-    dilated = masking.image_masks(mask, SIZE, "threshold", 0.5, "bilinear", 2)
+    dilated = image_masks(mask, SIZE, "threshold", 0.5, "bilinear", 2)
     assert torch.equal(dilated, expected)
     batch = torch.stack([mask, mask.mT, mask.flip(0)])
     expected = torch.stack([expected, expected.mT, expected.flip(0)])
-    dilated = masking.image_masks(batch, SIZE, "threshold", 0.5, "bilinear", 2)
+    dilated = image_masks(batch, SIZE, "threshold", 0.5, "bilinear", 2)
     assert torch.equal(dilated, expected)
 
 
@@ -315,7 +320,7 @@ def test_dilation_is_in_28ths_of_the_side():
     mask[50, 60] = 1
     expected = torch.zeros(112, 112)
     expected[34:67, 44:77] = 1  # by 4 · 112 / 28 = 16 pixels
-    dilated = masking.image_masks(mask, (112, 112), "threshold", 0.5, "bilinear", 4)
+    dilated = image_masks(mask, (112, 112), "threshold", 0.5, "bilinear", 4)
     assert torch.equal(dilated, expected)
 
 
@@ -344,7 +349,7 @@ def test_a_shared_mask_is_that_of_the_mean_map(splits, method):
     masked = masking.mask_dataset(splits.train, FIRST_MAPS, method, 0.3, shared=True)
     mean = FIRST_MAPS.sum(0) / len(FIRST_MAPS)
     mean = (mean - mean.min()) / (mean.max() - mean.min())
-    expected = masking.image_masks(mean, SIZE, method, 0.3, "bilinear", 0)
+    expected = image_masks(mean, SIZE, method, 0.3, "bilinear", 0)
     assert 0 < expected.mean() < 1
     assert len(masked.own_masks) == len(splits.train)
     for mask in masked.masks(ALL):

@@ -154,10 +154,10 @@ def test_a_finished_model_of_downloaded_weights_is_opened_offline(
         raise OSError(f"no network for {weights_name} of {name}")
 
     train = datasets.load(settings).train
-    monkeypatch.setattr(models, "_read_weights", online)
+    monkeypatch.setattr(store, "_read_weights", online)
     base = experiment.base_model(settings, train)
     assert asked == [("resnet18", "DEFAULT")]
-    monkeypatch.setattr(models, "_read_weights", offline)
+    monkeypatch.setattr(store, "_read_weights", offline)
     again = experiment.base_model(settings, train)
     assert again.sha256 == base.sha256
     assert again.seconds is None
@@ -259,7 +259,7 @@ def test_damaged_decoded_images_are_decoded_again(tmp_path):
 def pipeline(settings: Settings) -> list:
     """Training loss, maps and masked images of a network of photographs."""
     train = datasets.load(settings).train
-    model = models.new_model(0, **settings.network)
+    model = models.new_model(0, name=settings.model)
     history = training.train(model, train, epochs=1, batch_size=4)
     maps = saliency.saliency_maps(model, train.images, train.labels)
     masked = masking.mask_dataset(train, maps, "mean_std", 1.0, fill="resample")
@@ -306,18 +306,24 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(
     torch.testing.assert_close(alone, maps, rtol=0, atol=1e-6)
 
 
+def with_weights(name: str, weights: str, num_classes: int = 2) -> torch.nn.Module:
+    model = models.new_model(0, num_classes=num_classes, name=name)
+    store.load_weights(model, name, weights)
+    return model[1]
+
+
 def test_weights_for_other_classes_are_loaded_but_for_the_last_layer(tmp_path):
     path = tmp_path / "weights.pth"
     source = models.new_model(1, num_classes=10, name="resnet18")[1]
     torch.save(source.state_dict(), path)
     options = {"name": "resnet18", "num_classes": 2}
     random = models.new_model(0, **options)[1]
-    loaded = models.new_model(0, **options, weights=str(path))[1]
+    loaded = with_weights(**options, weights=str(path))
     assert torch.equal(loaded.conv1.weight, source.conv1.weight)
     assert torch.equal(loaded.fc.weight, random.fc.weight)
     assert loaded.fc.out_features == 2
     options["num_classes"] = 10
-    loaded = models.new_model(0, **options, weights=str(path))[1]
+    loaded = with_weights(**options, weights=str(path))
     assert torch.equal(loaded.fc.weight, source.fc.weight)
 
 
@@ -326,10 +332,10 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
     torch.save(models.build("resnet18", 2)[1].state_dict(), path)
     message = r"weights\.pth: no weights of resnet34 \(.*; allowed: DEFAULT"
     with pytest.raises(ValueError, match=message):
-        models.new_model(0, name="resnet34", weights=str(path))
+        with_weights(name="resnet34", weights=str(path))
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="no weights of resnet18"):
-        models.new_model(0, name="resnet18", weights=str(path))
+        with_weights(name="resnet18", weights=str(path))
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
@@ -340,7 +346,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     message = "weights are DEFAULT: no weights of resnet18 .*network"
     with pytest.raises(ValueError, match=message):
-        models.new_model(0, name="resnet18", weights="DEFAULT")
+        with_weights(name="resnet18", weights="DEFAULT")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +373,7 @@ def test_networks_that_do_not_exist_or_do_not_fit_are_refused(
 
 
 def test_weights_of_torchvision_are_checked_without_a_download(monkeypatch):
-    monkeypatch.setattr(models, "_read_weights", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(store, "_read_weights", lambda *_: pytest.fail("downloaded"))
     assert experiment.map_size(64, "resnet18", "DEFAULT") == 2
     message = "weights are 'DEFAULT'; allowed with small_cnn: empty, or the path"
     with pytest.raises(ValueError, match=message):
@@ -383,6 +389,6 @@ def test_the_size_of_digits_is_fixed():
 def test_dilation_grows_with_the_side():
     mask = torch.zeros(56, 56)
     mask[20, 20] = 1
-    wide = masking.image_masks(mask, (56, 56), "threshold", 0.5, "nearest", 3)
+    wide = masking.Rule("threshold", 0.5, "nearest", 3).image_masks(mask, (56, 56))
     assert wide.sum() == 13**2
     assert wide[14:27, 14:27].all()
