@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from masktune_utils import datasets, experiment, models
+from masktune_utils import datasets, experiment, models, store
 from masktune_utils.settings import Settings
 
 BIN = Path(sys.executable).parent  # where masktune and papermill are installed
@@ -28,7 +28,7 @@ def machine() -> str:
         for line in info.read_text().splitlines()
         if line.startswith("model name")
     ]
-    device = models.resolve_device()
+    device = store.resolve_device()
     can = torch.cpu.get_capabilities()
     hardware = [
         names[0] if names else platform.processor(),
@@ -36,7 +36,7 @@ def machine() -> str:
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         f"AMX {'yes' if can.get('amx_tile') else 'no'}",
         f"AVX-512 BF16 {'yes' if can.get('avx512_bf16') else 'no'}",
-        f"accelerator {'none' if device.type == 'cpu' else models.describe_device(device)}",
+        f"accelerator {'none' if device.type == 'cpu' else store.describe_device(device)}",
         f"torch {torch.__version__.split('+')[0]}",
     ]
     return f"\n{', '.join(hardware)}\n"

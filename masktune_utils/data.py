@@ -1,9 +1,8 @@
 """Images with labels, as one set: a `Split`, made from any data set of torch."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,30 +10,10 @@ from torch.utils.data import Dataset
 
 from masktune_utils import progress
 
-# Bytes of images; more stay where they are, and go to a GPU batch by batch. (A choice
-# still copies half of them into memory, and a second round the masked ones.)
-IN_MEMORY = 4 * 2**30
-
-
-class ImageSet(Protocol):
-    """What can be trained on and predicted: a `Split` or a `masking.MaskedDataset`."""
-
-    @property
-    def labels(self) -> Tensor:
-        """N, int64, on the device to compute on."""
-
-    def __len__(self) -> int: ...
-
-    def in_epoch(self, epoch: int) -> Self:
-        """The images of an epoch, from 1."""
-
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images as float32 in [0, 1], B×C×H×W, and labels, B, on that device."""
-
 
 @dataclass(frozen=True, eq=False)
 class Split(Dataset):
-    """A set of images, all on one device (more than `IN_MEMORY` bytes: see `to`).
+    """A set of images, all on one device.
 
     It is a data set of torch: `split[3]` is an image, C×H×W in [0, 1], and its label. A
     tensor or a slice as index gives a `Split`.
@@ -70,8 +49,7 @@ class Split(Dataset):
         is_image = images.dtype == torch.uint8 or images.is_floating_point()
         problem = f"{images.dtype}, {tuple(images.shape)}"
         if images.is_floating_point() and images.numel():
-            lowest = images.min().item()
-            highest = images.max().item()
+            lowest, highest = map(float, images.aminmax())
             is_image = 0 <= lowest <= highest <= 1
             problem += f", from {lowest:g} to {highest:g}"
         if images.ndim != 4 or not is_image:
@@ -89,7 +67,7 @@ class Split(Dataset):
         cls,
         dataset: Dataset,
         groups: Tensor | None = None,
-        group_names: Sequence[str] = (),
+        group_names: tuple[str, ...] = (),
     ) -> Self:
         """Read all images of a map-style data set into memory.
 
@@ -100,31 +78,20 @@ class Split(Dataset):
             group_names: see `Split`.
 
         Raises:
-            ValueError: the images differ in size or type; or see `Split`.
+            RuntimeError: the images differ in size.
+            ValueError: see `Split`.
         """
         from torchvision.transforms.v2.functional import to_image  # takes seconds
 
         images = []
         labels = []
         numbers = range(len(dataset))
-        for number in progress.bar(numbers, unit="image", desc="reading images"):
+        for number in progress.bar(numbers, desc="reading images"):
             image, label = dataset[number]
-            image = to_image(image).as_subclass(Tensor)
-            if images and (image.shape, image.dtype) != (
-                images[0].shape,
-                images[0].dtype,
-            ):
-                problem = f"image {number} is {tuple(image.shape)}, {image.dtype}"
-                allowed = f"{tuple(images[0].shape)}, {images[0].dtype}, as the first"
-                raise ValueError(f"{problem}; allowed: {allowed}.")
-            images.append(image)
+            images.append(to_image(image).as_subclass(Tensor))
             labels.append(int(label))
-        return cls(
-            torch.stack(images),
-            torch.tensor(labels),
-            groups,
-            group_names=tuple(group_names),
-        )
+        pixels = torch.stack(images)
+        return cls(pixels, torch.tensor(labels), groups, group_names=group_names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,17 +109,13 @@ class Split(Dataset):
 
     def __getitem__(self, index: int | Tensor | slice) -> Any:
         if isinstance(index, Tensor | slice):
-            parts = {
-                name: part[_at(part, index)] for name, part in self._tensors.items()
-            }
+            parts = {name: part[index] for name, part in self._tensors.items()}
             return dataclasses.replace(self, **parts)
         return to_float(self.images[index]), self.labels[index].item()
 
     def to(self, device: torch.device) -> Self:
-        """The images on another device; more than `IN_MEMORY` stay where they are."""
-        moved = {}
-        for name, part in self._tensors.items():
-            moved[name] = part if part.nbytes > IN_MEMORY else part.to(device)
+        """The images on another device."""
+        moved = {name: part.to(device) for name, part in self._tensors.items()}
         return dataclasses.replace(self, **moved)
 
     def in_epoch(self, epoch: int) -> Self:  # noqa: ARG002 - a masked data set needs it
@@ -161,14 +124,7 @@ class Split(Dataset):
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images as floating point in [0, 1], B×C×H×W, and their labels, B."""
-        labels = self.labels[_at(self.labels, index)]
-        images = self.images[_at(self.images, index)].to(labels.device)
-        return to_float(images), labels
-
-
-def _at(part: Tensor, index: Tensor | slice) -> Tensor | slice:
-    """The index, on the device of what it is an index of."""
-    return index.to(part.device) if isinstance(index, Tensor) else index
+        return to_float(self.images[index]), self.labels[index]
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masktune_utils import data, models, shortcuts, store
+from masktune_utils import data, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.images import decode
 from masktune_utils.settings import REPOSITORY, BaseSettings, DataSettings, root
@@ -81,7 +81,7 @@ def load(settings: DataSettings) -> BiasedSets:
         raise ValueError(
             f"{name} leaves a class without training images; allowed: more images."
         )
-    device = models.resolve_device(settings.device)
+    device = store.resolve_device(settings.device)
     splits = (train, test, biased, validation)
     return BiasedSets(*(split.to(device) for split in splits))
 

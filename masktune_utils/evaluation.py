@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masktune_utils import datasets, metrics, models, store
+from masktune_utils import datasets, metrics, store
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
@@ -59,7 +59,7 @@ def evaluate_checkpoint(
         path: a checkpoint of this project, or a plain state dict of a SmallCNN.
         dataset: the images to test on; `auto`: those that the checkpoint names. The
             shortcut is the checkpoint's own, else a blue 6×6 square.
-        device: see `models.resolve_device`.
+        device: see `store.resolve_device`.
 
     Returns:
         See `evaluate`.
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
         FileNotFoundError: no such file, or no such images.
         ValueError: an unknown data set or device.
     """
-    checkpoint = store.load_checkpoint(path, device=models.resolve_device(device))
+    checkpoint = store.load_checkpoint(path, device=store.resolve_device(device))
     source = checkpoint.settings.get("dataset", datasets.resolve_dataset(dataset))
     if dataset not in ("auto", source):
         raise store.CheckpointError(

@@ -88,7 +88,7 @@ def from_notebook(
     store.check_writable(settings.directory)
     settings = settings.replace(dataset=datasets.resolve_dataset(settings.dataset))
     map_size(settings.image_size, **settings.network)
-    device = models.resolve_device(settings.device)
+    device = store.resolve_device(settings.device)
     print(f"Images: {settings.dataset}. Device: {device}.")
     return settings
 
@@ -354,7 +354,7 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         "seconds": trained.seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "device": models.describe_device(sets.train.labels.device),
+        "device": store.describe_device(sets.train.labels.device),
     }
     if trained.seconds is None and path.exists():
         saved = results.read_result(path)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -210,15 +210,10 @@ class MaskedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        image, label = self.split[index]
-        mask = self.own_masks[index].float()
-        if self.fill == "zero":
-            return apply_mask(image, mask), label
-        partner = torch.randint(len(self), ()).item()
-        partner_image, _ = self.split[partner]
-        mask = torch.maximum(mask, self.own_masks[partner].float())
-        return apply_mask(image, mask, fill=partner_image), label
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        epoch = torch.randint(2**31, ()).item()
+        images, labels = self.in_epoch(epoch).batch(torch.tensor([index]))
+        return images[0], labels.item()
 
     @property
     def labels(self) -> Tensor:
@@ -394,13 +389,6 @@ def mask_dataset(
     return rule.mask(split, saliency_map, seed, earlier)
 
 
-class Tuned(NamedTuple):
-    """A network, and the masked images on which it was fine-tuned."""
-
-    network: nn.Module
-    masked: MaskedDataset
-
-
 def masktune(
     network: nn.Module,
     split: Split,
@@ -409,8 +397,8 @@ def masktune(
     maps: Tensor | None = None,
     explain: Callable[[nn.Module, Tensor, Tensor], Tensor] = saliency_maps,
     seed: int = 0,
-) -> Iterator[Tuned]:
-    """MaskTune with 1, 2, … `rounds` of masking: the outcome of each.
+) -> Iterator[tuple[nn.Module, MaskedDataset]]:
+    """MaskTune with 1, 2, … `rounds` of masking: the network and the images of each.
 
     Each round explains the network of the round before on the images that it was
     fine-tuned on (with `resample`, those of the first epoch), adds what it looks at to
@@ -437,7 +425,7 @@ def masktune(
         if has_earlier and torch.equal(masked.own_masks, earlier.own_masks):
             return
         tuned = finetune(copy.deepcopy(network), masked)
-        yield Tuned(tuned, masked)
+        yield tuned, masked
         if number < rule.rounds:
             # A map that is zero everywhere hides nothing more.
             with warnings.catch_warnings(action="ignore"):

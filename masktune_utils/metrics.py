@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from masktune_utils.data import ImageSet, Split
+from masktune_utils.data import Split
 from masktune_utils.masking import apply_mask
 from masktune_utils.shortcuts import groups
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: ImageSet, batch_size: int = 100) -> Tensor:
+def predict(model: nn.Module, dataset: Dataset, batch_size: int = 100) -> Tensor:
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:
@@ -80,11 +81,6 @@ def is_right(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(1) == labels.cpu()
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy of predictions, in [0, 1]; see `is_right`."""
-    return is_right(logits, labels).double().mean().item()
-
-
 def worst_class(logits: Tensor, labels: Tensor) -> float:
     """The smallest accuracy of a class that has images, in [0, 1]; see `is_right`."""
     labels = labels.cpu()
@@ -117,8 +113,8 @@ class Diagnosis(NamedTuple):
 
     Attributes:
         relies: whether it relies on what is hidden: accuracy is lower if this part is
-            taken from another class than if it is taken from the same class, and the
-            95 % intervals do not overlap.
+            taken from an image of another class than if it is taken from one of the
+            same class, and the 95 % intervals do not overlap.
         accuracy: `as it is`, `same class`, `another class`, in [0, 1].
         sentence: the same in words.
     """
@@ -133,7 +129,8 @@ def diagnose(
 ) -> Diagnosis:
     """Does a trained network rely on what the masks hide?
 
-    What is hidden is taken from another image, of the same and of another class.
+    What is hidden is taken from another image, at random; those whose class is the same
+    are told from the rest.
 
     Args:
         network: any network.
@@ -141,39 +138,27 @@ def diagnose(
         masks: N×H×W, True where the image is hidden.
         seed: of the other images.
     """
-    labels = split.labels.cpu()
-    images, _ = split.batch(slice(None))
-    accuracies = {}
-    limits = {}
-    words = []
+    images, labels = split.batch(slice(None))
     generator = torch.Generator().manual_seed(seed)
-    for name in ("as it is", "same class", "another class"):
-        changed = images
-        if name != "as it is":
-            is_same = name == "same class"
-            partners = _partners(labels, is_same, generator).to(images.device)
-            changed = apply_mask(images, masks, fill=images[partners])
-        logits = predict(network, Split(changed, split.labels))
-        right = int(is_right(logits, labels).sum())
-        accuracies[name] = right / len(labels)
-        limits[name] = interval(right, len(labels))
-        low, high = limits[name]
-        words.append(f"{accuracies[name]:.1%} ({100 * low:.1f}–{100 * high:.1f} %)")
-    relies = limits["another class"][1] < limits["same class"][0]
+    partners = torch.randperm(len(split), generator=generator)
+    resampled = Split(apply_mask(images, masks, fill=images[partners]), labels)
+    right = is_right(predict(network, resampled), labels)
+    is_same = (labels == labels[partners]).cpu()
+    parts = {
+        "as it is": is_right(predict(network, split), labels),
+        "same class": right[is_same],
+        "another class": right[~is_same],
+    }
+    accuracy = {name: part.double().mean().item() for name, part in parts.items()}
+    limits = [interval(int(part.sum()), len(part)) for part in parts.values()]
+    words = []
+    for share, (low, high) in zip(accuracy.values(), limits, strict=True):
+        words.append(f"{share:.1%} ({100 * low:.1f}–{100 * high:.1f} %)")
+    _, (least_with_same, _), (_, most_with_another) = limits
+    relies = most_with_another < least_with_same
     sentence = (
         f"Accuracy is {words[0]}; {words[1]} with the hidden part from another image of "
         f"the same class, and {words[2]} of another class: the network "
         f"{'relies' if relies else 'is not shown to rely'} on it."
     )
-    return Diagnosis(relies, accuracies, sentence)
-
-
-def _partners(labels: Tensor, is_same: bool, generator: torch.Generator) -> Tensor:
-    """For each image the index of a random one of the same, or of another class."""
-    partners = torch.empty_like(labels)
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        others = members if is_same else (labels != label).nonzero()[:, 0]
-        drawn = torch.randint(len(others), (len(members),), generator=generator)
-        partners[members] = others[drawn]
-    return partners
+    return Diagnosis(relies, accuracy, sentence)

@@ -1,4 +1,4 @@
-"""Networks, their device, and the layer that is explained."""
+"""Networks, and the layer that is explained."""
 
 import copy
 import logging
@@ -90,32 +90,6 @@ def new_model(
     return model.to(device, memory_format=torch.channels_last)
 
 
-def resolve_device(device: str = "auto") -> torch.device:
-    """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
-
-    Raises:
-        ValueError: PyTorch does not know the name, or this machine does not have the
-            device.
-    """
-    if device == "auto":
-        return torch.accelerator.current_accelerator(
-            check_available=True
-        ) or torch.device("cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        allowed = (
-            f"auto, cpu, or a device of this machine ({str(error).splitlines()[0]})"
-        )
-        raise ValueError(f"device is {device!r}; allowed: {allowed}.") from None
-    return torch.device(device)
-
-
-def describe_device(device: torch.device) -> str:
-    """Name of the device for records: `cpu`, `mps`, or the model of the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def target_layer(
     model: nn.Module, shape: tuple[int, ...], layer: str = ""
 ) -> nn.Module:
@@ -154,15 +128,11 @@ def target_layer(
 
 def _has_tokens(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether the output of a layer is N×tokens×channels, as in a transformer."""
-    shapes = []
-
-    def keep(_module: nn.Module, _inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            shapes.append(output.shape[1:])
-
+    outputs = []
     watched = copy.deepcopy(model).eval()
     for module in watched.modules():
-        module.register_forward_hook(keep)
+        module.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
     with torch.no_grad():
         watched(torch.zeros(1, *shape, device=next(watched.parameters()).device))
-    return any(len(sizes) == 2 and sizes[0] > 1 for sizes in shapes)
+    tensors = [output for output in outputs if isinstance(output, Tensor)]
+    return any(output.ndim == 3 and output.shape[1] > 1 for output in tensors)

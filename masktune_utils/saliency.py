@@ -70,9 +70,7 @@ def saliency_maps(
         torch.enable_grad(),
     ):
         torch.manual_seed(0)  # SmoothGradCAMpp draws noise
-        for batch, classes in progress.bar(
-            batches, desc=cam, disable=len(batches) <= 1
-        ):
+        for batch, classes in progress.bar(batches, desc=cam):
             scores = explained(data.to_float(batch.to(device)))
             maps += extractor(classes.tolist(), scores)
     maps = torch.cat(maps)
@@ -84,12 +82,9 @@ def saliency_maps(
 
 def _check_map(features: Tensor, images: Tensor) -> None:
     """Refuse features, N×C×h×w, that are not about as wide and high as the images."""
-    is_map = features.ndim == 4
-    if is_map:
-        height, width = features.shape[-2:]
-        ratio = height * images.shape[-1] / (width * images.shape[-2])
-        is_map = max(height, width) > 1 and 0.5 <= ratio <= 2
-    if not is_map:
+    height, width = features.shape[-2:]
+    ratio = height * images.shape[-1] / (width * images.shape[-2])
+    if features.ndim != 4 or max(height, width) == 1 or not 0.5 <= ratio <= 2:
         size = "×".join(map(str, features.shape[1:]))
         raise TypeError(
             f"the layer gives N×{size}; allowed: N×C×h×w, in the proportions of the "

@@ -96,11 +96,10 @@ class HeldOut:
     def accuracy(self, members: Tensor) -> dict[str, float]:
         """Accuracy of each model, in [0, 1], on some of the images: N, bool."""
         labels = self.labels[members]
-        shares = {}
-        for model, predictions in self.predictions.items():
-            is_right = predictions[members] == labels
-            shares[model] = is_right.double().mean().item()
-        return shares
+        return {
+            model: (predictions[members] == labels).double().mean().item()
+            for model, predictions in self.predictions.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -260,18 +259,16 @@ def judge(held_out: HeldOut) -> Verdict:
 def _mistakes_in_words(held_out: HeldOut) -> str:
     """How many mistakes ERM makes; and whether it should be trained longer first."""
     mistakes = int(held_out.is_mistake.sum())
-    images = f"{len(held_out.labels):,} training images"
     words = (
-        f"{mistakes} of {images} are predicted wrongly by ERM models that have not "
-        "seen them."
+        f"{mistakes} of {len(held_out.labels):,} training images are predicted wrongly "
+        "by ERM models that have not seen them."
     )
-    if mistakes:
-        share = held_out.accuracy(held_out.is_mistake)[NULL]
-        if share > 0.5:
-            words += (
-                f" With nothing masked, the same fine-tuning gets {share:.0%} of these "
-                "right: train longer first."
-            )
+    right = held_out.accuracy(held_out.is_mistake)[NULL]
+    if mistakes and right > 0.5:
+        words += (
+            f" With nothing masked, the same fine-tuning gets {right:.0%} of these "
+            "right: train longer first."
+        )
     return words
 
 
@@ -316,11 +313,11 @@ class Choice:
         """
         accuracy = 100 * self.verdict.accuracy.T
         table = accuracy.filter(["mistakes", "rest"])
-        table["resampled"] = accuracy.drop(columns=table.columns).min(axis=1)
-        table["behind"] = 100 * self.verdict.distances.max()
-        table["left"] = table.index.isin(self.verdict.left)
-        table["chosen"] = table.index == self.verdict.chosen
-        return table
+        return table.assign(
+            resampled=accuracy.drop(columns=table.columns).min(axis=1),
+            behind=100 * self.verdict.distances.max(),
+            chosen=table.index == self.verdict.chosen,
+        )
 
     def finetune(self, network: nn.Module) -> nn.Module:
         """A copy of a network, fine-tuned on the masked images unless ERM is kept."""
@@ -340,7 +337,6 @@ def fine_tune(
         lr=0.02,
         schedule="linear",
         seed=masked.seed,
-        description="fine-tuning",
     )
     return network
 
@@ -380,14 +376,20 @@ def choose(
         ValueError: there is one class, or one with a single image; or `fit` returns the
             same network twice.
     """
-    _check_classes(train.labels)
+    counts = train.labels.unique(return_counts=True)[1]
+    if len(counts) < 2 or counts.min() < 2:
+        raise ValueError(
+            f"classes have {counts.tolist()} images; allowed: 2 classes or more, of 2 "
+            "images or more each."
+        )
     parts = data.folds(train.labels, seed)
     folds = [replace(train[index], fold=number) for number, index in enumerate(parts)]
     calls = [(fit, explain, fold) for fold in folds]
     bases = _run(jobs, _fit, calls, "ERM of both folds")
     if bases[0].network is bases[1].network:
-        allowed = "a new one for each fold"
-        raise ValueError(f"fit returned the same network twice; allowed: {allowed}.")
+        raise ValueError(
+            "fit returned the same network twice; allowed: a new one for each fold."
+        )
     is_coarse = min(bases[0].maps.shape[1:]) < FINE_MAP
     if candidates is None:
         candidates = COARSE_CANDIDATES if is_coarse else CANDIDATES
@@ -401,7 +403,7 @@ def choose(
     outcomes = _run(jobs, _fine_tune, calls, "fine-tuning")
     models = {ERM: bases}
     rule_of = {}
-    for rule, (first, second) in zip(rules, _in_pairs(outcomes), strict=True):
+    for rule, first, second in zip(rules, outcomes[::2], outcomes[1::2], strict=True):
         for number in range(max(len(first), len(second))):
             this_round = replace(rule, rounds=number + 1)
             name = NULL if rule is NOTHING else str(this_round)
@@ -414,8 +416,7 @@ def choose(
     order = torch.cat(parts).argsort()
     rule = rule_of.get(verdict.chosen, NOTHING)
     chosen = models[NULL if verdict.chosen == ERM else verdict.chosen]
-    own_masks = torch.cat([model.maps for model in chosen])
-    own_masks = own_masks[order.to(own_masks.device)]
+    own_masks = torch.cat([model.maps for model in chosen])[order]
     masked = MaskedDataset(train, own_masks, rule.fill, seed, rule=rule)
     return Choice(verdict, masked, held_out.is_mistake[order], schedule)
 
@@ -425,18 +426,6 @@ class _Fitted(NamedTuple):
 
     network: nn.Module
     maps: Tensor
-
-
-def _check_classes(labels: Tensor) -> None:
-    """Refuse training images that cannot be cut into two folds.
-
-    Raises:
-        ValueError: see `choose`.
-    """
-    classes, counts = labels.unique(return_counts=True)
-    if len(classes) < 2 or counts.min() < 2:
-        allowed = "2 classes or more, of 2 images or more each"
-        raise ValueError(f"classes have {counts.tolist()} images; allowed: {allowed}.")
 
 
 def _run(jobs: int, function: Callable, calls: list[tuple], description: str) -> list:
@@ -450,11 +439,6 @@ def _silently(function: Callable, *arguments: Any) -> Any:
     """Call a function; its caller has one bar for all calls."""
     with progress.silence():
         return function(*arguments)
-
-
-def _in_pairs(outcomes: list) -> list[tuple]:
-    """The outcomes of the first and the second fold, which take turns."""
-    return list(zip(outcomes[::2], outcomes[1::2], strict=True))
 
 
 def _fit(fit: Callable, explain: Callable, fold: Split) -> _Fitted:
@@ -499,7 +483,6 @@ def _predict_held_out(
     for number, fold in enumerate(folds):
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randperm(len(fold), generator=generator)[:SAMPLE]
-        sample = sample.to(fold.labels.device)
         images = fold[sample]
         of_fold = [fold]
         for name in candidates:
@@ -510,14 +493,14 @@ def _predict_held_out(
     for first, second in models.values():
         calls.append((second.network, image_sets[0]))
         calls.append((first.network, image_sets[1]))
-    logits = _in_pairs(_run(jobs, _predict, calls, "predicting"))
+    logits = _run(jobs, _predict, calls, "predicting")
 
     labels = []
     for pair in zip(*image_sets, strict=True):
         labels.append(torch.cat([images.labels.cpu() for images in pair]))
     predictions = {}
     resampled = {}
-    for name, pair in zip(models, logits, strict=True):
+    for name, *pair in zip(models, logits[::2], logits[1::2], strict=True):
         original, *of_masks = map(torch.cat, zip(*pair, strict=True))
         predictions[name] = original.argmax(1)
         if name == ERM:

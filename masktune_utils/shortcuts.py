@@ -16,21 +16,16 @@ def groups(split: Split) -> dict[str, Tensor]:
         Name of the group → index. The groups are those of the folders, else class ×
         shortcut.
     """
-    members = {}
     if split.group_names:
-        for number, name in enumerate(split.group_names):
-            members[name] = split.groups.cpu() == number
+        names = split.group_names
+        numbers = split.groups.cpu()
     else:
-        labels = split.labels.cpu()
-        has_shortcut = split.has_shortcut.cpu()
-        for label in labels.unique().tolist():
-            members[f"class {label}, shortcut"] = (labels == label) & has_shortcut
-            members[f"class {label}, no shortcut"] = (labels == label) & ~has_shortcut
-    index = {}
-    for name, is_in in members.items():
-        if is_in.any():
-            index[name] = is_in.nonzero()[:, 0]
-    return index
+        names = []
+        for label in range(int(split.labels.max()) + 1 if len(split) else 0):
+            names += [f"class {label}, shortcut", f"class {label}, no shortcut"]
+        numbers = (2 * split.labels + ~split.has_shortcut).cpu()
+    index = {name: (numbers == k).nonzero()[:, 0] for k, name in enumerate(names)}
+    return {name: members for name, members in index.items() if len(members)}
 
 
 def add_square(

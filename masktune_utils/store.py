@@ -1,4 +1,4 @@
-"""Files: atomic writing, and checkpoints, refused by name if anything is wrong."""
+"""Devices and files: atomic writing, weights, and checkpoints, refused by name."""
 
 import contextlib
 import hashlib
@@ -49,6 +49,32 @@ class Checkpoint:
     settings: dict[str, Any]
     history: list[dict[str, float]]
     sha256: str
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
+
+    Raises:
+        ValueError: PyTorch does not know the name, or this machine does not have the
+            device.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(
+            check_available=True
+        ) or torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        allowed = (
+            f"auto, cpu, or a device of this machine ({str(error).splitlines()[0]})"
+        )
+        raise ValueError(f"device is {device!r}; allowed: {allowed}.") from None
+    return torch.device(device)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the device for records: `cpu`, `mps`, or the model of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def check_writable(directory: str) -> None:

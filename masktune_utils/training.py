@@ -6,10 +6,10 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from torch.utils.data import Dataset
 from tqdm.std import tqdm
 
 from masktune_utils import progress
-from masktune_utils.data import ImageSet
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -26,7 +26,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def train(
     model: nn.Module,
-    dataset: ImageSet,
+    dataset: Dataset,
     *,
     epochs: int,
     batch_size: int = 128,
@@ -73,15 +73,23 @@ def train(
     """
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
-    torch_optimizer = _optimizer(optimizer, model, lr, momentum, weight_decay)
+    weights = model.parameters()
+    options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+    if optimizer == "sgd":
+        torch_optimizer = optim.SGD(weights, momentum=momentum, **options)
+    elif optimizer == "adam":
+        torch_optimizer = optim.Adam(weights, **options)
+    else:
+        raise ValueError(f"optimizer is {optimizer!r}; allowed: sgd or adam.")
     steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
-    scheduler = _scheduler(
-        schedule,
-        torch_optimizer,
-        steps=epochs * steps,
-        decay_steps=lr_decay_epochs * steps,
-        decay_factor=lr_decay_factor,
-    )
+    if schedule == "linear":
+        scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, epochs * steps)
+    elif schedule == "constant":
+        scheduler = optim.lr_scheduler.StepLR(
+            torch_optimizer, lr_decay_epochs * steps, lr_decay_factor
+        )
+    else:
+        raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
     generator = torch.Generator().manual_seed(seed)
     mirror = generator if flip else None
     history = []
@@ -103,34 +111,8 @@ def train(
     return history
 
 
-def _optimizer(
-    name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float
-) -> optim.Optimizer:
-    weights = model.parameters()
-    if name == "sgd":
-        return optim.SGD(weights, lr, momentum, weight_decay=weight_decay, fused=True)
-    if name == "adam":
-        return optim.Adam(weights, lr, weight_decay=weight_decay, fused=True)
-    raise ValueError(f"optimizer is {name!r}; allowed: sgd or adam.")
-
-
-def _scheduler(
-    name: str,
-    optimizer: optim.Optimizer,
-    steps: int,
-    decay_steps: int,
-    decay_factor: float,
-) -> optim.lr_scheduler.LRScheduler:
-    """The schedule of the rate, step by step; `decay_steps` lie between two decays."""
-    if name == "linear":
-        return optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    if name == "constant":
-        return optim.lr_scheduler.StepLR(optimizer, decay_steps, decay_factor)
-    raise ValueError(f"schedule is {name!r}; allowed: constant or linear.")
-
-
 def _batches(
-    dataset: ImageSet, batch_size: int, generator: torch.Generator
+    dataset: Dataset, batch_size: int, generator: torch.Generator
 ) -> list[Tensor]:
     """Index of the images of each batch, in a random order."""
     order = torch.randperm(len(dataset), generator=generator).to(dataset.labels.device)
@@ -140,7 +122,7 @@ def _batches(
 
 def _train_epoch(
     model: nn.Module,
-    dataset: ImageSet,
+    dataset: Dataset,
     batches: list[Tensor],
     scheduler: optim.lr_scheduler.LRScheduler,
     bar: tqdm,

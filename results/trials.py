@@ -104,7 +104,9 @@ def networks_of_fold(
     training.train(base, fold, **settings.training)
     (first, *_) = experiment.candidates(settings, 2 * len(fold))
 
-    def fine_tuned(network: torch.nn.Module, images: data.ImageSet) -> torch.nn.Module:
+    def fine_tuned(
+        network: torch.nn.Module, images: torch.utils.data.Dataset
+    ) -> torch.nn.Module:
         training.train(network, images, **first.finetuning)
         return network.eval()
 

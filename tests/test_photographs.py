@@ -256,26 +256,6 @@ def test_damaged_decoded_images_are_decoded_again(tmp_path):
     assert torch.equal(decode(path), first)
 
 
-def pipeline(settings: Settings) -> list:
-    """Training loss, maps and masked images of a network of photographs."""
-    train = datasets.load(settings).train
-    model = models.new_model(0, name=settings.model)
-    history = training.train(model, train, epochs=1, batch_size=4)
-    maps = saliency.saliency_maps(model, train.images, train.labels)
-    masked = masking.mask_dataset(train, maps, "mean_std", 1.0, fill="resample")
-    batch, _ = masked.batch(torch.arange(3))
-    return [torch.tensor(history[0]["loss"]), maps, batch]
-
-
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_images_in_a_file_give_the_same_as_in_memory(photographs, monkeypatch):
-    in_memory = pipeline(photographs)
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    in_a_file = pipeline(photographs)
-    for first, second in zip(in_memory, in_a_file, strict=True):
-        assert torch.equal(first, second)
-
-
 NETWORKS = ["resnet18", "mobilenet_v3_small", "densenet121", "squeezenet1_1", "swin_t"]
 
 

@@ -5,7 +5,7 @@ import sys
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import datasets, experiment, models, results, store
+from masktune_utils import datasets, experiment, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, PLOTS, Job, make_stage
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = arguments.command
     try:
         stems, grid = _read(arguments)
-        device = models.resolve_device(grid[0].device)
+        device = store.resolve_device(grid[0].device)
         finished = results.finished(grid[0].directory)
         if arguments.dask:
             _connect(arguments.dask)
