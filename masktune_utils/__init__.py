@@ -1,10 +1,28 @@
-"""The package under the MaskTune notebooks, one module for each stage.
+"""MaskTune, on two floors.
 
-progress, settings, models, images → data, shortcuts → training → saliency → masking →
-store, evaluation → results → experiment → selection → plotting; and, for the command,
-runner: grids, kernels → jobs, report → stages → command. A module imports only from
-those before it, and no notebook imports runner.
+The core, plain functions on networks and images, which know no settings and no files:
 
-Paper: Asgari Taghanaki et al., "MaskTune: Mitigating Spurious Correlations by Forcing
-to Explore", NeurIPS 2022.
+    progress     bars
+    data         `Split`: images with labels, from any data set of torch; two folds
+    models       networks, and the layer that is explained
+    shortcuts    what is planted in images, and groups
+    training     one loop, for ERM and fine-tuning
+    saliency     maps, by torchcam
+    masking      rules from maps to masks; masked images; MaskTune itself
+    metrics      predictions, accuracies, what a network relies on
+    selection    the choice of a mask on held-out images
+
+The shell, which gives the core settings, files, caching, notebooks and a command:
+
+    settings     every setting, its range and default; where files lie
+    store        devices; atomic writing, weights, checkpoints
+    images       photographs, decoded once
+    datasets     digits and folders of images as the sets of an experiment
+    evaluation   how well a model does on its test sets
+    results      results read, gathered, summarized
+    experiment   models, maps and choices: loaded, or else made
+    plotting     figures that more than one notebook draws
+    runner       the command: grids, kernels, notebooks as jobs
+
+A module imports only from those above it.
 """

@@ -149,10 +149,10 @@ def choice(experiment: str) -> dict[str, str]:
 
 
 def shortcuts_table() -> list[str]:
-    """The choice by the three tests, by shortcut, in short."""
+    """The choice by the one test, by shortcut, in short."""
     lines = []
     for name, experiment in SHORTCUTS.items():
-        chosen = CHOSEN[CHOSEN["experiment"] == experiment]
+        chosen = ONE_TEST[ONE_TEST["experiment"] == experiment]
         erm = of(experiment, "base")
         erm = erm[erm["seed"].isin(chosen["seed"])]
         kept = chosen["configuration"].eq("base").sum()
