@@ -420,6 +420,17 @@ def candidates(settings: BaseSettings, count: int) -> list[Settings]:
     ]
 
 
+def check_unseen(settings: BaseSettings) -> None:
+    """Refuse weights that may have seen the images on which a choice tests networks.
+
+    Raises:
+        ValueError: they are in a file, and `public_weights` is False.
+    """
+    if settings.weights not in ("", "DEFAULT") and not settings.public_weights:
+        allowed = "with public_weights True, if they were trained on other images"
+        raise ValueError(f"weights are {settings.weights!r}; allowed: {allowed}.")
+
+
 def choose(
     candidates: Sequence[Settings],
     base: Trained,
@@ -454,9 +465,7 @@ def choose(
         if candidate.replace(**vars(first.rule)) != first:
             allowed = f"only {', '.join(RULE)} may differ"
             raise ValueError(f"candidates have several schedules; allowed: {allowed}.")
-    if first.weights not in ("", "DEFAULT") and not first.public_weights:
-        allowed = "with public_weights True, if they were trained on other images"
-        raise ValueError(f"weights are {first.weights!r}; allowed: {allowed}.")
+    check_unseen(first)
     names = [candidate.configuration for candidate in candidates]
     saved_choice = None if retrain else results.current_choice(first, base.sha256)
     if saved_choice and names == saved_choice["candidates"]:

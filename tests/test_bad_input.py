@@ -14,9 +14,10 @@ from pathlib import Path
 
 import papermill
 import pytest
+import torch
 from conftest import write_idx_files, write_photographs
 
-from masktune_utils import datasets, store
+from masktune_utils import datasets, models, store
 from masktune_utils.runner import command, jobs
 from masktune_utils.settings import Settings
 
@@ -147,6 +148,18 @@ def test_a_directory_that_cannot_be_written_to(capsys):
     assert command.main(["run", *options]) == 2
     message = "directory is '/proc/new'; allowed: a folder to write to, or a new one ("
     assert f"masktune: {message}" in capsys.readouterr().err
+
+
+def test_weights_that_may_have_seen_the_images_of_a_choice(tmp_path, capsys):
+    path = tmp_path / "mine.pth"
+    torch.save(models.new_model(0).state_dict(), path)
+    options = ["--dataset=mnist5k", f"--weights={path}", f"--directory={tmp_path}/new"]
+    for name in ("run", "choose"):
+        assert command.main([name, *options]) == 2
+        message = f"weights are '{path}'; allowed: with public_weights True"
+        assert f"masktune: {message}" in capsys.readouterr().err
+    allowed = [*options, "--public_weights", "True", "--dry-run"]
+    assert command.main(["choose", *allowed]) == 0
 
 
 @pytest.mark.parametrize(

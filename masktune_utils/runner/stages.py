@@ -88,6 +88,8 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     sources = {}
     for settings in grid:
         experiment.map_size(settings.image_size, **settings.network)
+        if command != "sweep":
+            experiment.check_unseen(settings)
         sources[tuple(getattr(settings, name) for name in OF_IMAGES)] = settings
     for settings in sources.values():
         datasets.read(settings)  # what cannot be read is refused here
