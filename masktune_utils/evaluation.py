@@ -71,7 +71,7 @@ def evaluate_checkpoint(
         ValueError: an unknown data set or device.
     """
     checkpoint = store.load_checkpoint(path, device=store.resolve_device(device))
-    source = checkpoint.settings.get("dataset", datasets.resolve_dataset(dataset))
+    source = checkpoint.settings.get("dataset") or datasets.resolve_dataset(dataset)
     if dataset not in ("auto", source):
         raise store.CheckpointError(
             f"{path} was trained on {source!r}; use dataset={source!r}."

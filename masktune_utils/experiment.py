@@ -546,8 +546,9 @@ def export(settings: Settings) -> Path:
 
     Returns:
         A folder with `weights.pth`, a state dict with the network's own keys;
-        `mistakes.csv`, the images that ERM gets wrong when they are held out; and,
-        unless ERM is kept, `masks.npz`, N×H×W.
+        `mistakes.csv`, the images that ERM gets wrong when they are held out (with the
+        paths of photographs, if all of the folder are used); and, unless ERM is kept,
+        `masks.npz`, N×H×W.
 
     Raises:
         ValueError: there is no such choice.
@@ -566,7 +567,9 @@ def export(settings: Settings) -> Path:
     store.write_tensors(folder / "weights.pth", network.state_dict())
     mistakes = pd.DataFrame({"image": choice["mistake_numbers"]})
     if settings.dataset == "folder":
-        mistakes["path"] = datasets.paths(settings.train_folder)[mistakes["image"]]
+        paths = datasets.paths(settings.train_folder)
+        if len(paths) == len(train):  # else some are left out, and numbers differ
+            mistakes["path"] = paths[mistakes["image"]]
     results.save_table(mistakes, folder / "mistakes.csv")
     if name != "base":
         masks = path.with_name(f"CNN_masks_{name}.npz")

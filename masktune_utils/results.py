@@ -210,9 +210,11 @@ def conclude(bases: Sequence[Settings]) -> str:
         seeds = [base for base in bases if base.experiment == experiment]
         text += f"\n{experiment}\n\n"
         for base in seeds:
-            path = base.folder("results") / "chosen.json"
-            if path.exists():
-                text += f"seed {base.seed}: {read_choice(path)['reason']}\n"
+            path = base.folder("results") / "base.json"
+            sha256 = read_result(path)["sha256"] if path.exists() else ""
+            choice = current_choice(base, sha256)
+            if choice:
+                text += f"seed {base.seed}: {choice['reason']}\n"
         of_seeds = table[table["seed"].isin([base.seed for base in seeds])]
         rows = compare(of_seeds, experiment)
         shares = ("test", *ACCURACIES)

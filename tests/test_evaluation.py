@@ -148,6 +148,23 @@ def test_our_checkpoint_is_evaluated_on_all_test_images(model, tmp_path):
         assert json.dumps(report) == evaluated(model)
 
 
+def test_a_checkpoint_that_names_its_data_set_is_evaluated_on_it(
+    model, tmp_path, monkeypatch
+):
+    path = tmp_path / "ours.pth"
+    identity = Settings(dataset="mnist5k").identity(base=True)
+    store.save_checkpoint(path, model, identity, [])
+    asked = []
+
+    def resolve(dataset: str) -> str:
+        asked.append(dataset)
+        return dataset
+
+    monkeypatch.setattr(datasets, "resolve_dataset", resolve)
+    assert json.dumps(evaluation.evaluate_checkpoint(path)) == evaluated(model)
+    assert "auto" not in asked  # which might look for MNIST on the network
+
+
 def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):
     path = tmp_path / "ours.pth"
     identity = Settings(dataset="mnist").identity(base=True)

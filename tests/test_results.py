@@ -105,6 +105,13 @@ def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
     assert "seed 0: Why.\n" in text
 
 
+def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_told(saved):
+    made = choice(configuration="base", base_sha256="an older one", reason="Why.")
+    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", made)
+    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
+    assert "Why." not in text
+
+
 def test_a_choice_for_another_base_model_or_of_an_older_version_is_made_again(saved):
     path = saved / "results" / "mnist" / "seed0" / "chosen.json"
     base = Settings(dataset="mnist", directory=str(saved))

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from joblib import cpu_count
+from PIL import Image
 from tiny_runs import OPTIONS, kernels, masktune, start, tiny
 
 from masktune_utils import datasets, experiment, results, store
@@ -148,9 +149,20 @@ def test_exported_weights_of_photographs_have_the_keys_of_the_network(
     folder = experiment.export(settings)
     weights = torch.load(folder / "weights.pth", weights_only=True)
     assert "conv1.weight" in weights
-    paths = pd.read_csv(folder / "mistakes.csv")["path"]
-    assert all(Path(path).is_file() for path in paths)
-    assert len(paths) > 0
+    mistakes = pd.read_csv(folder / "mistakes.csv")
+    assert len(mistakes) > 0
+    for number, path in zip(mistakes["image"], mistakes["path"], strict=True):
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+        expected = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        assert torch.equal(train.images[number], expected)
+    few = settings.replace(limit=30)
+    train = datasets.load(few).train
+    base = experiment.base_model(few, train)
+    few_candidate = candidate.replace(limit=30)
+    experiment.choose([few_candidate], base, train)
+    mistakes = pd.read_csv(experiment.export(few) / "mistakes.csv")
+    assert "path" not in mistakes  # whose numbers are others
 
 
 def test_folders_of_three_classes_go_through_all_notebooks(whole_run):

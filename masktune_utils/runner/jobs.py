@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import papermill
 from joblib import Parallel, cpu_count, delayed
-from nbconvert import HTMLExporter
 from tqdm import tqdm
 
 from masktune_utils import progress, results, store
@@ -205,6 +204,8 @@ def execute(stages: list[list[Job]], count: int, force: bool = False) -> dict[Jo
 
 def write_page(job: Job) -> Path:
     """Write an executed notebook without its code, as one file to be read offline."""
+    from nbconvert import HTMLExporter  # heavy, and seldom wanted
+
     exporter = HTMLExporter(
         exclude_input=True, exclude_output_prompt=True, embed_images=True
     )
