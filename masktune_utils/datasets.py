@@ -129,9 +129,8 @@ def read(settings: DataSettings) -> tuple[Split, Split]:
     CLASS/GROUP/….jpg also gives the groups.
 
     Args:
-        settings: `limit` takes the first images of each digit, or of each class of a
-            folder and each group of its test set, equally many; of the test images at
-            most as many.
+        settings: `limit` draws training images at random by the `seed`, equally many of
+            each digit, or of each class of a folder. The test images are all there are.
 
     Returns:
         Training and test images, on the CPU.
@@ -146,24 +145,17 @@ def read(settings: DataSettings) -> tuple[Split, Split]:
     dataset = resolve_dataset(settings.dataset)
     if dataset == "folder":
         train, test = _read_folders(settings)
-        train_kinds = train.labels  # groups stay as they are
+        kinds = train.labels  # groups stay as they are
     else:
         train, test = _read_digits(dataset, settings.labels)
-        train_kinds = train.groups
+        kinds = train.groups
     if min(len(train.labels.unique()), len(test.labels.unique())) < 2:
         raise ValueError(
             f"{dataset} has images of one class only; allowed: 2 classes or more."
         )
-    limit = settings.limit
-    if limit is None:
-        return train, test
-    kinds, counts = train_kinds.unique(return_counts=True)
-    smallest = counts.min().item()
-    if limit // len(kinds) > smallest:
-        most = len(kinds) * smallest
-        raise ValueError(f"limit is {limit}; allowed: at most {most} here.")
-    train = _first_of_each(train, train_kinds, limit)
-    return train, _first_of_each(test, test.groups, limit)
+    if settings.limit is not None:
+        train = _draw(train, kinds, settings.limit, settings.seed)
+    return train, test
 
 
 def resolve_dataset(dataset: str) -> str:
@@ -185,13 +177,20 @@ def resolve_dataset(dataset: str) -> str:
     return "mnist"
 
 
-def _first_of_each(split: Split, kinds: Tensor, limit: int) -> Split:
-    """The first images of each kind, equally many: at most `limit`, at least one."""
+def _draw(split: Split, kinds: Tensor, limit: int, seed: int) -> Split:
+    """Images at random, equally many of each kind: at most `limit`, at least one."""
     members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
-    wanted = max(1, limit // len(members))
-    smallest = min(len(index) for index in members)
-    count = min(wanted, smallest)
-    return split[torch.cat([index[:count] for index in members])]
+    count = max(1, limit // len(members))
+    smallest = min(map(len, members))
+    if count > smallest:
+        most = len(members) * smallest
+        raise ValueError(f"limit is {limit}; allowed: at most {most} here.")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for index in members:
+        order = torch.randperm(len(index), generator=generator)
+        drawn.append(index[order[:count]])
+    return split[torch.cat(drawn)]
 
 
 def _read_digits(dataset: str, labels: str) -> tuple[Split, Split]:

@@ -116,7 +116,10 @@ class DataSettings(BaseModel):
     )
     seed: int = Field(0, description="of every random choice", ge=0, le=2**32 - 1)
     limit: int | None = Field(
-        None, description="number of training images; None: all", ge=20, multiple_of=10
+        None,
+        description="training images, drawn by the seed; None: all",
+        ge=20,
+        multiple_of=10,
     )
     image_size: int = Field(
         28, description="side of the images of a folder in pixels", ge=8, le=1024
