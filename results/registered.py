@@ -241,4 +241,6 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]])
+    import registered  # its functions have this name in the other processes, too
+
+    registered.main([int(seed) for seed in sys.argv[1:]])
