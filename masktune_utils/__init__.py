@@ -16,8 +16,7 @@ The shell, which gives the core settings, files, caching, notebooks and a comman
 
     settings     every setting, its range and default; where files lie
     store        devices; atomic writing, weights, checkpoints
-    images       photographs, decoded once
-    datasets     digits and folders of images as the sets of an experiment
+    datasets     digits as the sets of an experiment
     evaluation   how well a model does on its test sets
     results      results read, gathered, summarized
     experiment   models, maps and choices: loaded, or else made

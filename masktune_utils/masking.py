@@ -59,8 +59,6 @@ def mean_std(maps: Tensor, param: float) -> Tensor:
 
 
 RULES = {"threshold": threshold, "top_k": top_k, "mean": mean, "mean_std": mean_std}
-METHODS = (*RULES, "random")
-HARD = ("mean_std", "random")  # their masks have hard edges, whatever the upsampling
 
 
 def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
@@ -81,40 +79,6 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
     if method not in RULES:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(RULES)}.")
     return RULES[method](torch.as_tensor(saliency_map), param)
-
-
-def random_patches(
-    count: int,
-    share: float,
-    seed: int,
-    size: tuple[int, int],
-) -> Tensor:
-    """Masks that depend on no map, as a control: patches of random size and place.
-
-    Args:
-        count: N.
-        share: mean share of the image that a patch hides; one patch hides up to twice
-            as much.
-        seed: decides sizes and places.
-        size: H, W of the images.
-
-    Returns:
-        N×H×W, bool, True where the image is hidden.
-    """
-    height, width = size
-    generator = torch.Generator().manual_seed(seed)
-    area, row_place, column_place = torch.rand(3, count, 1, generator=generator)
-    side = (2 * share * area * height * width).sqrt().round()
-    in_rows = _is_inside(row_place, side, height)
-    in_columns = _is_inside(column_place, side, width)
-    return in_rows[:, :, None] & in_columns[:, None, :]
-
-
-def _is_inside(place: Tensor, side: Tensor, length: int) -> Tensor:
-    """Which of the pixels of a side lie in an interval at a place in [0, 1]."""
-    first = (place * (length - side + 1)).floor()
-    pixels = torch.arange(length)
-    return (first <= pixels) & (pixels < first + side)
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
@@ -158,12 +122,6 @@ def apply_mask(
     if images.is_floating_point():
         return masked
     return masked.round().to(images.dtype)
-
-
-def _dilate_rows(masks: Tensor, pixels: int) -> Tensor:
-    """The maximum over as many pixels to the left and to the right."""
-    padded = F.pad(masks, (pixels, pixels))
-    return padded.unfold(-1, 2 * pixels + 1, 1).amax(-1)
 
 
 def mean_map(maps: Tensor) -> Tensor:
@@ -265,8 +223,8 @@ class Rule:
     """How masks are made.
 
     Attributes:
-        method: see `create_mask`; or `random`, see `random_patches`.
-        param: of the method; for `random`, the share.
+        method: see `create_mask`.
+        param: of the method.
         upsample: how a mask gets from the map's size to the image's. `bilinear`: the
             mask is resized, with soft edges. `nearest`: the mask is resized, with hard
             edges. `map`: the map is resized bilinearly before the method is applied,
@@ -275,7 +233,7 @@ class Rule:
         dilation: by which the mask is dilated, in all eight directions, in 28ths of the
             side.
         shared: hide the same in all images, what the mean of their maps points at. Then
-            a mask says nothing about the class of its image. Not for `random`.
+            a mask says nothing about the class of its image.
         fill: what takes the place of what is hidden, see `MaskedDataset`.
         rounds: of masking; each adds to what is hidden, see `masktune`.
 
@@ -292,7 +250,7 @@ class Rule:
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        known = {"method": METHODS, "upsample": UPSAMPLES, "fill": FILLS}
+        known = {"method": RULES, "upsample": UPSAMPLES, "fill": FILLS}
         for name, allowed in known.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -317,25 +275,24 @@ class Rule:
         """Masks of the size of the images, by maps.
 
         Args:
-            maps: ...×h×w, in [0, 1]; of `random`, the patches.
+            maps: N×h×w, in [0, 1].
             size: H, W of the images.
 
         Returns:
-            ...×H×W, True where the image is hidden; with soft edges float32 in [0, 1].
+            N×H×W, True where the image is hidden; with soft edges float32 in [0, 1].
         """
-        if self.method == "random":
-            masks = maps.float()
-        elif self.upsample == "map" or self.method == "mean_std":
+        if self.upsample == "map" or self.method == "mean_std":
             masks = create_mask(resize(maps, size), self.method, self.param).float()
         else:
             small = create_mask(maps, self.method, self.param)
             masks = resize(small, size, self.upsample)
         pixels = round(self.dilation * size[0] / 28)
         if pixels:
+            side = 2 * pixels + 1
             # Rows, then columns: quicker on a CPU than a square window.
-            dilated_rows = _dilate_rows(masks, pixels)
-            masks = _dilate_rows(dilated_rows.mT, pixels).mT
-        is_soft = self.upsample == "bilinear" and self.method not in HARD
+            masks = F.max_pool2d(masks, (1, side), 1, (0, pixels))
+            masks = F.max_pool2d(masks, (side, 1), 1, (pixels, 0))
+        is_soft = self.upsample == "bilinear" and self.method != "mean_std"
         return masks if is_soft else masks.bool()
 
     def mask(
@@ -349,8 +306,8 @@ class Rule:
 
         Args:
             split: the images.
-            maps: N×h×w, one per image; `random` does not use them.
-            seed: of `random`, and of the partners of `resample`.
+            maps: N×h×w, one per image.
+            seed: of the partners of `resample`.
             earlier: a masked dataset of the same split; what its own masks hide stays
                 hidden.
 
@@ -360,9 +317,6 @@ class Rule:
         size = tuple(split.images.shape[-2:])
         if len(split) != len(maps):
             raise ValueError(f"{len(maps)} maps; allowed: {len(split)}, one per image.")
-        if self.method == "random":
-            maps = random_patches(len(split), self.param, seed, size)
-            maps = maps.to(split.labels.device)
         if self.shared:
             maps = mean_map(maps)
         parts = [self.image_masks(part, size) for part in maps.split(1000)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from masktune_utils.data import Split
-from masktune_utils.masking import apply_mask
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.shortcuts import groups
 
 
@@ -129,8 +129,8 @@ def diagnose(
 ) -> Diagnosis:
     """Does a trained network rely on what the masks hide?
 
-    What is hidden is taken from another image, at random; those whose class is the same
-    are told from the rest.
+    What is hidden is taken from another image, at random (see `MaskedDataset`); those
+    whose class is the same are told from the rest.
 
     Args:
         network: any network.
@@ -138,27 +138,26 @@ def diagnose(
         masks: N×H×W, True where the image is hidden.
         seed: of the other images.
     """
-    images, labels = split.batch(slice(None))
-    generator = torch.Generator().manual_seed(seed)
-    partners = torch.randperm(len(split), generator=generator)
-    resampled = Split(apply_mask(images, masks, fill=images[partners]), labels)
-    right = is_right(predict(network, resampled), labels)
-    is_same = (labels == labels[partners]).cpu()
+    resampled = MaskedDataset(split, masks, "resample", seed)
+    right = is_right(predict(network, resampled), split.labels)
+    is_same = (split.labels == split.labels[resampled.partners]).cpu()
     parts = {
-        "as it is": is_right(predict(network, split), labels),
+        "as it is": is_right(predict(network, split), split.labels),
         "same class": right[is_same],
         "another class": right[~is_same],
     }
-    accuracy = {name: part.double().mean().item() for name, part in parts.items()}
-    limits = [interval(int(part.sum()), len(part)) for part in parts.values()]
-    words = []
-    for share, (low, high) in zip(accuracy.values(), limits, strict=True):
-        words.append(f"{share:.1%} ({100 * low:.1f}–{100 * high:.1f} %)")
-    _, (least_with_same, _), (_, most_with_another) = limits
-    relies = most_with_another < least_with_same
+    accuracy = {}
+    limits = {}
+    words = {}
+    for name, part in parts.items():
+        accuracy[name] = part.double().mean().item()
+        low, high = interval(int(part.sum()), len(part))
+        limits[name] = low, high
+        words[name] = f"{accuracy[name]:.1%} ({100 * low:.1f}–{100 * high:.1f} %)"
+    relies = limits["another class"][1] < limits["same class"][0]
     sentence = (
-        f"Accuracy is {words[0]}; {words[1]} with the hidden part from another image of "
-        f"the same class, and {words[2]} of another class: the network "
-        f"{'relies' if relies else 'is not shown to rely'} on it."
+        f"Accuracy is {words['as it is']}; {words['same class']} with the hidden part "
+        f"from another image of the same class, and {words['another class']} of another "
+        f"class: the network {'relies' if relies else 'is not shown to rely'} on it."
     )
     return Diagnosis(relies, accuracy, sentence)

@@ -1,7 +1,6 @@
 """Networks, and the layer that is explained."""
 
 import copy
-import logging
 
 import torch
 from torch import Tensor, nn
@@ -45,48 +44,19 @@ def _conv(channels: int, out_channels: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, out_channels, 3), nn.BatchNorm2d(out_channels), nn.ReLU()
 
 
-def build(name: str, num_classes: int) -> nn.Module:
-    """A network with random weights; one of torchvision normalises the images itself.
-
-    Args:
-        name: `small_cnn`, or a classification network of torchvision.
-        num_classes: number of logits.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name == "small_cnn":
-        return SmallCNN(num_classes)
-    from torchvision import models  # takes a second
-    from torchvision.transforms.v2 import Normalize
-
-    # These have several outputs, or no plain state dict.
-    left_out = ("googlenet", "inception*", "mnasnet*")
-    known = ["small_cnn", *models.list_models(module=models, exclude=left_out)]
-    if name not in known:
-        raise ValueError(f"model is {name!r}; allowed: {', '.join(known)}.")
-    usual = models.get_model_weights(name).DEFAULT.transforms()
-    network = models.get_model(name, num_classes=num_classes)
-    return nn.Sequential(Normalize(usual.mean, usual.std), network)
-
-
 def new_model(
-    seed: int,
-    device: str | torch.device = "cpu",
-    num_classes: int = 2,
-    name: str = "small_cnn",
-) -> nn.Module:
+    seed: int, device: str | torch.device = "cpu", num_classes: int = 2
+) -> SmallCNN:
     """A network at the start of training; the global random generator is left as it is.
 
     Args:
         seed: of the initial weights.
         device: where to put it.
         num_classes: number of logits.
-        name: see `build`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = build(name, num_classes)
+        model = SmallCNN(num_classes)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -100,7 +70,7 @@ def target_layer(
         shape: C, H, W of the images.
         layer: its name, as in `model.get_submodule`. Without one, what the method
             `model.get_grad_cam_target_layer()` returns; without this method, the last
-            layer whose output is larger than one pixel, as torchcam finds it.
+            layer whose output is larger than one pixel.
 
     Raises:
         TypeError: no layer is named, and there is none, or the network computes with
@@ -110,29 +80,27 @@ def target_layer(
         return model.get_submodule(layer)
     if hasattr(model, "get_grad_cam_target_layer"):
         return model.get_grad_cam_target_layer()
-    from torchcam.methods import XGradCAM  # heavy, and of no use to the command
-
-    logging.getLogger("torchcam").setLevel(logging.ERROR)  # it warns of its choice
     kind = type(model).__name__
-    try:
-        with XGradCAM(model, input_shape=shape) as extractor:
-            found = model.get_submodule(extractor.target_names[0])
-    except ValueError:
-        needed = "name one by layer=, or by a method get_grad_cam_target_layer()"
-        raise TypeError(f"no layer of {kind} has a map; {needed}.") from None
-    if _has_tokens(model, shape):
+    shapes = _output_shapes(model, shape)
+    if any(len(size) == 3 and size[1] > 1 for size in shapes.values()):
         needed = "name a layer by layer=, and make its output a map by reshape="
         raise TypeError(f"{kind} computes with tokens; {needed}.")
-    return found
+    maps = [name for name, size in shapes.items() if len(size) == 4 and size[-1] > 1]
+    if not maps:
+        needed = "name one by layer=, or by a method get_grad_cam_target_layer()"
+        raise TypeError(f"no layer of {kind} has a map; {needed}.")
+    return model.get_submodule(maps[-1])
 
 
-def _has_tokens(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether the output of a layer is N×tokens×channels, as in a transformer."""
+def _output_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
+    """Name of each layer → shape of its output, in the order of computation."""
     outputs = []
     watched = copy.deepcopy(model).eval()
-    for module in watched.modules():
-        module.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
+    for name, module in watched.named_modules():
+        module.register_forward_hook(
+            lambda _layer, _inputs, out, name=name: outputs.append((name, out))
+        )
     with torch.no_grad():
         watched(torch.zeros(1, *shape, device=next(watched.parameters()).device))
-    tensors = [output for output in outputs if isinstance(output, Tensor)]
-    return any(output.ndim == 3 and output.shape[1] > 1 for output in tensors)
+    of_layers = outputs[:-1]  # the last is that of the whole network
+    return {name: out.shape for name, out in of_layers if isinstance(out, Tensor)}

@@ -1,13 +1,12 @@
 """Figures that more than one notebook draws; `show` saves and displays any figure."""
 
-import textwrap
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import matplotlib.style
 import pandas as pd
 import torch
+from IPython.core.pylabtools import print_figure
 from IPython.display import Image, display
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ CLASS_COLORS = [
     "#882255",
     "#6B4C1E",
 ]
-TEST_COLORS = {"raw": "#BBBBBB", "biased": "#444444", "test": "#BBBBBB"}
+TEST_COLORS = {"raw": "#BBBBBB", "biased": "#444444"}
 MODEL_COLORS = {
     "ERM": "#777777",
     "published": "#0072B2",
@@ -47,7 +46,6 @@ def show(
     settings: Settings,
     name: str,
     seeds: Sequence[int] = (),
-    images: str = "",
 ) -> None:
     """Save a figure as PNG, with the name of its images and seeds, and display it.
 
@@ -56,23 +54,13 @@ def show(
         settings: the experiment.
         name: name of the file, without its suffix.
         seeds: the seeds shown, if not that of the experiment alone.
-        images: the images shown, in words, if not those of the experiment alone.
     """
-    shown_seeds = sorted(seeds) or [settings.seed]
-    numbers = ", ".join(map(str, shown_seeds))
-    mark = f"{images or settings.title}, seed {numbers}"
-    characters = int(20 * figure.get_figwidth())  # so many are as wide as the figure
-    mark = textwrap.fill(mark, characters)
-    figure.text(0, 0, mark, ha="left", va="top", fontsize=7, color="0.45")
-    png = _png(figure)
+    numbers = ", ".join(map(str, sorted(seeds) or [settings.seed]))
+    mark = f"{settings.experiment}, seed {numbers}"
+    figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
+    png = print_figure(figure, dpi=160)
     store.write_bytes(settings.folder("figures") / f"{name}.png", png)
     display(Image(data=png, retina=True, alt=name))
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=160, bbox_inches="tight")
-    return buffer.getvalue()
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
@@ -118,18 +106,16 @@ def grid(
     axes = figure.subplots(num_rows, len(columns), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
-    for column, title in zip(axes.T, columns, strict=True):
+    for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        pictures = columns[title].cpu()
-        for ax, picture in zip(column, pictures, strict=False):
+        for ax, picture in zip(column, pictures.cpu(), strict=False):
             is_mask = picture.ndim == 2
             pixels = picture if is_mask else picture.permute(1, 2, 0)
-            ax.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             ax.set_frame_on(True)  # else a mask that is white at its edge looks cut off
             ax.spines[:].set(visible=True, color="0.7", linewidth=0.5)
-    style = {"fontsize": 8, "rotation": 0, "ha": "right", "va": "center"}
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, **style)
+        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     return figure
 
 
@@ -149,10 +135,7 @@ def dots(
         color: of dots and bars.
         label: in a legend.
     """
-    for height, name in enumerate(order):
-        row = 100 * values[values.index == name]
-        heights = [height] * len(row)
-        ax.plot(row, heights, "o", color=color, markersize=4, alpha=0.6)
-        ax.plot(row.mean(), height, "|", color=color, markersize=16)
-    ax.plot([], [], "o", color=color, label=label)
-    ax.set_yticks(range(len(order)), order)
+    shown = 100 * values[values.index.isin(order)]
+    means = shown.groupby(level=0).mean().reindex(order)
+    ax.plot(means, order, "|", color=color, markersize=16)
+    ax.plot(shown, shown.index, "o", color=color, markersize=4, alpha=0.6, label=label)

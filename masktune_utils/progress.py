@@ -1,26 +1,10 @@
-"""Progress bars, for people who look on and for logs."""
+"""Progress bars, for people who look on."""
 
-import contextlib
-import io
-import sys
-from collections.abc import Iterator
-from contextvars import ContextVar
+from multiprocessing import current_process
 from typing import Any
 
 from IPython import get_ipython
 from tqdm import auto, std
-
-_is_silent = ContextVar("_is_silent", default=False)
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Show no bars in this block; the caller has one for all of it."""
-    token = _is_silent.set(True)
-    try:
-        yield
-    finally:
-        _is_silent.reset(token)
 
 
 def is_live() -> bool:
@@ -37,25 +21,13 @@ def is_live() -> bool:
 def bar(*args: Any, **options: Any) -> std.tqdm:
     """A tqdm progress bar: a widget in JupyterLab, a line in a terminal.
 
-    It goes away when it is done.
-    In a notebook that runs headless, it prints a line every five seconds, and nothing
-    for shorter work.
+    It goes away when it is done. A notebook that runs headless has none, nor has a
+    process that works for another.
 
     Args:
         *args: see tqdm.
         **options: see tqdm.
     """
-    if _is_silent.get():
-        return std.tqdm(*args, **{**options, "disable": True})
-    if hasattr(get_ipython(), "kernel") and not is_live():
-        headless = {"file": sys.stdout, "mininterval": 5, "delay": 5, "ncols": 110}
-        return std.tqdm(*args, **{**options, **headless})
-    return auto.tqdm(*args, leave=False, **options)
-
-
-class Bars(io.TextIOBase):
-    """Passes on the bars that a headless notebook prints, and nothing else."""
-
-    def write(self, text: str) -> int:
-        """Write to stderr."""
-        return sys.stderr.write(text) if text.startswith("\r") else 0
+    is_headless = hasattr(get_ipython(), "kernel") and not is_live()
+    is_worker = current_process().name != "MainProcess"
+    return auto.tqdm(*args, leave=False, disable=is_headless or is_worker, **options)

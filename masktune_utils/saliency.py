@@ -10,7 +10,7 @@ from torchcam import methods
 
 from masktune_utils import data, models, progress
 
-CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "SmoothGradCAMpp", "LayerCAM", "FinerCAM")
+CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "LayerCAM", "FinerCAM")
 
 
 def saliency_maps(
@@ -32,8 +32,7 @@ def saliency_maps(
         images: N×C×H×W, uint8 or float in [0, 1], on any device.
         labels: N, on any device; the class whose score is explained, one per image.
         cam: one of `CAMS`, named as the classes of torchcam.
-        batch_size: images at a time. It only changes the speed, except for
-            SmoothGradCAMpp, which adds noise from a fixed seed.
+        batch_size: images at a time. It only changes the speed.
         layer: name of the layer to explain; by default see `models.target_layer`.
         reshape: from the output of a layer that is given, which has tokens or channels
             last, to N×C×h×w.
@@ -66,10 +65,8 @@ def saliency_maps(
         getattr(methods, cam)(
             explained, target, reshape_transform=reshape
         ) as extractor,
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.enable_grad(),
     ):
-        torch.manual_seed(0)  # SmoothGradCAMpp draws noise
         for batch, classes in progress.bar(batches, desc=cam):
             scores = explained(data.to_float(batch.to(device)))
             maps += extractor(classes.tolist(), scores)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -430,15 +430,9 @@ class _Fitted(NamedTuple):
 
 def _run(jobs: int, function: Callable, calls: list[tuple], description: str) -> list:
     """Call a function several times, in as many processes as there are jobs."""
-    tasks = [delayed(_silently)(function, *arguments) for arguments in calls]
+    tasks = [delayed(function)(*arguments) for arguments in calls]
     outcomes = Parallel(jobs, return_as="generator")(tasks)
     return list(progress.bar(outcomes, total=len(tasks), desc=description))
-
-
-def _silently(function: Callable, *arguments: Any) -> Any:
-    """Call a function; its caller has one bar for all calls."""
-    with progress.silence():
-        return function(*arguments)
 
 
 def _fit(fit: Callable, explain: Callable, fold: Split) -> _Fitted:
@@ -479,29 +473,26 @@ def _predict_held_out(
         seed: of the images that are resampled, and of their partners.
     """
     candidates = [name for name in models if name not in (ERM, NULL)]
-    image_sets = []  # of each fold: as it is, and as each candidate resamples it
+    calls = []
+    labels = []
     for number, fold in enumerate(folds):
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randperm(len(fold), generator=generator)[:SAMPLE]
-        images = fold[sample]
-        of_fold = [fold]
+        image_sets = [fold]  # as it is, and as each candidate resamples it
         for name in candidates:
             masks = models[name][number].maps[sample]
-            of_fold.append(MaskedDataset(images, masks, "resample", seed))
-        image_sets.append(of_fold)
-    calls = []
-    for first, second in models.values():
-        calls.append((second.network, image_sets[0]))
-        calls.append((first.network, image_sets[1]))
+            image_sets.append(MaskedDataset(fold[sample], masks, "resample", seed))
+        for of_folds in models.values():
+            calls.append((of_folds[1 - number].network, image_sets))
+        labels.append([images.labels.cpu() for images in image_sets])
     logits = _run(jobs, _predict, calls, "predicting")
+    labels = [torch.cat(pair) for pair in zip(*labels, strict=True)]
 
-    labels = []
-    for pair in zip(*image_sets, strict=True):
-        labels.append(torch.cat([images.labels.cpu() for images in pair]))
     predictions = {}
     resampled = {}
-    for name, *pair in zip(models, logits[::2], logits[1::2], strict=True):
-        original, *of_masks = map(torch.cat, zip(*pair, strict=True))
+    pairs = zip(logits[: len(models)], logits[len(models) :], strict=True)
+    for name, pair in zip(models, pairs, strict=True):
+        original, *of_masks = [torch.cat(parts) for parts in zip(*pair, strict=True)]
         predictions[name] = original.argmax(1)
         if name == ERM:
             probabilities = original.softmax(1)
@@ -509,8 +500,8 @@ def _predict_held_out(
         resampled[name] = dict(zip(candidates, worst, strict=True))
     hidden = {}
     for name in candidates:
-        shares = [model.maps.float().mean().item() for model in models[name]]
-        hidden[name] = sum(shares) / 2
+        masks = torch.cat([model.maps for model in models[name]])
+        hidden[name] = masks.float().mean().item()
     return HeldOut(
         labels=labels[0],
         probabilities=probabilities,

@@ -16,13 +16,12 @@ def groups(split: Split) -> dict[str, Tensor]:
         Name of the group → index. The groups are those of the folders, else class ×
         shortcut.
     """
-    if split.group_names:
-        names = split.group_names
-        numbers = split.groups.cpu()
-    else:
-        names = []
-        for label in range(int(split.labels.max()) + 1 if len(split) else 0):
-            names += [f"class {label}, shortcut", f"class {label}, no shortcut"]
+    names = split.group_names
+    numbers = split.groups.cpu()
+    if not names:
+        words = ("shortcut", "no shortcut")
+        classes = range(len(split.labels.bincount()))
+        names = [f"class {label}, {word}" for label in classes for word in words]
         numbers = (2 * split.labels + ~split.has_shortcut).cpu()
     index = {name: (numbers == k).nonzero()[:, 0] for k, name in enumerate(names)}
     return {name: members for name, members in index.items() if len(members)}

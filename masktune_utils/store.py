@@ -1,13 +1,10 @@
 """Devices and files: atomic writing, weights, and checkpoints, refused by name."""
 
-import contextlib
 import hashlib
 import io
 import os
-import socket
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,13 @@ RETIRED = {
     "accumulate": False,
     "restart": False,
     "start_half": None,
+    "train_folder": "",
+    "test_folder": "",
+    "image_size": 28,
+    "model": "small_cnn",
+    "weights": "",
+    "flip": False,
 }
-SILENCE = 15  # seconds without an answer, after which a download is given up
-# What a checkpoint also tells besides its settings, see `experiment`.
-SOURCES = {"base_sha256", "train_images", "weights_file"}
 
 
 class CheckpointError(ValueError):
@@ -70,11 +70,6 @@ def resolve_device(device: str = "auto") -> torch.device:
         )
         raise ValueError(f"device is {device!r}; allowed: {allowed}.") from None
     return torch.device(device)
-
-
-def describe_device(device: torch.device) -> str:
-    """Name of the device for records: `cpu`, `mps`, or the model of the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def check_writable(directory: str) -> None:
@@ -187,12 +182,11 @@ def load_checkpoint(
     try:
         content = read_tensors(path)
         if settings is None and "sha256" not in content:
-            sha256 = weights_sha256(content)
             content = {
                 "state_dict": content,
                 "settings": {},
                 "history": [],
-                "sha256": sha256,
+                "sha256": weights_sha256(content),
             }
         checkpoint = _checked(content)
     except Exception as error:  # torch has no class of its own for a damaged file
@@ -200,21 +194,16 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} is damaged, foreign or of another version ({reason})."
         ) from error
-    _check_settings(path, checkpoint, settings or {})
-    checkpoint.model.to(device, memory_format=torch.channels_last).eval()
-    return checkpoint
-
-
-def _check_settings(path: Path, checkpoint: Checkpoint, settings: dict) -> None:
-    """Refuse a model that was not made with these settings."""
-    for name, asked in settings.items():
+    for name, asked in (settings or {}).items():
         # A setting that is younger than the file had its default.
         made_with = checkpoint.settings.get(name, DEFAULTS.get(name))
-        if made_with != asked and name != "test_folder":  # any images may serve to test
+        if made_with != asked:
             hint = "Delete it, use retrain = True, or use another directory."
             raise CheckpointError(
                 f"{path} was made with {name} = {made_with!r}, not {asked!r}. {hint}"
             )
+    checkpoint.model.to(device, memory_format=torch.channels_last).eval()
+    return checkpoint
 
 
 def _checked(content: dict[str, Any]) -> Checkpoint:
@@ -226,7 +215,7 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
             raise ValueError(
                 f"an older version wrote it, with {name} other than {value}"
             )
-    unknown = made_with.keys() - DEFAULTS - SOURCES - {*IN_FILES.values()}
+    unknown = made_with.keys() - DEFAULTS - {"base_sha256", *IN_FILES.values()}
     if unknown:
         raise ValueError(
             f"a newer version wrote it, with the setting {', '.join(unknown)}"
@@ -234,54 +223,6 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
     if weights_sha256(weights) != content["sha256"]:
         raise ValueError("its weights have another SHA-256")
     last_bias = list(weights.values())[-1]
-    model = models.build(made_with.get("model", DEFAULTS["model"]), len(last_bias))
+    model = models.SmallCNN(len(last_bias))
     model.load_state_dict(weights)
     return Checkpoint(model, made_with, list(content["history"]), content["sha256"])
-
-
-@contextlib.contextmanager
-def impatience() -> Iterator[None]:
-    """Give up on a download after `SILENCE` seconds without an answer."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-def load_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Let a network start from weights; a last layer for other classes keeps its own.
-
-    Args:
-        model: see `models.build`.
-        name: its name.
-        weights: `DEFAULT`: those of torchvision; or a file with a state dict.
-
-    Raises:
-        ValueError: they cannot be downloaded or read, or are not of this network.
-    """
-    network = model if name == "small_cnn" else model[1]
-    try:
-        fitted = _read_weights(name, weights)
-        random = network.state_dict()
-        last_layer = [*random][-1].rpartition(".")[0]
-        for key in random:
-            if key.startswith(last_layer) and fitted[key].shape != random[key].shape:
-                fitted[key] = random[key]
-        network.load_state_dict(fitted)
-    except Exception as error:  # torch has no class of its own for a damaged file
-        reason = f"no weights of {name} ({' '.join(f'{error}'.split())[:200]})"
-        allowed = "DEFAULT, while online, or the path of a state dict"
-        raise ValueError(
-            f"weights are {weights}: {reason}; allowed: {allowed}."
-        ) from error
-
-
-def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    if weights != "DEFAULT":
-        return torch.load(weights, map_location="cpu", weights_only=True)
-    from torchvision.models import get_model
-
-    with impatience():
-        return get_model(name, weights="DEFAULT", progress=False).state_dict()

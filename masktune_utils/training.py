@@ -37,9 +37,7 @@ def train(
     lr_decay_factor: float = 0.5,
     optimizer: str = "sgd",
     schedule: str = "constant",
-    flip: bool = False,
     seed: int = 0,
-    description: str = "ERM",
 ) -> list[dict[str, float]]:
     """Train the model in place with cross-entropy.
 
@@ -60,9 +58,7 @@ def train(
         schedule: of the learning rate. `constant`: it only decays every
             `lr_decay_epochs`. `linear`: it falls step by step, to 0 at the end of the
             last epoch.
-        flip: mirror half of the images, at random.
-        seed: of the order of the images, of `flip`, and of dropout.
-        description: name of the progress bar.
+        seed: of the order of the images, and of dropout.
 
     Returns:
         One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the
@@ -91,7 +87,6 @@ def train(
     else:
         raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
     generator = torch.Generator().manual_seed(seed)
-    mirror = generator if flip else None
     history = []
     total = epochs * len(dataset)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -99,12 +94,12 @@ def train(
     with forked, bar:
         torch.manual_seed(seed)  # of dropout
         for epoch in range(1, epochs + 1):
-            bar.set_description(f"{description}, epoch {epoch}/{epochs}", refresh=False)
+            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             row = {"epoch": epoch, "lr": torch_optimizer.param_groups[0]["lr"]}
             started = time.perf_counter()
             batches = _batches(dataset, batch_size, generator)
             of_epoch = dataset.in_epoch(epoch)
-            means = _train_epoch(model, of_epoch, batches, scheduler, bar, mirror)
+            means = _train_epoch(model, of_epoch, batches, scheduler, bar)
             row["loss"], row["accuracy"] = means.tolist()
             row["seconds"] = time.perf_counter() - started
             history.append(row)
@@ -126,7 +121,6 @@ def _train_epoch(
     batches: list[Tensor],
     scheduler: optim.lr_scheduler.LRScheduler,
     bar: tqdm,
-    mirror: torch.Generator | None,
 ) -> Tensor:
     """One pass; returns mean loss and accuracy, which stay on the device."""
     device = next(model.parameters()).device
@@ -138,11 +132,6 @@ def _train_epoch(
         images, labels = dataset.batch(index)
         images = images.to(device)
         labels = labels.to(device)
-        if mirror:
-            is_mirrored = (
-                torch.rand(len(index), 1, 1, 1, generator=mirror).to(device) < 0.5
-            )
-            images = torch.where(is_mirrored, images.flip(-1), images)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -153,9 +142,5 @@ def _train_epoch(
         seen += len(index)
         correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss.detach() * len(index), correct])
-        if bar.update(len(index)):
-            mean_loss, accuracy = (sums / seen).tolist()
-            bar.set_postfix_str(
-                f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}", refresh=False
-            )
+        bar.update(len(index))
     return sums / seen

@@ -1,4 +1,4 @@
-"""The command `masktune`: notebooks 01 to 05 and a choice, sweeps, choices, export."""
+"""The command `masktune`: notebooks 01 to 05 and a choice, sweeps, choices."""
 
 import argparse
 import ast
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from masktune_utils.settings import RUNTIME, Settings
 
-COMMANDS = ("run", "sweep", "choose", "export")
-USAGE = """masktune run|sweep|choose|export [GRID] [--SETTING VALUE …]
-       [--jobs N] [--dask ADDRESS] [--force] [--dry-run]"""
+COMMANDS = ("run", "sweep", "choose")
+USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
+       [--jobs N] [--dask ADDRESS] [--dry-run]"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,10 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    commands = (
-        "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose; "
-        "export: what was chosen, for other programs"
-    )
+    commands = "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose"
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
@@ -37,9 +34,6 @@ def _parser() -> argparse.ArgumentParser:
         help="scheduler of a Dask cluster that shares the files",
     )
     parser.add_argument(
-        "--force", action="store_true", help="do configurations again that are done"
-    )
-    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the configurations, and run nothing",
@@ -49,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             *spellings,
             dest=name,
+            default=argparse.SUPPRESS,
             nargs=1 if name in RUNTIME else "+",
             type=str if field.annotation is str else _from_text,
             metavar="VALUE",

@@ -29,49 +29,35 @@ def read_grid(
 
     Raises:
         ValueError: the file is missing or no YAML; or a setting or value is not
-            allowed. The message names the file, the block and the setting.
+            allowed. The message names the setting, and the file and the block, unless
+            there are options.
     """
     blocks = [{}] if file is None else _read_blocks(file)
     notebook = f"{blocks[0].pop('notebook', FINETUNE)}"
     configurations = []
     for number, block in enumerate(blocks, start=1):
-        values = {name: _as_list(value) for name, value in {**block, **options}.items()}
+        values = {}
+        for name, value in {**block, **options}.items():
+            values[name] = value if isinstance(value, list) else [value]
         try:
-            combinations = ParameterGrid(values)
-            configurations += [Settings(**values) for values in combinations]
+            for combination in ParameterGrid(values):
+                configurations.append(Settings(**combination))
         except ValueError as error:
-            if file is None or not _is_valid(options):
-                raise  # a bad option, wherever it is used
-            raise ValueError(f"{file}, block {number}: {error}") from None
+            where = "" if options or file is None else f"{file}, block {number}: "
+            raise ValueError(f"{where}{error}") from None
     for name in RUNTIME:
         if len({getattr(settings, name) for settings in configurations}) > 1:
             raise ValueError(f"{file}: {name} has several values; allowed: one.")
     return notebook, list(dict.fromkeys(configurations))
 
 
-def _is_valid(options: dict[str, list]) -> bool:
-    try:
-        return bool([Settings(**values) for values in ParameterGrid(options)])
-    except ValueError:
-        return False
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
-
-
 def _read_blocks(file: Path) -> list[dict[str, Any]]:
-    allowed = "allowed: a list of blocks of settings"
     try:
         blocks = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:150]
+        if not blocks or not all(isinstance(block, dict) for block in blocks):
+            raise ValueError("no block in it")
+        return [{f"{name}": block[name] for name in block} for block in blocks]
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(f"{error}".split())[:150]
+        allowed = "allowed: a list of blocks of settings"
         raise ValueError(f"{file}: {allowed} ({reason}).") from error
-    if not isinstance(blocks, list) or not blocks:
-        raise ValueError(f"{file}: {allowed}.")
-    for number, block in enumerate(blocks, start=1):
-        if not isinstance(block, dict) or not all(
-            isinstance(key, str) for key in block
-        ):
-            raise ValueError(f"{file}, block {number}: {allowed}.")
-    return blocks

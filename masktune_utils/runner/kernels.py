@@ -4,14 +4,12 @@ import atexit
 import contextlib
 import gc
 import os
-import random
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
@@ -22,8 +20,6 @@ CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 PATIENCE = 60  # seconds
 
 # Of a fresh kernel:
-_python_random = random.getstate()
-_numpy_random = np.random.get_state()
 _torch_random = torch.get_rng_state()
 _filters = list(warnings.filters)
 _folder = Path.cwd()
@@ -95,15 +91,10 @@ warm_kernels = WarmKernels()  # of this process
 
 def reset() -> None:
     """Undo, in a kernel, what a notebook has left behind."""
-    from matplotlib import pyplot as plt  # heavy, and of no use to the command
-
     get_ipython().reset(new_session=True)  # names, In and Out
-    plt.close("all")
     gc.collect()  # with the names go models, hooks and images
     gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
-    random.setstate(_python_random)
-    np.random.set_state(_numpy_random)
     torch.set_rng_state(_torch_random)
     torch.set_num_threads(_threads)
     os.chdir(_folder)
