@@ -81,8 +81,9 @@ def from_notebook(
     settings = Settings(**{**values, **derived})
     store.check_writable(settings.directory)
     settings = settings.replace(dataset=datasets.resolve_dataset(settings.dataset))
-    device = store.resolve_device(settings.device)
-    print(f"Images: {settings.dataset}. Device: {device}.")
+    print(
+        f"Images: {settings.dataset}. Device: {store.resolve_device(settings.device)}."
+    )
     return settings
 
 

@@ -128,9 +128,9 @@ def summarize(
 
 def _mean_and_std(shares: pd.Series) -> str:
     """In %; the standard deviation only of several values."""
-    known = 100 * shares.dropna()
-    text = f"{known.mean():.2f}" if len(known) else ""
-    return f"{text} ± {known.std():.2f}" if len(known) > 1 else text
+    known = shares.dropna()
+    text = f"{100 * known.mean():.2f}" if len(known) else ""
+    return f"{text} ± {100 * known.std():.2f}" if len(known) > 1 else text
 
 
 def worth(table: pd.DataFrame) -> pd.DataFrame:

@@ -19,8 +19,8 @@ logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
 ERM = "02_erm"
 BASE = (ERM, "03_saliency_masks")
-PLOTS = "05_plots"
-ALWAYS = ("01_dataset", PLOTS)  # they are quick, and show what is there
+SHOWN = ("05_plots", "06_choice")
+ALWAYS = ("01_dataset", *SHOWN)  # they are quick, and show what is there
 
 
 class Job(NamedTuple):
@@ -153,10 +153,10 @@ def write_page(job: Job) -> Path:
     """Write an executed notebook without its code, as one file to be read offline."""
     from nbconvert import HTMLExporter  # heavy, and seldom wanted
 
-    exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(exclude_input=True)
     page, _ = exporter.from_filename(str(job.copy))
     # Scripts would be loaded from the network.
     page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
-    path = job.settings.folder("results") / "report.html"
+    path = job.settings.folder("results") / f"{job.stem}.html"
     store.write_bytes(path, page.encode())
     return path

@@ -8,7 +8,7 @@ from joblib import cpu_count, parallel_config
 from masktune_utils import datasets, experiment, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
-from masktune_utils.runner.jobs import BASE, ERM, PLOTS, Job, make_stage
+from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
 from masktune_utils.settings import DEFAULTS, Settings, root
 
 PUBLISHED = SWEEPS / "published.yaml"
@@ -122,11 +122,12 @@ def run_stages(
             choose(job.settings, count)
         except Exception as error:  # noqa: BLE001 - the other choices go on
             errors[Job("choice", job.settings)] = jobs.in_one_line(error)
-    plots = make_stage(PLOTS, trained) if command == "run" else []
-    errors.update(jobs.execute([plots], count))
-    for job in plots:
-        if job not in errors:
-            print(f"report: {jobs.write_page(job)}")
+    for stem in SHOWN if command == "run" else ():
+        stage = make_stage(stem, trained)
+        errors.update(jobs.execute([stage], count))
+        for job in stage:
+            if job not in errors:
+                print(f"page: {jobs.write_page(job)}")
     return errors
 
 
