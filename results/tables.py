@@ -21,19 +21,19 @@ ONE_TEST = CHOICES_RUN[CHOICES_RUN["chosen"].astype(str).eq("True")]
 RULES = pd.read_csv(REPOSITORY / "results" / "reference_rules.csv")
 CONTROLS = pd.read_csv(REPOSITORY / "results" / "reference_08_limits.csv")
 AUTHORS = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")
-SHORTCUTS = {  # solved, partly, ERM kept
-    "square of 6 pixels": "mnist5k",
-    "square of 10 pixels": "mnist5k_square_size=10",
-    "two squares": "mnist5k_shortcut=two_squares",
-    "frame": "mnist5k_shortcut=frame",
-    "square without any exception": "mnist5k_conflicting_share=0.0",
-    "square, ten classes": "mnist5k_labels=digits",
-    "partly: square anywhere": "mnist5k_shortcut=square_anywhere",
-    "partly: square of 12 pixels": "mnist5k_square_size=12",
-    "not: coloured digit": "mnist5k_shortcut=digit_color",
-    "not: tinted background": "mnist5k_shortcut=background",
-    "not: scattered pixels": "mnist5k_shortcut=pixels",
-    "no shortcut": "mnist5k_shortcut=none",
+SHORTCUTS = {  # name → what comes out, experiment
+    "square of 6 pixels": ("works", "mnist5k"),
+    "square of 10 pixels": ("works", "mnist5k_square_size=10"),
+    "two squares": ("works", "mnist5k_shortcut=two_squares"),
+    "frame": ("works", "mnist5k_shortcut=frame"),
+    "square without any exception": ("works", "mnist5k_conflicting_share=0.0"),
+    "square, ten classes": ("works", "mnist5k_labels=digits"),
+    "square anywhere": ("partly", "mnist5k_shortcut=square_anywhere"),
+    "square of 12 pixels": ("partly", "mnist5k_square_size=12"),
+    "coloured digit": ("fails", "mnist5k_shortcut=digit_color"),
+    "tinted background": ("fails", "mnist5k_shortcut=background"),
+    "scattered pixels": ("fails", "mnist5k_shortcut=pixels"),
+    "no shortcut": ("nothing to mend", "mnist5k_shortcut=none"),
 }
 ORACLES = {  # data set and classes → experiment
     ("mnist5k", "halves"): "mnist5k_shortcut=none",
@@ -102,12 +102,14 @@ def main_table() -> list[str]:
     rows = {
         "ERM": of("mnist", "base"),
         "one more epoch, nothing masked": of("mnist", "threshold_1.0_finetune_lr=0.01"),
-        "published: `top_k` 0.1 (best on raw of fifteen)": of("mnist", "top_k_0.1"),
-        "published: the paper's rule `mean_std` 2": of("mnist", PAPER),
+        "published rule: `top_k` 0.1 (best of fifteen on raw)": of(
+            "mnist", "top_k_0.1"
+        ),
+        "published rule: the paper's, `mean_std` 2": of("mnist", PAPER),
         "ours: `mean_std` 4 dilated by 4, found on this task": of(
             "mnist", f"mean_std_4.0_dilation=4{LINEAR}"
         ),
-        f"**ours: chosen without group labels** (seed {seeds})": of_mnist,
+        f"ours: chosen without group labels (seed {seeds}, of development)": of_mnist,
         "oracle: ERM without any square in training": of(
             "mnist_shortcut=none_epochs=20", "base"
         ),
@@ -146,14 +148,14 @@ def choice(experiment: str) -> dict[str, str]:
 def shortcuts_table() -> list[str]:
     """The choice by the one test, by shortcut, in short."""
     lines = []
-    for name, experiment in SHORTCUTS.items():
+    for name, (result, experiment) in SHORTCUTS.items():
         chosen = ONE_TEST[ONE_TEST["experiment"] == experiment]
         erm = of(experiment, "base")
         erm = erm[erm["seed"].isin(chosen["seed"])]
         kept = chosen["configuration"].eq("base").sum()
         values = [*cells(erm, "worst_group"), *cells(chosen, "worst_group")]
-        lines.append(line(name, [*values, f"{kept} of {len(chosen)}"]))
-    return table("| | ERM | chosen | ERM kept |", lines)
+        lines.append(line(name, [*values, f"{kept} of {len(chosen)}", result]))
+    return table("| | ERM | chosen | ERM kept | |", lines)
 
 
 def choices_table() -> list[str]:
