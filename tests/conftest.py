@@ -15,7 +15,6 @@ os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command s
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from masktune_utils import datasets, models, training
 from masktune_utils.settings import Settings
@@ -51,30 +50,6 @@ def write_idx_files(
     return images
 
 
-def write_photographs(directory: Path, counts: dict[str, int]) -> dict[str, str]:
-    """Folders of random pictures, 40×50.
-
-    Args:
-        directory: where `train` and `test` are made.
-        counts: folder, from `train` or `test` on → number of pictures.
-
-    Returns:
-        The settings that name them.
-    """
-    random = np.random.default_rng(0)
-    for name, count in counts.items():
-        folder = directory / name
-        folder.mkdir(parents=True)
-        for number in range(count):
-            pixels = random.integers(0, 256, (50, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number} é.png")
-    return {
-        "dataset": "folder",
-        "train_folder": str(directory / "train"),
-        "test_folder": str(directory / "test"),
-    }
-
-
 def outcome(directory: Path) -> dict[str, object]:
     """What a run leaves, by name of the file.
 
@@ -104,7 +79,7 @@ def settings(tmp_path) -> Settings:
 
 @pytest.fixture(scope="session")
 def splits() -> datasets.BiasedSets:
-    """Two hundred real digits to train on and two hundred to test on."""
+    """Two hundred real digits to train on and a thousand to test on."""
     return datasets.load(Settings(dataset="mnist5k", limit=200))
 
 

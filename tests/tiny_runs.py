@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import MASKTUNE, TINY, outcome, write_photographs
+from conftest import MASKTUNE, TINY, outcome
 from filelock import FileLock
 
 from masktune_utils.runner import command
@@ -79,12 +79,6 @@ class Run(NamedTuple):
     error: str
 
 
-GRID = """
-- {{dataset: mnist5k, limit: 200, param: [0.1, 0.3]}}
-- {{dataset: folder, train_folder: {train_folder}, test_folder: {test_folder}}}
-"""
-
-
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory, worker_id) -> Run:
     """A finished `masktune run`, which all processes of pytest share."""
@@ -101,17 +95,10 @@ def whole_run(tmp_path_factory, worker_id) -> Run:
 
 
 def run_all(directory: Path) -> Run:
-    """`masktune run` with a grid of two blocks: digits and photographs."""
-    counts = {}
-    for name in "abc":
-        counts[f"train/{name}"] = 20
-        counts[f"test/{name}"] = 5
-    folders = write_photographs(directory, counts)
-    grid = directory / "grid.yaml"
-    grid.write_text(GRID.format(**folders))
-    options = ["--epochs", "2", "--batch_size", "20", "--jobs", "2"]
+    """`masktune run` with two configurations."""
+    options = [*OPTIONS, "--param", "0.1", "0.3", "--jobs", "2"]
     process = subprocess.run(
-        [MASKTUNE, "run", grid, *options, "--directory", directory],
+        [MASKTUNE, "run", *options, "--directory", directory],
         check=False,
         capture_output=True,
         text=True,
