@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "masktune_utils"
 # A module imports only from those before it. The core knows no settings and no files.
 CORE = ["progress", "data", "models", "shortcuts", "training", "saliency", "masking"]
 CORE += ["metrics", "selection"]
-SHELL = ["settings", "store", "images", "datasets", "evaluation", "results"]
+SHELL = ["settings", "store", "datasets", "evaluation", "results"]
 SHELL += ["experiment", "plotting"]
 SHELL += ["runner.grids", "runner.kernels", "runner.jobs", "runner.stages"]
 SHELL += ["runner.command"]

@@ -17,7 +17,7 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
     plotting.show(figure, settings, "picture", seeds=[2, 1])
     path = tmp_path / "figures" / "mnist5k_epochs=2" / "seed3" / "picture.png"
     assert displayed[0].data == path.read_bytes()
-    assert figure.texts[0].get_text() == "mnist5k, epochs 2, seed 1, 2"
+    assert figure.texts[0].get_text() == "mnist5k_epochs=2, seed 1, 2"
     assert [ax.get_ylabel() for ax in figure.axes] == ["first", "second"]
 
 

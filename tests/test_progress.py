@@ -1,9 +1,10 @@
-"""Progress bars, for people and for logs; that of the command is in test_sweep.py."""
+"""Progress bars, for people who look on."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
+from joblib import Parallel, delayed
 
 from masktune_utils import progress
 
@@ -23,29 +24,12 @@ def test_a_person_looks_on_if_the_front_end_names_the_cell(metadata):
     assert progress.is_live()
 
 
-@pytest.mark.usefixtures("metadata")
-def test_a_headless_notebook_prints_nothing_for_short_work(capsys):
-    assert list(progress.bar(range(1000))) == list(range(1000))
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.usefixtures("metadata")
-def test_a_headless_notebook_prints_a_line_every_five_seconds(capsys, monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
-    with progress.bar(total=100, desc="ERM") as bar:
-        for _ in range(20):
-            bar.update(5)
-            clock.now += 1
-    lines = [line for line in capsys.readouterr().out.split("\r") if line.strip()]
-    assert 3 <= len(lines) <= 5
-    assert lines[-1].startswith("ERM: 100%")
-
-
-def test_of_what_a_headless_notebook_prints_the_command_shows_the_bars_alone(capsys):
-    for text in ("Images: mnist.\n", "\rERM:  24%|##   |", "epoch 3\n"):
-        progress.Bars().write(text)
-    assert capsys.readouterr() == ("", "\rERM:  24%|##   |")
+def test_a_notebook_has_a_bar_only_where_a_person_looks_on(metadata, capsys):
+    assert progress.bar(range(3), mininterval=0).disable
+    assert [*progress.bar(range(3), mininterval=0)] == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    metadata["cellId"] = "03-13"
+    assert not progress.bar(range(3)).disable
 
 
 def test_a_terminal_gets_one_line_that_goes_away(capsys):
@@ -53,11 +37,10 @@ def test_a_terminal_gets_one_line_that_goes_away(capsys):
     assert re.fullmatch(r"\rmaps:   0%.*\r +\r", capsys.readouterr().err)
 
 
-def test_bars_are_silent_where_there_is_one_for_the_whole(capsys):
-    with progress.silence():
-        assert [*progress.bar(range(3), mininterval=0)] == [0, 1, 2]
-        with progress.bar(total=2) as bar:
-            assert not bar.update(1)
-    assert capsys.readouterr() == ("", "")
-    assert [*progress.bar(range(3), mininterval=0)] == [0, 1, 2]
-    assert "3/3" in capsys.readouterr().err
+def has_no_bar() -> bool:
+    return progress.bar(range(3)).disable
+
+
+def test_a_process_that_works_for_another_has_no_bar():
+    assert Parallel(2)([delayed(has_no_bar)()] * 2) == [True, True]
+    assert not has_no_bar()

@@ -1,4 +1,4 @@
-"""Results: saved, gathered, summarized, compared, and refused by name if damaged."""
+"""Results: saved, gathered, summarized, and refused by name if damaged."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def saved(tmp_path) -> Path:
         for name in ("top_k_0.1", "base"):
             path = tmp_path / "results" / "mnist" / f"seed{seed}" / f"{name}.json"
             results.write_json(path, result(name, seed))
-            assert results.read_result(path) == result(name, seed)
+            assert results.read(path) == result(name, seed)
     return tmp_path
 
 
@@ -56,18 +56,14 @@ def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
     assert results.collect(str(saved))["seed"].tolist() == [0, 0]
 
 
-def test_what_is_finished_is_told_by_experiment_name_seed_and_test_folder(saved):
-    path = saved / "results" / "mnist" / "seed0" / "base.json"
-    results.write_json(path, result("base", 0) | {"test_folder": "birds"})
-    of_birds = {key for key in results.finished(str(saved)) if key[3] == "birds"}
-    assert of_birds == {("mnist", "base", 0, "birds")}
-
-
-def test_a_result_on_other_test_images_than_its_base_model_is_left_out(saved):
-    path = saved / "results" / "mnist" / "seed1" / "base.json"
-    results.write_json(path, result("base", 1) | {"test_folder": "birds"})
-    kept = results.collect(str(saved))[["configuration", "seed"]].to_numpy().tolist()
-    assert kept == [["base", 0], ["base", 1], ["top_k_0.1", 0]]
+def test_what_is_finished_is_told_by_experiment_name_and_seed(saved):
+    assert results.finished(str(saved)) == {
+        ("mnist", "base", 0),
+        ("mnist", "base", 1),
+        ("mnist", "top_k_0.1", 0),
+        ("mnist", "top_k_0.1", 1),
+    }
+    assert results.finished(str(saved / "none")) == set()
 
 
 @pytest.mark.parametrize("content", ['{"raw": ', '{"seed": 0}', "3", "\xff"])
@@ -76,51 +72,48 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
     store.write_bytes(path, content.encode("latin-1"))
     message = re.escape(f"{path} is damaged or not a result or a choice (")
     with pytest.raises(ValueError, match=message):
-        results.read_result(path)
+        results.read(path)
     with pytest.raises(ValueError, match=message):
         results.collect(str(tmp_path))
 
 
 def choice(**values: str) -> dict:
-    return dict.fromkeys([*results.CHOICE_KEYS, "chosen"], "") | values
+    return dict.fromkeys([*results.CHOICE_KEYS, "rule"], "") | values
 
 
-def test_a_choice_is_told_with_its_reason_and_the_results_of_its_seeds(saved):
-    made = choice(configuration="top_k_0.1", base_sha256="base 0", reason="Why.")
-    folder = saved / "results" / "mnist"
-    results.write_json(folder / "seed0" / "chosen.json", made)
-    other = result("base", 1) | {"worst_group": 0.75}
-    results.write_json(folder / "seed1" / "base.json", other)
-    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
-    assert "seed 0: Why.\n" in text
-    assert re.search(r"worst group +25\.00 +25\.00\n", text)
-    bases = [Settings(dataset="mnist", directory=str(saved), seed=s) for s in (0, 1)]
-    assert re.search(r"worst group +50\.00 ± 35\.36", results.conclude(bases))
+def test_a_table_tells_what_was_chosen_where_there_is_a_choice(saved):
+    path = saved / "results" / "mnist" / "seed0" / "chosen.json"
+    results.write_json(path, choice(configuration="top_k_0.1", base_sha256="base 0"))
+    chosen = results.collect(str(saved)).set_index(["configuration", "seed"])["chosen"]
+    assert chosen.to_dict() == {
+        ("base", 0): False,
+        ("base", 1): None,
+        ("top_k_0.1", 0): True,
+        ("top_k_0.1", 1): None,
+    }
+    older = choice(configuration="top_k_0.1", base_sha256="an older one")
+    results.write_json(path, older)
+    assert results.collect(str(saved))["chosen"].isna().all()
 
 
-def test_a_choice_whose_model_has_no_result_is_told_all_the_same(saved):
-    made = choice(configuration="mean_0.5", base_sha256="base 0", reason="Why.")
-    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", made)
-    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
-    assert "seed 0: Why.\n" in text
-
-
-def test_a_choice_of_a_base_model_that_has_been_replaced_is_not_told(saved):
-    made = choice(configuration="base", base_sha256="an older one", reason="Why.")
-    results.write_json(saved / "results" / "mnist" / "seed0" / "chosen.json", made)
-    text = results.conclude([Settings(dataset="mnist", directory=str(saved))])
-    assert "Why." not in text
+def test_a_result_that_is_older_than_rules_in_words_has_its_configuration(saved):
+    path = saved / "results" / "mnist" / "seed0" / "base.json"
+    results.write_json(path, result("base", 0) | {"rule": "ERM"})
+    rules = results.collect(str(saved)).groupby("seed")["rule"].agg(list)
+    assert rules[0] == ["ERM", "top_k_0.1"]
+    assert rules[1] == ["base", "top_k_0.1"]
 
 
 def test_a_choice_for_another_base_model_or_of_an_older_version_is_made_again(saved):
     path = saved / "results" / "mnist" / "seed0" / "chosen.json"
     base = Settings(dataset="mnist", directory=str(saved))
-    results.write_json(path, choice(base_sha256="base 0"))
-    assert results.current_choice(base, "base 0")
+    assert results.current_choice(base, "base 0") is None
+    made = choice(base_sha256="base 0")
+    results.write_json(path, made)
+    assert results.current_choice(base, "base 0") == made
     assert results.current_choice(base, "another one") is None
-    older = choice(base_sha256="base 0")
-    del older["chosen"]
-    results.write_json(path, older)
+    del made["rule"]
+    results.write_json(path, made)
     assert results.current_choice(base, "base 0") is None
 
 
@@ -165,26 +158,22 @@ def test_a_summary_may_tell_experiments_apart_and_have_some_shares_only(table):
     assert row.to_dict() == {"raw": "60.00 ± 14.14", "seeds": 2}
 
 
-def test_what_a_choice_is_worth_is_told_by_three_rows():
+def test_what_each_model_is_worth_and_what_was_chosen():
     rows = [
-        ("mnist", "base", 0, 0.3, False),
-        ("mnist", "top_k_0.1", 0, 0.6, False),
-        ("mnist", "top_k_0.3", 0, 0.7, False),
-        ("mnist", "mean_std_3.0", 0, 0.9, True),
-        ("mnist", "base", 1, 0.3, True),  # ERM was kept
-        ("mnist", "top_k_0.1", 1, 0.1, False),
-        ("mnist_epochs=2", "base", 0, 0.3, None),
+        ("mnist", "ERM", 0, 0.3, False),
+        ("mnist", "mean_std 3", 0, 0.9, True),
+        ("mnist", "ERM", 1, 0.5, True),  # ERM was kept
+        ("mnist", "mean_std 3", 1, 0.1, False),
+        ("mnist_epochs=2", "ERM", 0, 0.3, None),
     ]
-    table = pd.DataFrame(rows, columns=[*results.KEY, "worst_group", "chosen"])
-    by_model = results.compare(table, "mnist").groupby("model")["configuration"]
-    assert by_model.apply(list).to_dict() == {
-        "ERM": ["base", "base"],
-        results.BEST: ["top_k_0.3", "top_k_0.1"],
-        results.CHOSEN: ["mean_std_3.0", "base"],
+    columns = ["experiment", "rule", "seed", "worst_group", "chosen"]
+    worth = results.worth(pd.DataFrame(rows, columns=columns))
+    assert worth["worst group"].to_dict() == {
+        ("mnist", "ERM"): "40.00 ± 14.14",
+        ("mnist", "mean_std 3"): "50.00 ± 56.57",
+        ("mnist_epochs=2", "ERM"): "30.00",
+        ("mnist", results.CHOSEN): "70.00 ± 28.28",
     }
-    without_others = table[table["configuration"] == "base"]
-    compared = results.compare(without_others, "mnist")
-    assert {*compared["model"]} == {"ERM", results.CHOSEN}
 
 
 def test_a_file_that_is_not_in_a_folder_of_results_is_not_read(saved):
@@ -193,27 +182,11 @@ def test_a_file_that_is_not_in_a_folder_of_results_is_not_read(saved):
     pd.testing.assert_frame_equal(results.collect(str(saved)), before)
 
 
-def test_configurations_are_named_in_words():
-    rows = [
-        {"configuration": "base"},
-        {"method": "top_k", "param": 0.1, "dilation": 0, "fill": "zero"},
-        {"method": "mean_std", "param": 4.0, "dilation": 3, "fill": "resample"},
-        {"method": "mean_std", "param": 2.0, "dilation": 0, "shared": True},
-    ]
-    table = pd.DataFrame(rows).assign(rounds=2, upsample="bilinear")
-    assert results.names(table).tolist() == [
-        "ERM",
-        "top_k 0.1, 2 rounds",
-        "mean_std 4 dilated by 3, resampled, 2 rounds",
-        "mean_std 2, shared, 2 rounds",
-    ]
-
-
 def test_tables_of_a_study_are_joined(tmp_path):
     for seed in (0, 1):
         settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=seed)
         table = pd.DataFrame({"seed": [seed], "share": [0.5]})
-        results.save_study(table, settings, "study")
+        results.save_table(table, settings.folder("results") / "study.csv")
     results.gather_study(str(tmp_path), "study")
     joined = pd.read_csv(tmp_path / "results" / "study.csv")
     assert joined.to_dict("list") == {"seed": [0, 1], "share": [0.5, 0.5]}

@@ -177,19 +177,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
 
 
 def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, model):
-    retired = {
+    old = IDENTITY | {
         "iterations": 1,
         "accumulate": False,
         "restart": False,
         "start_half": None,
+        "train_folder": "",
+        "test_folder": "",
+        "image_size": 28,
+        "model": "small_cnn",
+        "weights": "",
+        "flip": False,
     }
-    old = IDENTITY | retired
     store.save_checkpoint(saved, model, old, [])
     assert store.load_checkpoint(saved, IDENTITY).settings == IDENTITY
-    store.save_checkpoint(saved, model, old | {"iterations": 3}, [])
-    message = "an older version wrote it, with iterations other than 1"
-    with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(saved)
+    for name, value in {"iterations": 3, "model": "resnet18", "flip": True}.items():
+        store.save_checkpoint(saved, model, old | {name: value}, [])
+        message = rf"saved\.pth .* an older version wrote it, with {name} other than"
+        with pytest.raises(CheckpointError, match=message):
+            store.load_checkpoint(saved)
 
 
 def test_a_loaded_model_is_put_on_the_device_with_channels_last(saved):
