@@ -234,18 +234,17 @@ def masktune(
     if settings.cross_fit:
         masked = handed_over(settings, base, train)
     else:
-        saved = Saved(settings, retrain)
-        rounds = masking.masktune(
+        *_, (_, masked) = masking.masktune(
             base.model,
             train,
             settings.rule,
-            saved.finetune,
+            Saved(settings, retrain).finetune,
             training_saliency(settings, base, train),
             partial(saliency.saliency_maps, cam=settings.cam),
             settings.seed,
         )
-        *_, (_, masked) = rounds
-        retrain = False  # it is trained by now, unless the rounds ended before
+        # It is trained by now, unless the rounds ended before.
+        retrain &= masked.rule != settings.rule
     return finetuned_model(settings, base.model, masked, retrain)
 
 
