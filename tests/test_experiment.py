@@ -30,10 +30,10 @@ def masked(splits) -> MaskedDataset:
 
 
 @pytest.fixture
-def base(settings, model) -> Trained:
+def base(settings, model, splits) -> Trained:
     """A base model as if it had been loaded."""
     weights = sha256(model)
-    return Trained(model, settings, "base", [], weights, weights, None)
+    return Trained(model, settings, "base", splits.train, [], weights, weights, None)
 
 
 def sha256(model: torch.nn.Module) -> str:
@@ -55,7 +55,7 @@ def test_base_model_is_trained_once(settings, splits):
     assert first.configuration == "base"
     assert first.sha256 == first.base_sha256 == sha256(first.model)
     assert first.seconds > 0
-    assert first.masked is None
+    assert first.images is splits.train
     assert not first.model.training
     assert store.load_checkpoint(path).settings == settings.identity(base=True)
     written = path.stat().st_mtime_ns
@@ -173,7 +173,7 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
     assert tuned.sha256 == weights
     assert tuned.base_sha256 == base.sha256
     assert tuned.configuration == settings.configuration
-    assert torch.equal(tuned.masked.own_masks, masked.own_masks)
+    assert torch.equal(tuned.images.own_masks, masked.own_masks)
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
@@ -188,7 +188,7 @@ def test_the_models_of_all_rounds_are_saved_and_hide_more_and_more(
         assert settings.checkpoint_path(of_round.configuration).exists()
         again = experiment.masktune(of_round, base, splits.train)
         assert again.seconds is None
-        masks.append(again.masked.own_masks)
+        masks.append(again.images.own_masks)
     assert again.sha256 == tuned.sha256
     assert (masks[0] <= masks[1]).all()
     assert (masks[1] <= masks[2]).all()
@@ -245,6 +245,7 @@ def test_a_result_tells_what_made_it(settings, splits, tuned):
     assert row["sha256"] == sha256(tuned.model)
     assert row["base_sha256"] == tuned.base_sha256
     assert row["seconds"] == tuned.seconds > 0
+    assert row["rule"] == "top_k 0.1"
     assert row["device"] == "cpu"
 
 
@@ -255,7 +256,7 @@ def test_a_result_tells_how_good_a_model_is_and_what_was_hidden(splits, tuned):
     assert row["biased"] == report["biased"]["accuracy"]
     assert row["biased_class_1"] == report["biased"]["class_accuracy"][1]
     assert row["worst_group"] == report["worst_group"]
-    shares = evaluation.hidden_shares(tuned.masked)
+    shares = evaluation.hidden_shares(tuned.images)
     assert row["hidden_shortcut"] == shares["shortcut"]
 
 
@@ -265,13 +266,8 @@ def test_a_result_is_saved_and_collected(settings, splits, tuned):
     assert json.loads(path.read_text()) == row
     table = results.collect(settings.directory)
     assert table["configuration"].tolist() == ["base", "top_k_0.1"]
+    assert table["rule"].tolist() == ["ERM", "top_k 0.1"]
     assert table["raw"].tolist()[1] == row["raw"]
-
-
-def test_a_result_has_the_worst_class_of_what_is_held_out(splits, base):
-    row = experiment.record(base, splits._replace(validation=splits.train))
-    accuracies = row["metrics"]["validation"]["class_accuracy"]
-    assert row["validation_worst_class"] == min(accuracies)
 
 
 def test_a_result_is_made_anew_for_other_weights(splits, base):
@@ -294,3 +290,32 @@ def test_a_result_keeps_how_its_weights_were_trained(settings, splits, monkeypat
     again = experiment.record(loaded, splits)
     for name in ("seconds", "threads", "torch", "device"):
         assert again[name] == first[name]
+
+
+def test_rounds_end_when_they_hide_nothing_more(settings, splits, monkeypatch):
+    base = experiment.base_model(settings, splits.train)
+    trained = []
+    train = training.train
+
+    def counted(network, *arguments, **options):
+        trained.append(network)
+        return train(network, *arguments, **options)
+
+    monkeypatch.setattr(training, "train", counted)
+    weak = settings.replace(method="mean_std", param=28.0, rounds=4)
+    tuned = experiment.masktune(weak, base, splits.train)
+    assert len(trained) == 2  # the first round, and the last by its own name
+    assert tuned.configuration == weak.configuration
+    first = settings.checkpoint_path(weak.replace(rounds=1).configuration)
+    assert store.load_checkpoint(first).sha256 == tuned.sha256
+    assert not settings.checkpoint_path(weak.replace(rounds=2).configuration).exists()
+
+
+def test_to_retrain_is_to_train_again_even_if_the_rounds_end_before(
+    settings, splits, base
+):
+    weak = settings.replace(method="mean_std", param=28.0, rounds=4)
+    experiment.masktune(weak, base, splits.train)
+    other = changed(base)
+    tuned = experiment.masktune(weak, other, splits.train, retrain=True)
+    assert tuned.base_sha256 == other.sha256

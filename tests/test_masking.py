@@ -337,3 +337,11 @@ def test_what_an_earlier_masking_hides_stays_hidden(splits):
     both = masking.mask_dataset(train, SECOND_MAPS, *rule, earlier=first)
     expected = torch.maximum(first.masks(ALL), second.masks(ALL))
     assert torch.equal(both.masks(ALL), expected)
+
+
+def test_a_rule_in_words():
+    assert str(masking.Rule(param=3.5, dilation=3)) == "mean_std 3.5 dilated by 3"
+    described = str(masking.Rule(param=4.0, dilation=3, fill="resample", rounds=2))
+    assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"
+    described = str(masking.Rule(fill="resample", shared=True))
+    assert described == "mean_std 2, shared, resampled"

@@ -1,46 +1,28 @@
-"""The choice: by hand on toys, and the models that it is made from."""
+"""The choice: by hand on toys, and step by step on digits."""
 
 import copy
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY
 
 from masktune_utils import (
     data,
-    datasets,
-    experiment,
     metrics,
     models,
-    results,
     selection,
-    store,
     training,
 )
 from masktune_utils.data import Split
-from masktune_utils.experiment import Trained
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.selection import ERM, NULL, HeldOut
-from masktune_utils.settings import Settings
 
-SMALL = TINY | {"limit": 400, "epochs": 4}
 RULES = (
     Rule(param=4.0, dilation=3, fill="resample", rounds=2),
     Rule(param=2.0, dilation=1, shared=True, fill="resample"),
 )
-# Number of images → epochs of fine-tuning, of 32 images a step.
-EPOCHS = {100: 6, 4000: 6, 12_000: 2, 24_000: 1, 60_000: 1}
 
 
 def toy(
@@ -251,76 +233,34 @@ def test_erm_is_kept_if_all_candidates_are_struck_out():
     assert verdict.reason.endswith("All candidates fall far behind: ERM is kept.")
 
 
-@pytest.fixture
-def small_rules(monkeypatch) -> None:
-    """Three candidates, which are quick to train."""
-    monkeypatch.setattr(selection, "CANDIDATES", RULES)
-    monkeypatch.setattr(selection, "MOST_EPOCHS", 2)
-
-
-with_small_rules = pytest.mark.usefixtures("small_rules")
-
-
-def with_base(directory: Path, **values) -> tuple[Settings, Split, Trained]:
-    """Settings, training images, and a base model."""
-    settings = Settings(**(SMALL | values), directory=str(directory))
-    train = datasets.load(settings).train
-    return settings, train, experiment.base_model(settings, train)
-
-
-def names_of(candidates: list[Settings]) -> list[str]:
-    return [candidate.configuration for candidate in candidates]
-
-
 def test_the_candidates_are_resampled_by_masks_of_their_own_and_by_shared_ones():
-    settings = Settings(dataset="mnist5k", square_size=8, seed=3, epochs=7)
-    candidates = experiment.candidates(settings, 4000)
-    assert tuple(candidate.rule for candidate in candidates) == selection.CANDIDATES
-    for candidate in candidates:
-        assert candidate.identity(base=True) == settings.identity(base=True)
-        assert candidate.cross_fit
-        assert candidate.finetune_schedule == "linear"
-        assert candidate.fill == "resample"
-    assert {candidate.shared for candidate in candidates} == {False, True}
-
-
-def test_few_images_are_seen_in_more_epochs():
-    settings = Settings(dataset="mnist5k")
-    epochs = {}
-    for count in EPOCHS:
-        candidates = experiment.candidates(settings, count)
-        epochs[count] = candidates[0].finetune_epochs
-    assert epochs == EPOCHS
-
-
-def test_the_candidates_for_digits_are_those_of_the_published_choices():
-    candidates = experiment.candidates(Settings(dataset="mnist"), 60_000)
-    assert [f"{candidate.rule}" for candidate in candidates] == [
+    assert [f"{rule}" for rule in selection.CANDIDATES] == [
         "mean_std 4 dilated by 3, resampled, 2 rounds",
         "mean_std 3 dilated by 4, resampled, 2 rounds",
         "mean_std 2 dilated by 2, resampled",
         "mean_std 1 dilated by 1, shared, resampled, 2 rounds",
         "mean_std 2 dilated by 2, shared, resampled, 5 rounds",
     ]
-    for settings in candidates:
-        assert settings.finetune_lr == 0.02
-        assert settings.finetune_batch_size == 32
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(96, 16), (256, 32)])
-def test_the_candidates_for_coarse_maps_are_coarser_and_see_fewer_at_a_time(
-    size, batch_size, tmp_path
-):
-    folders = {"train_folder": str(tmp_path), "test_folder": str(tmp_path)}
-    settings = Settings(dataset="folder", model="resnet18", image_size=size, **folders)
-    candidates = experiment.candidates(settings, 3000)
-    rules = tuple(candidate.rule for candidate in candidates)
-    is_coarse = size == 96  # 3×3 cells
-    expected = selection.COARSE_CANDIDATES if is_coarse else selection.CANDIDATES
-    assert rules == expected
-    for settings in candidates:
-        assert settings.finetune_batch_size == batch_size
-        assert settings.finetune_epochs == (4 if is_coarse else 6)  # 750 steps
+def test_few_images_are_seen_in_more_epochs():
+    epochs = {}
+    for count in (100, 4000, 12_000, 24_000, 60_000):
+        schedule = selection.default_schedule(count, is_coarse=False)
+        assert schedule["batch_size"] == 32
+        epochs[count] = schedule["epochs"]
+    assert epochs == {100: 6, 4000: 6, 12_000: 2, 24_000: 1, 60_000: 1}
+
+
+def test_with_coarse_maps_fewer_images_are_seen_at_a_time():
+    schedule = selection.default_schedule(3000, is_coarse=True)
+    assert schedule == {"batch_size": 16, "epochs": 4}  # 750 steps
+
+
+@pytest.fixture(scope="module")
+def train(splits) -> Split:
+    """Two hundred digits, a fifth of which conflict with the square."""
+    return splits.train
 
 
 def fit(fold: Split) -> torch.nn.Module:
@@ -355,15 +295,15 @@ def networks_of_fold(
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
-@with_small_rules
-def test_what_is_judged_equals_what_is_predicted_step_by_step(monkeypatch):
-    monkeypatch.setattr(selection, "SAMPLE", 150)
+def test_what_is_judged_equals_what_is_predicted_step_by_step(train, monkeypatch):
+    monkeypatch.setattr(selection, "CANDIDATES", RULES)
+    monkeypatch.setattr(selection, "MOST_EPOCHS", 2)
+    monkeypatch.setattr(selection, "SAMPLE", 80)
     kept = []
     judge = selection.judge
     monkeypatch.setattr(
         selection, "judge", lambda held_out: kept.append(held_out) or judge(held_out)
     )
-    train = datasets.load(Settings(**SMALL, conflicting_share=0.1, seed=3)).train
     choice = selection.choose(train, fit, seed=3)
     (held_out,) = kept
     index = data.folds(train.labels, 3)
@@ -378,11 +318,11 @@ def test_what_is_judged_equals_what_is_predicted_step_by_step(monkeypatch):
             torch.testing.assert_close(held_out.probabilities, logits.softmax(1))
             is_mistake = predictions != held_out.labels
     assert torch.equal(choice.is_mistake[torch.cat(index)], is_mistake)
-    sample = torch.randperm(200, generator=torch.Generator().manual_seed(3))[:150]
-    assert held_out.resampled_images == 300
+    sample = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:80]
+    assert held_out.resampled_images == 160
     for mask, row in held_out.resampled.iterrows():
-        shares = [of_fold[mask].float().mean().item() for of_fold in masks]
-        assert held_out.hidden[mask] == sum(shares) / 2
+        of_folds = torch.cat([of_fold[mask] for of_fold in masks])
+        assert held_out.hidden[mask] == of_folds.float().mean().item()
         for name, share in row.items():
             logits = []
             labels = []
@@ -400,16 +340,14 @@ def test_what_is_judged_equals_what_is_predicted_step_by_step(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_a_round_that_hides_nothing_more_is_no_candidate():
-    train = datasets.load(Settings(**SMALL)).train
+def test_a_round_that_hides_nothing_more_is_no_candidate(train):
     weak = Rule(param=28.0, fill="resample", rounds=3)  # hides nothing
     choice = selection.choose(train, fit, lambda network, _: network, [weak])
     assert [*choice.verdict.accuracy.columns] == [ERM, NULL, str(weak)[:-10]]
 
 
-def test_the_chosen_masks_and_the_schedule_are_handed_on(monkeypatch):
+def test_the_chosen_masks_and_the_schedule_are_handed_on(train, monkeypatch):
     """Whatever the verdict."""
-    train = datasets.load(Settings(**SMALL)).train
     tuned = []
 
     def finetune(network, masked):
@@ -441,8 +379,8 @@ def verdict(chosen: str) -> selection.Verdict:
     return selection.Verdict(chosen, "", pd.DataFrame(), pd.DataFrame(), [])
 
 
-def test_what_fit_and_finetune_return_is_checked_and_one_class_is_refused():
-    train = datasets.load(Settings(**SMALL)).train
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
+def test_what_fit_and_finetune_return_is_checked_and_one_class_is_refused(train):
     network = models.new_model(0)
     with pytest.raises(ValueError, match="fit returned the same network twice"):
         selection.choose(train, lambda _: network)
@@ -450,246 +388,5 @@ def test_what_fit_and_finetune_return_is_checked_and_one_class_is_refused():
         selection.choose(train, lambda _: None)
     with pytest.raises(TypeError, match="finetune returned None; allowed"):
         selection.choose(train, fit, lambda *_: None)
-    with pytest.raises(ValueError, match=r"classes have \[200\] images; allowed"):
+    with pytest.raises(ValueError, match=r"classes have \[100\] images; allowed"):
         selection.choose(train[train.labels == 1], fit)
-
-
-@with_small_rules
-def test_the_choice_is_saved_as_the_verdict_says(tmp_path):
-    settings, train, base = with_base(tmp_path, conflicting_share=0.1)
-    candidates = experiment.candidates(settings, len(train))
-    choice = experiment.choose(candidates, base, train)
-    saved = experiment.Saved(candidates[0])
-    core = selection.choose(train, saved.fit, saved.finetune, RULES)
-    assert choice["chosen"] == core.verdict.chosen
-    assert choice["reason"] == core.reason
-    assert choice["images"] == 400
-    assert choice["mistakes"] == core.is_mistake.sum() > 0
-    assert choice["candidates"] == names_of(candidates)
-    pd.testing.assert_frame_equal(
-        pd.DataFrame(choice["accuracy"]).T, core.verdict.accuracy, check_names=False
-    )
-    path = settings.folder("results") / "chosen.json"
-    assert json.loads(path.read_text()) == choice
-
-
-def count_calls(monkeypatch, module: object, name: str) -> list:
-    calls = []
-    function = getattr(module, name)
-
-    def counted(*arguments, **options):
-        calls.append(arguments)
-        return function(*arguments, **options)
-
-    monkeypatch.setattr(module, name, counted)
-    return calls
-
-
-def test_rounds_end_when_they_hide_nothing_more(settings, splits, monkeypatch):
-    base = experiment.base_model(settings, splits.train)
-    trained = count_calls(monkeypatch, experiment.training, "train")
-    weak = settings.replace(method="mean_std", param=28.0, rounds=4)
-    tuned = experiment.masktune(weak, base, splits.train)
-    assert len(trained) == 2  # the first round, and the last by its own name
-    assert tuned.configuration == weak.configuration
-    first = settings.checkpoint_path(weak.replace(rounds=1).configuration)
-    assert store.load_checkpoint(first).sha256 == tuned.sha256
-    assert not settings.checkpoint_path(weak.replace(rounds=2).configuration).exists()
-
-
-@with_small_rules
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_the_masks_of_a_choice_are_handed_over_and_refused_if_they_are_damaged(
-    tmp_path, monkeypatch
-):
-    settings, train, base = with_base(tmp_path)
-    candidates = experiment.candidates(settings, len(train))
-    name = "mean_std 4 dilated by 3, resampled, 2 rounds"
-    monkeypatch.setattr(selection, "judge", lambda _: verdict(name))
-    choice = experiment.choose(candidates, base, train)
-    chosen = experiment.chosen_settings(choice, candidates)
-    assert chosen == candidates[0]
-    core = selection.choose(train, fit, candidates=RULES)
-    saved = experiment.handed_over(chosen, base, train)
-    assert saved.own_masks.shape == core.masks.shape
-    assert saved.fill == "resample"
-    tuned = experiment.chosen_model(choice, candidates, base, train)
-    network = copy.deepcopy(base.model)
-    training.train(network, saved, **chosen.finetuning)
-    assert tuned.sha256 == store.weights_sha256(network.state_dict())
-    (path,) = settings.folder("checkpoints").glob("CNN_masks_*rounds=2*")
-    assert path.stat().st_size < 400 * 784 / 8 + 2000
-    other = dataclasses.replace(base, sha256="of another base model")
-    with pytest.raises(ValueError, match=r"has no masks \(they are of another base"):
-        experiment.handed_over(chosen, other, train)
-    for content in (b"damaged", path.read_bytes()[:200]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="Choose again: masktune choose --force"):
-            experiment.handed_over(chosen, base, train)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"has no masks .*No such file"):
-        experiment.handed_over(chosen, base, train)
-    experiment.choose(candidates, base, train, retrain=True)
-    again = experiment.handed_over(chosen, base, train)
-    assert torch.equal(again.own_masks, saved.own_masks)
-
-
-@with_small_rules
-def test_the_chosen_model_is_the_fine_tuning_that_the_choice_names(tmp_path):
-    settings, train, base = with_base(tmp_path)
-    candidates = experiment.candidates(settings, len(train))
-    one_round = candidates[0].replace(rounds=1)
-    choice = {"configuration": one_round.configuration}
-    masks = torch.zeros(400, 28, 28, dtype=torch.bool).numpy()
-    path = experiment._masks_path(one_round)
-    np.savez(path, masks=masks, base_sha256=base.sha256)
-    model = experiment.chosen_model(choice, candidates, base, train)
-    assert model.configuration == choice["configuration"]
-    assert model.settings == one_round
-    assert experiment.chosen_settings(choice, candidates) == one_round
-
-
-def test_where_erm_is_kept_the_chosen_model_is_the_base_model(settings, splits):
-    kept = {"configuration": "base"}
-    assert experiment.chosen_settings(kept, [settings]) is None
-    base = experiment.base_model(settings, splits.train)
-    assert experiment.chosen_model(kept, [settings], base, splits.train) is base
-
-
-def test_the_chosen_model_is_loaded_unless_it_is_trained_again(settings, splits):
-    base = experiment.base_model(settings, splits.train)
-    arguments = ({"configuration": "top_k_0.1"}, [settings], base, splits.train)
-    assert experiment.chosen_model(*arguments).seconds is None  # trained in its round
-    path = settings.checkpoint_path("top_k_0.1")
-    written = path.stat().st_mtime_ns
-    experiment.chosen_model(*arguments)
-    assert path.stat().st_mtime_ns == written
-    experiment.chosen_model(*arguments, retrain=True)
-    assert path.stat().st_mtime_ns > written
-
-
-@with_small_rules
-def test_neither_groups_nor_the_shortcut_are_known_to_the_choice(tmp_path):
-    settings, train, base = with_base(tmp_path / "as they are", conflicting_share=0.1)
-    candidates = experiment.candidates(settings, len(train))
-    expected = experiment.choose(candidates, base, train)
-    settings, train, base = with_base(tmp_path / "disguised", conflicting_share=0.1)
-    disguised = dataclasses.replace(
-        train,
-        shortcut=torch.rand(len(train), 28, 28) < 0.5,
-        groups=torch.randint(10, (len(train),)),
-    )
-    candidates = experiment.candidates(settings, len(train))
-    assert experiment.choose(candidates, base, disguised) == expected
-
-
-@with_small_rules
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_without_a_shortcut_erm_is_kept(tmp_path):
-    settings, train, base = with_base(tmp_path, shortcut="none", limit=1000)
-    experiment.record(base, datasets.load(settings))
-    candidates = experiment.candidates(settings, len(train))
-    choice = experiment.choose(candidates, base, train)
-    assert choice["configuration"] == "base"
-    assert choice["mistakes"] > 0
-    table = results.collect(str(tmp_path))
-    assert table["chosen"].tolist() == [True]
-
-
-@with_small_rules
-def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
-    tmp_path, monkeypatch
-):
-    settings, train, base = with_base(tmp_path)
-    candidates = experiment.candidates(settings, len(train))
-    made = count_calls(monkeypatch, selection, "choose")
-    first = experiment.choose(candidates, base, train)
-    assert experiment.choose(candidates, base, train) == first
-    assert len(made) == 1
-    of_one = experiment.choose(candidates[:1], base, train)
-    assert of_one["candidates"] == names_of(candidates[:1])
-    experiment.choose(candidates[:1], base, train)
-    assert len(made) == 2
-    path = settings.folder("results") / "chosen.json"
-    path.write_text(json.dumps(of_one | {"base_sha256": "of another base model"}))
-    experiment.choose(candidates[:1], base, train, jobs=2)
-    assert len(made) == 3
-
-
-def test_candidates_that_differ_in_more_than_their_masks_are_refused(settings, splits):
-    base = experiment.base_model(settings, splits.train)
-    candidates = [settings, settings.replace(finetune_lr=0.5)]
-    with pytest.raises(ValueError, match="several schedules; allowed: only method, "):
-        experiment.choose(candidates, base, splits.train)
-
-
-def test_weights_that_may_have_seen_all_images_are_refused(settings, splits, tmp_path):
-    base = experiment.base_model(settings, splits.train)
-    path = tmp_path / "mine.pth"
-    torch.save(base.model.state_dict(), path)
-    candidate = settings.replace(weights=str(path), cross_fit=True)
-    with pytest.raises(ValueError, match="allowed: with public_weights True"):
-        experiment.choose([candidate], base, splits.train)
-    public = candidate.replace(public_weights=True)
-    assert experiment.choose([public], base, splits.train)["images"] == 200
-
-
-CHOOSE = """
-from masktune_utils import datasets, experiment, selection
-from masktune_utils.masking import Rule
-from masktune_utils.settings import Settings
-selection.CANDIDATES = {rules}
-selection.MOST_EPOCHS = 2
-settings = Settings(**{values})
-train = datasets.load(settings).train
-base = experiment.base_model(settings, train)
-experiment.choose(experiment.candidates(settings, 400), base, train)
-"""
-
-
-@with_small_rules
-def test_a_choice_that_is_killed_goes_on(tmp_path):
-    settings, train, base = with_base(tmp_path / "undisturbed")
-    expected = experiment.choose(experiment.candidates(settings, 400), base, train)
-    killed = tmp_path / "killed"
-    settings, train, base = with_base(killed)
-    code = CHOOSE.format(rules=RULES, values=dict(settings))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not [*killed.glob("checkpoints/*half=0*/seed0/*finetuned*rounds=2*.pth")]:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (settings.folder("results") / "chosen.json").exists()
-    before = times_of(killed, "CNN_checkpoint_*")
-    choice = experiment.choose(experiment.candidates(settings, 400), base, train)
-    assert choice == expected
-    after = times_of(killed, "CNN_checkpoint_*")
-    assert after.items() > before.items()
-
-
-def times_of(directory: Path, pattern: str) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in directory.rglob(pattern)}
-
-
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_one_candidate_is_enough_and_to_retrain_is_to_train_both_folds_again(tmp_path):
-    settings, train, base = with_base(tmp_path, limit=40, epochs=1)
-    rule = {"method": "mean_std", "param": 2.0, "fill": "resample", "cross_fit": True}
-    candidate = settings.replace(**rule)
-    experiment.choose([candidate], base, train)
-    before = times_of(tmp_path, "CNN_checkpoint_*")
-    experiment.choose([candidate], base, train, retrain=True)
-    after = times_of(tmp_path, "CNN_checkpoint_*")
-    again = {path for path in before if before[path] != after[path]}
-    expected = {path for path in before if "half=" in path.parts[-3]}
-    assert again == expected
-    assert len(again) == 6  # of each fold: ERM, nothing masked, the candidate
-
-
-def test_a_rule_in_words():
-    assert str(Rule(param=3.5, dilation=3)) == "mean_std 3.5 dilated by 3"
-    described = str(Rule(param=4.0, dilation=3, fill="resample", rounds=2))
-    assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"
-    described = str(Rule(fill="resample", shared=True))
-    assert described == "mean_std 2, shared, resampled"
