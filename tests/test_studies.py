@@ -19,6 +19,8 @@ from torch.optim import SGD
 from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
 
+WITH_OR_NOT = ("with it", "without")
+
 
 def function(name: str, stem: str = "08_alternatives") -> Callable:
     """A function that a notebook defines; nothing else of it is executed."""
@@ -165,21 +167,35 @@ def test_the_studies_run_on_tiny_data(stem, validation_share, shared):
         **TINY, validation_share=validation_share, directory=str(shared)
     )
     (job,) = jobs.make_stage(stem, [settings])
-    assert job.run(together=1) == (job, None)
+    assert job.run(together=1) is None
     table = pd.read_csv(job.settings.folder("results") / f"{stem}.csv")
     assert table["seed"].eq(0).all()
     assert len(table) > 4
 
 
 def test_notebook_10_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
-    values = {"directory": str(tmp_path), "limit": 40, "epochs": 1, "image_size": 32}
-    values["model"] = "shufflenet_v2_x0_5"  # the smallest
+    values = {"directory": str(tmp_path), "count": 8, "epochs": 1}
     source = jobs.NOTEBOOKS / "10_your_own.ipynb"
     target = tmp_path / "copy.ipynb"
     papermill.execute_notebook(source, target, values, progress_bar=False)
-    (file,) = tmp_path.glob("results/folder-watermark-train*/seed0/10_your_own.csv")
+    file = tmp_path / "results" / "your_own" / "watermark_0.csv"
     table = pd.read_csv(file).set_index("model")
     assert [*table.index] == ["ERM", "chosen", "oracle"]
-    shares = table[["rare", "usual"]].to_numpy()
-    assert shares.min() >= 0
-    assert shares.max() <= 1
+    groups = [f"{name}, {word}" for name in ("brick", "grass") for word in WITH_OR_NOT]
+    assert table[groups].min(axis=1).equals(table["worst group"])
+    assert table["worst group"].between(0, 1).all()
+    for name in ("planted", "seed", "mistakes", "is kept"):
+        assert table[name].nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ({"planted": "stain"}, "planted is 'stain'; allowed: watermark, background"),
+        ({"rounds": 2}, "rounds is not a parameter; allowed: count, directory"),
+    ],
+)
+def test_notebook_10_refuses_what_it_does_not_know(injected, message, tmp_path):
+    source = jobs.NOTEBOOKS / "10_your_own.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        papermill.execute_notebook(source, None, injected, progress_bar=False)
