@@ -243,8 +243,8 @@ def masktune(
             partial(saliency.saliency_maps, cam=settings.cam),
             settings.seed,
         )
-        # It is trained by now, unless the rounds ended before.
-        retrain &= masked.rule != settings.rule
+        is_trained = masked.rule == settings.rule  # else the rounds ended before
+        retrain = retrain and not is_trained
     return finetuned_model(settings, base.model, masked, retrain)
 
 
