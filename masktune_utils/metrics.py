@@ -101,7 +101,7 @@ def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson), in [0, 1]."""
+    """The 95% interval of a share (Wilson), in [0, 1]."""
     from scipy.stats import binomtest  # takes a second
 
     limits = binomtest(right, count).proportion_ci(method="wilson")
@@ -114,7 +114,7 @@ class Diagnosis(NamedTuple):
     Attributes:
         relies: whether it relies on what is hidden: accuracy is lower if this part is
             taken from an image of another class than if it is taken from one of the
-            same class, and the 95 % intervals do not overlap.
+            same class, and the 95% intervals do not overlap.
         accuracy: `as it is`, `same class`, `another class`, in [0, 1].
         sentence: the same in words.
     """
@@ -153,7 +153,7 @@ def diagnose(
         accuracy[name] = part.double().mean().item()
         low, high = interval(int(part.sum()), len(part))
         limits[name] = low, high
-        words[name] = f"{accuracy[name]:.1%} ({100 * low:.1f}–{100 * high:.1f} %)"
+        words[name] = f"{accuracy[name]:.1%} ({100 * low:.1f}–{100 * high:.1f}%)"
     relies = limits["another class"][1] < limits["same class"][0]
     sentence = (
         f"Accuracy is {words['as it is']}; {words['same class']} with the hidden part "

@@ -200,7 +200,7 @@ def judge(held_out: HeldOut) -> Verdict:
 
     One of the candidates that are left is proposed, see `propose`. If ERM is sure of
     enough mistakes, it is taken if most of them are right with it, and more than with
-    nothing masked, and refused if most are wrong, both by the 95 % interval (Wilson).
+    nothing masked, and refused if most are wrong, both by the 95% interval (Wilson).
     Else it is taken if ERM, and the model with nothing masked, are `BEHIND` on some of
     the resampled images.
 
@@ -234,7 +234,7 @@ def judge(held_out: HeldOut) -> Verdict:
         low, high = metrics.interval(right, count)
         reason += (
             f" ERM is sure of {count} of its mistakes. {right} of these are right now "
-            f"(95 % interval {100 * low:.0f}–{100 * high:.0f} %), "
+            f"(95% interval {100 * low:.0f}–{100 * high:.0f}%), "
             f"and {round(count * shares[NULL])} with nothing masked"
         )
         if high < 0.5:
