@@ -29,6 +29,9 @@ def machine() -> str:
         if line.startswith("model name")
     ]
     device = store.resolve_device()
+    accelerator = "none" if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        accelerator = torch.cuda.get_device_name(device)
     can = torch.cpu.get_capabilities()
     hardware = [
         names[0] if names else platform.processor(),
@@ -36,7 +39,7 @@ def machine() -> str:
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         f"AMX {'yes' if can.get('amx_tile') else 'no'}",
         f"AVX-512 BF16 {'yes' if can.get('avx512_bf16') else 'no'}",
-        f"accelerator {'none' if device.type == 'cpu' else store.describe_device(device)}",
+        f"accelerator {accelerator}",
         f"torch {torch.__version__.split('+')[0]}",
     ]
     return f"\n{', '.join(hardware)}\n"

@@ -53,7 +53,14 @@ def main() -> None:
         configurations = {}
         grids = {1: "top_k --param 0.1", 5: "top_k", 15: "threshold top_k mean"}
         for count, grid in grids.items():
-            options = ["--force", "--limit", "15000", "--method", *grid.split()]
+            options = [
+                "--retrain",
+                "True",
+                "--limit",
+                "15000",
+                "--method",
+                *grid.split(),
+            ]
             configurations[count] = measure([*sweep, *options])
     print(machine())
     print("notebook 04, by images")

@@ -40,7 +40,7 @@ def main() -> None:
         wall = {}
         for job in stages:
             started = time.perf_counter()
-            _, error = job.run(1)
+            error = job.run(1)
             assert not error, error
             wall[job] = time.perf_counter() - started
         last, sets = stages[-1], datasets.load(grid[-1])
@@ -48,7 +48,7 @@ def main() -> None:
         tests = {"predictions": lambda: evaluation.evaluate(base.model, sets)}
         predictions = alternate(tests, 3)["predictions"]
         result = last.settings.folder("results") / f"{last.name}.json"
-        training = results.read_result(result)["seconds"]
+        training = results.read(result)["seconds"]
         print(machine())
         print(seconds_by_cell(last.copy).round(2).to_string())
         total = pd.Series(
@@ -58,7 +58,9 @@ def main() -> None:
         print(f"\n{total.round(2).to_string()}\n")
         memory = {}
         for count in range(1, NOTEBOOKS + 1):
-            _, error = stages[-1 - count % 2].run(1, force=count % 10 == 0)
+            job = stages[-1 - count % 2]
+            again = job.settings.replace(retrain=count % 10 == 0)
+            error = job._replace(settings=again).run(1)
             assert not error, error
             if count in MOMENTS:
                 pid = kernels.warm_kernels.idle["1"][0].provisioner.pid

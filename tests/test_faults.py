@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,9 @@ from masktune_utils import datasets, experiment, plotting, store
 from masktune_utils.settings import Settings
 
 pytest_plugins = ["tiny_runs"]
+SMALLEST = TINY | {"limit": 60, "epochs": 1}
 PROCESSES = multiprocessing.get_context("forkserver")
-SLOW_TO_IMPORT = [
-    "masktune_utils.runner.command",
-    "sklearn.metrics",
-    "torch._dynamo",
-    "matplotlib.backends.backend_agg",
-]
-PROCESSES.set_forkserver_preload(SLOW_TO_IMPORT)
+PROCESSES.set_forkserver_preload(["preloaded"])
 WRITES = [  # in their order
     "CNN_checkpoint_base.pth",
     "base.json",
@@ -41,13 +37,14 @@ WRITES = [  # in their order
 def pipeline(directory: Path) -> None:
     """What the notebooks write, in their order."""
     torch.set_num_threads(1)
-    settings = Settings(**TINY, directory=str(directory))
+    settings = Settings(**SMALLEST, directory=str(directory))
     sets = datasets.load(settings)
+    sets = sets._replace(raw=sets.raw[::10], biased=sets.biased[::10])
     base = experiment.base_model(settings, sets.train)
     experiment.record(base, sets)
     tuned = experiment.masktune(settings, base, sets.train)
     experiment.record(tuned, sets)
-    images, _ = tuned.masked.batch(slice(0, 2))
+    images, _ = tuned.images.batch(slice(0, 2))
     plotting.show(plotting.grid({"masked": images}), settings, "picture")
 
 
@@ -99,6 +96,14 @@ def in_process(target: Callable, *arguments: object) -> int:
     process.start()
     process.join()
     return process.exitcode
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded():
+    """All processes start with what preloaded.py has imported and read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -10,8 +11,8 @@ from masktune_utils.runner import jobs
 from masktune_utils.settings import DEFAULTS, Settings
 
 PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
-MOST_CELLS = {"06_study": 26, "08_alternatives": 40}  # many figures, many methods
-MOST_LINES = {"08_alternatives": 25}  # of a cell of code, without its imports
+MOST_CELLS = {"09_alternatives": 40}  # many methods
+MOST_LINES = 25  # of a cell of code, without its imports
 MOST_PARAMETERS = 12
 # Parameters of one notebook alone, and the beginning of their documentation.
 EXTRA = {
@@ -19,7 +20,7 @@ EXTRA = {
         "base_model": "path of a checkpoint; empty: ",
         "finetuned_model": "path of a checkpoint; empty: ",
     },
-    "10_your_own": {
+    "11_your_own": {
         "planted": "the shortcut: watermark, background, tint or none",
         "count": "training images of each class",
     },
@@ -27,10 +28,10 @@ EXTRA = {
 # Their defaults, and those that are not the defaults of the settings.
 OTHER_DEFAULTS = {
     "05_plots": {"base_model": "", "finetuned_model": ""},
-    "07_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
-    "08_alternatives": {"dataset": "mnist5k", "validation_share": 0.2},
-    "09_selective": {"dataset": "mnist5k", "validation_share": 0.2},
-    "10_your_own": {"planted": "watermark", "count": 300, "epochs": 10},
+    "08_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
+    "09_alternatives": {"dataset": "mnist5k", "validation_share": 0.2},
+    "10_selective": {"dataset": "mnist5k", "validation_share": 0.2},
+    "11_your_own": {"planted": "watermark", "count": 300, "epochs": 10},
 }
 
 
@@ -43,8 +44,8 @@ def notebook(request) -> nbformat.NotebookNode:
     return content
 
 
-def test_there_are_ten_in_an_order():
-    assert [path.stem[:3] for path in PATHS] == [f"{n:02}_" for n in range(1, 11)]
+def test_there_are_eleven_in_an_order():
+    assert [path.stem[:3] for path in PATHS] == [f"{n:02}_" for n in range(1, 12)]
 
 
 def test_the_first_cell_of_code_has_the_parameters_and_no_other_has(notebook):
@@ -88,7 +89,28 @@ def test_notebooks_are_short(notebook):
     stem = notebook.path.stem
     assert len(notebook.cells) <= MOST_CELLS.get(stem, 25)
     for cell in notebook.code:
-        assert lines_without_imports(cell.source) <= MOST_LINES.get(stem, 20)
+        assert lines_without_imports(cell.source) <= MOST_LINES
+
+
+def words(path: Path) -> int:
+    """Number of the words in the text of a notebook."""
+    cells = nbformat.read(path, as_version=4).cells
+    return sum(
+        len(cell.source.split()) for cell in cells if cell.cell_type == "markdown"
+    )
+
+
+def test_the_course_and_the_studies_can_be_read_in_an_evening():
+    course = PATHS[:5]
+    studies = PATHS[6:]
+    assert sum(map(words, course)) <= 4500
+    assert sum(map(words, studies)) <= 6000
+    lines = 0
+    for path in course:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                lines += len(cell.source.splitlines())
+    assert lines <= 500
 
 
 def test_no_notebook_needs_the_runner(notebook):

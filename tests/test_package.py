@@ -1,9 +1,11 @@
 """The package as a whole: the order of its modules, and use without writing."""
 
 import ast
+import io
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,10 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
+def path_of(name: str) -> Path:
+    return PACKAGE / f"{name.replace('.', '/')}.py"
+
+
 def imported(path: Path) -> set[str]:
     """Names of the modules of the package that a module imports."""
     names = set()
@@ -48,8 +54,40 @@ def test_the_order_of_the_modules_lists_them_all():
 
 @pytest.mark.parametrize("name", ORDER)
 def test_no_module_imports_one_that_comes_after_it(name):
-    path = PACKAGE / f"{name.replace('.', '/')}.py"
-    assert imported(path) <= {*ORDER[: ORDER.index(name)]}
+    assert imported(path_of(name)) <= {*ORDER[: ORDER.index(name)]}
+
+
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
+
+def count_tokens(name: str) -> int:
+    """Of a module, without comments and docstrings."""
+    source = path_of(name).read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    skipped = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            docstring = node.body[0]
+            skipped.update(range(docstring.lineno, docstring.end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return sum(
+        token.type not in LAYOUT and token.start[0] not in skipped for token in tokens
+    )
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")
+def test_the_package_is_small():
+    runner = [name for name in ORDER if name.startswith("runner.")]
+    assert sum(map(count_tokens, ORDER)) < 20_000
+    assert sum(map(count_tokens, CORE)) < 10_000
+    assert sum(map(count_tokens, runner)) < 3000
 
 
 EVALUATE = """

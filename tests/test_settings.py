@@ -146,6 +146,15 @@ def test_unknown_parameters_are_refused_with_those_that_are_known(
         experiment.from_notebook(namespace)
 
 
+def test_a_notebook_without_settings_refuses_unknown_parameters_too():
+    namespace = {"In": ["", "count = 3", "# Parameters\ncount = 4\n"]}
+    experiment.check_parameters(namespace, {"seed", "count"})
+    namespace["In"].append("# Parameters\nrounds = 2\n")
+    message = r"^rounds is not a parameter; allowed: count, seed\.$"
+    with pytest.raises(ValueError, match=message):
+        experiment.check_parameters(namespace, {"seed", "count"})
+
+
 def test_a_notebook_may_have_parameters_that_are_no_settings(shown, expected):
     cell = '# Parameters\npath = "a.pth"\n'
     namespace = {"In": ["", shown, cell]}

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
 import psutil
 import pytest
 from conftest import MASKTUNE, TINY, outcome
 from filelock import FileLock
 
+from masktune_utils import store
 from masktune_utils.runner import command
 from masktune_utils.runner import kernels as kept_kernels
 from masktune_utils.settings import Settings
@@ -70,6 +72,16 @@ def contents(directory: Path) -> dict[tuple[Path, str], object]:
     return left
 
 
+def checked_results(directory: Path) -> dict[str, dict]:
+    """The results and the choice of seed 0; all that is saved is whole."""
+    for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
+        store.load_checkpoint(path)
+    for path in directory.glob("runs/*/*/*.ipynb"):
+        nbformat.read(path, as_version=4)
+    paths = directory.glob("results/*/seed0/*.json")
+    return {path.stem: json.loads(path.read_bytes()) for path in paths}
+
+
 class Run(NamedTuple):
     """A finished process."""
 
@@ -111,15 +123,6 @@ def run_all(directory: Path) -> Run:
 def one_thread(monkeypatch):
     """Notebooks compute with one thread; no kernel is kept from before or after."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kept_kernels.warm_kernels.close()
-    yield
-    kept_kernels.warm_kernels.close()
-
-
-@pytest.fixture
-def all_cores(monkeypatch):
-    """Notebooks share the cores; no kernel is kept from before or after."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     kept_kernels.warm_kernels.close()
     yield
     kept_kernels.warm_kernels.close()

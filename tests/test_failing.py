@@ -1,0 +1,206 @@
+"""The command `masktune` where something fails: it is named, and the rest goes on."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from tiny_runs import OPTIONS, checked_results, kernels, masktune, start, tiny
+
+from masktune_utils import results
+from masktune_utils.runner import command, jobs, stages
+
+pytest_plugins = ["tiny_runs"]
+
+
+@pytest.fixture
+def damaged(directory) -> list[Path]:
+    """Two files that are no checkpoints: of a fine-tuned model, and of a base model."""
+    paths = [
+        tiny(directory).checkpoint_path("top_k_0.6"),
+        tiny(directory, seed=1).checkpoint_path("base"),
+    ]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"damaged")
+    return paths
+
+
+def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, capsys):
+    arguments = ["--param", "0.6", "0.8", "--seed", "0", "1"]
+    assert masktune(directory, *arguments) == 1
+    printed, error = capsys.readouterr()
+    tuned, base = damaged
+    experiment = tiny(directory).experiment
+    missing = "not run, because its base model is missing"
+    for line in (
+        f"seed 0, 04_finetune_sweep_top_k_0.6: CheckpointError: {tuned} is damaged",
+        f"seed 1, 02_erm: CheckpointError: {base} is damaged",
+        f"seed 1, 03_saliency_masks: {missing}",
+        f"seed 1, 04_finetune_sweep_top_k_0.8: {missing}",
+    ):
+        assert f"failed: {experiment}, {line}" in error
+    assert "\n5 failed or not run" in printed
+    assert "Traceback" not in error
+    copies = sorted(directory.glob("runs/*/*/*_unfinished.ipynb"))
+    assert [path.stem[:2] for path in copies] == ["04", "02"]
+    for path in copies:
+        assert "CheckpointError" in path.read_text()
+    for path in damaged:
+        assert path.read_bytes() == b"damaged"
+        path.unlink()
+    saved = checked_results(directory)
+    assert {"top_k_0.1", "top_k_0.3", "top_k_0.8"} < saved.keys()
+    assert "top_k_0.6" not in saved
+    finished = results.finished(str(directory))
+    grid = [tiny(directory, param=param) for param in (0.6, 0.8)]
+    stage = jobs.make_stage("04_finetune_sweep", grid)
+    assert [job.is_done(finished) for job in stage] == [False, True]
+
+
+def test_a_failure_of_03_stops_nothing(tmp_path, monkeypatch):
+    ran = []
+
+    def run(job, together):
+        ran.append(job.stem)
+        return "a figure failed" if job.stem == jobs.BASE[1] else None
+
+    monkeypatch.setattr(jobs.Job, "run", run)
+    stems = (*jobs.BASE, "04_finetune_sweep")
+    every = [jobs.make_stage(stem, [tiny(tmp_path)]) for stem in stems]
+    errors = jobs.execute(every, count=1)
+    assert ran == [*stems]
+    assert [job.stem for job in errors] == [jobs.BASE[1]]
+
+
+def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
+    directory, capsys
+):
+    options = [*OPTIONS, "--directory", str(directory), "--jobs", "1"]
+    (tiny(directory).folder("results") / "chosen.json").unlink()
+    path = tiny(directory, fold=1).checkpoint_path("base")
+    content = path.read_bytes()
+    path.write_bytes(b"damaged")
+    assert command.main(["choose", *options]) == 1
+    error = capsys.readouterr().err
+    assert f"seed 0, choice: CheckpointError: {path} is damaged" in error
+    assert "Traceback" not in error
+    path.write_bytes(content)
+    assert command.main(["choose", *options]) == 0
+    printed = capsys.readouterr().out
+    choice = checked_results(directory)["chosen"]
+    assert f"seed 0: {choice['reason']}" in printed
+    assert results.CHOSEN in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "chosen"),
+    [("run", ["05_plots", "06_choice"], [0]), ("choose", [], [0]), ("sweep", [], [])],
+)
+def test_without_a_base_model_nothing_is_chosen_and_shown(
+    name, shown, chosen, tmp_path, monkeypatch
+):
+    executed = []
+    seeds = []
+
+    def execute(todo, count):
+        """The base model of seed 1 fails."""
+        listed = [job for stage in todo for job in stage]
+        executed.extend(listed)
+        failing = [job for job in listed if job.stem == "02_erm" and job.settings.seed]
+        return dict.fromkeys(failing, "failed")
+
+    monkeypatch.setattr(stages.jobs, "execute", execute)
+    monkeypatch.setattr(stages.jobs, "write_page", lambda job: job.copy)
+    monkeypatch.setattr(
+        stages, "choose", lambda settings, _: seeds.append(settings.seed)
+    )
+    grid = [tiny(tmp_path, seed=seed) for seed in (0, 1)]
+    errors = stages.run_stages(name, ["02_erm"], grid, 1)
+    assert [(job.stem, job.settings.seed) for job in errors] == [("02_erm", 1)]
+    after = [(job.stem, job.settings.seed) for job in executed[2:]]
+    assert after == [(stem, 0) for stem in shown]
+    assert seeds == chosen
+
+
+def test_a_copy_is_called_unfinished_until_its_notebook_went_through(
+    tmp_path, monkeypatch
+):
+    (job,) = jobs.make_stage("02_erm", [tiny(tmp_path)])
+    unfinished = job.copy.with_stem("02_erm_unfinished")
+    problems = ["the disk is full"]
+
+    def execute(_source, copy, *_arguments, **_options):
+        copy.touch()
+        if problems:
+            raise RuntimeError(problems.pop())
+
+    monkeypatch.setattr(jobs.papermill, "execute_notebook", execute)
+    threads = []
+
+    def take(count):
+        threads.append(count)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(jobs, "warm_kernels", SimpleNamespace(take=take))
+    monkeypatch.setattr(jobs, "cpu_count", lambda: 6)
+    assert job.run(together=2) == "RuntimeError: the disk is full"
+    assert [*job.copy.parent.iterdir()] == [unfinished]
+    assert job.run(together=8) is None
+    assert [*job.copy.parent.iterdir()] == [job.copy]
+    assert threads == [3, 1]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(8, 3), (2, 2)])
+def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
+    count, expected, tmp_path, monkeypatch
+):
+    """Else a sweep that goes on after a stop would have other bits."""
+    shares = []
+    monkeypatch.setattr(jobs.Job, "run", lambda _, together: shares.append(together))
+    monkeypatch.setattr(jobs.Job, "is_done", lambda job, _: job.settings.param < 0.5)
+    grid = [tiny(tmp_path, param=param) for param in (0.1, 0.5, 0.9)]
+    jobs.execute([jobs.make_stage("04_finetune_sweep", grid)], count)
+    assert shares == [expected, expected]
+
+
+def test_an_interrupt_ends_the_kernels_too(tmp_path):
+    options = ["--epochs", "10000", "--param", "0.1", "--seed", "0", "1", "--jobs", "2"]
+    process = start(tmp_path, *options)
+    while len([*tmp_path.glob("runs/*/*/02_erm_unfinished.ipynb")]) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    running = kernels(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "masktune: interrupted" in error
+    assert len(running) == 2
+    _, alive = psutil.wait_procs(running, timeout=10)
+    assert not alive
+
+
+def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        address = cluster.scheduler_address
+        process = start(directory, "--param", "0.4", "0.5", "--dask", address)
+        busy = []
+        while not busy:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+            tasks = client.processing()
+            busy = [worker for worker in tasks if tasks[worker]]
+        (pid,) = client.run(os.getpid, workers=busy[:1]).values()
+        os.kill(pid, signal.SIGKILL)
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+    assert {"top_k_0.4", "top_k_0.5"} < checked_results(directory).keys()
