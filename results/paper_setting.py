@@ -97,7 +97,7 @@ def run(seed: int) -> list[dict]:
         masked = masking.mask_dataset(sets.train, maps, "mean_std", 2.0)
         order = torch.Generator().manual_seed(EPOCHS + seed)
         train_epoch(model, optimizer, masked, order)
-        add(name, model, masking.hidden_shares(masked)["shortcut_whole"])
+        add(name, model, evaluation.hidden_shares(masked)["shortcut_whole"])
 
     labels = sets.train.labels
     start = (last, sgd)

@@ -102,12 +102,12 @@ def networks_of_fold(
     num_classes = len(fold.labels.unique())
     base = models.new_model(settings.seed, "cpu", num_classes)
     training.train(base, fold, **settings.training)
-    (first, *_) = experiment.candidates(settings, 2 * len(fold))
+    of_choice = experiment.choice_settings(settings, 2 * len(fold))
 
     def fine_tuned(
         network: torch.nn.Module, images: torch.utils.data.Dataset
     ) -> torch.nn.Module:
-        training.train(network, images, **first.finetuning)
+        training.train(network, images, **of_choice.finetuning)
         return network.eval()
 
     networks = {ERM: base.eval(), NULL: fine_tuned(copy.deepcopy(base), fold)}
