@@ -296,7 +296,7 @@ def test_a_diagnosis_tells_whether_a_network_relies_on_what_is_hidden(train):
     assert found.accuracy["as it is"] == 0.95
     assert found.accuracy["same class"] > 0.9
     assert found.accuracy["another class"] < 0.15
-    assert found.sentence.startswith("Accuracy is 95.0% (91.5–97.1 %); ")
+    assert found.sentence.startswith("Accuracy is 95.0% (91.5–97.1%); ")
     assert found.sentence.endswith("of another class: the network relies on it.")
     found = metrics.diagnose(CornerReader(), train, corner.flip(1))
     assert not found.relies

@@ -2,7 +2,6 @@
 
 import ast
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -90,27 +89,6 @@ def test_notebooks_are_short(notebook):
     assert len(notebook.cells) <= MOST_CELLS.get(stem, 25)
     for cell in notebook.code:
         assert lines_without_imports(cell.source) <= MOST_LINES
-
-
-def words(path: Path) -> int:
-    """Number of the words in the text of a notebook."""
-    cells = nbformat.read(path, as_version=4).cells
-    return sum(
-        len(cell.source.split()) for cell in cells if cell.cell_type == "markdown"
-    )
-
-
-def test_the_course_and_the_studies_can_be_read_in_an_evening():
-    course = PATHS[:5]
-    studies = PATHS[6:]
-    assert sum(map(words, course)) <= 4500
-    assert sum(map(words, studies)) <= 6000
-    lines = 0
-    for path in course:
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code":
-                lines += len(cell.source.splitlines())
-    assert lines <= 500
 
 
 def test_no_notebook_needs_the_runner(notebook):

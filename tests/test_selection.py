@@ -33,7 +33,7 @@ def toy(
 ) -> HeldOut:
     """A thousand images of two classes, in turns; ERM is wrong on the first ones.
 
-    The worst class of ERM has 2 % of mistakes, if there are 20.
+    The worst class of ERM has 2% of mistakes, if there are 20.
 
     Args:
         right: model → how many of ERM's mistakes, and of the rest, it gets right.
@@ -163,7 +163,7 @@ def test_a_candidate_is_taken_if_most_mistakes_that_erm_is_sure_of_are_right():
         f"{MISTAKES} that have not seen them. 2 of 3 models fall 10 points or more "
         "behind and are struck out. Of the candidates that then fall least behind, "
         "a hides least. ERM is sure of 40 of its mistakes. 36 of these are right "
-        "now (95 % interval 77–96 %), and 2 with nothing masked, so it is taken."
+        "now (95% interval 77–96%), and 2 with nothing masked, so it is taken."
     )
 
 
@@ -173,7 +173,7 @@ def test_erm_is_kept_if_most_mistakes_that_it_is_sure_of_stay_wrong():
     )
     assert verdict.chosen == ERM
     assert verdict.reason.endswith(
-        "9 of these are right now (95 % interval 12–38 %), and 2 with nothing masked: "
+        "9 of these are right now (95% interval 12–38%), and 2 with nothing masked: "
         "most stay wrong, and ERM is kept."
     )
 
@@ -186,7 +186,7 @@ def test_mistakes_that_are_right_with_nothing_masked_prove_nothing():
     longer = "With nothing masked, the same fine-tuning gets 92% of these right: train"
     assert longer in verdict.reason
     assert verdict.reason.endswith(NOT_SHOWN)
-    assert judge(right | {NULL: (31, 960)}).chosen == "a"  # 91 to 100 %, over 78 %
+    assert judge(right | {NULL: (31, 960)}).chosen == "a"  # 91 to 100%, over 78%
 
 
 @pytest.mark.parametrize(("sure", "expected"), [(9, ERM), (10, "a")])
