@@ -303,6 +303,20 @@ def test_a_diagnosis_tells_whether_a_network_relies_on_what_is_hidden(train):
     assert found.sentence.endswith("is not shown to rely on it.")
 
 
+def test_a_diagnosis_hides_what_the_mask_of_either_image_hides(train):
+    masks = torch.zeros(240, 32, 32, dtype=torch.bool)
+    masks[::3, :6, :6] = True
+    partners = MaskedDataset(train, masks, "resample").partners
+    hidden = masks | masks[partners]
+    pixels = torch.where(hidden[:, None], train.images[partners], train.images)
+    logits = metrics.predict(CornerReader(), Split(pixels, train.labels))
+    right = metrics.is_right(logits, train.labels).double()
+    is_same = train.labels == train.labels[partners]
+    found = metrics.diagnose(CornerReader(), train, masks)
+    assert found.accuracy["same class"] == right[is_same].mean().item()
+    assert found.accuracy["another class"] == right[~is_same].mean().item()
+
+
 def test_the_interval_is_wilsons():
     low, high = metrics.interval(40, 50)
     assert (low, high) == pytest.approx((0.6696, 0.8876), abs=1e-4)

@@ -13,6 +13,7 @@ from tiny_runs import OPTIONS, checked_results, kernels, masktune, start, tiny
 
 from masktune_utils import results
 from masktune_utils.runner import command, jobs, stages
+from masktune_utils.settings import BaseSettings
 
 pytest_plugins = ["tiny_runs"]
 
@@ -134,8 +135,9 @@ def test_a_copy_is_called_unfinished_until_its_notebook_went_through(
     unfinished = job.copy.with_stem("02_erm_unfinished")
     problems = ["the disk is full"]
 
-    def execute(_source, copy, *_arguments, **_options):
+    def execute(_source, copy, values, **_options):
         copy.touch()
+        assert values.keys() == BaseSettings.model_fields.keys()
         if problems:
             raise RuntimeError(problems.pop())
 
