@@ -150,9 +150,10 @@ def resolve_dataset(dataset: str) -> str:
     try:
         _read_torchvision("mnist")
     except FileNotFoundError:
-        problem = "MNIST is not on disk and cannot be downloaded"
         warnings.warn(
-            f"{problem}: 'auto' uses the 5,000 of 'mnist5k'. {REMEDY}", stacklevel=2
+            "MNIST is not on disk and cannot be downloaded: 'auto' uses the 5,000 of "
+            f"'mnist5k'. {REMEDY}",
+            stacklevel=2,
         )
         return "mnist5k"
     return "mnist"

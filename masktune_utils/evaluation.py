@@ -24,7 +24,7 @@ def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, Any]:
     report = {}
     groups = {}
     for name, split in {**sets.tests, "validation": sets.validation}.items():
-        if len(split) == 0:
+        if not len(split):
             continue
         logits = metrics.predict(model, split)
         of_groups = metrics.group_accuracy(logits, split)

@@ -116,8 +116,8 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings.
     """
-    num_classes = len(train.labels.unique())
-    network = models.new_model(settings.seed, train.labels.device, num_classes)
+    labels = train.labels
+    network = models.new_model(settings.seed, labels.device, len(labels.unique()))
     return _load_or_train(
         settings, "base", network, train, settings.training, "", retrain
     )
@@ -264,11 +264,10 @@ def handed_over(settings: Settings, base: Trained, train: Split) -> MaskedDatase
         content = np.load(path, allow_pickle=False)
         if content["base_sha256"] != base.sha256:
             raise ValueError("they are of another base model")
-        own_masks = torch.from_numpy(content["masks"])
+        own_masks = torch.from_numpy(content["masks"]).to(train.labels.device)
     except Exception as error:  # NumPy has no class of its own for a damaged file
         remedy = "Choose again: masktune choose --retrain True."
         raise ValueError(f"{path} has no masks ({error}). {remedy}") from error
-    own_masks = own_masks.to(train.labels.device)
     return MaskedDataset(train, own_masks, settings.fill, settings.seed)
 
 

@@ -242,7 +242,7 @@ def judge(held_out: HeldOut) -> Verdict:
         if low > max(0.5, shares[NULL]):
             return verdict(proposal, f"{reason}, so it is taken.")
         reason += "."
-    resampled = behind.loc[held_out.resampled.index]
+    resampled = behind.loc[held_out.resampled.index].clip(lower=0)
     of_erm = resampled[ERM].max()
     of_null = resampled[NULL].max()
     reason += (
@@ -250,10 +250,12 @@ def judge(held_out: HeldOut) -> Verdict:
         f"and with nothing masked {100 * of_null:.1f}"
     )
     if min(of_erm, of_null) < BEHIND:
-        little = "that does not show that ERM relies on what is hidden, so it is kept"
-        return verdict(ERM, f"{reason}: {little}.")
-    relies = "ERM relies on what is hidden, so it is taken"
-    return verdict(proposal, f"{reason}: {relies}.")
+        reason += (
+            ": that does not show that ERM relies on what is hidden, so it is kept."
+        )
+        return verdict(ERM, reason)
+    reason += ": ERM relies on what is hidden, so it is taken."
+    return verdict(proposal, reason)
 
 
 def _mistakes_in_words(held_out: HeldOut) -> str:
@@ -386,7 +388,8 @@ def choose(
     folds = [replace(train[index], fold=number) for number, index in enumerate(parts)]
     calls = [(fit, explain, fold) for fold in folds]
     bases = _run(jobs, _fit, calls, "ERM of both folds")
-    if bases[0].network is bases[1].network:
+    first, second = [next(base.network.parameters()) for base in bases]
+    if first is second:  # also in a wrapper of its own
         raise ValueError(
             "fit returned the same network twice; allowed: a new one for each fold."
         )

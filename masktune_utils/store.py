@@ -198,9 +198,9 @@ def load_checkpoint(
         # A setting that is younger than the file had its default.
         made_with = checkpoint.settings.get(name, DEFAULTS.get(name))
         if made_with != asked:
-            hint = "Delete it, use retrain = True, or use another directory."
             raise CheckpointError(
-                f"{path} was made with {name} = {made_with!r}, not {asked!r}. {hint}"
+                f"{path} was made with {name} = {made_with!r}, not {asked!r}. "
+                "Delete it, use retrain = True, or use another directory."
             )
     checkpoint.model.to(device, memory_format=torch.channels_last).eval()
     return checkpoint

@@ -384,6 +384,8 @@ def test_what_fit_and_finetune_return_is_checked_and_one_class_is_refused(train)
     network = models.new_model(0)
     with pytest.raises(ValueError, match="fit returned the same network twice"):
         selection.choose(train, lambda _: network)
+    with pytest.raises(ValueError, match="fit returned the same network twice"):
+        selection.choose(train, lambda _: torch.nn.Sequential(network))
     with pytest.raises(TypeError, match="fit returned None; allowed: the trained"):
         selection.choose(train, lambda _: None)
     with pytest.raises(TypeError, match="finetune returned None; allowed"):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from masktune_utils.settings import RUNTIME, Settings
 
-COMMANDS = ("run", "sweep", "choose")
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
 
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
     commands = "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose"
-    parser.add_argument("command", choices=COMMANDS, help=commands)
+    parser.add_argument("command", choices=("run", "sweep", "choose"), help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
         "--jobs", type=int, choices=range(1, 65), metavar="N", help="notebooks at once"

@@ -8,7 +8,7 @@ from sklearn.model_selection import ParameterGrid
 
 from masktune_utils.settings import REPOSITORY, RUNTIME, Settings
 
-SWEEPS = REPOSITORY / "sweeps"
+PUBLISHED = REPOSITORY / "sweeps" / "published.yaml"
 FINETUNE = "04_finetune_sweep"
 
 

@@ -153,8 +153,7 @@ def write_page(job: Job) -> Path:
     """Write an executed notebook without its code, as one file to be read offline."""
     from nbconvert import HTMLExporter  # heavy, and seldom wanted
 
-    exporter = HTMLExporter(exclude_input=True)
-    page, _ = exporter.from_filename(str(job.copy))
+    page, _ = HTMLExporter(exclude_input=True).from_filename(str(job.copy))
     # Scripts would be loaded from the network.
     page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
     path = job.settings.folder("results") / f"{job.stem}.html"

@@ -7,11 +7,9 @@ from joblib import cpu_count, parallel_config
 
 from masktune_utils import datasets, experiment, results, store
 from masktune_utils.runner import jobs
-from masktune_utils.runner.grids import FINETUNE, SWEEPS, read_grid
+from masktune_utils.runner.grids import FINETUNE, PUBLISHED, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
 from masktune_utils.settings import DEFAULTS, Settings, root
-
-PUBLISHED = SWEEPS / "published.yaml"
 
 
 def run(arguments: argparse.Namespace) -> int:
