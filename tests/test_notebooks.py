@@ -30,7 +30,7 @@ OTHER_DEFAULTS = {
     "08_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
     "09_alternatives": {"dataset": "mnist5k", "validation_share": 0.2},
     "10_selective": {"dataset": "mnist5k", "validation_share": 0.2},
-    "11_your_own": {"planted": "watermark", "count": 300, "epochs": 10},
+    "11_your_own": {"planted": "watermark", "count": 300, "epochs": 10, "seed": 2},
 }
 
 
