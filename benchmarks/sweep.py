@@ -7,7 +7,7 @@ import plain
 from common import BIN, base_model_alone, machine, measure
 
 from masktune_utils import datasets
-from masktune_utils.runner.grids import SWEEPS, read_grid
+from masktune_utils.runner.grids import PUBLISHED, read_grid
 from masktune_utils.settings import Settings
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     )
     with base_model_alone() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
-        _, grid = read_grid(SWEEPS / "published.yaml", {"dataset": ["mnist"]})
+        _, grid = read_grid(PUBLISHED, {"dataset": ["mnist"]})
         parts = [
             plain.configuration(path, tenth, one.method, one.param) for one in grid
         ]

@@ -1,6 +1,8 @@
 """Kernels that are kept between notebooks: nothing is left for the next."""
 
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -13,7 +15,7 @@ from tiny_runs import contents, tiny
 from masktune_utils.runner import jobs, kernels
 
 pytest_plugins = ["tiny_runs"]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_kernels")
 
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python"}
 LITTER = """
@@ -41,6 +43,14 @@ print([tensor.shape for tensor in left if tensor.numel() > 10**5])
 print([thing for thing in gc.get_objects() if type(thing) is torch.nn.Linear])
 print("random:", torch.rand(1))
 """
+
+
+@pytest.fixture
+def no_kernels():
+    """None is kept from before, or for after."""
+    kernels.warm_kernels.close()
+    yield
+    kernels.warm_kernels.close()
 
 
 def run(folder: Path, *sources: str, **options: object) -> str:
@@ -117,6 +127,19 @@ def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
         run(tmp_path, "1 / 0", km=kernel)
     assert not kernels.warm_kernels.idle["1"]
     assert not kernel.is_alive()
+
+
+def test_a_notebook_whose_kernel_dies_has_failed(tmp_path):
+    (job,) = jobs.make_stage("02_erm", [tiny(tmp_path, epochs=10_000)])
+    with ThreadPoolExecutor(1) as executor:
+        outcome = executor.submit(job.run, together=1)
+        while not any(tmp_path.glob("runs/*/*/02_erm_unfinished.ipynb")):
+            time.sleep(0.1)
+        for child in psutil.Process().children(recursive=True):
+            if "ipykernel_launcher" in " ".join(child.cmdline()):
+                child.kill()
+    assert re.match("DeadKernelError|RuntimeError: Kernel died", outcome.result())
+    assert not kernels.warm_kernels.idle["1"]
 
 
 def test_a_kernel_that_cannot_forget_is_ended(tmp_path, monkeypatch):

@@ -16,11 +16,11 @@ from filelock import FileLock
 
 from masktune_utils import store
 from masktune_utils.runner import command
-from masktune_utils.runner import kernels as kept_kernels
 from masktune_utils.settings import Settings
 
-OPTIONS = []  # of the command, for the tiny experiment
-for setting, value in TINY.items():
+TINY_RUN = TINY | {"limit": 100}
+OPTIONS = []  # of the command
+for setting, value in TINY_RUN.items():
     OPTIONS += [f"--{setting}", str(value)]
 OPTIONS += ["--method", "top_k"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -34,7 +34,7 @@ sys.exit(main())
 
 
 def tiny(directory: Path, **settings: object) -> Settings:
-    return Settings(**TINY, directory=str(directory), **settings)
+    return Settings(**(TINY_RUN | settings), directory=str(directory))
 
 
 def masktune(directory: Path, *arguments: str) -> int:
@@ -108,7 +108,7 @@ def whole_run(tmp_path_factory, worker_id) -> Run:
 
 def run_all(directory: Path) -> Run:
     """`masktune run` with two configurations."""
-    options = [*OPTIONS, "--param", "0.1", "0.3", "--jobs", "2"]
+    options = [*OPTIONS, "--param", "0.1", "0.3"]
     process = subprocess.run(
         [MASKTUNE, "run", *options, "--directory", directory],
         check=False,
@@ -121,11 +121,8 @@ def run_all(directory: Path) -> Run:
 
 @pytest.fixture
 def one_thread(monkeypatch):
-    """Notebooks compute with one thread; no kernel is kept from before or after."""
+    """Notebooks compute with one thread, as in that run."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kept_kernels.warm_kernels.close()
-    yield
-    kept_kernels.warm_kernels.close()
 
 
 @pytest.fixture
