@@ -9,7 +9,8 @@ from subprocess import Popen
 
 import papermill
 import pytest
-from tiny_runs import TINY_RUN, contents, masktune, start
+from conftest import TINY
+from tiny_runs import contents, masktune, start
 
 from masktune_utils.runner import jobs
 
@@ -46,7 +47,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
 
 def test_one_notebook_alone_by_papermill(whole_run, tmp_path):
     source = jobs.NOTEBOOKS / "04_finetune_sweep.ipynb"
-    values = {**TINY_RUN, "param": 0.3, "directory": str(tmp_path)}
+    values = {**TINY, "param": 0.3, "directory": str(tmp_path)}
     options = {"cwd": tmp_path, "progress_bar": False}
     papermill.execute_notebook(source, None, values, **options)
     assert count_as_in(whole_run.directory, tmp_path) == 7

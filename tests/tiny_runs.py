@@ -18,9 +18,8 @@ from masktune_utils import store
 from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
-TINY_RUN = TINY | {"limit": 100}
 OPTIONS = []  # of the command
-for setting, value in TINY_RUN.items():
+for setting, value in TINY.items():
     OPTIONS += [f"--{setting}", str(value)]
 OPTIONS += ["--method", "top_k"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -34,7 +33,7 @@ sys.exit(main())
 
 
 def tiny(directory: Path, **settings: object) -> Settings:
-    return Settings(**(TINY_RUN | settings), directory=str(directory))
+    return Settings(**(TINY | settings), directory=str(directory))
 
 
 def masktune(directory: Path, *arguments: str) -> int:
