@@ -139,8 +139,8 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: see `collect`.
     """
-    chosen = table[table["chosen"].eq(True)].assign(rule=CHOSEN)
-    return summarize(pd.concat([table, chosen]), ["experiment", "rule"])
+    chosen = table[table["chosen"].eq(True)].assign(configuration=CHOSEN)
+    return summarize(pd.concat([table, chosen]), ["experiment", "configuration"])
 
 
 def save_table(table: pd.DataFrame, path: Path) -> None:

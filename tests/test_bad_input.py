@@ -100,10 +100,16 @@ BAD_GRIDS = {
     "\x00": f": {NO_BLOCKS}unacceptable character",
 }
 BAD_NOTEBOOKS = {
-    "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: 01_dataset, 02_erm, ",
-    "- notebook: [02_erm]": "notebook is \"['02_erm']\"; allowed: 01_dataset, 02_erm, ",
-    "- notebook: 02_erm\n  method: mean": "no sweep of 02_erm varies method; leave it out",
+    "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: ['01_dataset', '02_erm', ",
+    "- notebook: [02_erm]": "notebook is \"['02_erm']\"; allowed: ['01_dataset', '02_erm', ",
+    "- notebook: 02_erm\n  method: mean": "method changes nothing here; leave it out",
 }
+
+
+def test_a_choice_does_not_depend_on_how_a_sweep_is_fine_tuned(capsys):
+    assert command.main(["choose", "--dataset=mnist5k", "--param", "0.3"]) == 2
+    message = "masktune: param changes nothing here; leave it out.\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize("arguments", BAD_OPTIONS)

@@ -166,8 +166,9 @@ def test_what_each_model_is_worth_and_what_was_chosen():
         ("mnist", "mean_std 3", 1, 0.1, False),
         ("mnist_epochs=2", "ERM", 0, 0.3, None),
     ]
-    columns = ["experiment", "rule", "seed", "worst_group", "chosen"]
-    worth = results.worth(pd.DataFrame(rows, columns=columns))
+    columns = ["experiment", "configuration", "seed", "worst_group", "chosen"]
+    table = pd.DataFrame(rows, columns=columns)
+    worth = results.worth(table.assign(rule="the same mask, by other schedules"))
     assert worth["worst group"].to_dict() == {
         ("mnist", "ERM"): "40.00 ± 14.14",
         ("mnist", "mean_std 3"): "50.00 ± 56.57",

@@ -60,10 +60,10 @@ def test_a_run_chooses_one_of_all_configurations(table, choice):
 def test_a_run_prints_what_each_model_is_worth_and_why_one_is_chosen(
     whole_run, table, choice
 ):
-    chosen = table.loc[[choice["configuration"]]].assign(rule=results.CHOSEN)
-    for _, row in pd.concat([table, chosen]).iterrows():
+    chosen = table.loc[choice["configuration"]].rename(results.CHOSEN)
+    for configuration, row in pd.concat([table.T, chosen], axis=1).items():
         numbers = [f"{100 * row[name]:.2f}" for name in results.ACCURACIES]
-        words = " +".join(map(re.escape, [row["rule"], *numbers]))
+        words = " +".join(map(re.escape, [configuration, *numbers]))
         assert re.search(rf"{words} +1\n", whole_run.printed)
     assert f"seed 0: {choice['reason']}\n" in whole_run.printed
     for kind in ("checkpoints", "results", "runs", "figures"):
@@ -129,7 +129,7 @@ def test_a_grid_may_name_its_notebook(directory, capsys):
     printed = dry_run(capsys, str(file), *options)
     assert re.search("done .*=20 seed0 base\n     .*=20 seed1 base\n", printed)
     assert command.main(["choose", str(file), *options]) == 2
-    message = f"{file}: notebook is '02_erm'; allowed: 04_finetune_sweep."
+    message = f"{file}: notebook is '02_erm'; allowed: ['04_finetune_sweep']."
     assert message in capsys.readouterr().err
 
 

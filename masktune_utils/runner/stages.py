@@ -18,23 +18,22 @@ def run(arguments: argparse.Namespace) -> int:
     Args:
         arguments: see `command`.
     """
-    command = arguments.command
     try:
         stems, grid = _read(arguments)
         directory = grid[0].directory
-        device = store.resolve_device(grid[0].device)
         if arguments.dask:
             from distributed import Client  # heavy, and seldom wanted
 
             Client(arguments.dask, timeout=5)
             parallel_config(backend="dask")
+        device = store.resolve_device(grid[0].device)
         print(f"{len(grid)} configurations, device: {device}")
         if arguments.dry_run:
             print_states(make_stage(stems[-1], grid), results.finished(directory))
             return 0
         store.check_writable(directory)
         count = arguments.jobs or min(cpu_count(), 8)
-        errors = run_stages(command, stems, grid, count)
+        errors = run_stages(arguments.command, stems, grid, count)
         _save_tables(grid, stems[-1])
     except KeyboardInterrupt:
         print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
@@ -61,19 +60,20 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     """
     command = arguments.command
     given = vars(arguments)
-    options = {name: given[name] for name in DEFAULTS if name in given}
+    options = {name: given[name] for name in given.keys() & DEFAULTS}
     file = arguments.grid
     if file is None and command in ("run", "sweep"):
         file = PUBLISHED
     stem, grid = read_grid(file, options)
-    notebooks = sorted(path.stem for path in jobs.NOTEBOOKS.glob("*.ipynb"))
-    allowed = notebooks if command == "sweep" else [FINETUNE]
+    allowed = [FINETUNE]
+    if command == "sweep":
+        allowed = sorted(path.stem for path in jobs.NOTEBOOKS.glob("*.ipynb"))
     if stem not in allowed:
-        known = ", ".join(allowed)
-        raise ValueError(f"{file}: notebook is {stem!r}; allowed: {known}.")
+        raise ValueError(f"{file}: notebook is {stem!r}; allowed: {allowed}.")
+    scope = jobs.scope(ERM if command == "choose" else stem)
     for settings in grid:
-        for name in settings.changed().keys() - jobs.scope(stem):
-            raise ValueError(f"{file}: no sweep of {stem} varies {name}; leave it out.")
+        for name in settings.changed().keys() - scope:
+            raise ValueError(f"{name} changes nothing here; leave it out.")
     names = {settings.dataset for settings in grid}
     resolved = {name: datasets.resolve_dataset(name) for name in names}
     grid = [settings.replace(dataset=resolved[settings.dataset]) for settings in grid]
