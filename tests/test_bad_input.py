@@ -102,13 +102,20 @@ BAD_GRIDS = {
 BAD_NOTEBOOKS = {
     "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: ['01_dataset', '02_erm', ",
     "- notebook: [02_erm]": "notebook is \"['02_erm']\"; allowed: ['01_dataset', '02_erm', ",
-    "- notebook: 02_erm\n  method: mean": "method changes nothing here; leave it out",
 }
 
 
 def test_a_choice_does_not_depend_on_how_a_sweep_is_fine_tuned(capsys):
     assert command.main(["choose", "--dataset=mnist5k", "--param", "0.3"]) == 2
     message = "masktune: param changes nothing here; leave it out.\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_sweep_of_a_notebook_has_only_what_it_depends_on(capsys, tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("- {notebook: 02_erm, dataset: mnist5k, method: mean}")
+    assert command.main(["sweep", str(file)]) == 2
+    message = "masktune: method changes nothing here; leave it out.\n"
     assert capsys.readouterr().err == message
 
 
