@@ -266,8 +266,10 @@ def handed_over(settings: Settings, base: Trained, train: Split) -> MaskedDatase
             raise ValueError("they are of another base model")
         own_masks = torch.from_numpy(content["masks"]).to(train.labels.device)
     except Exception as error:  # NumPy has no class of its own for a damaged file
-        remedy = "Choose again: masktune choose --retrain True."
-        raise ValueError(f"{path} has no masks ({error}). {remedy}") from error
+        raise ValueError(
+            f"{path} has no masks ({error}). Choose again: masktune choose --retrain "
+            "True."
+        ) from error
     return MaskedDataset(train, own_masks, settings.fill, settings.seed)
 
 
@@ -395,13 +397,7 @@ def choose(
         return saved_choice
     saved = Saved(settings, retrain)
     choice = selection.choose(
-        train,
-        saved.fit,
-        saved.finetune,
-        selection.CANDIDATES,
-        jobs,
-        saliency.saliency_maps,
-        settings.seed,
+        train, saved.fit, saved.finetune, jobs=jobs, seed=settings.seed
     )
     rule = vars(choice.masked.rule)
     configuration = "base"

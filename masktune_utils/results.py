@@ -52,8 +52,9 @@ def current_choice(base: Settings, sha256: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     choice = read(path)
-    is_current = choice["base_sha256"] == sha256
-    return choice if is_current and "rule" in choice else None
+    if choice["base_sha256"] == sha256 and "rule" in choice:
+        return choice
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -85,7 +86,6 @@ def collect(directory: str = "") -> pd.DataFrame:
         sha256 = saved["base"]["sha256"] if "base" in saved else None
         for row in saved.values():
             if row["base_sha256"] == sha256:
-                row.setdefault("rule", row["configuration"])  # an older result
                 row["chosen"] = None
                 if choice.get("base_sha256") == sha256:
                     row["chosen"] = row["configuration"] == choice["configuration"]

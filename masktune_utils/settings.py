@@ -16,6 +16,7 @@ a file.
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
@@ -33,7 +34,6 @@ PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
 IN_FILES = {"fold": "half"}  # a setting's name in files, where these are older
 LONGEST = 165  # bytes of a name; that of a file is at most 200
-RULE = ("method", "param", "upsample", "dilation", "shared", "fill", "rounds")
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
 TRAINING = ("epochs", "batch_size", "lr", "momentum", "weight_decay")
@@ -242,7 +242,7 @@ class Settings(BaseSettings):
         """How masks are made, see `masking`."""
         from masktune_utils.masking import Rule  # PyTorch takes seconds
 
-        return Rule(**{name: getattr(self, name) for name in RULE})
+        return Rule(**{field.name: getattr(self, field.name) for field in fields(Rule)})
 
     @property
     def finetuning(self) -> dict[str, Any]:

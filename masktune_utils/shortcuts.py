@@ -13,8 +13,8 @@ def groups(split: Split) -> dict[str, Tensor]:
     """Index of the images of each group, on the CPU; empty groups are left out.
 
     Returns:
-        Name of the group → index. The groups are those of the folders, else class ×
-        shortcut.
+        Name of the group → index. The groups are those of `Split.group_names`, else
+        class × shortcut.
     """
     names = split.group_names
     numbers = split.groups.cpu()

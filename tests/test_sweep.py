@@ -98,6 +98,17 @@ def test_a_dry_run_shows_what_is_done_and_runs_nothing(directory, capsys):
     )
 
 
+def test_a_dry_run_of_a_choice_tells_how_many_passes_it_trains(tmp_path, capsys):
+    options = ["--dataset", "mnist5k", "--limit", "100", "--epochs", "2", "3"]
+    where = ["--directory", str(tmp_path), "--dry-run"]
+    assert command.main(["choose", *options, *where]) == 0
+    printed = capsys.readouterr().out
+    # ERM; then six epochs each for nothing masked and the twelve candidates
+    for passes in (2 + 6 * 13, 3 + 6 * 13):
+        assert f"a choice: up to {passes} passes over 100 training images\n" in printed
+    assert "passes" not in dry_run(capsys, *options, *where[:2])
+
+
 TWO_BLOCKS = """
 - {method: [mean, top_k], param: 0.5, epochs: 7}
 - {dilation: 2, epochs: 9}

@@ -5,7 +5,7 @@ import sys
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import datasets, experiment, results, store
+from masktune_utils import datasets, experiment, results, selection, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, PUBLISHED, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = store.resolve_device(grid[0].device)
         print(f"{len(grid)} configurations, device: {device}")
         if arguments.dry_run:
-            print_states(make_stage(stems[-1], grid), results.finished(directory))
+            print_plan(arguments.command, stems[-1], grid)
             return 0
         store.check_writable(directory)
         count = arguments.jobs or min(cpu_count(), 8)
@@ -89,11 +89,23 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     return ["01_dataset", *BASE, FINETUNE], grid
 
 
-def print_states(stage: list[Job], finished: set[tuple]) -> None:
-    """Print which jobs are done."""
-    for job in stage:
+def print_plan(command: str, stem: str, grid: list[Settings]) -> None:
+    """Print which jobs of a notebook are done, and how much a choice trains at most.
+
+    Two folds, each with half of the training images, are one pass over them.
+    """
+    finished = results.finished(grid[0].directory)
+    for job in make_stage(stem, grid):
         state = "done" if job.is_done(finished) else "    "
         print(state, *job.settings.folder("runs").parts[-2:], job.name)
+    if command == "sweep":
+        return
+    rounds = 1 + sum(rule.rounds for rule in selection.CANDIDATES)
+    for job in make_stage(ERM, grid):
+        count = len(datasets.load(job.settings).train)
+        epochs = experiment.choice_settings(job.settings, count).finetune_epochs
+        passes = job.settings.epochs + rounds * epochs
+        print(f"a choice: up to {passes} passes over {count:,} training images")
 
 
 def run_stages(
