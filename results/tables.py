@@ -5,7 +5,9 @@
 A table is known by its first line. Everything else in the two files is written by hand.
 """
 
+import numpy as np
 import pandas as pd
+from scipy.stats import bootstrap
 
 from masktune_utils import results
 from masktune_utils.settings import REPOSITORY
@@ -21,24 +23,30 @@ ONE_TEST = CHOICES_RUN[CHOICES_RUN["chosen"].astype(str).eq("True")]
 RULES = pd.read_csv(REPOSITORY / "results" / "reference_rules.csv")
 CONTROLS = pd.read_csv(REPOSITORY / "results" / "reference_08_limits.csv")
 AUTHORS = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")
-SHORTCUTS = {  # what comes out → kind, experiment
-    "works": {
-        "square of 6 or 10 pixels": ("", "_square_size=10"),
-        "two squares": ("_shortcut=two_squares",),
-        "frame": ("_shortcut=frame",),
-        "no exception": ("_conflicting_share=0.0",),
-        "ten classes": ("_labels=digits",),
-    },
-    "partly": {
-        "square anywhere": ("_shortcut=square_anywhere",),
-        "of 12 pixels": ("_square_size=12",),
-    },
-    "fails": {
-        "coloured digit": ("_shortcut=digit_color",),
-        "tint": ("_shortcut=background",),
-        "scattered pixels": ("_shortcut=pixels",),
-    },
-    "nothing to mend": {"no shortcut": ("_shortcut=none",)},
+REGISTERED = pd.read_csv(REPOSITORY / "results" / "registered.csv")
+KIND = ["dataset", "labels", "kind"]
+KINDS_OF_A_SEED = 35
+OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # see registered.md
+CONTROL_MODELS = ["null", "always", "random", "oracle"]
+SHORTCUTS = {  # rows of the short table → kinds of the registered test
+    "square at one place, 4 to 12 pixels": (
+        "square 4",
+        "square 6",
+        "square 8",
+        "square 10",
+        "square 12",
+        "ordered",
+    ),
+    "two squares, frame, line": ("two squares", "frame", "line"),
+    "square anywhere": ("square anywhere",),
+    "letters, texture": ("letters", "texture"),
+    "0, 0.2 or 5% of exceptions": (
+        "no exception",
+        "0.2 % exceptions",
+        "5 % exceptions",
+    ),
+    "coloured digit, tint, scattered pixels": ("coloured digit", "tint", "pixels"),
+    "no shortcut": ("none",),
 }
 ORACLES = {  # data set and classes → experiment
     ("mnist5k", "halves"): "mnist5k_shortcut=none",
@@ -151,26 +159,20 @@ def choice(experiment: str) -> dict[str, str]:
 
 
 def shortcuts_table() -> list[str]:
-    """The choice by the one test in short: the lowest and the highest mean of kinds."""
+    """The registered test in short: mean, lowest and highest worst group of runs."""
+    runs = registered()
     lines = []
-    for outcome, kinds in SHORTCUTS.items():
-        names = [
-            f"mnist5k{name}" for experiments in kinds.values() for name in experiments
-        ]
-        means = {"ERM": [], "chosen": []}
-        kept = []
-        for name in names:
-            chosen = ONE_TEST[ONE_TEST["experiment"] == name]
-            erm = of(name, "base")
-            erm = erm[erm["seed"].isin(chosen["seed"])]
-            means["ERM"].append(100 * erm["worst_group"].mean())
-            means["chosen"].append(100 * chosen["worst_group"].mean())
-            kept += chosen["configuration"].eq("base").tolist()
-        ranges = [f"{min(m):.0f}–{max(m):.0f}".split("–") for m in means.values()]
-        ranges = ["–".join(dict.fromkeys(limits)) for limits in ranges]
-        count = f"{sum(kept)} of {len(kept)}"
-        lines.append(line(outcome, [", ".join(kinds), *ranges, count]))
-    return table("| | shortcut | ERM | chosen | ERM kept |", lines)
+    for name, kinds in SHORTCUTS.items():
+        members = runs[runs["kind"].isin(kinds)]
+        values = []
+        for model in ("erm", "always", "chosen", "best"):
+            low, mean, high = members[model].agg(["min", "mean", "max"])
+            values.append(f"{mean:.0f} ({low:.0f}–{high:.0f})")
+        values.append(f"{members['is_kept'].sum()} of {len(members)}")
+        lines.append(line(name, values))
+    return table(
+        "| shortcut | ERM | one rule for all | chosen | best | ERM kept |", lines
+    )
 
 
 def choices_table() -> list[str]:
@@ -230,8 +232,92 @@ def controls_table() -> list[str]:
     return table(f"| masks | {' | '.join(columns)} |", lines)
 
 
+def registered() -> pd.DataFrame:
+    """The registered test: a row for each run of the whole seeds, in points.
+
+    A column for each model that all runs have, for the choice and the best of ERM and
+    the candidates; and what registered.md measures.
+    """
+    runs = REGISTERED.assign(points=100 * REGISTERED["worst_group"])
+    counts = runs.drop_duplicates([*KIND, "seed"])["seed"].value_counts()
+    runs = runs[runs["seed"].isin(counts.index[counts == KINDS_OF_A_SEED])]
+    by = [*KIND, "seed"]
+    models = runs.pivot(index=by, columns="model", values="points")
+    chosen = runs[runs["is_chosen"]].set_index(by)
+    table = models[["erm", *CONTROL_MODELS]].assign(
+        chosen=chosen["points"],
+        best=models.drop(columns=CONTROL_MODELS).max(axis=1),
+        is_kept=chosen["model"].eq("erm"),
+    )
+    table["regret"] = table["best"] - table["chosen"]
+    table["gain"] = table["chosen"] - table["always"]
+    table["harm"] = table["erm"] - table["chosen"]
+    return table.reset_index()
+
+
+def by_bootstrap(runs: pd.DataFrame, name: str, level: float = 0.95) -> str:
+    """Mean of a measure; and its interval, by bootstrap over the kinds."""
+    of_kinds = runs.groupby(KIND)[name].mean()
+    interval = bootstrap(
+        (of_kinds,), np.mean, confidence_level=level, method="percentile", rng=0
+    ).confidence_interval
+    return f"{of_kinds.mean():.2f} ({interval.low:.2f} to {interval.high:.2f})"
+
+
+def registered_table() -> list[str]:
+    """The measures of the registered test, and what was announced."""
+    runs = registered()
+    hidden = runs[~runs["kind"].isin(OUT_OF_REACH)]
+    without = runs[runs["kind"] == "none"]
+    taken = without[~without["is_kept"]]
+    harmed = (runs["harm"] > 1).sum()
+    costly = (taken["harm"] > 1).sum()
+    rows = {
+        "mean regret, a mask can hide the shortcut": [
+            by_bootstrap(hidden, "regret"),
+            "at most 1",
+        ],
+        "mean gain over always, the same": [
+            by_bootstrap(hidden, "gain"),
+            "at least 5",
+        ],
+        "mean regret, all kinds": [by_bootstrap(runs, "regret"), ""],
+        "mean gain over always, all kinds": [by_bootstrap(runs, "gain"), ""],
+        "harm: more than a point below ERM": [
+            f"{harmed} of {len(runs)}",
+            "1 of 50",
+        ],
+        "false alarm: a mask without a shortcut": [
+            f"{len(taken)} of {len(without)}",
+            "5%",
+        ],
+        "of these, cost of more than a point": [f"{costly} of {len(taken)}", "none"],
+        "below ERM without a shortcut (90%)": [
+            by_bootstrap(without, "harm", level=0.9),
+            "within −1 and 1",
+        ],
+    }
+    lines = [line(name, values) for name, values in rows.items()]
+    return table("| registered test, points | outcome | announced |", lines)
+
+
+def registered_kinds_table() -> list[str]:
+    """The registered test by kind: worst group of each model, means over seeds."""
+    runs = registered()
+    columns = ["erm", *CONTROL_MODELS[:3], "chosen", "best", "oracle"]
+    lines = []
+    for names, of_kind in runs.groupby(KIND, sort=False):
+        means = [f"{of_kind[name].mean():.1f}" for name in columns]
+        kept = f"{of_kind['is_kept'].sum()} of {len(of_kind)}"
+        lines.append(line(" · ".join(names), [*means, kept]))
+    header = "| kind | ERM | nothing masked | always | random | chosen | best | oracle "
+    return table(f"{header}| ERM kept |", lines)
+
+
 TABLES = (
     main_table,
+    registered_table,
+    registered_kinds_table,
     shortcuts_table,
     choices_table,
     rules_table,

@@ -70,6 +70,35 @@ def test_the_rule_has_the_regret_of_its_table_and_harms_none_of_the_trials():
     }
 
 
+def test_the_registered_test_is_of_whole_seeds_and_measures_what_was_announced(
+    monkeypatch,
+):
+    models = {"erm": 0.1, "null": 0.3, "a": 0.9, "b": 0.8}
+    models.update(always=0.8, random=0.9, oracle=1.0)
+    chosen = {"square 6": "b", "tint": "erm"}
+    rows = []
+    for seed, kinds in {100: ("square 6", "tint"), 101: ("tint",)}.items():
+        for kind in kinds:
+            for model, share in models.items():
+                is_chosen = model == chosen[kind]
+                rows.append(("mnist", "halves", kind, seed, model, share, is_chosen))
+    runs = pd.DataFrame(rows, columns=tables.REGISTERED.columns)
+    monkeypatch.setattr(tables, "REGISTERED", runs)
+    monkeypatch.setattr(tables, "KINDS_OF_A_SEED", 2)
+    measured = tables.registered().set_index("kind")
+    assert measured["seed"].eq(100).all()
+    expected = {
+        "chosen": (80, 10),
+        "best": (90, 90),
+        "regret": (10, 80),
+        "gain": (0, -70),
+        "harm": (-70, 0),
+        "is_kept": (False, True),
+    }
+    for name, values in expected.items():
+        assert tuple(measured[name].round(9)) == values
+
+
 def study(stem: str) -> pd.DataFrame:
     """Every number of a study over its seeds, as text."""
     table = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv")
