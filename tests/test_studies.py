@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
+from masktune_utils import datasets
 from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
 
@@ -32,7 +33,9 @@ def function(name: str, stem: str = "09_alternatives") -> Callable:
         for node in ast.parse(code).body
         if isinstance(node, ast.FunctionDef) and node.name == name
     ]
-    namespace = {"torch": torch, "F": F, "SGD": SGD, "num_classes": 2}
+    namespace = {"torch": torch, "F": F, "SGD": SGD, "Adam": Adam, "num_classes": 2}
+    namespace["settings"] = Settings()
+    namespace["processor"] = torch.device("cpu")
     exec(ast.unparse(definition), namespace)
     return namespace[name]
 
@@ -116,6 +119,98 @@ def test_afr_fits_the_last_layer_by_plain_clipped_steps():
     function("fit_last_layer")(layer, inputs, labels, weights)
     fitted = torch.cat([layer.weight, layer.bias[:, None]], 1)
     torch.testing.assert_close(fitted.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dac_masks_at_the_elbow_of_the_loss_or_where_most_is_hidden():
+    losses = torch.tensor(
+        [
+            [0.0, 0.0, 0.1, 0.3, 1.0],  # furthest below the chord: 0.75 − 0.3
+            [0.0, 0.0, 0.9, 1.0, 1.0],
+            [0.0, 0.9, 1.0, 1.0, 1.0],  # nowhere below it
+            [0.5, 0.5, 0.5, 0.5, 0.5],
+        ]
+    )
+    assert function("elbow")(losses).tolist() == [3, 1, 4, 4]
+
+
+def test_dac_pastes_a_part_over_the_rest_of_an_image_of_another_class():
+    labels = torch.tensor([0, 1, 1])
+    images = torch.tensor([10.0, 20.0, 30.0])[:, None, None, None].expand(3, 1, 1, 3)
+    parts = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0]]).bool()[:, None, None]
+    color = torch.full((1, 1, 1, 1), 5.0)
+    rng = torch.Generator().manual_seed(0)
+    made = function("composed")(images, parts, labels, color, rng)[:, 0, 0]
+    # the partner of both images of class 1 is image 0, whose part is cut out
+    assert made[1].tolist() == [20, 5, 10]
+    assert made[2].tolist() == [5, 30, 10]
+    assert made[0].tolist() in ([10, 10, 20], [10, 10, 30])
+    alone = function("composed")(images[1:], parts[1:], labels[1:], color, rng)
+    assert alone.shape == (2, 1, 1, 3)  # of one class only
+
+
+def test_self_measures_disagreement_by_the_kullback_leibler_divergence():
+    early = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.0, 1.0]])
+    final = torch.tensor([[0.6, 0.4], [0.5, 0.5], [0.5, 0.5]])
+    shares = function("disagreement")((early + 1e-12).log(), final.log())
+    expected = 0.2 * np.log(0.2 / 0.6) + 0.8 * np.log(0.8 / 0.4)
+    assert shares.tolist() == pytest.approx([expected / 2, 0, np.log(2) / 2], abs=1e-6)
+
+
+def test_evals_takes_the_largest_and_smallest_losses_of_each_class():
+    losses = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 9.0, 8.0])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    index = function("extremes")(losses, labels, 2)
+    assert index.tolist() == [0, 2, 3, 1, 5, 6, 5, 6]
+
+
+def test_eiil_puts_what_erm_gets_wrong_into_an_environment_of_its_own():
+    logits = torch.tensor([[4.0, -4.0]]).repeat(30, 1)
+    labels = torch.zeros(30, dtype=torch.int64)
+    labels[:3] = 1
+    logits[10:] *= -1
+    labels[10:] = 1
+    labels[10:13] = 0
+    is_wrong = logits.argmax(1) != labels
+    members = function("environments")(logits, labels)
+    assert torch.equal(members // 2, labels)
+    sides = (members % 2).bool()
+    assert sides[is_wrong].unique().numel() == 1
+    assert sides[~is_wrong].eq(~sides[is_wrong][0]).all()
+
+
+def test_dbat_wants_another_class_the_more_the_surer_both_networks_are():
+    first = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.5, 0.5]])
+    second = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.3, 0.7]])
+    losses = function("disagrees")(first, second)
+    expected = [-np.log(0.9 * 0.8 + 0.2 * 0.1), -np.log(0.9 * 0.1 * 2), -np.log(0.5)]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_shifted_images_are_those_held_out_and_their_shortcut_says_nothing():
+    settings = Settings(dataset="mnist5k", validation_share=0.2, seed=3)
+    for placement in ("random", "ordered"):
+        biased = settings.replace(placement=placement)
+        held_out = datasets.load(biased).validation
+        shifted = datasets.load(biased.replace(conflicting_share=0.5)).validation
+        assert torch.equal(held_out.labels, shifted.labels)
+        both = ~(held_out.has_shortcut | shifted.has_shortcut)
+        assert both.any()
+        assert torch.equal(held_out.images[both], shifted.images[both])
+        for label in (0, 1):
+            share = shifted.has_shortcut[shifted.labels == label].double().mean()
+            assert share == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_an_epoch_has_each_image_once_unless_they_are_weighted(is_weighted):
+    weights = torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1, 1]) if is_weighted else None
+    batches = function("draw_batches")(9, 2, 4, weights)
+    drawn = torch.cat(batches).tolist()
+    assert [len(index) for index in batches] == [4, 4, 4, 4]  # without one of a single
+    if is_weighted:
+        assert 0 not in drawn
+    else:
+        assert len({*drawn[:8]}) == len({*drawn[8:]}) == 8
 
 
 def test_dfr_takes_equally_many_images_of_each_group():
