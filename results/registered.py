@@ -2,8 +2,8 @@
 
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered.py 100 101
 
-runs all kinds of the seeds 100 and 101, two at a time, five minutes of one core each. A
-kind that is done is skipped. Without a seed it prints the summary of registered.csv.
+runs all kinds of the seeds 100 and 101, two at a time, seven minutes of one core each.
+A kind that is done is skipped. The tables of what came out are made by tables.py.
 """
 
 import copy
@@ -227,7 +227,9 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
 
 def main(seeds: list[int]) -> None:
     """Run what is not done, and save after every kind."""
-    table = pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=KEY)
+    table = pd.DataFrame(columns=KEY)
+    if FILE.exists():
+        table = pd.read_csv(FILE, keep_default_na=False)  # "null" is a model
     done = set(table[KEY].itertuples(index=False, name=None))
     cells = [(*kind, seed) for seed in seeds for kind in PLAN]
     todo = [cell for cell in cells if cell not in done]
