@@ -31,7 +31,6 @@ CLASS_COLORS = [
     "#882255",
     "#6B4C1E",
 ]
-TEST_COLORS = {"raw": "#BBBBBB", "biased": "#444444"}
 MODEL_COLORS = {
     "ERM": "#777777",
     "published": "#0072B2",

@@ -86,6 +86,7 @@ def collect(directory: str = "") -> pd.DataFrame:
         sha256 = saved["base"]["sha256"] if "base" in saved else None
         for row in saved.values():
             if row["base_sha256"] == sha256:
+                row.setdefault("rule", row["configuration"])  # an older result
                 row["chosen"] = None
                 if choice.get("base_sha256") == sha256:
                     row["chosen"] = row["configuration"] == choice["configuration"]

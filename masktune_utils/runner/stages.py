@@ -101,10 +101,10 @@ def print_plan(command: str, stem: str, grid: list[Settings]) -> None:
     if command == "sweep":
         return
     rounds = 1 + sum(rule.rounds for rule in selection.CANDIDATES)
-    for job in make_stage(ERM, grid):
-        count = len(datasets.load(job.settings).train)
-        epochs = experiment.choice_settings(job.settings, count).finetune_epochs
-        passes = job.settings.epochs + rounds * epochs
+    for _, settings in make_stage(ERM, grid):
+        count = len(datasets.load(settings).train)
+        epochs = experiment.choice_settings(settings, count).finetune_epochs
+        passes = settings.epochs + rounds * epochs
         print(f"a choice: up to {passes} passes over {count:,} training images")
 
 
