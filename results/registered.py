@@ -13,10 +13,9 @@ import sys
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from PIL import Image, ImageDraw
+from resume import resume
 from torch import Tensor, nn
 
 from masktune_utils import (
@@ -24,7 +23,6 @@ from masktune_utils import (
     datasets,
     evaluation,
     models,
-    results,
     selection,
     shortcuts,
     training,
@@ -226,20 +224,9 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
 
 
 def main(seeds: list[int]) -> None:
-    """Run what is not done, and save after every kind."""
-    table = pd.DataFrame(columns=KEY)
-    if FILE.exists():
-        table = pd.read_csv(FILE, keep_default_na=False)  # "null" is a model
-    done = set(table[KEY].itertuples(index=False, name=None))
-    cells = [(*kind, seed) for seed in seeds for kind in PLAN]
-    todo = [cell for cell in cells if cell not in done]
-    finished = Parallel(2, return_as="generator_unordered")(
-        delayed(run)(*cell) for cell in todo
-    )
-    for rows in finished:
-        table = pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
-        results.save_table(table, FILE)
-        print(*rows[0].values(), flush=True)
+    """Run what is not done."""
+    runs = [(*kind, seed) for seed in seeds for kind in PLAN]
+    resume(FILE, KEY, runs, run)
 
 
 if __name__ == "__main__":

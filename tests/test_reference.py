@@ -99,6 +99,25 @@ def test_the_registered_test_is_of_whole_seeds_and_measures_what_was_announced(
         assert tuple(measured[name].round(9)) == values
 
 
+def test_a_script_of_the_results_goes_on_where_it_stopped(tmp_path):
+    resume = load("resume").resume
+    file = tmp_path / "table.csv"
+
+    def make(name: str, seed: int, made: str = "first") -> list[dict]:
+        return [{"name": name, "seed": seed, "made": made}]
+
+    def make_later(name: str, seed: int) -> list[dict]:
+        return make(name, seed, "later")
+
+    resume(file, ["name", "seed"], [("null", 1)], make)
+    resume(file, ["name", "seed"], [("null", 1), ("erm", 2)], make_later)
+    assert file.read_text().split() == [
+        "name,seed,made",
+        "null,1,first",
+        "erm,2,later",
+    ]
+
+
 def study(stem: str) -> pd.DataFrame:
     """Every number of a study over its seeds, as text."""
     table = pd.read_csv(REPOSITORY / "results" / f"reference_{stem}.csv")

@@ -1,0 +1,34 @@
+"""Runs of a script, two at a time; what is in its table is not run again."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from joblib import Parallel, delayed
+
+from masktune_utils.results import save_table
+
+
+def resume(
+    file: Path, key: Sequence[str], runs: Sequence[tuple], make: Callable
+) -> None:
+    """Make the rows of each run that is missing, and save after each.
+
+    Args:
+        file: the table.
+        key: the columns that tell runs apart.
+        runs: their values, which are also the arguments of `make`.
+        make: returns the rows of a run.
+    """
+    table = pd.DataFrame(columns=key)
+    if file.exists():
+        table = pd.read_csv(file, keep_default_na=False)  # "null" is a name
+    done = set(table[key].itertuples(index=False, name=None))
+    missing = [run for run in runs if run not in done]
+    finished = Parallel(2, return_as="generator_unordered")(
+        delayed(make)(*run) for run in missing
+    )
+    for rows in finished:
+        table = pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
+        save_table(table, file)
+        print(*rows[0].values(), flush=True)
