@@ -10,7 +10,7 @@ from masktune_utils.runner import jobs
 from masktune_utils.settings import DEFAULTS, Settings
 
 PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
-MOST_CELLS = {"09_alternatives": 65}  # many methods
+MOST_CELLS = {"09_alternatives": 66}  # many methods
 MOST_LINES = 25  # of a cell of code, without its imports
 MOST_PARAMETERS = 12
 # Parameters of one notebook alone, and the beginning of their documentation.
