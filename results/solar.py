@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python results/solar.py 0 1 2
 
 runs all networks and shortcuts with the seeds 0 to 2, two at a time, half an hour of
-one core each (estimated: no run of it has been reported yet). What is done is skipped. Rows go to `solar.csv`.
+one core each (estimated: no run of it has been reported yet). What is done is skipped.
+Rows go to `solar.csv`.
 
 The photographs (Buerhop-Lutz et al., 2018; Deitsch et al., 2019, 2021) are under CC
 BY-NC-SA 4.0: they are read from the package, and never saved.
