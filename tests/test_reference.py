@@ -90,6 +90,8 @@ def test_the_registered_test_is_of_whole_seeds_and_measures_what_was_announced(
     expected = {
         "chosen": (80, 10),
         "best": (90, 90),
+        "average": (85, 85),
+        "single": (90, 90),
         "regret": (10, 80),
         "gain": (0, -70),
         "harm": (-70, 0),

@@ -1,4 +1,4 @@
-"""The command `masktune`: notebooks 01 to 05 and a choice, sweeps, choices."""
+"""The command `masktune`: notebooks 01 to 06, sweeps, choices."""
 
 import argparse
 import ast
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    commands = "run: 01 to 05 and a choice; sweep: 02 to 04, or as GRID says; choose"
+    commands = "run: 01 to 06; sweep: 02 to 04, or as GRID says; choose"
     parser.add_argument("command", choices=("run", "sweep", "choose"), help=commands)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
