@@ -23,9 +23,7 @@ from masktune_utils.settings import REPOSITORY, DataSettings
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 MNIST_MD5 = "017998840fb0ba3336e2cca627621f8d"  # of its four unpacked files together
 SILENCE = 15  # seconds without an answer, after which a download is given up
-REMEDY = (
-    "Go online once, or set MASKTUNE_DATA to a folder that has them (README)."
-)
+REMEDY = "Go online once, or set MASKTUNE_DATA to a folder that has them (README)."
 
 
 class BiasedSets(NamedTuple):

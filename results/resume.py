@@ -20,15 +20,16 @@ def resume(
         runs: their values, which are also the arguments of `make`.
         make: returns the rows of a run.
     """
-    table = pd.DataFrame(columns=key)
+    tables = []
+    done = set()
     if file.exists():
-        table = pd.read_csv(file, keep_default_na=False)  # "null" is a name
-    done = set(table[key].itertuples(index=False, name=None))
+        tables = [pd.read_csv(file, keep_default_na=False)]  # "null" is a name
+        done = set(tables[0][key].itertuples(index=False, name=None))
     missing = [run for run in runs if run not in done]
     finished = Parallel(2, return_as="generator_unordered")(
         delayed(make)(*run) for run in missing
     )
     for rows in finished:
-        table = pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
-        save_table(table, file)
+        tables.append(pd.DataFrame(rows))
+        save_table(pd.concat(tables, ignore_index=True), file)
         print(*rows[0].values(), flush=True)

