@@ -25,7 +25,6 @@ class Split(Dataset):
             default the labels. They are for reports only.
         shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
         group_names: if there are none, the groups are class × shortcut.
-        fold: which fold of a set it is, see `folds`.
 
     Raises:
         ValueError: another shape, type or range; the message tells what is allowed.
@@ -36,7 +35,6 @@ class Split(Dataset):
     groups: Tensor | None = None
     shortcut: Tensor | None = None
     group_names: tuple[str, ...] = ()
-    fold: int | None = None
 
     def __post_init__(self) -> None:
         images = self.images
@@ -147,3 +145,18 @@ def folds(labels: Tensor, seed: int) -> list[Tensor]:
     splitter = StratifiedKFold(2, shuffle=True, random_state=seed)
     classes = labels.cpu().numpy()
     return [torch.from_numpy(index) for _, index in splitter.split(classes, classes)]
+
+
+def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Index of an image of the same class for each image, at random, N.
+
+    Args:
+        labels: N.
+        generator: source of the random choice.
+    """
+    partners = torch.empty_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        partners[members] = members[order.to(members.device)]
+    return partners

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from masktune_utils import data, shortcuts, store
+from masktune_utils import shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.settings import REPOSITORY, DataSettings
 
@@ -46,8 +46,8 @@ def load(settings: DataSettings) -> BiasedSets:
     Returns:
         `train`; `raw`, the test images without a shortcut; `biased`, the test images
         with it in every image of class 1 (of ten classes, the last five; see
-        `shortcuts.halves`) and in no other; `validation`, what is held out of `train`:
-        the `validation_share`, or the other `fold`.
+        `shortcuts.halves`) and in no other; `validation`, the `validation_share` that
+        is held out of `train`.
 
     Raises:
         FileNotFoundError: see `read`.
@@ -82,10 +82,6 @@ def _hold_out(
         is_held_out[order[:count]] = True
         validation = train[is_held_out]
         train = train[~is_held_out]
-    if settings.fold is not None:
-        folds = data.folds(train.labels, settings.seed)
-        validation = train[folds[1 - settings.fold]]
-        train = train[folds[settings.fold]]
     return train, validation
 
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,9 @@ from masktune_utils import (
 )
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
+from masktune_utils.held_out import NULL, HeldOut
 from masktune_utils.masking import MaskedDataset
+from masktune_utils.selection import Choice
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
 INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
@@ -190,7 +192,7 @@ def _load_or_train(
 
 @dataclass(frozen=True)
 class Saved:
-    """What `masking.masktune` and `selection.choose` take, with models that are saved.
+    """What `masking.masktune` takes, with models that are saved.
 
     Attributes:
         settings: of the experiment; those of masks may differ from call to call.
@@ -200,16 +202,9 @@ class Saved:
     settings: Settings
     retrain: bool = False
 
-    def fit(self, fold: Split) -> nn.Module:
-        """The base model of a fold."""
-        settings = self.settings.of_fold(fold.fold)
-        return base_model(settings, fold, self.retrain).model
-
     def finetune(self, network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        """The fine-tuned model of a fold, or of all images."""
+        """The fine-tuned model."""
         settings = self.settings.replace(**vars(masked.rule))
-        if masked.split.fold is not None:
-            settings = settings.of_fold(masked.split.fold)
         return finetuned_model(settings, network, masked, self.retrain).model
 
 
@@ -218,8 +213,8 @@ def masktune(
 ) -> Trained:
     """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
 
-    With `cross_fit`, the masks are those of a choice: of two base models, each trained
-    on half of the images, and each masking its own half.
+    With `cross_fit`, the masks are those of a candidate of the choice: of two base
+    models, each trained on half of the images, and each masking its own half.
 
     Args:
         settings: the experiment.
@@ -229,10 +224,17 @@ def masktune(
 
     Raises:
         CheckpointError: see `finetuned_model`.
-        ValueError: see `handed_over`.
+        ValueError: the rule is no candidate of the choice.
     """
     if settings.cross_fit:
-        masked = handed_over(settings, base, train)
+        candidates = choose(base, train).candidates
+        name = f"{settings.rule}"
+        if name not in candidates:
+            allowed = "; ".join(candidates)
+            raise ValueError(
+                f"the rule is {name!r}; allowed with cross_fit: {allowed}."
+            )
+        masked = candidates[name]
     else:
         *_, (_, masked) = masking.masktune(
             base.model,
@@ -246,35 +248,6 @@ def masktune(
         is_trained = masked.rule == settings.rule  # else the rounds ended before
         retrain = retrain and not is_trained
     return finetuned_model(settings, base.model, masked, retrain)
-
-
-def handed_over(settings: Settings, base: Trained, train: Split) -> MaskedDataset:
-    """All images with the masks that `choose` has chosen and saved.
-
-    Args:
-        settings: the chosen ones.
-        base: the ERM model of all images.
-        train: the biased training set.
-
-    Raises:
-        ValueError: they are not there, damaged, or of another base model.
-    """
-    path = _masks_path(settings)
-    try:
-        content = np.load(path, allow_pickle=False)
-        if content["base_sha256"] != base.sha256:
-            raise ValueError("they are of another base model")
-        own_masks = torch.from_numpy(content["masks"]).to(train.labels.device)
-    except Exception as error:  # NumPy has no class of its own for a damaged file
-        raise ValueError(
-            f"{path} has no masks ({error}). Choose again: masktune choose --retrain "
-            "True."
-        ) from error
-    return MaskedDataset(train, own_masks, settings.fill, settings.seed)
-
-
-def _masks_path(settings: Settings) -> Path:
-    return settings.folder("checkpoints") / f"CNN_masks_{settings.configuration}.npz"
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:
@@ -359,24 +332,22 @@ def choice_settings(settings: BaseSettings, count: int) -> Settings:
         count: number of training images. If they are few, fine-tuning takes several
             epochs.
     """
-    schedule = selection.default_schedule(count, is_coarse=False)
     of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
     return Settings(
         **of_base,
         cross_fit=True,
         finetune_lr=0.02,
         finetune_schedule="linear",
-        finetune_batch_size=schedule["batch_size"],
-        finetune_epochs=schedule["epochs"],
+        finetune_batch_size=selection.BATCH_SIZE,
+        finetune_epochs=selection.default_epochs(count),
     )
 
 
-def choose(
-    base: Trained, train: Split, jobs: int = 1, retrain: bool = False
-) -> dict[str, Any]:
-    """Choose a mask, or keep ERM, by `selection.choose`, with models that are saved.
+def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) -> Choice:
+    """Choose a mask, or keep ERM, by `selection.choose`.
 
-    A choice that is saved for this base model and these candidates is returned.
+    What the models of both folds predict is saved with the masks; the verdict is made
+    anew from it. `chosen.json` has the verdict in words, for the table of results.
 
     Args:
         base: the ERM model of all images.
@@ -384,50 +355,67 @@ def choose(
         jobs: how many processes.
         retrain: train the models of both folds again.
 
-    Returns:
-        What `chosen.json` holds: `configuration`, the chosen one, or `base` if ERM is
-        kept; `chosen`, the same in words; `rule`, what makes its masks; `reason`;
-        `images`, how many; `mistake_numbers`, which are ERM's; `candidates`, in words;
-        `accuracy`, `distances` and `left`, see `selection.Verdict`; `base_sha256`.
+    Raises:
+        CheckpointError: what is saved is damaged.
     """
     settings = choice_settings(base.settings, len(train))
-    names = [f"{rule}" for rule in selection.CANDIDATES]
-    saved_choice = None if retrain else results.current_choice(settings, base.sha256)
-    if saved_choice and names == saved_choice["candidates"]:
-        return saved_choice
-    saved = Saved(settings, retrain)
-    choice = selection.choose(
-        train, saved.fit, saved.finetune, jobs=jobs, seed=settings.seed
-    )
-    rule = vars(choice.masked.rule)
-    configuration = "base"
+    choice = None if retrain else saved_choice(base, train)
+    if choice is None:
+        fit = partial(_fit_fold, settings, len(train.labels.unique()))
+        choice = selection.choose(
+            train, fit, _schedule(settings), jobs=jobs, seed=settings.seed
+        )
+        arrays = choice.held_out.to_arrays()
+        for number, masked in enumerate(choice.candidates.values()):
+            masks = masked.own_masks.cpu().numpy()
+            arrays[f"masks_{number}"] = np.packbits(masks, axis=-1)
+        arrays["made_with"] = _made_with(settings, base)
+        store.write_arrays(_choice_path(settings), arrays)
+    chosen = "base"
     if not choice.is_kept:
-        chosen = settings.replace(**rule)
-        configuration = chosen.configuration
-        buffer = io.BytesIO()
-        masks = choice.masks.cpu().numpy()
-        np.savez_compressed(buffer, masks=masks, base_sha256=base.sha256)
-        store.write_bytes(_masks_path(chosen), buffer.getvalue())
-    verdict = choice.verdict
+        chosen = _of_candidate(settings, choice.verdict.chosen).configuration
     content = {
-        "configuration": configuration,
-        "chosen": verdict.chosen,
-        "rule": rule,
-        "reason": verdict.reason,
-        "images": len(train),
-        "mistake_numbers": choice.is_mistake.nonzero()[:, 0].tolist(),
-        "candidates": names,
-        "accuracy": verdict.accuracy.to_dict("index"),
-        "distances": verdict.distances.to_dict("index"),
-        "left": verdict.left,
+        "configuration": chosen,
+        "chosen": choice.verdict.chosen,
+        "reason": choice.reason,
         "base_sha256": base.sha256,
     }
     results.write_json(settings.folder("results") / "chosen.json", content)
-    return content
+    return choice
+
+
+def saved_choice(base: Trained, train: Split) -> Choice | None:
+    """The choice that is saved; None if there is none for this base model.
+
+    Nor is one that was made with other candidates or by another schedule returned.
+
+    Args:
+        base: the ERM model of all images.
+        train: the training images.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    settings = choice_settings(base.settings, len(train))
+    path = _choice_path(settings)
+    if not path.exists():
+        return None
+    arrays = store.read_arrays(path)
+    if arrays["made_with"] != _made_with(settings, base):
+        return None
+    held_out = HeldOut.from_arrays(arrays)
+    candidates = {}
+    for number, name in enumerate((NULL, *held_out.hidden.index)):
+        packed = arrays[f"masks_{number}"]
+        masks = np.unpackbits(packed, axis=-1, count=train.images.shape[-1])
+        own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
+        candidates[name] = MaskedDataset(train, own_masks, "resample", settings.seed)
+    verdict = selection.judge(held_out)
+    return Choice(held_out, candidates, _schedule(settings), verdict)
 
 
 def chosen_model(
-    choice: dict[str, Any], base: Trained, train: Split, retrain: bool = False
+    choice: Choice, base: Trained, train: Split, retrain: bool = False
 ) -> Trained:
     """The chosen model; or the base model itself, if ERM is kept.
 
@@ -435,10 +423,40 @@ def chosen_model(
         choice: see `choose`.
         base: the ERM model.
         train: the biased training set.
-        retrain: see `masktune`.
+        retrain: fine-tune it again.
     """
-    if choice["configuration"] == "base":
+    if choice.is_kept:
         return base
     settings = choice_settings(base.settings, len(train))
-    chosen = settings.replace(**choice["rule"])
-    return masktune(chosen, base, train, retrain)
+    settings = _of_candidate(settings, choice.verdict.chosen)
+    return finetuned_model(settings, base.model, choice.masked, retrain)
+
+
+def _fit_fold(settings: Settings, num_classes: int, fold: Split) -> nn.Module:
+    """The base model of a fold."""
+    network = models.new_model(settings.seed, fold.labels.device, num_classes)
+    training.train(network, fold, **settings.training)
+    return network
+
+
+def _schedule(settings: Settings) -> Callable[[nn.Module, MaskedDataset], nn.Module]:
+    return partial(selection.fine_tune, epochs=settings.finetune_epochs)
+
+
+def _made_with(settings: Settings, base: Trained) -> str:
+    """What a choice depends on, as text."""
+    rules = [f"{rule}" for rule in selection.CANDIDATES]
+    schedule = settings.finetuning
+    parts = {"base_sha256": base.sha256, "candidates": rules, "schedule": schedule}
+    return json.dumps(parts)
+
+
+def _choice_path(settings: Settings) -> Path:
+    return settings.folder("checkpoints") / "CNN_choice.npz"
+
+
+def _of_candidate(settings: Settings, name: str) -> Settings:
+    """The settings with the rule of one of the candidates, by its name."""
+    rounds = [part for rule in selection.CANDIDATES for part in rule.each_round]
+    rules = {f"{rule}": rule for rule in rounds}
+    return settings.replace(**vars(rules[name]))

@@ -271,6 +271,12 @@ class Rule:
             words += f", {self.rounds:.0f} rounds"
         return words
 
+    @property
+    def each_round(self) -> "list[Rule]":
+        """The same with 1, 2, … rounds."""
+        numbers = range(1, self.rounds + 1)
+        return [dataclasses.replace(self, rounds=number) for number in numbers]
+
     def image_masks(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Masks of the size of the images, by maps.
 
@@ -371,16 +377,15 @@ def masktune(
     if maps is None:
         maps = explain(network, split.images, split.labels)
     masked = None
-    for number in range(1, rule.rounds + 1):
+    for this_round in rule.each_round:
         earlier = masked
-        this_round = dataclasses.replace(rule, rounds=number)
         masked = this_round.mask(split, maps, seed, earlier)
         has_earlier = earlier is not None
         if has_earlier and torch.equal(masked.own_masks, earlier.own_masks):
             return
         tuned = finetune(copy.deepcopy(network), masked)
         yield tuned, masked
-        if number < rule.rounds:
+        if this_round.rounds < rule.rounds:
             # A map that is zero everywhere hides nothing more.
             with warnings.catch_warnings(action="ignore"):
                 maps = explain(tuned, masked.images, split.labels)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.data import Split, class_partners
+from masktune_utils.masking import MaskedDataset, apply_mask
 from masktune_utils.shortcuts import groups
 
 
@@ -95,6 +95,34 @@ def interval(right: int, count: int) -> tuple[float, float]:
 
     limits = binomtest(right, count).proportion_ci(method="wilson")
     return limits.low, limits.high
+
+
+def explained(network: nn.Module, split: Split, masks: Tensor, seed: int = 0) -> Tensor:
+    """Which mistakes of a network are explained by what the masks hide.
+
+    These are right whenever this part comes from another image of the same class; three
+    images are tried. What the mask of either image hides is exchanged.
+
+    Args:
+        network: any network.
+        split: images that it has not seen.
+        masks: N×H×W, True where the image is hidden.
+        seed: of the other images.
+
+    Returns:
+        N, bool, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    is_explained = ~is_right(predict(network, split), split.labels)
+    mistakes = is_explained.nonzero()[:, 0].to(masks.device)
+    for _ in range(3 if len(mistakes) else 0):
+        partners = class_partners(split.labels, generator)[mistakes]
+        images, labels = split.batch(mistakes)
+        hidden = torch.maximum(masks[mistakes], masks[partners])
+        exchanged = apply_mask(images, hidden, fill=split.batch(partners)[0])
+        logits = predict(network, Split(exchanged.clamp(0, 1), labels))
+        is_explained[mistakes.cpu()] &= is_right(logits, labels)
+    return is_explained
 
 
 class Diagnosis(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from masktune_utils.settings import Settings, root
+from masktune_utils.settings import root
 from masktune_utils.store import write_bytes
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
 RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
-CHOICE_KEYS = {"configuration", "reason", "candidates", "base_sha256"}
+CHOICE_KEYS = {"configuration", "reason", "base_sha256"}
 CHOSEN = "chosen, without the test sets"
 
 
@@ -34,27 +34,6 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is damaged or not a result or a choice ({error}). Delete it."
         ) from error
     return content
-
-
-def current_choice(base: Settings, sha256: str) -> dict[str, Any] | None:
-    """The saved choice of an experiment; None if there is none for this base model.
-
-    Nor is one of an older version returned, which has no table of accuracies.
-
-    Args:
-        base: the settings of the base model.
-        sha256: of its weights.
-
-    Raises:
-        ValueError: see `read`.
-    """
-    path = base.folder("results") / "chosen.json"
-    if not path.exists():
-        return None
-    choice = read(path)
-    if choice["base_sha256"] == sha256 and "rule" in choice:
-        return choice
-    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

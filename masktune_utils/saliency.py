@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchcam import methods
 
@@ -75,6 +76,74 @@ def saliency_maps(
     if empty:
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)
     return maps
+
+
+@torch.no_grad()
+def exchange_map(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    window: int = 4,
+    step: int = 2,
+    seed: int = 0,
+) -> Tensor:
+    """Where the mistakes of a network come from: any network, without gradients.
+
+    A window is taken from another image of the same class. Where this lowers the loss
+    of a mistake, the window is what misled the network. Each kind of mistake (class,
+    prediction) counts the same. Ours; permuting a feature to see what a model needs:
+    Breiman, 2001.
+
+    Args:
+        model: it is explained in evaluation mode, and is itself left as it is.
+        images: N×C×H×W, uint8 or float in [0, 1], which the model has not seen.
+        labels: N.
+        window: side of a window in pixels.
+        step: from a window to the next one, in pixels.
+        seed: of the other images.
+
+    Returns:
+        h×w float32, on the CPU: the mean fall of the cross-entropy, in nats, for each
+        window.
+
+    Raises:
+        ValueError: the model makes no mistake.
+    """
+    model = copy.deepcopy(model).eval()
+    device = next(model.parameters()).device
+    parts = [model(data.to_float(part.to(device))) for part in images.split(100)]
+    predicted = torch.cat(parts).argmax(1).to(labels.device)
+    mistakes = (predicted != labels).nonzero()[:, 0]
+    if not len(mistakes):
+        raise ValueError(
+            "the model makes no mistake; allowed: images that it gets wrong."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    partners = data.class_partners(labels, generator)[mistakes]
+    kinds = torch.stack([labels[mistakes], predicted[mistakes]])
+    _, kind, sizes = kinds.unique(dim=1, return_inverse=True, return_counts=True)
+    weights = (1 / sizes[kind] / len(sizes)).to(device)
+    own = data.to_float(images[mistakes].to(device))
+    others = data.to_float(images[partners].to(device))
+    classes = labels[mistakes].to(device)
+
+    def loss(batch: Tensor) -> float:
+        return (
+            weights * F.cross_entropy(model(batch), classes, reduction="none")
+        ).sum()
+
+    before = loss(own)
+    height, width = images.shape[-2:]
+    rows = []
+    for top in progress.bar(range(0, height - window + 1, step), desc="exchanging"):
+        row = []
+        for left in range(0, width - window + 1, step):
+            exchanged = own.clone()
+            place = (..., slice(top, top + window), slice(left, left + window))
+            exchanged[place] = others[place]
+            row.append(before - loss(exchanged))
+        rows.append(torch.stack(row))
+    return torch.stack(rows).cpu()
 
 
 def _check_map(features: Tensor, images: Tensor) -> None:

@@ -1,16 +1,23 @@
-"""Choosing a mask without group labels: a good model is never far behind the best.
+"""Choosing a mask without group labels: a good model is nowhere far behind the best.
 
-Two base models are trained, each on a fold with half of the training images, and each
-candidate fine-tunes both. All models then predict the images of the fold that they have
-not seen, in several environments: the images that ERM gets wrong, the rest, and, for
-the masks of each candidate, the images with the hidden part taken from another image.
-Models that fall far behind the best one in any of these are struck out, one at a time.
-ERM is kept unless the mistakes that it is sure of, or the resampled images, show that
-it relies on what the mask hides. Only training images and their classes are used.
+ERM, ERM fine-tuned with the masks of each candidate, and with nothing masked, predict
+training images that they have not seen (`held_out`), in several environments:
 
-Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024); such groups to
-choose by: uLA (Tsirigotis et al., 2023); regret over environments: Agarwal and Zhang,
-2022 (arXiv 2202.05436). Using them to choose masks is ours.
+- the images with the hidden part taken from another image, for the masks of each
+  candidate;
+- ERM's mistakes, where each kind (class, ERM's prediction) counts the same;
+- the rest.
+
+The model that is furthest behind the best one in any environment is struck out, and
+another, until none is far behind. If *nothing masked* is left, ERM is kept. Of the
+candidates that are left, the one that hides least is chosen among those that are least
+behind. Only training images and their classes are used.
+
+`choose` is `held_out.collect` (predict), `judge` (numbers only) and `reason` (words).
+
+Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024); cells of class and
+prediction to choose by: uLA (Tsirigotis et al., 2023); regret over environments:
+Agarwal and Zhang, 2022 (arXiv 2202.05436). Using them to choose masks is ours.
 """
 
 import copy
@@ -18,88 +25,36 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import pandas as pd
-import torch
-from joblib import Parallel, delayed
 from torch import Tensor, nn
 
-from masktune_utils import data, metrics, progress, training
+from masktune_utils import training
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset, Rule, masktune
+from masktune_utils.held_out import ERM, NULL, HeldOut, collect
+from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
 
 # What even the best model loses on resampled images counts this many times: where the
 # masks hide the evidence too, distances decide nothing.
 COST = 3
-# Mistakes of which ERM is sure, by its probability, can prove or refute a candidate ...
-SURE = 0.95
-# ... if there are at least this many.
-FEW = 10
-# A good model is nowhere this far behind the best; ERM is, if it relies on a shortcut.
+# A good model is nowhere this far behind the best one.
 BEHIND = 0.1
-ERM = "ERM"
-NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
-NOTHING = Rule("threshold", 1.0, "nearest")  # no value of a map is above 1
-# At most this many images of each fold are resampled.
-SAMPLE = 1000
-FINE_MAP = 8  # cells a side; a map with fewer is coarse
+# Fewer mistakes of ERM are no environment.
+FEW = 5
 # Fine-tuning on all images takes as many whole epochs as make this many steps, but no
 # more than MOST_EPOCHS; on half of them as many epochs.
 STEPS = 750
 MOST_EPOCHS = 6
-
+BATCH_SIZE = 32
 
 _RULE = Rule("mean_std", fill="resample")
-# From few pixels, widely dilated, to many. Each round is a candidate.
+# From small masks to large ones. Each round is a candidate.
 CANDIDATES = (
-    replace(_RULE, param=4.0, dilation=3, rounds=2),
     replace(_RULE, param=3.0, dilation=4, rounds=2),
-    replace(_RULE, param=2.0, dilation=2),
-    replace(_RULE, param=1.0, dilation=1, shared=True, rounds=2),
-    replace(_RULE, param=2.0, dilation=2, shared=True, rounds=5),
+    replace(_RULE, param=1.0, dilation=1, shared=True),
+    replace(_RULE, param=2.0, dilation=4, shared=True, rounds=4),
 )
-COARSE_CANDIDATES = (
-    replace(_RULE, param=1.5, rounds=2),
-    replace(_RULE, param=1.0, rounds=2),
-    replace(_RULE, param=0.5),
-)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Predictions for every training image, by models that have not seen it.
-
-    Attributes:
-        labels: N.
-        probabilities: N×classes, by ERM.
-        predictions: model → N, classes; `ERM`, `NULL` and the candidates.
-        resampled: accuracy of the worst class, in [0, 1], on images that are resampled;
-            a row for the masks of each candidate, a column for each model.
-        resampled_images: how many images each of these rows is of.
-        hidden: candidate → mean share of the image that its masks hide.
-    """
-
-    labels: Tensor
-    probabilities: Tensor
-    predictions: dict[str, Tensor]
-    resampled: pd.DataFrame
-    resampled_images: int
-    hidden: dict[str, float]
-
-    @property
-    def is_mistake(self) -> Tensor:
-        """N, whether ERM's prediction is wrong."""
-        return self.predictions[ERM] != self.labels
-
-    def accuracy(self, members: Tensor) -> dict[str, float]:
-        """Accuracy of each model, in [0, 1], on some of the images: N, bool."""
-        labels = self.labels[members]
-        return {
-            model: (predictions[members] == labels).double().mean().item()
-            for model, predictions in self.predictions.items()
-        }
 
 
 @dataclass(frozen=True)
@@ -108,37 +63,44 @@ class Verdict:
 
     Attributes:
         chosen: a candidate; or `ERM`, which is then kept.
-        reason: in a few sentences.
+        proposed: the candidate that is chosen if ERM is not kept.
         accuracy: see `environments`.
         distances: see `distances`; the best is that of the models that are left.
         left: see `strike_out`.
     """
 
     chosen: str
-    reason: str
+    proposed: str
     accuracy: pd.DataFrame
     distances: pd.DataFrame
     left: list[str]
 
 
-def environments(held_out: HeldOut) -> tuple[pd.DataFrame, pd.Series]:
-    """Accuracy of each model in each environment, and of how many images it is.
+def environments(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Accuracy of each model in each environment, and its standard error.
 
     The environments are the images that the masks of each candidate resample, of which
-    the worst class counts; `rest`; and `mistakes`, of ERM, if there are any.
+    the worst class counts; `rest`; and `mistakes`, of ERM, if there are at least `FEW`:
+    the mean over their kinds.
 
     Returns:
-        Environments in rows, models in columns, in [0, 1]; and environment → number.
+        Environments in rows, models in columns; both in [0, 1].
     """
-    accuracy = held_out.resampled.copy()
-    num_classes = held_out.probabilities.shape[1]
-    counts = pd.Series(held_out.resampled_images / num_classes, accuracy.index)
+    is_right = held_out.is_right
     is_mistake = held_out.is_mistake
-    for name, members in {"rest": ~is_mistake, "mistakes": is_mistake}.items():
-        if members.any():
-            accuracy.loc[name] = held_out.accuracy(members)
-            counts[name] = int(members.sum())
-    return accuracy, counts
+    accuracy = held_out.resampled.copy()
+    counts = pd.Series(float(held_out.smallest_class), accuracy.index)
+    if not is_mistake.all():
+        accuracy.loc["rest"] = is_right[~is_mistake].mean()
+        counts["rest"] = (~is_mistake).sum()
+    if is_mistake.sum() >= FEW:
+        kinds = held_out.kinds
+        images = kinds.pop("images")
+        accuracy.loc["mistakes"] = kinds.mean()
+        # As exact as the mean over so many images, each of which counts the same.
+        counts["mistakes"] = len(kinds) ** 2 / (1 / images).sum()
+    variances = accuracy * (1 - accuracy)
+    return accuracy, variances.div(counts, axis=0) ** 0.5
 
 
 def distances(accuracy: pd.DataFrame, left: list[str], before: float) -> pd.DataFrame:
@@ -175,7 +137,7 @@ def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:
         left.remove(shortfalls.idxmax())
 
 
-def propose(behind: pd.DataFrame, errors: pd.DataFrame, hidden: dict) -> str:
+def propose(behind: pd.DataFrame, errors: pd.DataFrame, hidden: pd.Series) -> str:
     """Of the candidates that fall least behind, the one that hides least.
 
     These are within one standard error of the smallest shortfall: that of the best
@@ -183,7 +145,7 @@ def propose(behind: pd.DataFrame, errors: pd.DataFrame, hidden: dict) -> str:
     environments.
 
     Args:
-        behind: see `distances`; of the candidates that are left.
+        behind: see `distances`; of some candidates.
         errors: the standard error of each accuracy.
         hidden: see `HeldOut`.
     """
@@ -192,115 +154,119 @@ def propose(behind: pd.DataFrame, errors: pd.DataFrame, hidden: dict) -> str:
     is_furthest = behind[best] == shortfalls[best]
     limit = shortfalls[best] + errors.loc[is_furthest, best].max()
     near = shortfalls.index[shortfalls <= limit]
-    return min(near, key=hidden.get)
+    return hidden[near].idxmin()
 
 
 def judge(held_out: HeldOut) -> Verdict:
-    """Propose a candidate, and take it if ERM is seen to rely on what it hides.
-
-    One of the candidates that are left is proposed, see `propose`. If ERM is sure of
-    enough mistakes, it is taken if most of them are right with it, and more than with
-    nothing masked, and refused if most are wrong, both by the 95% interval (Wilson).
-    Else it is taken if ERM, and the model with nothing masked, are `BEHIND` on some of
-    the resampled images.
+    """Choose a candidate; or keep ERM, unless nothing masked falls far behind.
 
     Args:
         held_out: predictions.
     """
-    accuracy, counts = environments(held_out)
-    before = metrics.worst_class(held_out.probabilities, held_out.labels)
-    left = strike_out(accuracy, before)
+    accuracy, errors = environments(held_out)
+    right_by_class = held_out.is_right[ERM].groupby(held_out.labels)
+    before = right_by_class.mean().min()
+    left = strike_out(accuracy.drop(columns=ERM), before)
     behind = distances(accuracy, left, before)
-    verdict = partial(Verdict, accuracy=accuracy, distances=behind, left=left)
-    good = [name for name in held_out.resampled.index if name in left]
-    reason = _mistakes_in_words(held_out)
-    if not good:
-        return verdict(ERM, f"{reason} All candidates fall far behind: ERM is kept.")
+    candidates = [model for model in left if model != NULL]
+    if not candidates:
+        candidates = list(held_out.hidden.index)
+    proposed = propose(behind[candidates], errors, held_out.hidden)
+    chosen = ERM if NULL in left else proposed
+    return Verdict(chosen, proposed, accuracy, behind, left)
 
-    errors = (accuracy * (1 - accuracy)).div(counts, axis=0) ** 0.5
-    proposal = propose(behind[good], errors, held_out.hidden)
-    models = accuracy.shape[1]
-    reason += (
-        f" {models - len(left)} of {models} models fall {100 * BEHIND:.0f} points or "
-        "more behind and "
-        "are struck out. Of the candidates that then fall least behind, "
-        f"{proposal} hides least."
+
+def reason(held_out: HeldOut, verdict: Verdict) -> str:
+    """A verdict in words: what speaks for it, and what it costs.
+
+    Args:
+        held_out: predictions.
+        verdict: see `judge`.
+    """
+    name = verdict.proposed
+    is_right = held_out.is_right
+    accuracy = 100 * is_right.mean()
+    furthest = verdict.distances[NULL].idxmax()
+    points = 100 * verdict.distances.loc[furthest, NULL]
+    if furthest not in ("rest", "mistakes"):
+        furthest = f"where {furthest} resamples"
+    first = (
+        f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
+        "predicted wrongly by ERM models that have not seen them."
     )
-    is_sure = held_out.is_mistake & (held_out.probabilities.amax(1) > SURE)
-    count = int(is_sure.sum())
-    if count >= FEW:
-        shares = held_out.accuracy(is_sure)
-        right = round(count * shares[proposal])
-        low, high = metrics.interval(right, count)
-        reason += (
-            f" ERM is sure of {count} of its mistakes. {right} of these are right now "
-            f"(95% interval {100 * low:.0f}–{100 * high:.0f}%), "
-            f"and {round(count * shares[NULL])} with nothing masked"
+    words = [first]
+    if verdict.chosen == ERM:
+        words.append(
+            f"Nothing masked, fine-tuned like the candidates, is at most {points:.0f} "
+            "points behind the best model that is left: ERM is not seen to rely on "
+            f"what a candidate hides, and is kept. The closest candidate is {name}."
         )
-        if high < 0.5:
-            return verdict(ERM, f"{reason}: most stay wrong, and ERM is kept.")
-        if low > max(0.5, shares[NULL]):
-            return verdict(proposal, f"{reason}, so it is taken.")
-        reason += "."
-    resampled = behind.loc[held_out.resampled.index].clip(lower=0)
-    of_erm = resampled[ERM].max()
-    of_null = resampled[NULL].max()
-    reason += (
-        f" Where masks resample images, ERM is up to {100 * of_erm:.1f} points behind, "
-        f"and with nothing masked {100 * of_null:.1f}"
+    else:
+        words.append(
+            f"Nothing masked, fine-tuned like the candidates, is {points:.0f} points "
+            f"behind ({furthest}): ERM relies on what can be hidden. Of the candidates "
+            f"that are least behind, {name} hides least, and is chosen."
+        )
+    words.append(
+        f"It hides {held_out.hidden[name]:.0%} of the image, most at the "
+        f"{held_out.place[name]}. Accuracy on images that a model has not seen is "
+        f"{accuracy[ERM]:.1f}% with ERM, {accuracy[NULL]:.1f}% with nothing masked and "
+        f"{accuracy[name]:.1f}% with this mask."
     )
-    if min(of_erm, of_null) < BEHIND:
-        reason += (
-            ": that does not show that ERM relies on what is hidden, so it is kept."
+    is_explained = held_out.explained[name]
+    if is_explained.any():
+        right = is_right[is_explained].sum()
+        words.append(
+            f"{is_explained.sum()} mistakes are explained by what is hidden: ERM gets "
+            "them right if it comes from another image of their class. "
+            f"{right[name]} of these are right with the mask, {right[NULL]} with "
+            "nothing masked."
         )
-        return verdict(ERM, reason)
-    reason += ": ERM relies on what is hidden, so it is taken."
-    return verdict(proposal, reason)
-
-
-def _mistakes_in_words(held_out: HeldOut) -> str:
-    """How many mistakes ERM makes; and whether it should be trained longer first."""
-    mistakes = int(held_out.is_mistake.sum())
-    words = (
-        f"{mistakes} of {len(held_out.labels):,} training images are predicted wrongly "
-        "by ERM models that have not seen them."
-    )
-    right = held_out.accuracy(held_out.is_mistake)[NULL]
-    if mistakes and right > 0.5:
-        words += (
-            f" With nothing masked, the same fine-tuning gets {right:.0%} of these "
-            "right: train longer first."
+    else:
+        words.append("No mistake is explained by what is hidden.")
+    kinds = held_out.kinds
+    stay_wrong = kinds[kinds[name] < 0.5]
+    if len(stay_wrong):
+        words.append(
+            f"Most images of {len(stay_wrong)} of {len(kinds)} kinds of mistakes "
+            f"(class, prediction), {stay_wrong['images'].sum()} images, stay wrong "
+            "with it."
         )
-    return words
+    if accuracy[NULL] > accuracy[ERM] + 1:
+        words.append("Nothing masked is better than ERM: train ERM longer first.")
+    return " ".join(words)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """What was chosen, and why.
 
     Attributes:
-        verdict: what held-out images say.
-        masked: the training images with the masks that were judged; nothing is hidden
-            if ERM is kept.
-        is_mistake: N, bool: training images that the ERM model of the other fold gets
-            wrong.
-        schedule: how candidates were fine-tuned.
+        held_out: what it is based on.
+        candidates: `NULL` and each candidate → the training images with their masks.
+        schedule: how these are fine-tuned.
+        verdict: see `judge`. Another one may be taken by `dataclasses.replace`.
     """
 
-    verdict: Verdict
-    masked: MaskedDataset
-    is_mistake: Tensor
+    held_out: HeldOut
+    candidates: dict[str, MaskedDataset]
     schedule: Callable[[nn.Module, MaskedDataset], nn.Module]
+    verdict: Verdict
 
     @property
     def reason(self) -> str:
-        """In a few sentences."""
-        return self.verdict.reason
+        """See `reason`."""
+        return reason(self.held_out, self.verdict)
 
     @property
     def is_kept(self) -> bool:
         """Whether ERM is kept."""
         return self.verdict.chosen == ERM
+
+    @property
+    def masked(self) -> MaskedDataset:
+        """The images with the chosen masks; nothing is hidden if ERM is kept."""
+        return self.candidates[NULL if self.is_kept else self.verdict.chosen]
 
     @property
     def masks(self) -> Tensor:
@@ -309,17 +275,20 @@ class Choice:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The models: accuracy in %, and how many points they fall behind.
+        """The models: accuracy and what is hidden, in %, and points they are behind.
 
         `resampled` is the worst class where masks resample images.
         """
-        accuracy = 100 * self.verdict.accuracy.T
-        table = accuracy.filter(["mistakes", "rest"])
-        return table.assign(
-            resampled=accuracy.drop(columns=table.columns).min(axis=1),
-            behind=100 * self.verdict.distances.max(),
-            chosen=table.index == self.verdict.chosen,
-        )
+        accuracy = self.verdict.accuracy
+        parts = {
+            "mistakes": accuracy.reindex(["mistakes"]).max(),
+            "rest": accuracy.reindex(["rest"]).max(),
+            "resampled": self.held_out.resampled.min(),
+            "behind": self.verdict.distances.max(),
+            "hidden": self.held_out.hidden,
+        }
+        table = 100 * pd.DataFrame(parts, index=accuracy.columns)
+        return table.assign(chosen=table.index == self.verdict.chosen)
 
     def finetune(self, network: nn.Module) -> nn.Module:
         """A copy of a network, fine-tuned on the masked images unless ERM is kept."""
@@ -327,15 +296,13 @@ class Choice:
         return tuned if self.is_kept else self.schedule(tuned, self.masked)
 
 
-def fine_tune(
-    network: nn.Module, masked: MaskedDataset, epochs: int = 1, batch_size: int = 32
-) -> nn.Module:
+def fine_tune(network: nn.Module, masked: MaskedDataset, epochs: int) -> nn.Module:
     """Our schedule: small batches, and a rate that falls from 0.02 to 0."""
     training.train(
         network,
         masked,
         epochs=epochs,
-        batch_size=batch_size,
+        batch_size=BATCH_SIZE,
         lr=0.02,
         schedule="linear",
         seed=masked.seed,
@@ -343,18 +310,16 @@ def fine_tune(
     return network
 
 
-def default_schedule(count: int, is_coarse: bool) -> dict[str, int]:
-    """Batch size and epochs of `fine_tune`, for a number of training images."""
-    batch_size = 16 if is_coarse else 32
-    epochs = min(MOST_EPOCHS, math.ceil(STEPS * batch_size / count))
-    return {"batch_size": batch_size, "epochs": epochs}
+def default_epochs(count: int) -> int:
+    """Epochs of `fine_tune`, for a number of training images."""
+    return min(MOST_EPOCHS, math.ceil(STEPS * BATCH_SIZE / count))
 
 
 def choose(
     train: Split,
     fit: Callable[[Split], nn.Module],
     finetune: Callable[[nn.Module, MaskedDataset], nn.Module] | None = None,
-    candidates: Sequence[Rule] | None = None,
+    candidates: Sequence[Rule] = CANDIDATES,
     jobs: int = 1,
     explain: Callable[[nn.Module, Tensor, Tensor], Tensor] = saliency_maps,
     seed: int = 0,
@@ -362,159 +327,18 @@ def choose(
     """Choose a mask for training images on held-out ones, or keep ERM.
 
     Args:
-        train: the training images; only these and their classes are used.
-        fit: training images → a new network trained on them. It is called once for each
-            fold, and must not start from a network that has seen these images.
-        finetune: (a copy of a network, masked images) → the network, fine-tuned; by
-            default our `fine_tune`.
-        candidates: how masks are made; each round of a rule is a candidate. By default
-            `CANDIDATES`, or for coarse maps `COARSE_CANDIDATES`.
+        train: see `held_out.collect`, as for the others.
+        fit: training images → a new network trained on them.
+        finetune: by default our `fine_tune`.
+        candidates: how masks are made.
         jobs: how many processes.
         explain: (network, images, labels) → maps N×h×w.
-        seed: of the folds, and of the partners of resampled images.
+        seed: of every random choice.
 
     Raises:
-        TypeError: `fit` or `finetune` returns no network.
-        ValueError: there is one class, or one with a single image; or `fit` returns the
-            same network twice.
+        TypeError: see `held_out.collect`.
+        ValueError: see `held_out.collect`.
     """
-    counts = train.labels.unique(return_counts=True)[1]
-    if len(counts) < 2 or counts.min() < 2:
-        raise ValueError(
-            f"classes have {counts.tolist()} images; allowed: 2 classes or more, of 2 "
-            "images or more each."
-        )
-    parts = data.folds(train.labels, seed)
-    folds = [replace(train[index], fold=number) for number, index in enumerate(parts)]
-    calls = [(fit, explain, fold) for fold in folds]
-    bases = _run(jobs, _fit, calls, "ERM of both folds")
-    first, second = [next(base.network.parameters()) for base in bases]
-    if first is second:  # also in a wrapper of its own
-        raise ValueError(
-            "fit returned the same network twice; allowed: a new one for each fold."
-        )
-    is_coarse = min(bases[0].maps.shape[1:]) < FINE_MAP
-    if candidates is None:
-        candidates = COARSE_CANDIDATES if is_coarse else CANDIDATES
-    schedule = finetune or partial(fine_tune, **default_schedule(len(train), is_coarse))
-
-    rules = (NOTHING, *candidates)
-    calls = []
-    for rule in rules:
-        for base, fold in zip(bases, folds, strict=True):
-            calls.append((base, fold, rule, schedule, explain, seed))
-    outcomes = _run(jobs, _fine_tune, calls, "fine-tuning")
-    models = {ERM: bases}
-    rule_of = {}
-    for rule, first, second in zip(rules, outcomes[::2], outcomes[1::2], strict=True):
-        for number in range(max(len(first), len(second))):
-            this_round = replace(rule, rounds=number + 1)
-            name = NULL if rule is NOTHING else str(this_round)
-            rule_of[name] = this_round
-            # The other fold may have ended before: this round would repeat its last.
-            models[name] = [first[: number + 1][-1], second[: number + 1][-1]]
-    held_out = _predict_held_out(models, folds, jobs, seed)
-    verdict = judge(held_out)
-
-    order = torch.cat(parts).argsort()
-    rule = rule_of.get(verdict.chosen, NOTHING)
-    chosen = models[NULL if verdict.chosen == ERM else verdict.chosen]
-    own_masks = torch.cat([model.maps for model in chosen])[order]
-    masked = MaskedDataset(train, own_masks, rule.fill, seed, rule=rule)
-    return Choice(verdict, masked, held_out.is_mistake[order], schedule)
-
-
-class _Fitted(NamedTuple):
-    """A network of a fold; and its maps, or the masks on which it was fine-tuned."""
-
-    network: nn.Module
-    maps: Tensor
-
-
-def _run(jobs: int, function: Callable, calls: list[tuple], description: str) -> list:
-    """Call a function several times, in as many processes as there are jobs."""
-    tasks = [delayed(function)(*arguments) for arguments in calls]
-    outcomes = Parallel(jobs, return_as="generator")(tasks)
-    return list(progress.bar(outcomes, total=len(tasks), desc=description))
-
-
-def _fit(fit: Callable, explain: Callable, fold: Split) -> _Fitted:
-    """The base model of a fold, and its maps."""
-    network = fit(fold)
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
-    return _Fitted(network, explain(network, fold.images, fold.labels))
-
-
-def _fine_tune(
-    base: _Fitted,
-    fold: Split,
-    rule: Rule,
-    schedule: Callable,
-    explain: Callable,
-    seed: int,
-) -> list[_Fitted]:
-    """The fine-tuned networks of all rounds of a rule on a fold, and their masks."""
-    rounds = masktune(base.network, fold, rule, schedule, base.maps, explain, seed)
-    outcomes = []
-    for network, masked in rounds:
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"finetune returned {network!r}; allowed: the network.")
-        outcomes.append(_Fitted(network, masked.own_masks))
-    return outcomes
-
-
-def _predict_held_out(
-    models: dict[str, list[_Fitted]], folds: list[Split], jobs: int, seed: int
-) -> HeldOut:
-    """Let the models of each fold predict the other fold, as it is and resampled.
-
-    Args:
-        models: name → those of both folds; `ERM`, `NULL` and the candidates.
-        folds: the images.
-        jobs: see `choose`.
-        seed: of the images that are resampled, and of their partners.
-    """
-    candidates = [name for name in models if name not in (ERM, NULL)]
-    calls = []
-    labels = []
-    for number, fold in enumerate(folds):
-        generator = torch.Generator().manual_seed(seed)
-        sample = torch.randperm(len(fold), generator=generator)[:SAMPLE]
-        image_sets = [fold]  # as it is, and as each candidate resamples it
-        for name in candidates:
-            masks = models[name][number].maps[sample]
-            image_sets.append(MaskedDataset(fold[sample], masks, "resample", seed))
-        for of_folds in models.values():
-            calls.append((of_folds[1 - number].network, image_sets))
-        labels.append([images.labels.cpu() for images in image_sets])
-    logits = _run(jobs, _predict, calls, "predicting")
-    labels = [torch.cat(pair) for pair in zip(*labels, strict=True)]
-
-    predictions = {}
-    resampled = {}
-    pairs = zip(logits[: len(models)], logits[len(models) :], strict=True)
-    for name, pair in zip(models, pairs, strict=True):
-        original, *of_masks = [torch.cat(parts) for parts in zip(*pair, strict=True)]
-        predictions[name] = original.argmax(1)
-        if name == ERM:
-            probabilities = original.softmax(1)
-        worst = map(metrics.worst_class, of_masks, labels[1:])
-        resampled[name] = dict(zip(candidates, worst, strict=True))
-    hidden = {}
-    for name in candidates:
-        masks = torch.cat([model.maps for model in models[name]])
-        hidden[name] = masks.float().mean().item()
-    return HeldOut(
-        labels=labels[0],
-        probabilities=probabilities,
-        predictions=predictions,
-        resampled=pd.DataFrame(resampled),
-        resampled_images=len(labels[-1]),
-        hidden=hidden,
-    )
-
-
-def _predict(network: nn.Module, image_sets: Sequence) -> list[Tensor]:
-    """Logits for each of several sets."""
-    return [metrics.predict(network, images) for images in image_sets]
+    schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
+    held_out, masked = collect(train, fit, schedule, candidates, jobs, explain, seed)
+    return Choice(held_out, masked, schedule, judge(held_out))

@@ -32,7 +32,6 @@ REPOSITORY = Path(__file__).parents[1]
 # standard deviations above it.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
-IN_FILES = {"fold": "half"}  # a setting's name in files, where these are older
 LONGEST = 165  # bytes of a name; that of a file is at most 200
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
@@ -101,8 +100,6 @@ class DataSettings(BaseModel):
     """share of each class against the shortcut"""
     validation_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """share of training images held out"""
-    fold: Annotated[int, Field(ge=0, le=1)] | None = None
-    """0 or 1: train on this fold, hold out the other"""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -185,8 +182,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_masks(self) -> Self:
-        if self.cross_fit and self.fold is not None:
-            self._refuse("cross_fit", "False with fold, which has no folds of its own")
         if self.param > PARAM_LIMITS[self.method]:
             limit = PARAM_LIMITS[self.method]
             self._refuse("param", f"0 to {limit} for method {self.method!r}")
@@ -213,7 +208,7 @@ class Settings(BaseSettings):
         text = ""
         for name in names:
             if name in changed and name not in NOT_SPELLED_OUT:
-                text += f"_{IN_FILES.get(name, name)}={changed[name]}"
+                text += f"_{name}={changed[name]}"
         return text
 
     def folder(self, kind: str) -> Path:
@@ -231,11 +226,7 @@ class Settings(BaseSettings):
         """What the base model, or the fine-tuned one, depends on, as in files."""
         kind = BaseSettings if base else Settings
         names = [name for name in kind.model_fields if name not in RUNTIME]
-        return {IN_FILES.get(name, name): getattr(self, name) for name in names}
-
-    def of_fold(self, fold: int) -> Self:
-        """The same for one of the two folds whose masks `cross_fit` hands over."""
-        return self.replace(fold=fold, cross_fit=False)
+        return {name: getattr(self, name) for name in names}
 
     @property
     def rule(self) -> "Rule":

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from masktune_utils import models
-from masktune_utils.settings import DEFAULTS, IN_FILES, root
+from masktune_utils.settings import DEFAULTS, root
 
 # Settings that were removed, each with the value that does what is done today.
 RETIRED = {
@@ -21,6 +22,7 @@ RETIRED = {
     "accumulate": False,
     "restart": False,
     "start_half": None,
+    "half": None,
     "train_folder": "",
     "test_folder": "",
     "image_size": 28,
@@ -133,6 +135,28 @@ def read_tensors(path: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Save arrays by np.savez_compressed."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` saved. It runs no code.
+
+    Raises:
+        CheckpointError: the file is damaged or foreign.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # NumPy has no class of its own for a damaged file
+        raise CheckpointError(
+            f"{path} is damaged or foreign ({error}). Delete it."
+        ) from error
+
+
 def save_checkpoint(
     path: Path, model: nn.Module, settings: dict, history: list[dict]
 ) -> None:
@@ -215,7 +239,7 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
             raise ValueError(
                 f"an older version wrote it, with {name} other than {value}"
             )
-    unknown = made_with.keys() - DEFAULTS - {"base_sha256", *IN_FILES.values()}
+    unknown = made_with.keys() - DEFAULTS - {"base_sha256"}
     if unknown:
         raise ValueError(
             f"a newer version wrote it, with the setting {', '.join(unknown)}"

@@ -1,16 +1,24 @@
-"""The registered test: runs that registered.md announced before they were made.
+"""The registered tests of the choice: runs that were announced before they were made.
 
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered.py 100 101
+    pip install --no-deps animal-mnist
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered.py 200 201 202
 
-runs all kinds of the seeds 100 and 101, two at a time, seven minutes of one core each.
-A kind that is done is skipped. The tables of what came out are made by tables.py.
+runs all kinds of the seeds 200 to 202, two at a time, three minutes of one core each,
+as `registered_second.md` says. A run that is done is skipped. Rows go to
+`registered_second.csv`, what the models of both folds predict to `trials`. The tables
+of what came out are made by tables.py. (The first test, `registered.csv`, was made by
+this script as of commit `a2ce5f4`.)
 """
 
 import copy
-import dataclasses
 import functools
+import gzip
+import importlib.util
+import pickle
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,23 +27,25 @@ from resume import resume
 from torch import Tensor, nn
 
 from masktune_utils import (
-    data,
     datasets,
     evaluation,
     models,
     selection,
     shortcuts,
+    store,
     training,
 )
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
+from masktune_utils.held_out import ERM
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY, Settings
 
-FILE = REPOSITORY / "results" / "registered.csv"
+FILE = REPOSITORY / "results" / "registered_second.csv"
+TRIALS = REPOSITORY / "results" / "trials"
 KEY = ["dataset", "labels", "kind", "seed"]
 LIMIT = 4000
-ALWAYS = f"{dataclasses.replace(selection.CANDIDATES[0], rounds=1)}"
+ORACLE = "oracle"
 
 
 def square(images: Tensor, color: str, size: int, row: int, column: int) -> Tensor:
@@ -43,11 +53,16 @@ def square(images: Tensor, color: str, size: int, row: int, column: int) -> Tens
     return shortcuts.add_square(images, size, color, row, column)
 
 
+def pixel(color: str) -> Tensor:
+    """3×1×1, uint8."""
+    one = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    return shortcuts.add_square(one, 1, color)[0]
+
+
 def line(images: Tensor, color: str) -> Tensor:
     """A horizontal line, two pixels thick, near the lower edge."""
     images = images.clone()
-    pixel = shortcuts.add_square(images[:1, :, :1, :1], 1, color)
-    images[:, :, 24:26] = pixel
+    images[:, :, 24:26] = pixel(color)
     return images
 
 
@@ -56,8 +71,7 @@ def letters(images: Tensor, color: str) -> Tensor:
     canvas = Image.new("L", (28, 28))
     ImageDraw.Draw(canvas).text((15, -1), "OK", fill=255, font_size=9)
     is_text = torch.from_numpy(np.asarray(canvas) > 100)
-    pixel = shortcuts.add_square(images[:1, :, :1, :1], 1, color)
-    return torch.where(is_text, pixel, images)
+    return torch.where(is_text, pixel(color), images)
 
 
 def texture(images: Tensor) -> Tensor:
@@ -68,6 +82,25 @@ def texture(images: Tensor) -> Tensor:
     return images
 
 
+def bars(images: Tensor) -> Tensor:
+    """Black and white bars along the right edge, four pixels wide."""
+    images = images.clone()
+    rows = torch.arange(28) // 2 % 2
+    images[..., 24:] = (255 * rows).byte()[:, None]
+    return images
+
+
+def cross(images: Tensor, color: str, generator: torch.Generator) -> Tensor:
+    """A cross of seven pixels in one of the four corners, at random."""
+    images = images.clone()
+    corners = torch.randint(2, (len(images), 2), generator=generator)
+    for image, (bottom, right) in zip(images, corners.tolist(), strict=True):
+        corner = image[:, 21 * bottom :, 21 * right :]
+        corner[:, 2:5, :7] = pixel(color)
+        corner[:, :7, 2:5] = pixel(color)
+    return images
+
+
 def of_package(
     images: Tensor, name: str, color: str, generator: torch.Generator
 ) -> Tensor:
@@ -75,6 +108,7 @@ def of_package(
     return shortcuts.SHORTCUTS[name](images, color, 6, generator)
 
 
+TEAL = partial(square, color="teal", size=6, row=22, column=0)
 # kind → what is planted, and what is not the default of `Settings`.
 KINDS = {
     "square 4": (partial(square, color="orange", size=4, row=0, column=24), {}),
@@ -92,18 +126,11 @@ KINDS = {
     "line": (partial(line, color="lime"), {}),
     "letters": (partial(letters, color="red"), {}),
     "texture": (texture, {}),
-    "no exception": (
-        partial(square, color="teal", size=6, row=22, column=0),
-        {"conflicting_share": 0.0},
-    ),
-    "0.2 % exceptions": (
-        partial(square, color="teal", size=6, row=22, column=0),
-        {"conflicting_share": 0.002},
-    ),
-    "5 % exceptions": (
-        partial(square, color="teal", size=6, row=22, column=0),
-        {"conflicting_share": 0.05},
-    ),
+    "bars": (bars, {}),
+    "cross in a corner": ("cross", {}),
+    "no exception": (TEAL, {"conflicting_share": 0.0}),
+    "0.2 % exceptions": (TEAL, {"conflicting_share": 0.002}),
+    "5 % exceptions": (TEAL, {"conflicting_share": 0.05}),
     "pixels": ("pixels", {}),
     "coloured digit": ("digit_color", {}),
     "tint": ("background", {}),
@@ -112,11 +139,14 @@ KINDS = {
 TEN = ("square 6", "square 8", "letters", "none")  # kinds with ten classes
 FASHION = ("square 6", "square 10", "frame", "line", "letters", "texture")
 FASHION += ("no exception", "none")
+ANIMALS = ("square 6", "square 10", "letters", "none")
 PLAN = [
     *(("mnist", "halves", kind) for kind in KINDS),
     *(("mnist", "digits", kind) for kind in TEN),
     *(("fashion_mnist", "halves", kind) for kind in FASHION),
     *(("fashion_mnist", "digits", kind) for kind in TEN),
+    *(("animals", "halves", kind) for kind in ANIMALS),
+    *(("animals", "digits", kind) for kind in TEN),
 ]
 OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # no mask can hide these
 
@@ -124,10 +154,11 @@ OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # no mask can hide 
 def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
     """Fresh training images with a shortcut, and all test images, raw and biased."""
     planted, changes = KINDS[kind]
-    settings = Settings(
-        dataset=dataset, labels=labels, seed=seed, limit=LIMIT, **changes
-    )
-    train, test = datasets.read(settings)
+    settings = Settings(labels=labels, seed=seed, limit=LIMIT, **changes)
+    if dataset == "animals":
+        train, test = read_animals(labels, seed)
+    else:
+        train, test = datasets.read(settings.replace(dataset=dataset))
     generator = torch.Generator().manual_seed(seed)
     which = torch.zeros(len(train), dtype=torch.bool)
     if planted is not None:
@@ -135,10 +166,34 @@ def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
             train, settings.placement, settings.conflicting_share, generator
         )
     change = planted or KINDS["square 6"][0]
-    if isinstance(planted, str):
+    if planted == "cross":
+        change = partial(cross, color="gold", generator=generator)
+    elif isinstance(planted, str):
         change = partial(of_package, name=planted, color="gold", generator=generator)
     biased = plant(test, shortcuts.halves(test.labels) == 1, change)
     return BiasedSets(plant(train, which, change), test, biased, train[:0])
+
+
+def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
+    """400 silhouettes of each animal of animal-mnist, by the seed; and the rest."""
+    package = Path(importlib.util.find_spec("animal_mnist").origin).parent
+    folder = package / "data" / "Animal_MNIST"
+    parts = []
+    for name in ("data", "label"):
+        packed = (folder / f"animal_{name}_version_3.gz").read_bytes()
+        part = pickle.loads(gzip.decompress(packed))  # noqa: S301 - installed by you
+        parts.append(torch.from_numpy(np.asarray(part)))
+    images, animals = parts[0].byte().view(-1, 28, 28), parts[1].long().view(-1)
+    images = images[:, None].expand(-1, 3, -1, -1).contiguous()
+    classes = animals if labels == "digits" else (animals >= 5).long()
+    generator = torch.Generator().manual_seed(seed)
+    is_training = torch.zeros(len(animals), dtype=torch.bool)
+    for animal in range(10):
+        members = (animals == animal).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        is_training[members[order[: LIMIT // 10]]] = True
+    every = Split(images, classes, animals)
+    return every[is_training], every[~is_training]
 
 
 def plant(split: Split, which: Tensor, change: partial) -> Split:
@@ -156,44 +211,14 @@ def fit(split: Split, seed: int) -> nn.Module:
     return network
 
 
-def fine_tune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-    """The schedule of the choice, the same for all models."""
-    schedule = selection.default_schedule(LIMIT, is_coarse=False)
-    return selection.fine_tune(copy.deepcopy(network), masked, **schedule)
-
-
 @functools.cache  # the kinds of a process share it
 def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
     """ERM on the same images without a shortcut, with the same fine-tuning."""
     train = load(dataset, labels, "none", seed).train
     nothing = torch.zeros(len(train), 28, 28, dtype=torch.bool)
     masked = MaskedDataset(train, nothing, "resample", seed)
-    return fine_tune(fit(train, seed), masked)
-
-
-def choose(train: Split, seed: int) -> tuple[selection.Choice, dict[str, Tensor]]:
-    """The choice; and the masks of every candidate, and of nothing masked."""
-    masks_of = {}  # rule, fold → masks of the images of the fold
-
-    def fit_fold(fold: Split) -> nn.Module:
-        return fit(fold, seed)
-
-    def watched(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        masks_of[masked.rule, masked.split.fold] = masked.own_masks
-        return fine_tune(network, masked)
-
-    choice = selection.choose(train, fit_fold, watched, seed=seed)
-    order = torch.cat(data.folds(train.labels, seed)).argsort()
-    masks = {}
-    for candidate in (selection.NOTHING, *selection.CANDIDATES):
-        latest = [None, None]  # a fold may end before the other
-        for rounds in range(1, candidate.rounds + 1):
-            rule = dataclasses.replace(candidate, rounds=rounds)
-            latest = [masks_of.get((rule, fold), latest[fold]) for fold in (0, 1)]
-            name = "null" if candidate is selection.NOTHING else f"{rule}"
-            if name == "null" or name in choice.verdict.accuracy:
-                masks[name] = torch.cat(latest)[order]
-    return choice, masks
+    epochs = selection.default_epochs(LIMIT)
+    return selection.fine_tune(fit(train, seed), masked, epochs)
 
 
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
@@ -201,26 +226,32 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
     erm = fit(sets.train, seed)
-    choice, masks = choose(sets.train, seed)
-    chosen = choice.verdict.chosen.replace(selection.ERM, "erm")
-    worst_groups = {"erm": evaluation.evaluate(erm, sets)["worst_group"]}
-    for name, own_masks in masks.items():
-        masked = MaskedDataset(sets.train, own_masks, "resample", seed)
-        network = fine_tune(erm, masked)
+    choice = selection.choose(sets.train, partial(fit, seed=seed), seed=seed)
+    networks = {ERM: erm}
+    for name, masked in choice.candidates.items():
+        networks[name] = choice.schedule(copy.deepcopy(erm), masked)
+    networks[ORACLE] = oracle(dataset, labels, seed)
+    worst_groups = {}
+    for name, network in networks.items():
         worst_groups[name] = evaluation.evaluate(network, sets)["worst_group"]
-
-    candidates = [name for name in masks if name != "null"]
-    drawn = np.random.default_rng(seed).choice(candidates)
-    fitted_oracle = oracle(dataset, labels, seed)
-    worst_groups["always"] = worst_groups[ALWAYS]
-    worst_groups["random"] = worst_groups[drawn]
-    worst_groups["oracle"] = evaluation.evaluate(fitted_oracle, sets)["worst_group"]
+    arrays = choice.held_out.to_arrays()
+    arrays["worst_groups"] = np.array([*worst_groups.values()][:-1])
+    name = f"{dataset} {labels} {kind} {seed}.npz"
+    store.write_arrays(TRIALS / name, arrays)
     rows = []
     for name, worst_group in worst_groups.items():
         row = dict(zip(KEY, (dataset, labels, kind, seed), strict=True))
-        row |= {"model": name, "worst_group": worst_group, "is_chosen": name == chosen}
+        row |= {"model": name, "worst_group": worst_group}
+        row |= {"is_chosen": name == choice.verdict.chosen, "commit": commit()}
         rows.append(row)
     return rows
+
+
+@functools.cache
+def commit() -> str:
+    """Of the code that runs."""
+    command = ["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"]
+    return subprocess.check_output(command, text=True).strip()  # noqa: S603
 
 
 def main(seeds: list[int]) -> None:

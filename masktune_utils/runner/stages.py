@@ -153,7 +153,7 @@ def choose(settings: Settings, count: int) -> None:
     choice = experiment.choose(base, sets.train, count, settings.retrain)
     chosen = experiment.chosen_model(choice, base, sets.train, settings.retrain)
     experiment.record(chosen, sets)
-    print(f"{settings.experiment}, seed {settings.seed}: {choice['reason']}")
+    print(f"{settings.experiment}, seed {settings.seed}: {choice.reason}")
 
 
 def _save_tables(grid: list[Settings], notebook: str) -> None:
