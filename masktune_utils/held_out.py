@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from masktune_utils import data, metrics, progress
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset, Rule, masktune
-from masktune_utils.saliency import saliency_maps
+from masktune_utils.saliency import exchange_map, saliency_maps
 
 ERM = "ERM"
 NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
@@ -54,6 +54,8 @@ class HeldOut:
         smallest_class: number of images of the smallest class among these.
         hidden: candidate → mean share of the image that its masks hide.
         place: candidate → one of `PLACES`, where they hide most.
+        mistake_map: h×w, where ERM's mistakes come from, see `saliency.exchange_map`;
+            the mean of both folds.
     """
 
     labels: pd.Series
@@ -63,6 +65,7 @@ class HeldOut:
     smallest_class: int
     hidden: pd.Series
     place: pd.Series
+    mistake_map: np.ndarray
 
     @property
     def is_right(self) -> pd.DataFrame:
@@ -97,6 +100,7 @@ class HeldOut:
             "smallest_class": np.array(self.smallest_class),
             "hidden": self.hidden.to_numpy(),
             "place": np.array(self.place, str),
+            "mistake_map": self.mistake_map,
         }
 
     @classmethod
@@ -112,6 +116,7 @@ class HeldOut:
             smallest_class=arrays["smallest_class"].item(),
             hidden=pd.Series(arrays["hidden"], candidates),
             place=pd.Series(arrays["place"], candidates),
+            mistake_map=arrays["mistake_map"],
         )
 
 
@@ -224,7 +229,7 @@ def _predict(
     own: dict[str, _Model],
     others: dict[str, _Model],
     seed: int,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, Tensor]:
     """Let the models of the other fold predict a fold, as it is and resampled.
 
     Args:
@@ -237,7 +242,7 @@ def _predict(
     Returns:
         A row for each image; `label`; (`predicted`, model); (`explained`, candidate);
         and (candidate, model): whether it is right where the masks resample the image,
-        NaN for images that are not resampled.
+        NaN for images that are not resampled. Then, where ERM's mistakes come from.
     """
     networks = {name: others[name].network for name in names}
     columns = {("label", ""): fold.labels.cpu().numpy()}
@@ -255,20 +260,22 @@ def _predict(
             is_right = torch.full((len(fold),), torch.nan)
             is_right[sample] = metrics.is_right(logits, resampled.labels).float()
             columns[candidate, name] = is_right.numpy()
-    return pd.DataFrame(columns)
+    mistake_map = exchange_map(networks[ERM], fold.images, fold.labels, seed)
+    return pd.DataFrame(columns), mistake_map
 
 
 def _hold_out(
-    predicted: list[pd.DataFrame], order: Tensor, masked: dict[str, MaskedDataset]
+    predicted: list[tuple], order: Tensor, masked: dict[str, MaskedDataset]
 ) -> HeldOut:
     """What is predicted for both folds, as one.
 
     Args:
-        predicted: see `_predict`.
+        predicted: of each fold, see `_predict`.
         order: of the training images in the folds, one after the other.
         masked: see `Choice.candidates`.
     """
-    table = pd.concat(predicted).iloc[order.numpy()].reset_index(drop=True)
+    tables, mistake_maps = zip(*predicted, strict=True)
+    table = pd.concat(tables).iloc[order.numpy()].reset_index(drop=True)
     resampled = {}
     hidden = {}
     place = {}
@@ -290,4 +297,5 @@ def _hold_out(
         smallest_class=int(by_class.size().min()),
         hidden=pd.Series(hidden),
         place=pd.Series(place),
+        mistake_map=torch.stack(mistake_maps).mean(0).numpy(),
     )

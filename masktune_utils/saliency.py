@@ -39,9 +39,9 @@ def saliency_maps(
             last, to N×C×h×w.
 
     Returns:
-        N×h×w float32, the size of the layer's output (SmallCNN: 8×8), each map scaled
-        to [0, 1] by its minimum and maximum. A map that is the same everywhere gives
-        zeros; a warning counts these.
+        N×h×w float32, where the images are, of the size of the layer's output
+        (SmallCNN: 8×8), each map scaled to [0, 1] by its minimum and maximum. A map
+        that is the same everywhere gives zeros; a warning counts these.
 
     Raises:
         TypeError: the model does not name a layer to explain; or what the layer gives
@@ -71,7 +71,7 @@ def saliency_maps(
         for batch, classes in progress.bar(batches, desc=cam):
             scores = explained(data.to_float(batch.to(device)))
             maps += extractor(classes.tolist(), scores)
-    maps = torch.cat(maps)
+    maps = torch.cat(maps).to(images.device)
     empty = int((maps.amax(dim=(1, 2)) == 0).sum())
     if empty:
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)
@@ -80,70 +80,58 @@ def saliency_maps(
 
 @torch.no_grad()
 def exchange_map(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    window: int = 4,
-    step: int = 2,
-    seed: int = 0,
+    model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0
 ) -> Tensor:
     """Where the mistakes of a network come from: any network, without gradients.
 
-    A window is taken from another image of the same class. Where this lowers the loss
-    of a mistake, the window is what misled the network. Each kind of mistake (class,
-    prediction) counts the same. Ours; permuting a feature to see what a model needs:
-    Breiman, 2001.
+    A window, a seventh of the image wide and high, is taken from another image of the
+    same class. Where this lowers the loss of a mistake, the window has misled the
+    network. Each kind of mistake (class, prediction) counts the same. Ours; permuting a
+    feature to see what a model needs: Breiman, 2001.
 
     Args:
-        model: it is explained in evaluation mode, and is itself left as it is.
+        model: it is asked in evaluation mode, and is itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], which the model has not seen.
         labels: N.
-        window: side of a window in pixels.
-        step: from a window to the next one, in pixels.
         seed: of the other images.
 
     Returns:
-        h×w float32, on the CPU: the mean fall of the cross-entropy, in nats, for each
-        window.
-
-    Raises:
-        ValueError: the model makes no mistake.
+        h×w float32, on the CPU: by how much the cross-entropy falls on average, in
+        nats, for each window; neighbours overlap by half. Zero if there is no mistake.
     """
-    model = copy.deepcopy(model).eval()
-    device = next(model.parameters()).device
-    parts = [model(data.to_float(part.to(device))) for part in images.split(100)]
-    predicted = torch.cat(parts).argmax(1).to(labels.device)
+    asked = copy.deepcopy(model).eval()
+    device = next(asked.parameters()).device
+
+    def predict(batch: Tensor) -> Tensor:
+        return asked(data.to_float(batch.to(device))).cpu()
+
+    labels = labels.cpu()
+    predicted = torch.cat([predict(batch) for batch in images.split(100)]).argmax(1)
     mistakes = (predicted != labels).nonzero()[:, 0]
-    if not len(mistakes):
-        raise ValueError(
-            "the model makes no mistake; allowed: images that it gets wrong."
-        )
+    kinds = torch.stack([labels, predicted], 1)[mistakes]
+    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
+    weights = 1 / (len(sizes) * sizes[kind])
     generator = torch.Generator().manual_seed(seed)
-    partners = data.class_partners(labels, generator)[mistakes]
-    kinds = torch.stack([labels[mistakes], predicted[mistakes]])
-    _, kind, sizes = kinds.unique(dim=1, return_inverse=True, return_counts=True)
-    weights = (1 / sizes[kind] / len(sizes)).to(device)
-    own = data.to_float(images[mistakes].to(device))
-    others = data.to_float(images[partners].to(device))
-    classes = labels[mistakes].to(device)
-
-    def loss(batch: Tensor) -> float:
-        return (
-            weights * F.cross_entropy(model(batch), classes, reduction="none")
-        ).sum()
-
-    before = loss(own)
+    partners = data.class_partners(labels, generator)
     height, width = images.shape[-2:]
-    rows = []
-    for top in progress.bar(range(0, height - window + 1, step), desc="exchanging"):
-        row = []
-        for left in range(0, width - window + 1, step):
-            exchanged = own.clone()
-            place = (..., slice(top, top + window), slice(left, left + window))
-            exchanged[place] = others[place]
-            row.append(before - loss(exchanged))
-        rows.append(torch.stack(row))
-    return torch.stack(rows).cpu()
+    tops = range(0, height - height // 7 + 1, height // 14)
+    lefts = range(0, width - width // 7 + 1, width // 14)
+    falls = torch.zeros(len(tops), len(lefts))
+    for part in torch.arange(len(mistakes)).split(100):
+        index = mistakes[part]
+        original = images[index]
+        others = images[partners[index]]
+        losses = F.cross_entropy(predict(original), labels[index], reduction="none")
+        for row, top in enumerate(tops):
+            for column, left in enumerate(lefts):
+                rows = slice(top, top + height // 7)
+                columns = slice(left, left + width // 7)
+                exchanged = original.clone()
+                exchanged[..., rows, columns] = others[..., rows, columns]
+                logits = predict(exchanged)
+                after = F.cross_entropy(logits, labels[index], reduction="none")
+                falls[row, column] += (weights[part] * (losses - after)).sum()
+    return falls
 
 
 def _check_map(features: Tensor, images: Tensor) -> None:
