@@ -120,9 +120,17 @@ class Split(Dataset):
         """The images of an epoch of training: they are the same in each."""
         return self
 
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images as floating point in [0, 1], B×C×H×W, and their labels, B."""
-        return to_float(self.images[index]), self.labels[index]
+    def batch(
+        self, index: Tensor | slice, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images as floating point in [0, 1], B×C×H×W, and their labels, B.
+
+        Args:
+            index: which images.
+            device: where to put them; by default they stay where they are.
+        """
+        images = self.images[index].to(device)  # then to float: bytes are quicker sent
+        return to_float(images), self.labels[index].to(device)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -148,7 +156,9 @@ def folds(labels: Tensor, seed: int) -> list[Tensor]:
 
 
 def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Index of an image of the same class for each image, at random, N.
+    """Index of another image of the same class for each image, at random, N.
+
+    The only image of a class is its own partner.
 
     Args:
         labels: N.
@@ -158,5 +168,6 @@ def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator)
-        partners[members] = members[order.to(members.device)]
+        circle = members[order.to(members.device)]
+        partners[circle] = circle.roll(1)
     return partners

@@ -209,7 +209,11 @@ def _download(kind: type, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=".download") as unfinished:
             kind(unfinished, download=True)
-            (Path(unfinished) / folder.name).rename(folder)
+            try:
+                (Path(unfinished) / folder.name).rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was quicker
+                    raise
     except (OSError, RuntimeError) as error:
         reason = " ".join(f"{error}".split())
         raise FileNotFoundError(

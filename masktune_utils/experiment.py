@@ -242,8 +242,7 @@ def masktune(
             settings.rule,
             Saved(settings, retrain).finetune,
             training_saliency(settings, base, train),
-            partial(saliency.saliency_maps, cam=settings.cam),
-            settings.seed,
+            seed=settings.seed,
         )
         is_trained = masked.rule == settings.rule  # else the rounds ended before
         retrain = retrain and not is_trained
@@ -258,12 +257,12 @@ def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor
         base: the ERM model.
         train: the biased training set.
     """
-    path = settings.folder("checkpoints") / f"CNN_saliency_{settings.cam}.pth"
+    path = settings.folder("checkpoints") / "CNN_saliency.pth"
     with contextlib.suppress(Exception):  # not there, damaged: it is made again
         saved = store.read_tensors(path)
         if saved["base_sha256"] == base.sha256 and len(saved["maps"]) == len(train):
             return saved["maps"].to(train.labels.device)
-    maps = saliency.saliency_maps(base.model, train.images, train.labels, settings.cam)
+    maps = saliency.saliency_maps(base.model, train.images, train.labels)
     store.write_tensors(path, {"maps": maps.cpu(), "base_sha256": base.sha256})
     return maps
 
@@ -303,7 +302,7 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         "seconds": trained.seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
+        "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else device.type,
         "sha256": trained.sha256,
@@ -356,14 +355,16 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
         retrain: train the models of both folds again.
 
     Raises:
-        CheckpointError: what is saved is damaged.
+        CheckpointError: what is saved is damaged, or no choice.
     """
     settings = choice_settings(base.settings, len(train))
     choice = None if retrain else saved_choice(base, train)
     if choice is None:
         fit = partial(_fit_fold, settings, len(train.labels.unique()))
+        schedule = _schedule(settings)
+        candidates = selection.CANDIDATES
         choice = selection.choose(
-            train, fit, _schedule(settings), jobs=jobs, seed=settings.seed
+            train, fit, schedule, candidates, jobs, seed=settings.seed
         )
         arrays = choice.held_out.to_arrays()
         for number, masked in enumerate(choice.candidates.values()):
@@ -394,22 +395,28 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
         train: the training images.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or no choice.
     """
     settings = choice_settings(base.settings, len(train))
     path = _choice_path(settings)
     if not path.exists():
         return None
     arrays = store.read_arrays(path)
-    if arrays["made_with"] != _made_with(settings, base):
-        return None
-    held_out = HeldOut.from_arrays(arrays)
     candidates = {}
-    for number, name in enumerate((NULL, *held_out.hidden.index)):
-        packed = arrays[f"masks_{number}"]
-        masks = np.unpackbits(packed, axis=-1, count=train.images.shape[-1])
-        own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
-        candidates[name] = MaskedDataset(train, own_masks, "resample", settings.seed)
+    try:
+        if arrays["made_with"] != _made_with(settings, base):
+            return None
+        held_out = HeldOut.from_arrays(arrays)
+        for number, name in enumerate((NULL, *held_out.hidden.index)):
+            packed = arrays[f"masks_{number}"]
+            masks = np.unpackbits(packed, axis=-1, count=train.images.shape[-1])
+            own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
+            masked = MaskedDataset(train, own_masks, "resample", settings.seed)
+            candidates[name] = masked
+    except (KeyError, ValueError) as error:
+        raise store.CheckpointError(
+            f"{path} is of another version or no choice ({error}). Delete it."
+        ) from error
     verdict = selection.judge(held_out)
     return Choice(held_out, candidates, _schedule(settings), verdict)
 

@@ -147,8 +147,8 @@ def collect(
 
     Raises:
         TypeError: `fit` or `finetune` returns no network.
-        ValueError: there is one class, or one with a single image; or `fit` returns the
-            same network twice.
+        ValueError: there is one class, one with a single image, or no candidate; or
+            `fit` returns the same network twice.
     """
     counts = train.labels.unique(return_counts=True)[1]
     if len(counts) < 2 or counts.min() < 2:
@@ -156,6 +156,8 @@ def collect(
             f"classes have {counts.tolist()} images; allowed: 2 classes or more, of 2 "
             "images or more each."
         )
+    if not candidates:
+        raise ValueError("there are 0 candidates; allowed: 1 or more.")
     parts = data.folds(train.labels, seed)
     folds = [train[index] for index in parts]
     run = Parallel(min(jobs, 2))
@@ -257,8 +259,8 @@ def _predict(
         resampled = MaskedDataset(fold[sample], masks[sample], "resample", seed)
         for name, network in networks.items():
             logits = metrics.predict(network, resampled)
-            is_right = torch.full((len(fold),), torch.nan)
-            is_right[sample] = metrics.is_right(logits, resampled.labels).float()
+            is_right = torch.full((len(fold),), torch.nan, dtype=torch.float64)
+            is_right[sample] = metrics.is_right(logits, resampled.labels).double()
             columns[candidate, name] = is_right.numpy()
     mistake_map = exchange_map(networks[ERM], fold.images, fold.labels, seed)
     return pd.DataFrame(columns), mistake_map

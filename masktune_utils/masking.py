@@ -169,8 +169,8 @@ class MaskedDataset(Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        epoch = torch.randint(2**31, ()).item()
-        images, labels = self.in_epoch(epoch).batch(torch.tensor([index]))
+        partner = torch.randint(len(self), (1,))
+        images, labels = self._masked(torch.tensor([index]), partner)
         return images[0], labels.item()
 
     @property
@@ -191,18 +191,35 @@ class MaskedDataset(Dataset):
 
     def masks(self, index: Tensor | slice) -> Tensor:
         """What is hidden, B×H×W, float32 in [0, 1]."""
+        return self._hidden(index, self.partners[index])
+
+    def _hidden(self, index: Tensor | slice, partners: Tensor) -> Tensor:
         masks = self.own_masks[index].float()
         if self.fill == "resample":
-            of_partners = self.own_masks[self.partners[index]].float()
-            masks = torch.maximum(masks, of_partners)
+            masks = torch.maximum(masks, self.own_masks[partners].float())
         return masks
 
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B."""
-        images, labels = self.split.batch(index)
-        masks = self.masks(index)
+    def batch(
+        self, index: Tensor | slice, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B.
+
+        Args:
+            index: which images.
+            device: where to put them; by default they stay where they are.
+        """
+        return self._masked(index, self.partners[index], device)
+
+    def _masked(
+        self,
+        index: Tensor | slice,
+        partners: Tensor,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = self.split.batch(index, device)
+        masks = self._hidden(index, partners).to(device)
         if self.fill == "resample":
-            partner_images, _ = self.split.batch(self.partners[index])
+            partner_images, _ = self.split.batch(partners, device)
             return apply_mask(images, masks, fill=partner_images), labels
         return apply_mask(images, masks), labels
 
@@ -231,7 +248,7 @@ class Rule:
             with hard edges, as in the authors' code. `mean_std` is always applied as in
             `map`.
         dilation: by which the mask is dilated, in all eight directions, in 28ths of the
-            side.
+            shorter side.
         shared: hide the same in all images, what the mean of their maps points at. Then
             a mask says nothing about the class of its image.
         fill: what takes the place of what is hidden, see `MaskedDataset`.
@@ -292,7 +309,7 @@ class Rule:
         else:
             small = create_mask(maps, self.method, self.param)
             masks = resize(small, size, self.upsample)
-        pixels = round(self.dilation * size[0] / 28)
+        pixels = round(self.dilation * min(size) / 28)
         if pixels:
             side = 2 * pixels + 1
             # Rows, then columns: quicker on a CPU than a square window.

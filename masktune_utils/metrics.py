@@ -1,6 +1,6 @@
 """Predictions, their metrics by class and by group, and what a network relies on."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from masktune_utils.data import Split, class_partners
 from masktune_utils.masking import MaskedDataset, apply_mask
+from masktune_utils.models import in_float32
 from masktune_utils.shortcuts import groups
 
 
@@ -24,11 +25,12 @@ def predict(model: nn.Module, dataset: Dataset, batch_size: int = 100) -> Tensor
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
+    logits = []
     try:
-        logits = []
-        for index in torch.arange(len(dataset)).split(batch_size):
-            images, _ = dataset.batch(index)
-            logits.append(model(images.to(device)))
+        with in_float32():
+            for index in torch.arange(len(dataset)).split(batch_size):
+                images, _ = dataset.batch(index, device)
+                logits.append(model(images))
     finally:
         model.train(was_training)
     return torch.cat(logits).cpu()
@@ -89,14 +91,6 @@ def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
     return {name: right[index].mean().item() for name, index in members.items()}
 
 
-def interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson), in [0, 1]."""
-    from scipy.stats import binomtest  # takes a second
-
-    limits = binomtest(right, count).proportion_ci(method="wilson")
-    return limits.low, limits.high
-
-
 def explained(network: nn.Module, split: Split, masks: Tensor, seed: int = 0) -> Tensor:
     """Which mistakes of a network are explained by what the masks hide.
 
@@ -125,36 +119,29 @@ def explained(network: nn.Module, split: Split, masks: Tensor, seed: int = 0) ->
     return is_explained
 
 
-class Diagnosis(NamedTuple):
-    """What a network does without the part of the images that masks hide.
-
-    Attributes:
-        relies: whether it relies on what is hidden: accuracy is lower if this part is
-            taken from an image of another class than if it is taken from one of the
-            same class, and the 95% intervals do not overlap.
-        accuracy: `as it is`, `same class`, `another class`, in [0, 1].
-        sentence: the same in words.
-    """
-
-    relies: bool
-    accuracy: dict[str, float]
-    sentence: str
-
-
 def diagnose(
     network: nn.Module, split: Split, masks: Tensor, seed: int = 0
-) -> Diagnosis:
+) -> dict[str, float]:
     """Does a trained network rely on what the masks hide?
 
-    What is hidden is taken from another image, at random (see `MaskedDataset`); those
-    whose class is the same are told from the rest.
+    What is hidden is taken from another image, at random (see `MaskedDataset`). A
+    network that relies on it is less accurate if that image is of another class.
 
     Args:
         network: any network.
         split: images, best such that it has not seen, of two classes or more.
         masks: N×H×W, True where the image is hidden.
         seed: of the other images.
+
+    Returns:
+        Accuracy in [0, 1]: `as it is`; and with the hidden part from the `same class`,
+        or from `another class`.
+
+    Raises:
+        ValueError: nothing is hidden.
     """
+    if not masks.any():
+        raise ValueError("the masks hide nothing; allowed: masks that hide something.")
     resampled = MaskedDataset(split, masks, "resample", seed)
     right = is_right(predict(network, resampled), split.labels)
     is_same = (split.labels == split.labels[resampled.partners]).cpu()
@@ -163,18 +150,4 @@ def diagnose(
         "same class": right[is_same],
         "another class": right[~is_same],
     }
-    accuracy = {}
-    limits = {}
-    words = {}
-    for name, part in parts.items():
-        accuracy[name] = part.double().mean().item()
-        low, high = interval(int(part.sum()), len(part))
-        limits[name] = low, high
-        words[name] = f"{accuracy[name]:.1%} ({100 * low:.1f}–{100 * high:.1f}%)"
-    relies = limits["another class"][1] < limits["same class"][0]
-    sentence = (
-        f"Accuracy is {words['as it is']}; {words['same class']} with the hidden part "
-        f"from another image of the same class, and {words['another class']} of another "
-        f"class: the network {'relies' if relies else 'is not shown to rely'} on it."
-    )
-    return Diagnosis(relies, accuracy, sentence)
+    return {name: part.double().mean().item() for name, part in parts.items()}

@@ -1,5 +1,6 @@
 """Networks, and the layer that is explained."""
 
+import contextlib
 import copy
 
 import torch
@@ -58,6 +59,13 @@ def new_model(
         torch.default_generator.manual_seed(seed)
         model = SmallCNN(num_classes)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def in_float32() -> contextlib.AbstractContextManager:
+    """Where convolutions on a GPU are not computed in TF32, which has 10 bits."""
+    return torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=False
+    )
 
 
 def target_layer(

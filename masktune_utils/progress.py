@@ -1,5 +1,6 @@
 """Progress bars, for people who look on."""
 
+import sys
 from multiprocessing import current_process
 from typing import Any
 
@@ -22,7 +23,7 @@ def bar(*args: Any, **options: Any) -> std.tqdm:
     """A tqdm progress bar: a widget in JupyterLab, a line in a terminal.
 
     It goes away when it is done. A notebook that runs headless has none, nor has a
-    process that works for another.
+    process that works for another, or one whose messages go to a file.
 
     Args:
         *args: see tqdm.
@@ -30,4 +31,6 @@ def bar(*args: Any, **options: Any) -> std.tqdm:
     """
     is_headless = hasattr(get_ipython(), "kernel") and not is_live()
     is_worker = current_process().name != "MainProcess"
-    return auto.tqdm(*args, leave=False, disable=is_headless or is_worker, **options)
+    is_file = not is_live() and not sys.stderr.isatty()
+    is_off = is_headless or is_worker or is_file
+    return auto.tqdm(*args, leave=False, disable=is_off, **options)

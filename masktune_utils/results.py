@@ -114,13 +114,24 @@ def _mean_and_std(shares: pd.Series) -> str:
 
 
 def worth(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies of each model of each experiment, and of what was chosen, as text.
+    """Accuracies of each model of each experiment in words, the best one last, as text.
 
     Args:
         table: see `collect`.
     """
-    chosen = table[table["chosen"].eq(True)].assign(configuration=CHOSEN)
-    return summarize(pd.concat([table, chosen]), ["experiment", "configuration"])
+    is_chosen = table["chosen"].eq(True)
+    is_base = table["configuration"].eq("base")
+    configurations = table.groupby(["experiment", "rule"])["configuration"]
+    names = table["rule"].where(
+        configurations.transform("nunique") == 1, table["configuration"]
+    )
+    names = names.mask(is_chosen, CHOSEN).mask(is_chosen & is_base, "ERM, kept")
+    by = ["model"]
+    if table["experiment"].nunique() > 1:
+        by = ["experiment", "model"]
+    rows = table.assign(model=names)
+    means = rows.groupby(by)["worst_group"].transform("mean")
+    return summarize(rows.loc[means.sort_values(kind="stable").index], by)
 
 
 def save_table(table: pd.DataFrame, path: Path) -> None:

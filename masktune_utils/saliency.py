@@ -7,18 +7,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchcam import methods
+from torchcam.methods import XGradCAM
 
 from masktune_utils import data, models, progress
-
-CAMS = ("XGradCAM", "GradCAM", "GradCAMpp", "LayerCAM", "FinerCAM")
 
 
 def saliency_maps(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    cam: str = "XGradCAM",
     batch_size: int = 100,
     layer: str = "",
     reshape: Callable[[Tensor], Tensor] | None = None,
@@ -32,7 +29,6 @@ def saliency_maps(
             and is itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], on any device.
         labels: N, on any device; the class whose score is explained, one per image.
-        cam: one of `CAMS`, named as the classes of torchcam.
         batch_size: images at a time. It only changes the speed.
         layer: name of the layer to explain; by default see `models.target_layer`.
         reshape: from the output of a layer that is given, which has tokens or channels
@@ -46,10 +42,7 @@ def saliency_maps(
     Raises:
         TypeError: the model does not name a layer to explain; or what the layer gives
             is no map of the image.
-        ValueError: an unknown CAM.
     """
-    if cam not in CAMS:
-        raise ValueError(f"cam is {cam!r}; allowed: {', '.join(CAMS)}.")
     explained = copy.deepcopy(model).eval().requires_grad_(False)
     target = models.target_layer(explained, tuple(images.shape[1:]), layer)
 
@@ -63,12 +56,11 @@ def saliency_maps(
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     maps = []
     with (
-        getattr(methods, cam)(
-            explained, target, reshape_transform=reshape
-        ) as extractor,
+        XGradCAM(explained, target, reshape_transform=reshape) as extractor,
         torch.enable_grad(),
+        models.in_float32(),
     ):
-        for batch, classes in progress.bar(batches, desc=cam):
+        for batch, classes in progress.bar(batches, desc="saliency maps"):
             scores = explained(data.to_float(batch.to(device)))
             maps += extractor(classes.tolist(), scores)
     maps = torch.cat(maps).to(images.device)
@@ -114,8 +106,10 @@ def exchange_map(
     generator = torch.Generator().manual_seed(seed)
     partners = data.class_partners(labels, generator)
     height, width = images.shape[-2:]
-    tops = range(0, height - height // 7 + 1, height // 14)
-    lefts = range(0, width - width // 7 + 1, width // 14)
+    high = max(1, height // 7)
+    wide = max(1, width // 7)
+    tops = range(0, height - high + 1, max(1, high // 2))
+    lefts = range(0, width - wide + 1, max(1, wide // 2))
     falls = torch.zeros(len(tops), len(lefts))
     for part in torch.arange(len(mistakes)).split(100):
         index = mistakes[part]
@@ -124,8 +118,8 @@ def exchange_map(
         losses = F.cross_entropy(predict(original), labels[index], reduction="none")
         for row, top in enumerate(tops):
             for column, left in enumerate(lefts):
-                rows = slice(top, top + height // 7)
-                columns = slice(left, left + width // 7)
+                rows = slice(top, top + high)
+                columns = slice(left, left + wide)
                 exchanged = original.clone()
                 exchanged[..., rows, columns] = others[..., rows, columns]
                 logits = predict(exchanged)

@@ -186,10 +186,6 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     name = verdict.proposed
     is_right = held_out.is_right
     accuracy = 100 * is_right.mean()
-    furthest = verdict.distances[NULL].idxmax()
-    points = 100 * verdict.distances.loc[furthest, NULL]
-    if furthest not in ("rest", "mistakes"):
-        furthest = f"where {furthest} resamples"
     first = (
         f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
         "predicted wrongly by ERM models that have not seen them."
@@ -197,15 +193,21 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     words = [first]
     if verdict.chosen == ERM:
         words.append(
-            f"Nothing masked, fine-tuned like the candidates, is at most {points:.0f} "
-            "points behind the best model that is left: ERM is not seen to rely on "
-            f"what a candidate hides, and is kept. The closest candidate is {name}."
+            "Nothing masked, fine-tuned like the candidates, is nowhere far behind: "
+            "ERM is not seen to rely on what a candidate hides, and is kept. The "
+            f"closest candidate is {name}."
         )
     else:
+        fine_tuned = verdict.accuracy.drop(columns=ERM)
+        gaps = fine_tuned.max(axis=1) - fine_tuned[NULL]
+        where = gaps.idxmax()
+        if where in held_out.hidden:
+            where = f"images that {where} resamples"
         words.append(
-            f"Nothing masked, fine-tuned like the candidates, is {points:.0f} points "
-            f"behind ({furthest}): ERM relies on what can be hidden. Of the candidates "
-            f"that are least behind, {name} hides least, and is chosen."
+            "Nothing masked, fine-tuned like the candidates, is up to "
+            f"{100 * gaps.max():.0f} points less accurate than the best model "
+            f"({where}): ERM relies on what can be hidden. Of the candidates that are "
+            f"least behind, {name} hides least, and is chosen."
         )
     words.append(
         f"It hides {held_out.hidden[name]:.0%} of the image, most at the "

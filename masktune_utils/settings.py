@@ -6,7 +6,7 @@ repository) lie
 
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_finetuned_{configuration}.pth
-    checkpoints/{experiment}/seed{seed}/CNN_saliency_{cam}.pth
+    checkpoints/{experiment}/seed{seed}/CNN_saliency.pth
     figures/…/*.png, results/…/*.json, runs/…/*.ipynb, in the same way
 
 `experiment` is the data set and `configuration` is `{method}_{param}`, each with every
@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
-from matplotlib.colors import is_color_like
+from matplotlib.colors import is_color_like, to_rgb
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ RUNTIME = ("directory", "device", "retrain")  # no result depends on them
 LONGEST = 165  # bytes of a name; that of a file is at most 200
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
-TRAINING = ("epochs", "batch_size", "lr", "momentum", "weight_decay")
-TRAINING += ("lr_decay_epochs", "lr_decay_factor", "seed")
+TRAINING = ("epochs", "batch_size", "lr", "lr_decay_epochs", "seed")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=1e-8, le=10)]
@@ -53,7 +52,6 @@ Shortcut = Literal[
     "background",
     "none",
 ]
-Cam = Literal["XGradCAM", "GradCAM", "GradCAMpp", "LayerCAM", "FinerCAM"]
 Method = Literal["threshold", "top_k", "mean", "mean_std"]
 
 
@@ -112,8 +110,10 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_color(self) -> Self:
-        if not is_color_like(self.square_color):
-            self._refuse("square_color", "name of a colour, or '#rrggbb'")
+        color = self.square_color
+        # In a file name there is no slash, and on a black image black is not seen.
+        if not is_color_like(color) or "/" in color or not any(to_rgb(color)):
+            self._refuse("square_color", "name of a colour, or '#rrggbb'; not black")
         return self
 
     def _refuse(self, name: str, allowed: str) -> NoReturn:
@@ -133,14 +133,8 @@ class BaseSettings(DataSettings):
     """images per step"""
     lr: Rate = 0.01
     """first learning rate of the base model"""
-    momentum: Share = 0.9
-    """of SGD"""
-    weight_decay: Share = 1e-4
-    """L2 penalty"""
     lr_decay_epochs: Epochs = 25
-    """epochs between two decays of lr"""
-    lr_decay_factor: Annotated[float, Field(ge=1e-8, le=1)] = 0.5
-    """factor of each decay"""
+    """epochs between two halvings of lr"""
 
     @property
     def training(self) -> dict[str, Any]:
@@ -151,8 +145,6 @@ class BaseSettings(DataSettings):
 class Settings(BaseSettings):
     """What a fine-tuned model depends on: every setting there is."""
 
-    cam: Cam = "XGradCAM"
-    """XGradCAM, GradCAM, GradCAMpp, LayerCAM or FinerCAM"""
     method: Method = "top_k"
     """threshold, top_k, mean or mean_std (paper)"""
     param: Annotated[float, Field(ge=0)] = 0.1
@@ -242,7 +234,7 @@ class Settings(BaseSettings):
         The rate is `finetune_lr`, or what the base model's schedule ended with.
         """
         decays = self.epochs // self.lr_decay_epochs
-        last_lr = self.lr * self.lr_decay_factor**decays
+        last_lr = self.lr * 0.5**decays
         return {
             **self.training,
             "epochs": self.finetune_epochs,

@@ -29,6 +29,10 @@ RETIRED = {
     "model": "small_cnn",
     "weights": "",
     "flip": False,
+    "cam": "XGradCAM",
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "lr_decay_factor": 0.5,
 }
 
 

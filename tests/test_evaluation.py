@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from masktune_utils import datasets, evaluation, metrics, models, store
+from masktune_utils import data, datasets, evaluation, metrics, models, store
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
@@ -47,6 +47,51 @@ def test_the_worst_class_is_the_one_with_the_smallest_accuracy():
     logits = torch.eye(3)[[0, 0, 1, 1, 2, 0, 0, 2]]
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
     assert metrics.worst_class(logits, labels) == pytest.approx(1 / 3)
+
+
+class PixelReader(torch.nn.Module):
+    """Predicts class 1 where the first pixel is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixel = self.scale * images[:, 0, 0, 0]
+        return torch.stack([1 - pixel, pixel], 1)
+
+
+def test_a_mistake_is_explained_if_each_exchange_of_what_is_hidden_rights_it(
+    monkeypatch,
+):
+    """Images 0 to 3, of class 0, are mistakes; 4 to 6, of class 1, are right."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 0])
+    images = torch.zeros(9, 1, 2, 2)
+    images[:7, :, 0, 0] = 1
+    masks = torch.zeros(9, 2, 2, dtype=torch.bool)
+    masks[[0, 2, 4], 0, 0] = True
+    masks[3] = torch.tensor([[False, True], [True, True]])
+    masks[8, 0, 0] = True
+    exchanges = [
+        torch.tensor([7, 8, 7, 7, 5, 6, 4, 0, 1]),  # all pixels are off there
+        torch.tensor([8, 8, 1, 7, 5, 6, 4, 0, 2]),  # but for that of 1, for 2
+        torch.tensor([7, 8, 7, 7, 5, 6, 4, 0, 1]),
+    ]
+    drawn = iter(exchanges)
+    monkeypatch.setattr(metrics, "class_partners", lambda *_: next(drawn))
+    found = metrics.explained(PixelReader(), data.Split(images, labels), masks)
+    # 0: by its own mask; 1: by that of 8; not 2, which 1 misleads once; nor 3, whose
+    # mask leaves the pixel
+    assert found.tolist() == [True, True, *[False] * 7]
+    assert next(drawn, None) is None
+
+
+def test_without_a_mistake_none_is_explained():
+    images = torch.zeros(2, 1, 2, 2)
+    images[1] = 1
+    split = data.Split(images, torch.tensor([0, 1]))
+    masks = torch.ones(2, 2, 2, dtype=torch.bool)
+    assert metrics.explained(PixelReader(), split, masks).tolist() == [False, False]
 
 
 def test_report_over_both_test_sets_and_what_is_held_out(model, splits):

@@ -101,9 +101,9 @@ def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused(
     settings, splits, model
 ):
     path = settings.checkpoint_path("base")
-    identity = settings.identity(base=True) | {"momentum": 0.5}
+    identity = settings.identity(base=True) | {"lr": 0.5}
     store.save_checkpoint(path, model, identity, [])
-    refuse_base_model(settings, splits, "was made with momentum = 0.5")
+    refuse_base_model(settings, splits, "was made with lr = 0.5")
     path.write_bytes(path.read_bytes()[:-5])
     refuse_base_model(settings, splits, "is damaged")
 
@@ -200,9 +200,9 @@ def computed(monkeypatch) -> list[int]:
     counts = []
     compute = saliency.saliency_maps
 
-    def counted(model, images, labels, cam):
+    def counted(model, images, labels):
         counts.append(len(images))
-        return compute(model, images, labels, cam)
+        return compute(model, images, labels)
 
     monkeypatch.setattr(saliency, "saliency_maps", counted)
     return counts
@@ -222,7 +222,7 @@ def test_saliency_is_computed_once_per_base_model(settings, splits, base, comput
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_damaged_maps_are_computed_again(settings, splits, base, computed):
     first = experiment.training_saliency(settings, base, splits.train)
-    path = settings.folder("checkpoints") / "CNN_saliency_XGradCAM.pth"
+    path = settings.folder("checkpoints") / "CNN_saliency.pth"
     path.write_bytes(b"damaged")
     second = experiment.training_saliency(settings, base, splits.train)
     assert torch.equal(second, first)

@@ -27,7 +27,7 @@ PROCESSES.set_forkserver_preload(["preloaded"])
 WRITES = [  # in their order
     "CNN_checkpoint_base.pth",
     "base.json",
-    "CNN_saliency_XGradCAM.pth",
+    "CNN_saliency.pth",
     "CNN_checkpoint_finetuned_top_k_0.1.pth",
     "top_k_0.1.json",
     "picture.png",

@@ -345,3 +345,11 @@ def test_a_rule_in_words():
     assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"
     described = str(masking.Rule(fill="resample", shared=True))
     assert described == "mean_std 2, shared, resampled"
+
+
+def test_a_rule_has_itself_with_one_round_and_each_more():
+    rule = masking.Rule(param=4.0, dilation=3, rounds=3)
+    numbers = [part.rounds for part in rule.each_round]
+    assert numbers == [1, 2, 3]
+    assert rule.each_round[-1] == rule
+    assert masking.Rule().each_round == [masking.Rule()]

@@ -16,7 +16,7 @@ from masktune_utils.settings import REPOSITORY, Settings
 PACKAGE = REPOSITORY / "masktune_utils"
 # A module imports only from those before it. The core knows no settings and no files.
 CORE = ["progress", "data", "models", "shortcuts", "training", "saliency", "masking"]
-CORE += ["metrics", "selection"]
+CORE += ["metrics", "held_out", "selection"]
 SHELL = ["settings", "store", "datasets", "evaluation", "results"]
 SHELL += ["experiment", "plotting"]
 SHELL += ["runner.grids", "runner.kernels", "runner.jobs", "runner.stages"]

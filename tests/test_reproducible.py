@@ -38,7 +38,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
     """In another order than the run it is compared with, and without 01 and 05."""
     params = ["--param", "0.3", "0.1"]
     process = start(tmp_path, *params)
-    wait(process, lambda: any(tmp_path.glob("checkpoints/*/*/CNN_saliency_*.pth")))
+    wait(process, lambda: any(tmp_path.glob("checkpoints/*/*/CNN_saliency.pth")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert masktune(tmp_path, *params) == 0

@@ -78,7 +78,7 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
 
 
 def choice(**values: str) -> dict:
-    return dict.fromkeys([*results.CHOICE_KEYS, "rule"], "") | values
+    return dict.fromkeys(results.CHOICE_KEYS, "") | values
 
 
 def test_a_table_tells_what_was_chosen_where_there_is_a_choice(saved):
@@ -102,19 +102,6 @@ def test_a_result_that_is_older_than_rules_in_words_has_its_configuration(saved)
     rules = results.collect(str(saved)).groupby("seed")["rule"].agg(list)
     assert rules[0] == ["ERM", "top_k_0.1"]
     assert rules[1] == ["base", "top_k_0.1"]
-
-
-def test_a_choice_for_another_base_model_or_of_an_older_version_is_made_again(saved):
-    path = saved / "results" / "mnist" / "seed0" / "chosen.json"
-    base = Settings(dataset="mnist", directory=str(saved))
-    assert results.current_choice(base, "base 0") is None
-    made = choice(base_sha256="base 0")
-    results.write_json(path, made)
-    assert results.current_choice(base, "base 0") == made
-    assert results.current_choice(base, "another one") is None
-    del made["rule"]
-    results.write_json(path, made)
-    assert results.current_choice(base, "base 0") is None
 
 
 def test_json_knows_no_nan(tmp_path):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pytorch_grad_cam import XGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from masktune_utils import data, saliency
+from masktune_utils.data import Split
 
 
 @pytest.fixture
@@ -16,11 +18,10 @@ def few(splits) -> data.Split:
     return splits.train[order[:24]]
 
 
-@pytest.mark.parametrize("cam", saliency.CAMS)
-def test_batched_equals_one_by_one(model, few, cam):
-    batched = saliency.saliency_maps(model, few.images, few.labels, cam)
+def test_batched_equals_one_by_one(model, few):
+    batched = saliency.saliency_maps(model, few.images, few.labels)
     assert batched.shape == (24, 8, 8)
-    alone = saliency.saliency_maps(model, few.images, few.labels, cam, batch_size=1)
+    alone = saliency.saliency_maps(model, few.images, few.labels, batch_size=1)
     torch.testing.assert_close(batched, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -84,6 +85,107 @@ def test_a_model_without_a_layer_to_explain_is_refused(few):
         saliency.saliency_maps(model, few.images, few.labels)
 
 
-def test_an_unknown_cam_is_refused(model, few):
-    with pytest.raises(ValueError, match=r"cam is 'GradCam'; allowed: .*XGradCAM"):
-        saliency.saliency_maps(model, few.images, few.labels, "GradCam")
+class PixelReader(torch.nn.Module):
+    """Sees nothing but one pixel: its channels are the logits of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(4.0))
+        self.dropout = torch.nn.Dropout(0.9)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.scale * images[:, :, 5, 9])
+
+
+@pytest.fixture
+def misleading() -> Split:
+    """Images of 14×14, of three classes; the pixel misleads in twelve of them.
+
+    In four of class 0 it speaks for class 1, in two for class 2, and in six of class 1
+    for class 0.
+    """
+    labels = torch.arange(3).repeat_interleave(20)
+    told = labels.clone()
+    told[:4] = 1
+    told[4:6] = 2
+    told[20:26] = 0
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 3, 14, 14, generator=random)
+    images[:, :, 5, 9] = F.one_hot(told, 3) * images[:, :, 5, 9].clamp(min=0.5)
+    return Split(images, labels)
+
+
+def loss(network: torch.nn.Module, image: torch.Tensor, label: int) -> float:
+    """Cross-entropy of one image, by the formula."""
+    probability = network.eval()(image[None])[0].double().softmax(0)[label]
+    return -probability.log().item()
+
+
+def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):
+    """Windows of 2×2, at every pixel."""
+    found = saliency.exchange_map(
+        PixelReader(), misleading.images, misleading.labels, seed=3
+    )
+    assert found.shape == (13, 13)
+    assert (found[4:6, 8:10] > 0.3).all()
+    found[4:6, 8:10] = 0
+    assert not found.any()
+
+
+@pytest.mark.parametrize("copies", [1, 20])
+def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
+    misleading, copies
+):
+    """Each image alone, by the formula; of 20 copies, 240 are mistakes."""
+    network = PixelReader()
+    images = misleading.images.repeat(copies, 1, 1, 1)
+    labels = misleading.labels.repeat(copies)
+    partners = data.class_partners(labels, torch.Generator().manual_seed(3))
+    expected = 0.0
+    for kind in (range(4), range(4, 6), range(20, 26)):
+        numbers = [60 * copy + number for copy in range(copies) for number in kind]
+        for number in numbers:
+            exchanged = images[number].clone()
+            exchanged[:, 5, 9] = images[partners[number], :, 5, 9]
+            label = labels[number].item()
+            fall = loss(network, images[number], label)
+            fall -= loss(network, exchanged, label)
+            expected += fall / len(numbers) / 3
+    found = saliency.exchange_map(network, images, labels, seed=3)
+    assert found[4, 8].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_window_is_a_seventh_of_the_image_and_the_next_one_overlaps_by_half(few):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 784, 2))
+    images, labels = few.batch(slice(None))
+    found = saliency.exchange_map(network, few.images, few.labels)
+    assert found.shape == (13, 13)
+    assert torch.equal(saliency.exchange_map(network, images, labels), found)
+    with torch.no_grad():
+        is_mistake = network(images).argmax(1) != labels
+        partners = data.class_partners(labels, torch.Generator().manual_seed(0))
+        exchanged = images.clone()
+        exchanged[:, :, 6:10, 24:28] = images[partners][:, :, 6:10, 24:28]
+        both = [network(batch)[is_mistake] for batch in (images, exchanged)]
+    before, after = [
+        F.cross_entropy(logits, labels[is_mistake], reduction="none") for logits in both
+    ]
+    falls = [
+        (before - after)[labels[is_mistake] == label].mean().item()
+        for label in labels[is_mistake].unique()
+    ]
+    assert found[3, 12].item() == pytest.approx(sum(falls) / len(falls), rel=1e-4)
+
+
+def test_without_a_mistake_the_map_of_mistakes_is_zero(misleading):
+    told = misleading.images[:, :, 5, 9].argmax(1)
+    found = saliency.exchange_map(PixelReader(), misleading.images, told)
+    assert torch.equal(found, torch.zeros(13, 13))
+
+
+def test_the_network_whose_mistakes_are_mapped_is_left_as_it_is(misleading):
+    network = PixelReader()
+    saliency.exchange_map(network, misleading.images, misleading.labels)
+    assert network.training
+    assert network.scale.grad is None
+    assert network.scale.requires_grad

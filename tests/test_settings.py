@@ -7,12 +7,11 @@ from typing import get_args
 import nbformat
 import pytest
 
-from masktune_utils import experiment, masking, saliency, shortcuts, store
+from masktune_utils import experiment, masking, shortcuts, store
 from masktune_utils.settings import (
     DEFAULTS,
     PARAM_LIMITS,
     REPOSITORY,
-    Cam,
     Method,
     Settings,
     Shortcut,
@@ -42,10 +41,6 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
             {"method": "mean", "param": 65},
             "param is 65.0; allowed: 0 to 64 for method 'mean'.",
         ),
-        (
-            {"fold": 0, "cross_fit": True},
-            "cross_fit is True; allowed: False with fold, which has no folds of its own.",
-        ),
         ({"foo": 1}, f"foo is not a setting; allowed: {', '.join(DEFAULTS)}."),
     ],
 )
@@ -60,7 +55,6 @@ def test_the_names_that_are_allowed_are_those_of_the_functions():
     fields = Settings.model_fields
     assert {*get_args(Method)} == {*masking.RULES} == {*PARAM_LIMITS}
     assert {*get_args(Shortcut)} == {*shortcuts.SHORTCUTS, "none"}
-    assert get_args(Cam) == saliency.CAMS
     assert get_args(fields["fill"].annotation) == masking.FILLS
     assert get_args(fields["upsample"].annotation) == masking.UPSAMPLES
 
@@ -131,8 +125,8 @@ def names_assigned(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("injected", "message"),
     [
-        ("epoch = 3", "epoch is not a parameter; allowed: batch_size, cam, "),
-        ("x = 3\nmodel = 'a'", "x is not a parameter; allowed: batch_size, cam, "),
+        ("epoch = 3", "epoch is not a parameter; allowed: batch_size, "),
+        ("x = 3\nmodel = 'a'", "x is not a parameter; allowed: batch_size, "),
         ("seed = -1", "seed is -1; allowed: greater than or equal to 0."),
     ],
 )

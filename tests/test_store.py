@@ -40,8 +40,7 @@ def test_the_committed_checkpoints_were_made_with_what_their_names_say():
     for path in COMMITTED:
         made_with = store.load_checkpoint(path).settings
         made_from = made_with.pop("base_sha256", None)
-        fold = made_with.pop("half", None)
-        settings = Settings(**made_with, fold=fold)
+        settings = Settings(**made_with)
         configuration = settings.configuration if made_from else "base"
         assert settings.checkpoint_path(configuration) == path
         identity = settings.identity(base=not made_from)
@@ -182,6 +181,11 @@ def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, 
         "accumulate": False,
         "restart": False,
         "start_half": None,
+        "half": None,
+        "cam": "XGradCAM",
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "lr_decay_factor": 0.5,
         "train_folder": "",
         "test_folder": "",
         "image_size": 28,
@@ -191,7 +195,7 @@ def test_settings_that_are_no_more_are_known_at_the_value_that_is_todays(saved, 
     }
     store.save_checkpoint(saved, model, old, [])
     assert store.load_checkpoint(saved, IDENTITY).settings == IDENTITY
-    for name, value in {"iterations": 3, "model": "resnet18", "flip": True}.items():
+    for name, value in {"iterations": 3, "half": 0, "flip": True}.items():
         store.save_checkpoint(saved, model, old | {name: value}, [])
         message = rf"saved\.pth .* an older version wrote it, with {name} other than"
         with pytest.raises(CheckpointError, match=message):
@@ -263,3 +267,39 @@ def test_a_directory_that_exists_and_takes_no_files_is_refused():
     message = r"^directory is '/proc'; allowed: a folder to write to, or a new one \("
     with pytest.raises(ValueError, match=message):
         store.check_writable("/proc")
+
+
+def test_arrays_are_saved_and_read_back(tmp_path):
+    path = tmp_path / "new" / "arrays.npz"
+    arrays = {"numbers": np.arange(3), "names": np.array(["a", "ß"])}
+    store.write_arrays(path, arrays | {"text": "a text"})
+    read = store.read_arrays(path)
+    np.testing.assert_array_equal(read["numbers"], arrays["numbers"])
+    np.testing.assert_array_equal(read["names"], arrays["names"])
+    assert read["text"] == "a text"
+    first = path.read_bytes()
+    store.write_arrays(path, arrays | {"text": "a text"})
+    assert path.read_bytes() == first
+
+
+def test_arrays_that_are_damaged_foreign_or_pickled_are_refused_by_name(tmp_path):
+    path = tmp_path / "arrays.npz"
+    store.write_arrays(path, {"numbers": np.arange(1000)})
+    whole = path.read_bytes()
+    contents = [whole[:length] for length in range(0, len(whole), 50)]
+    for offset in range(100, 1000, 100):
+        contents.append(whole[:offset] + bytes(4) + whole[offset + 4 :])
+    contents.append(b"foreign")
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"arrays\.npz is damaged or foreign"):
+            store.read_arrays(path)
+    for save in (np.savez, np.save):
+        with path.open("wb") as file:
+            save(file, np.array([print], dtype=object))
+        with pytest.raises(CheckpointError, match=r"arrays\.npz is damaged or foreign"):
+            store.read_arrays(path)
+    with path.open("wb") as file:
+        np.save(file, np.arange(3))  # one array, and no archive of them
+    with pytest.raises(CheckpointError, match=r"arrays\.npz is damaged or foreign"):
+        store.read_arrays(path)

@@ -45,7 +45,7 @@ def test_training_lowers_the_loss(splits):
 
 
 def test_rate_is_decayed_by_steps(splits):
-    _, history = train(splits, epochs=5, lr=0.1, lr_decay_epochs=2, lr_decay_factor=0.5)
+    _, history = train(splits, epochs=5, lr=0.1, lr_decay_epochs=2)
     rates = [epoch["lr"] for epoch in history]
     assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
 

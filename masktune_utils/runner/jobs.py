@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import papermill
 from joblib import Parallel, cpu_count, delayed
-from tqdm import tqdm
 
-from masktune_utils import results, store
+from masktune_utils import progress, results, store
 from masktune_utils.runner.grids import FINETUNE
 from masktune_utils.runner.kernels import warm_kernels
 from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
@@ -97,8 +96,10 @@ def in_one_line(failure: Exception) -> str:
 
 def scope(stem: str) -> set[str]:
     """Names of the settings that a notebook depends on."""
-    kind = Settings if stem == FINETUNE else BaseSettings
-    return set(kind.model_fields)
+    if stem == FINETUNE:
+        return set(Settings.model_fields)
+    own = {"upsample", "dilation"} if stem == "03_saliency_masks" else set()
+    return set(BaseSettings.model_fields) | own
 
 
 def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
@@ -142,7 +143,9 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
         together = min(count, len(stage))
         tasks = [delayed(job.run)(together) for job in todo]
         outcomes = Parallel(together, prefer="threads", return_as="generator")(tasks)
-        bar = tqdm(outcomes, stage[0].stem, len(todo), unit="notebook", ncols=110)
+        if todo:
+            print(f"{stage[0].stem}: {len(todo)} of {len(stage)} to run", flush=True)
+        bar = progress.bar(outcomes, total=len(todo), unit="notebook")
         for job, error in zip(todo, bar, strict=True):
             if error:
                 errors[job] = error

@@ -2,14 +2,18 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from joblib import cpu_count, parallel_config
 
-from masktune_utils import datasets, experiment, results, selection, store
+from masktune_utils import datasets, experiment, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import FINETUNE, PUBLISHED, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
 from masktune_utils.settings import DEFAULTS, Settings, root
+
+# These have no settings to sweep: a reader of tables, and one of photographs.
+READERS = ("07", "11")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,10 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
         device = store.resolve_device(grid[0].device)
         print(f"{len(grid)} configurations, device: {device}")
         if arguments.dry_run:
-            print_plan(arguments.command, stems[-1], grid)
+            print_plan(stems[-1], grid)
             return 0
         store.check_writable(directory)
-        count = arguments.jobs or min(cpu_count(), 8)
+        # Each kernel on a GPU has a context and the images of its own.
+        count = arguments.jobs or (min(cpu_count(), 8) if device.type == "cpu" else 1)
         errors = run_stages(arguments.command, stems, grid, count)
         _save_tables(grid, stems[-1])
     except KeyboardInterrupt:
@@ -67,7 +72,8 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     stem, grid = read_grid(file, options)
     allowed = [FINETUNE]
     if command == "sweep":
-        allowed = sorted(path.stem for path in jobs.NOTEBOOKS.glob("*.ipynb"))
+        stems = (path.stem for path in jobs.NOTEBOOKS.glob("*.ipynb"))
+        allowed = sorted(stem for stem in stems if not stem.startswith(READERS))
     if stem not in allowed:
         raise ValueError(f"{file}: notebook is {stem!r}; allowed: {allowed}.")
     scope = jobs.scope(ERM if command == "choose" else stem)
@@ -76,7 +82,13 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
             raise ValueError(f"{name} changes nothing here; leave it out.")
     names = {settings.dataset for settings in grid}
     resolved = {name: datasets.resolve_dataset(name) for name in names}
-    grid = [settings.replace(dataset=resolved[settings.dataset]) for settings in grid]
+    directory = grid[0].directory
+    if directory:  # a Dask worker may have another working directory
+        directory = str(Path(directory).absolute())
+    grid = [
+        settings.replace(dataset=resolved[settings.dataset], directory=directory)
+        for settings in grid
+    ]
     sources = {(settings.dataset, settings.limit): settings for settings in grid}
     for settings in sources.values():
         datasets.read(settings)  # what cannot be read is refused here
@@ -89,23 +101,12 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     return ["01_dataset", *BASE, FINETUNE], grid
 
 
-def print_plan(command: str, stem: str, grid: list[Settings]) -> None:
-    """Print which jobs of a notebook are done, and how much a choice trains at most.
-
-    Two folds, each with half of the training images, are one pass over them.
-    """
+def print_plan(stem: str, grid: list[Settings]) -> None:
+    """Print which jobs of a notebook are done."""
     finished = results.finished(grid[0].directory)
     for job in make_stage(stem, grid):
         state = "done" if job.is_done(finished) else "    "
         print(state, *job.settings.folder("runs").parts[-2:], job.name)
-    if command == "sweep":
-        return
-    rounds = 1 + sum(rule.rounds for rule in selection.CANDIDATES)
-    for _, settings in make_stage(ERM, grid):
-        count = len(datasets.load(settings).train)
-        epochs = experiment.choice_settings(settings, count).finetune_epochs
-        passes = settings.epochs + rounds * epochs
-        print(f"a choice: up to {passes} passes over {count:,} training images")
 
 
 def run_stages(
@@ -132,8 +133,9 @@ def run_stages(
             choose(job.settings, count)
         except Exception as error:  # noqa: BLE001 - the other choices go on
             errors[Job("choice", job.settings)] = jobs.in_one_line(error)
+    shown = [item.replace(retrain=False) for item in trained]
     for stem in SHOWN if command == "run" else ():
-        stage = make_stage(stem, trained)
+        stage = make_stage(stem, shown)
         errors.update(jobs.execute([stage], count))
         for job in stage:
             if job not in errors:
@@ -148,6 +150,7 @@ def choose(settings: Settings, count: int) -> None:
         settings: of the base model.
         count: how many processes.
     """
+    print(f"choice: {settings.experiment}, seed {settings.seed}", flush=True)
     sets = datasets.load(settings)
     base = experiment.base_model(settings, sets.train)
     choice = experiment.choose(base, sets.train, count, settings.retrain)

@@ -1,0 +1,136 @@
+"""On a pretended GPU: nothing mixes devices. Real GPUs differ in numerics and speed."""
+
+from pathlib import Path
+
+import papermill
+import pytest
+import torch
+from nbclient import NotebookClient
+from papermill.parameterize import parameterize_notebook
+from pretended_gpu import GPU, Mode, pretended_gpu
+from torch import Tensor, nn
+
+from masktune_utils import datasets, metrics, models, selection, training
+from masktune_utils.data import Split
+from masktune_utils.masking import Rule
+from masktune_utils.runner import command, stages
+from masktune_utils.settings import REPOSITORY, Settings
+
+CPU = torch.device("cpu")
+RULE = Rule("mean_std", 2.0, dilation=2, fill="resample", rounds=2)
+pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
+
+
+@pytest.fixture
+def gpu():
+    with pretended_gpu() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def train() -> Split:
+    settings = Settings(
+        dataset="mnist5k", limit=100, conflicting_share=0.2, device="cpu"
+    )
+    return datasets.load(settings).train
+
+
+def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
+    on_gpu = torch.arange(3.0).to(gpu)
+    assert on_gpu.device == GPU
+    assert (2 * on_gpu).device == GPU
+    assert (on_gpu * torch.tensor(2)).device == GPU
+    assert on_gpu[torch.tensor([1])].device == GPU
+    assert on_gpu.cpu().device == CPU
+    assert torch.zeros(2, device="cuda").device == GPU
+    with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
+        on_gpu + torch.ones(3)
+    with pytest.raises(RuntimeError, match="at least two devices"):
+        torch.ones(3)[torch.tensor([1]).to(gpu)]
+    with pytest.raises(TypeError, match="can't convert cuda:0"):
+        on_gpu.numpy()
+
+
+@pytest.mark.parametrize("network_device", [GPU, CPU], ids=str)
+@pytest.mark.parametrize("image_device", [GPU, CPU], ids=str)
+def test_network_and_images_may_be_on_different_devices(
+    gpu, train, network_device, image_device
+):
+    images = train.to(image_device)
+
+    def fit(fold: Split) -> nn.Module:
+        network = models.new_model(0, network_device)
+        training.train(network, fold, epochs=3, batch_size=20)
+        return network
+
+    choice = selection.choose(images, fit, candidates=[RULE])
+    masked = choice.candidates[choice.verdict.proposed]
+    assert masked.own_masks.device == image_device
+    assert masked.images.device == image_device
+    tuned = choice.schedule(fit(images), masked)
+    assert next(tuned.parameters()).device == network_device
+    accuracy = metrics.diagnose(tuned, images, masked.own_masks)
+    assert all(0 <= share <= 1 for share in accuracy.values())
+
+
+def test_images_are_sent_as_bytes(gpu, train, monkeypatch):
+    sent = set()
+    intercepted = Mode.__torch_function__
+
+    def watch(mode, function, types, arguments=(), options=None):
+        if function is Tensor.to and gpu in arguments and arguments[0].dim() == 4:
+            sent.add(arguments[0].dtype)
+        return intercepted(mode, function, types, arguments, options)
+
+    network = models.new_model(0, gpu)
+    monkeypatch.setattr(Mode, "__torch_function__", watch)
+    metrics.predict(network, train)
+    training.train(network, train, epochs=1, batch_size=50)
+    assert sent == {torch.uint8}
+
+
+def test_predictions_and_maps_are_in_float32(train):
+    allowed = []
+    network = models.new_model(0)
+    network.register_forward_hook(
+        lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
+    )
+    metrics.predict(network, train)
+    assert set(allowed) == {False}
+    assert torch.backends.cudnn.allow_tf32  # as it was
+
+
+def test_one_notebook_at_a_time_runs_on_a_gpu(gpu, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        stages, "run_stages", lambda *arguments: counts.append(arguments[-1]) or {}
+    )
+    options = ["sweep", "--dataset", "mnist5k", "--directory", str(tmp_path)]
+    command.main([*options, "--device", "cuda"])
+    command.main([*options, "--device", "cuda", "--jobs", "3"])
+    assert counts == [1, 3]
+
+
+ENTER = [
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})",
+    "import pretended_gpu; device = pretended_gpu.pretended_gpu()",
+    "device.__enter__(); sys.modules['kept for later'] = device; del device",
+]
+
+
+@pytest.mark.slow
+def test_the_course_runs_on_it(tmp_path):
+    """Notebooks 01 to 06, on tiny data."""
+    values = {"directory": str(tmp_path), "dataset": "mnist5k", "device": "cuda"}
+    values.update(limit=200, epochs=2, batch_size=20)
+    for path in sorted((REPOSITORY / "notebooks").glob("0[1-6]_*.ipynb")):
+        notebook = papermill.iorw.load_notebook_node(str(path))
+        notebook = parameterize_notebook(notebook, values)
+        client = NotebookClient(
+            notebook,
+            resources={"metadata": {"path": str(path.parent)}},
+            extra_arguments=[f"--IPKernelApp.exec_lines={ENTER!r}"],
+        )
+        client.execute()
+        assert "Device: cuda." in str(notebook.cells)
+    assert len(list(tmp_path.rglob("*base.pth"))) == 1

@@ -1,0 +1,335 @@
+"""What models predict for images that they have not seen, recomputed by plain code."""
+
+import copy
+import io
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from masktune_utils import data, datasets, held_out, models, selection, training
+from masktune_utils.data import Split
+from masktune_utils.held_out import ERM, NULL, HeldOut
+from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.saliency import exchange_map, saliency_maps
+from masktune_utils.settings import Settings
+
+RULES = (
+    Rule(param=4.0, dilation=3, fill="resample", rounds=2),
+    Rule(param=2.0, dilation=1, shared=True, fill="resample"),
+)
+NAMES = [
+    "mean_std 4 dilated by 3, resampled",
+    "mean_std 4 dilated by 3, resampled, 2 rounds",
+    "mean_std 2 dilated by 1, shared, resampled",
+]
+SEED = 3
+pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
+
+
+@pytest.fixture(scope="module")
+def train() -> Split:
+    """Two hundred digits, a tenth of which conflict with the square."""
+    settings = Settings(dataset="mnist5k", limit=200, conflicting_share=0.1)
+    return datasets.load(settings).train
+
+
+def fit(fold: Split) -> nn.Module:
+    network = models.new_model(0)
+    training.train(network, fold, epochs=6, batch_size=10)
+    return network
+
+
+FINETUNE = partial(selection.fine_tune, epochs=2)
+SAMPLE = 80
+
+
+class Collected(NamedTuple):
+    held_out: HeldOut
+    masked: dict[str, MaskedDataset]
+
+
+@pytest.fixture(scope="module")
+def collected(train) -> Collected:
+    """With a sample of 80 of the 100 images of each fold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "SAMPLE", SAMPLE)
+        return Collected(*held_out.collect(train, fit, FINETUNE, RULES, seed=SEED))
+
+
+class Fold(NamedTuple):
+    """A fold of the training images, and what is trained on it.
+
+    Attributes:
+        index: of the images in the training set.
+        images: in [0, 1].
+        labels: N.
+        networks: model → network.
+        masks: candidate → masks of the images of this fold.
+    """
+
+    index: np.ndarray
+    images: torch.Tensor
+    labels: torch.Tensor
+    networks: dict[str, nn.Module]
+    masks: dict[str, torch.Tensor]
+
+
+def make_fold(train: Split, index: torch.Tensor) -> Fold:
+    """Train all models of a fold, one by one."""
+    fold = train[index]
+    base = fit(fold)
+    steps = {"epochs": 2, "batch_size": 32, "lr": 0.02, "schedule": "linear"}
+    null = copy.deepcopy(base)
+    training.train(null, fold, seed=SEED, **steps)  # on the images as they are
+    networks = {ERM: base, NULL: null}
+    masks = {}
+    for rule in RULES:
+        maps = saliency_maps(base, fold.images, fold.labels)
+        masked = None
+        for _ in range(rule.rounds):
+            masked = rule.mask(fold, maps, SEED, masked)
+            tuned = copy.deepcopy(base)
+            training.train(tuned, masked, seed=SEED, **steps)
+            name = NAMES[len(masks)]
+            networks[name] = tuned
+            masks[name] = masked.own_masks
+            maps = saliency_maps(tuned, masked.images, fold.labels)
+    return Fold(index.numpy(), fold.images / 255, fold.labels, networks, masks)
+
+
+@pytest.fixture(scope="module")
+def folds(train) -> list[Fold]:
+    return [make_fold(train, index) for index in data.folds(train.labels, SEED)]
+
+
+def predict(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network.eval()(images).argmax(1)
+
+
+def pairs(folds: list[Fold]) -> list[tuple[Fold, Fold]]:
+    """Each fold, and the one whose models have not seen it."""
+    first, second = folds
+    return [(first, second), (second, first)]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def exchange(
+    images: torch.Tensor, masks: torch.Tensor, partners: torch.Tensor
+) -> torch.Tensor:
+    """What the mask of either image hides comes from the partner."""
+    hidden = masks | masks[partners]
+    return torch.where(hidden[:, None], images[partners], images)
+
+
+def test_each_image_is_predicted_by_the_models_that_have_not_seen_it(
+    collected, folds, train
+):
+    predictions = collected.held_out.predictions
+    assert predictions.columns.tolist() == [ERM, NULL, *NAMES]
+    assert collected.held_out.labels.tolist() == train.labels.tolist()
+    for fold, other in pairs(folds):
+        for name, network in other.networks.items():
+            expected = predict(network, fold.images)
+            assert predictions[name][fold.index].tolist() == expected.tolist()
+
+
+def test_the_masks_of_an_image_are_those_of_the_models_that_have_seen_it(
+    collected, folds
+):
+    assert [*collected.masked] == [NULL, *NAMES]
+    assert not collected.masked[NULL].own_masks.any()
+    for name in NAMES:
+        masked = collected.masked[name]
+        assert masked.fill == "resample"
+        assert masked.seed == SEED
+        for fold in folds:
+            assert torch.equal(masked.own_masks[fold.index], fold.masks[name])
+
+
+def test_the_worst_class_of_the_images_that_masks_resample(collected, folds):
+    resampled = collected.held_out.resampled
+    assert resampled.index.tolist() == NAMES
+    assert resampled.columns.tolist() == [ERM, NULL, *NAMES]
+    sample = torch.randperm(100, generator=generator(SEED))[:SAMPLE]
+    # of an epoch that is the first
+    partners = torch.randperm(SAMPLE, generator=generator(SEED + 1))
+    for mask in NAMES:
+        for name in resampled:
+            right = {0: [], 1: []}
+            for fold, other in pairs(folds):
+                masks = fold.masks[mask][sample]
+                images = exchange(fold.images[sample], masks, partners)
+                predicted = predict(other.networks[name], images).tolist()
+                labels = fold.labels[sample].tolist()
+                for label, one in zip(labels, predicted, strict=True):
+                    right[label].append(one == label)
+            worst = min(np.mean(of_class) for of_class in right.values())
+            assert resampled.loc[mask, name] == pytest.approx(worst)
+    smallest = min(len(of_class) for of_class in right.values())
+    assert collected.held_out.smallest_class == smallest
+
+
+def test_a_mistake_is_explained_if_it_is_right_with_three_images_of_its_class(
+    collected, folds
+):
+    explained = collected.held_out.explained
+    assert explained.columns.tolist() == NAMES
+    assert explained.any(axis=None)
+    for fold, other in pairs(folds):
+        erm = other.networks[ERM]
+        is_mistake = predict(erm, fold.images) != fold.labels
+        for name in NAMES:
+            is_explained = is_mistake.clone()
+            random = generator(SEED)
+            for _ in range(3):
+                partners = torch.zeros(100, dtype=torch.int64)
+                for label in (0, 1):
+                    members = [n for n in range(100) if fold.labels[n] == label]
+                    order = torch.randperm(len(members), generator=random)
+                    for n, place in zip(members, order.tolist(), strict=True):
+                        partners[n] = members[place]
+                images = exchange(fold.images, fold.masks[name], partners)
+                is_explained &= predict(erm, images) == fold.labels
+            assert explained[name][fold.index].tolist() == is_explained.tolist()
+
+
+def test_what_share_is_hidden_and_where_most(collected, folds):
+    for name in NAMES:
+        masks = torch.cat([fold.masks[name] for fold in folds]).double()
+        share = collected.held_out.hidden[name]
+        assert share == pytest.approx(masks.mean().item())
+        # the square is there
+        assert collected.held_out.place[name] == "top left"
+
+
+def test_where_mistakes_come_from_is_the_mean_of_both_folds(collected, folds):
+    maps = []
+    for fold, other in pairs(folds):
+        maps.append(exchange_map(other.networks[ERM], fold.images, fold.labels, SEED))
+    expected = (maps[0] + maps[1]) / 2
+    found = torch.from_numpy(collected.held_out.mistake_map)
+    assert expected.max() > 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_mistakes_and_their_kinds(collected):
+    found = collected.held_out
+    labels = found.labels.to_numpy()
+    erm = found.predictions[ERM].to_numpy()
+    assert found.is_mistake.tolist() == (erm != labels).tolist()
+    kinds = found.kinds
+    assert kinds["images"].sum() == (erm != labels).sum() > 0
+    for label, predicted in kinds.index:
+        is_kind = (labels == label) & (erm == predicted)
+        assert label != predicted
+        assert kinds.loc[(label, predicted), "images"] == is_kind.sum()
+        for name in (ERM, NULL, *NAMES):
+            is_right = found.predictions[name].to_numpy()[is_kind] == label
+            assert kinds.loc[(label, predicted), name] == is_right.mean()
+
+
+def read_back(found: HeldOut) -> HeldOut:
+    """What is saved and read without pickle."""
+    file = io.BytesIO()
+    np.savez(file, **found.to_arrays())
+    file.seek(0)
+    return HeldOut.from_arrays(np.load(file, allow_pickle=False))
+
+
+def test_what_is_saved_is_read_back_with_the_same_verdict_and_reason(collected):
+    found = collected.held_out
+    again = read_back(found)
+    verdict = selection.judge(found)
+    verdict_again = selection.judge(again)
+    assert verdict_again.chosen == verdict.chosen
+    assert verdict_again.proposed == verdict.proposed
+    assert verdict_again.left == verdict.left
+    for name in ("accuracy", "distances"):
+        tables = [getattr(each, name) for each in (verdict, verdict_again)]
+        pd.testing.assert_frame_equal(*tables, check_names=False)
+    assert selection.reason(again, verdict_again) == selection.reason(found, verdict)
+    np.testing.assert_array_equal(again.mistake_map, found.mistake_map)
+
+
+def test_two_processes_find_what_one_finds(train):
+    few = train[::4]
+    finetune = partial(selection.fine_tune, epochs=1)
+    ways = [held_out.collect(few, fit, finetune, RULES, jobs) for jobs in (1, 2)]
+    (one, masked), (two, masked_by_two) = ways
+    for name, array in one.to_arrays().items():
+        np.testing.assert_array_equal(two.to_arrays()[name], array)
+    assert [*masked] == [*masked_by_two]
+    for name, dataset in masked.items():
+        assert torch.equal(masked_by_two[name].own_masks, dataset.own_masks)
+
+
+def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:
+    return network
+
+
+def test_a_round_that_hides_nothing_more_is_no_candidate(train):
+    weak = Rule(param=28.0, fill="resample", rounds=3)  # hides nothing
+    found, masked = held_out.collect(train, fit, unchanged, [weak])
+    assert [*masked] == [NULL, "mean_std 28, resampled"]
+    assert [*found.predictions] == [ERM, *masked]
+    assert [*found.hidden.index] == ["mean_std 28, resampled"]
+
+
+def test_where_the_rounds_of_one_fold_end_its_last_masks_are_taken_again(train):
+    """Only a network of the second fold looks elsewhere once it is fine-tuned."""
+    second = train[data.folds(train.labels, 0)[1]]
+    fitted = []
+
+    def explain(_network, images, _labels):
+        """Of a fold as it is, the top row; of masked images, in one fold, the next."""
+        maps = torch.zeros(len(images), 28, 28)
+        is_masked = len(fitted) == 2 and not torch.equal(images, second.images)
+        maps[:, int(is_masked)] = 1
+        return maps
+
+    def counted(fold):
+        fitted.append(fold)
+        return models.new_model(0)
+
+    rule = Rule("threshold", 0.5, "nearest", fill="resample", rounds=2)
+    found, masked = held_out.collect(train, counted, unchanged, [rule], explain=explain)
+    assert [*found.hidden] == pytest.approx([1 / 28, 1.5 / 28])
+    first_index, second_index = data.folds(train.labels, 0)
+    own_masks = masked[f"{rule}"].own_masks
+    assert own_masks[first_index].sum((1, 2)).eq(28).all()
+    assert own_masks[second_index].sum((1, 2)).eq(56).all()
+
+
+def test_a_fit_or_a_finetune_that_returns_no_new_network_is_refused(train):
+    few = train[::4]
+    network = models.new_model(0)
+
+    def collect(fit, finetune=unchanged):
+        held_out.collect(few, fit, finetune, RULES)
+
+    with pytest.raises(ValueError, match="fit returned the same network twice"):
+        collect(lambda _: network)
+    with pytest.raises(ValueError, match="fit returned the same network twice"):
+        collect(lambda _: nn.Sequential(network, nn.Identity()))
+    with pytest.raises(TypeError, match="fit returned None; allowed: the trained"):
+        collect(lambda _: None)
+    with pytest.raises(TypeError, match="finetune returned None; allowed"):
+        collect(fit, lambda *_: None)
+
+
+def test_one_class_or_a_single_image_of_one_is_refused(train):
+    with pytest.raises(ValueError, match=r"classes have \[100\] images; allowed"):
+        held_out.collect(train[train.labels == 1], fit, FINETUNE, RULES)
+    is_single = train.labels == 0
+    is_single[train.labels.nonzero()[0]] = True
+    with pytest.raises(ValueError, match=r"classes have \[100, 1\] images; allowed"):
+        held_out.collect(train[is_single], fit, FINETUNE, RULES)
