@@ -361,10 +361,13 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     choice = None if retrain else saved_choice(base, train)
     if choice is None:
         fit = partial(_fit_fold, settings, len(train.labels.unique()))
-        schedule = _schedule(settings)
-        candidates = selection.CANDIDATES
         choice = selection.choose(
-            train, fit, schedule, candidates, jobs, seed=settings.seed
+            train,
+            fit,
+            _schedule(settings),
+            candidates=selection.CANDIDATES,
+            jobs=jobs,
+            seed=settings.seed,
         )
         arrays = choice.held_out.to_arrays()
         for number, masked in enumerate(choice.candidates.values()):
@@ -415,7 +418,7 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
             candidates[name] = masked
     except (KeyError, ValueError) as error:
         raise store.CheckpointError(
-            f"{path} is of another version or no choice ({error}). Delete it."
+            f"{path} is damaged or foreign ({error}). Delete it."
         ) from error
     verdict = selection.judge(held_out)
     return Choice(held_out, candidates, _schedule(settings), verdict)

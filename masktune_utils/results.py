@@ -119,17 +119,14 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: see `collect`.
     """
+    configurations = table.groupby(["experiment", "rule"])["configuration"]
+    is_unique = configurations.transform("nunique") == 1
+    named = table.assign(model=table["rule"].where(is_unique, table["configuration"]))
     is_chosen = table["chosen"].eq(True)
     is_base = table["configuration"].eq("base")
-    configurations = table.groupby(["experiment", "rule"])["configuration"]
-    names = table["rule"].where(
-        configurations.transform("nunique") == 1, table["configuration"]
-    )
-    names = names.mask(is_chosen, CHOSEN).mask(is_chosen & is_base, "ERM, kept")
-    by = ["model"]
-    if table["experiment"].nunique() > 1:
-        by = ["experiment", "model"]
-    rows = table.assign(model=names)
+    chosen = named[is_chosen].assign(model=CHOSEN)
+    rows = pd.concat([named[~is_chosen | is_base], chosen], ignore_index=True)
+    by = ["experiment", "model"] if table["experiment"].nunique() > 1 else ["model"]
     means = rows.groupby(by)["worst_group"].transform("mean")
     return summarize(rows.loc[means.sort_values(kind="stable").index], by)
 

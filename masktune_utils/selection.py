@@ -168,10 +168,11 @@ def judge(held_out: HeldOut) -> Verdict:
     before = right_by_class.mean().min()
     left = strike_out(accuracy.drop(columns=ERM), before)
     behind = distances(accuracy, left, before)
-    candidates = [model for model in left if model != NULL]
+    hidden = held_out.hidden
+    candidates = [model for model in left if model in hidden and hidden[model] > 0]
     if not candidates:
-        candidates = list(held_out.hidden.index)
-    proposed = propose(behind[candidates], errors, held_out.hidden)
+        candidates = list(hidden.index)
+    proposed = propose(behind[candidates], errors, hidden)
     chosen = ERM if NULL in left else proposed
     return Verdict(chosen, proposed, accuracy, behind, left)
 
@@ -219,10 +220,9 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     if is_explained.any():
         right = is_right[is_explained].sum()
         words.append(
-            f"{is_explained.sum()} mistakes are explained by what is hidden: ERM gets "
-            "them right if it comes from another image of their class. "
-            f"{right[name]} of these are right with the mask, {right[NULL]} with "
-            "nothing masked."
+            f"Mistakes that are explained by what is hidden: {is_explained.sum()}; ERM "
+            "gets them right if it comes from another image of their class. With the "
+            f"mask, {right[name]} of these are right, with nothing masked {right[NULL]}."
         )
     else:
         words.append("No mistake is explained by what is hidden.")

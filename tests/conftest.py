@@ -22,6 +22,7 @@ from masktune_utils.settings import Settings
 # The command, as it is installed.
 MASKTUNE = str(Path(sys.executable).with_name("masktune"))
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
+TINY["device"] = "cpu"  # where there is a GPU, too
 
 
 def write_idx_files(
@@ -80,7 +81,9 @@ def settings(tmp_path) -> Settings:
 @pytest.fixture(scope="session")
 def splits() -> datasets.BiasedSets:
     """Two hundred real digits to train on and a thousand to test on."""
-    settings = Settings(dataset="mnist5k", limit=200, conflicting_share=0.2)
+    settings = Settings(
+        dataset="mnist5k", limit=200, conflicting_share=0.2, device="cpu"
+    )
     return datasets.load(settings)
 
 

@@ -87,12 +87,12 @@ class Mode(TorchFunctionMode):
         met = list(zip(tensors, is_gpu, strict=True))
         if function in INDEXED:
             met = met[:1]
-        if function not in MOVES and any(is_gpu):
-            if any(not on_gpu and tensor.dim() > 0 for tensor, on_gpu in met):
-                raise RuntimeError(
-                    "Expected all tensors to be on the same device, but found at least "
-                    f"two devices, cuda:0 and cpu! ({function.__name__})"
-                )
+        on_cpu_too = any(not on_gpu and tensor.dim() > 0 for tensor, on_gpu in met)
+        if function not in MOVES and any(is_gpu) and on_cpu_too:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least "
+                f"two devices, cuda:0 and cpu! ({function.__name__})"
+            )
         if function is Tensor.register_hook:
             tensor, hook = arguments
             arguments = (

@@ -70,6 +70,8 @@ BAD_OPTIONS = {
     "--limit 0": "limit is 0; allowed: greater than or equal to 20.",
     "--limit 5000": "limit is 5000; allowed: at most 4000 here.",
     "--square_color blau": "square_color is 'blau'; allowed: name of a colour, or '#rrggbb'",
+    "--square_color black": "square_color is 'black'; allowed: name of a colour, or '#rrg",
+    "--square_color xkcd:blue/green": "square_color is 'xkcd:blue/green'; allowed: name",
     "--square_size 2.5": "square_size is 2.5; allowed: a valid integer.",
     "--epochs True": "epochs is True; allowed: a valid integer.",
     "--lr 1e999": "lr is inf; allowed: a finite number.",
@@ -100,6 +102,8 @@ BAD_GRIDS = {
     "\x00": f": {NO_BLOCKS}unacceptable character",
 }
 BAD_NOTEBOOKS = {
+    "- notebook: 07_study": "notebook is '07_study'; allowed: ['01_dataset', '02_erm', ",
+    "- notebook: 11_your_own": "notebook is '11_your_own'; allowed: ['01_dataset', ",
     "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: ['01_dataset', '02_erm', ",
     "- notebook: [02_erm]": "notebook is \"['02_erm']\"; allowed: ['01_dataset', '02_erm', ",
 }

@@ -198,6 +198,15 @@ def test_each_epoch_of_a_data_loader_has_its_own_partners(train):
     assert torch.equal(labels, train.labels)
 
 
+def test_one_image_needs_one_partner(train, monkeypatch):
+    """And not a whole permutation, which a DataLoader would draw for each image."""
+    masks = torch.ones(240, 32, 32, dtype=torch.bool)
+    masked = MaskedDataset(train, masks, "resample")
+    monkeypatch.delattr(torch, "randperm")
+    image, _ = masked[3]
+    assert any(torch.equal(image, original) for original, _ in train)
+
+
 def to_map(tokens: torch.Tensor, extra: int) -> torch.Tensor:
     """N×tokens×C to N×C×h×w, without the first tokens."""
     tokens = tokens[:, extra:]

@@ -194,9 +194,9 @@ def test_a_mistake_is_explained_if_it_is_right_with_three_images_of_its_class(
                 partners = torch.zeros(100, dtype=torch.int64)
                 for label in (0, 1):
                     members = [n for n in range(100) if fold.labels[n] == label]
-                    order = torch.randperm(len(members), generator=random)
-                    for n, place in zip(members, order.tolist(), strict=True):
-                        partners[n] = members[place]
+                    order = torch.randperm(len(members), generator=random).tolist()
+                    for place, later in zip(order, order[1:] + order[:1], strict=True):
+                        partners[members[later]] = members[place]
                 images = exchange(fold.images, fold.masks[name], partners)
                 is_explained &= predict(erm, images) == fold.labels
             assert explained[name][fold.index].tolist() == is_explained.tolist()

@@ -309,6 +309,14 @@ def test_dilation_is_in_28ths_of_the_side():
     assert torch.equal(dilated, expected)
 
 
+def test_of_an_image_that_is_no_square_the_shorter_side_counts():
+    mask = torch.zeros(1, 28, 112)
+    mask[0, 14, 60] = 1
+    dilated = image_masks(mask, (28, 112), "threshold", 0.5, "bilinear", 2)
+    assert dilated[0, 14].sum() == 5
+    assert dilated[0, :, 60].sum() == 5
+
+
 @pytest.mark.parametrize("method", FORMULAS)
 def test_a_shared_mask_is_that_of_the_mean_map(splits, method):
     masked = masking.mask_dataset(splits.train, FIRST_MAPS, method, 0.3, shared=True)

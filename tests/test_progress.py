@@ -32,15 +32,28 @@ def test_a_notebook_has_a_bar_only_where_a_person_looks_on(metadata, capsys):
     assert not progress.bar(range(3)).disable
 
 
-def test_a_terminal_gets_one_line_that_goes_away(capsys):
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Messages go to a terminal, and not to a file."""
+    stderr = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
+    return capsys
+
+
+def test_a_file_gets_nothing(capsys):
+    assert list(progress.bar(range(3), mininterval=0)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_one_line_that_goes_away(terminal):
     assert list(progress.bar(range(3), desc="maps")) == [0, 1, 2]
-    assert re.fullmatch(r"\rmaps:   0%.*\r +\r", capsys.readouterr().err)
+    assert re.fullmatch(r"\rmaps:   0%.*\r +\r", terminal.readouterr().err)
 
 
 def has_no_bar() -> bool:
     return progress.bar(range(3)).disable
 
 
-def test_a_process_that_works_for_another_has_no_bar():
+def test_a_process_that_works_for_another_has_no_bar(terminal):
     assert Parallel(2)([delayed(has_no_bar)()] * 2) == [True, True]
     assert not has_no_bar()

@@ -147,21 +147,26 @@ def test_a_summary_may_tell_experiments_apart_and_have_some_shares_only(table):
 
 def test_what_each_model_is_worth_and_what_was_chosen():
     rows = [
-        ("mnist", "ERM", 0, 0.3, False),
-        ("mnist", "mean_std 3", 0, 0.9, True),
-        ("mnist", "ERM", 1, 0.5, True),  # ERM was kept
-        ("mnist", "mean_std 3", 1, 0.1, False),
-        ("mnist_epochs=2", "ERM", 0, 0.3, None),
+        ("mnist", "base", "ERM", 0, 0.3, False),
+        ("mnist", "mean_std_3", "mean_std 3", 0, 0.9, True),
+        ("mnist", "base", "ERM", 1, 0.5, True),  # ERM was kept
+        ("mnist", "top_k_0.1", "top_k 0.1", 1, 0.1, False),
+        ("mnist", "top_k_0.1_epochs=2", "top_k 0.1", 1, 0.2, False),
     ]
-    columns = ["experiment", "configuration", "seed", "worst_group", "chosen"]
+    columns = ["experiment", "configuration", "rule", "seed", "worst_group", "chosen"]
     table = pd.DataFrame(rows, columns=columns)
-    worth = results.worth(table.assign(rule="the same mask, by other schedules"))
-    assert worth["worst group"].to_dict() == {
-        ("mnist", "ERM"): "40.00 ± 14.14",
-        ("mnist", "mean_std 3"): "50.00 ± 56.57",
-        ("mnist_epochs=2", "ERM"): "30.00",
-        ("mnist", results.CHOSEN): "70.00 ± 28.28",
+    worth = results.worth(table)
+    expected = {
+        "top_k_0.1": "10.00",
+        "top_k_0.1_epochs=2": "20.00",
+        "ERM": "40.00 ± 14.14",
+        results.CHOSEN: "70.00 ± 28.28",
     }
+    assert worth["worst group"].to_dict() == expected
+    assert [*worth.index] == [*expected]  # the best one last
+    other = table[:1].assign(experiment="mnist_epochs=2", worst_group=0.8)
+    worth = results.worth(pd.concat([table, other]))
+    assert worth.loc[("mnist_epochs=2", "ERM"), "worst group"] == "80.00"
 
 
 def test_a_file_that_is_not_in_a_folder_of_results_is_not_read(saved):

@@ -269,22 +269,23 @@ def said(*arguments, **options) -> str:
 
 def test_the_reason_to_take_a_mask_tells_what_speaks_for_it_and_what_it_costs():
     assert said({NULL: (2, 960), "a": (36, 955)}, explained=20) == (
-        "Nothing masked, fine-tuned like the candidates, is 85 points behind "
-        "(mistakes): ERM relies on what can be hidden. Of the candidates that are "
+        "Nothing masked, fine-tuned like the candidates, is up to 85 points less "
+        "accurate than the best model (mistakes): ERM relies on what can be hidden. "
+        "Of the candidates that are "
         "least behind, a hides least, and is chosen. It hides 10% of the image, most "
         "at the top left. Accuracy on images that a model has not seen is 96.0% with "
-        "ERM, 96.2% with nothing masked and 99.1% with this mask. 20 mistakes are "
-        "explained by what is hidden: ERM gets them right if it comes from another "
-        "image of their class. 20 of these are right with the mask, 2 with nothing "
-        "masked."
+        "ERM, 96.2% with nothing masked and 99.1% with this mask. Mistakes that are "
+        "explained by what is hidden: 20; ERM gets them right if it comes from another "
+        "image of their class. With the mask, 20 of these are right, with nothing "
+        "masked 2."
     )
 
 
 def test_the_reason_to_keep_erm_tells_which_candidate_is_closest():
     reason = said({NULL: (34, 960), "a": (20, 960), "b": (36, 960)})
     assert reason == (
-        "Nothing masked, fine-tuned like the candidates, is at most 5 points behind "
-        "the best model that is left: ERM is not seen to rely on what a candidate "
+        "Nothing masked, fine-tuned like the candidates, is nowhere far behind: "
+        "ERM is not seen to rely on what a candidate "
         "hides, and is kept. The closest candidate is b. It hides 20% of the image, "
         "most at the bottom. Accuracy on images that a model has not seen is 96.0% "
         "with ERM, 99.4% with nothing masked and 99.6% with this mask. No mistake is "
@@ -296,7 +297,7 @@ def test_the_reason_to_keep_erm_tells_which_candidate_is_closest():
 def test_the_reason_names_the_masks_where_nothing_masked_is_furthest_behind():
     resampled = {"a": {ERM: 1.0, NULL: 0.7, "a": 1.0}}
     reason = said({NULL: (34, 960), "a": (38, 960)}, resampled=resampled)
-    assert "is 30 points behind (where a resamples): ERM relies on" in reason
+    assert "is up to 30 points less accurate than the best model (images" in reason
 
 
 @pytest.mark.parametrize(("null", "is_said"), [(10, False), (11, True)])

@@ -189,6 +189,38 @@ def test_to_retrain_is_to_do_what_is_done(directory):
     assert not again.is_done(finished)
 
 
+def test_a_run_that_trains_again_chooses_once(tmp_path, monkeypatch):
+    executed = []
+    monkeypatch.setattr(stages, "choose", lambda *_: None)
+    monkeypatch.setattr(stages.jobs, "write_page", lambda job: job.stem)
+    monkeypatch.setattr(
+        stages.jobs, "execute", lambda stage, _: executed.extend(stage[0]) or {}
+    )
+    stages.run_stages("run", ["02_erm"], [tiny(tmp_path, retrain=True)], 1)
+    retrained = {job.stem: job.settings.retrain for job in executed}
+    assert retrained == {"02_erm": True, "05_plots": False, "06_choice": False}
+
+
+def test_masks_of_notebook_03_can_be_swept(tmp_path, capsys):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "- {notebook: 03_saliency_masks, dilation: [0, 2], dataset: mnist5k}"
+    )
+    printed = dry_run(capsys, str(file), "--directory", str(tmp_path))
+    assert printed.startswith("2 configurations")
+
+
+def test_a_relative_directory_becomes_absolute(tmp_path, monkeypatch):
+    """Since a Dask worker may be elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        stages, "run_stages", lambda *arguments: seen.extend(arguments[2]) or {}
+    )
+    assert command.main(["sweep", *OPTIONS, "--directory", "here"]) == 0
+    assert {settings.directory for settings in seen} == {str(tmp_path / "here")}
+
+
 def test_the_models_of_both_folds_are_trained_again_on_request(tmp_path, monkeypatch):
     asked = []
 

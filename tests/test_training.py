@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tqdm import tqdm
 
-from masktune_utils import masking, models, training
+from masktune_utils import masking, models, progress, training
 from masktune_utils.settings import Settings
 from masktune_utils.store import weights_sha256
 
@@ -218,6 +218,8 @@ def drawn_bars(monkeypatch, capsys):
     """Trains with 1/4 s a batch of 100; returns the bar as it was drawn."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    stderr = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
 
     def wait(*_arguments):
         clock.now += 0.25
@@ -272,3 +274,8 @@ def test_a_model_in_evaluation_mode_is_trained_in_training_mode(model, splits):
     training.train(model, splits.train[:20], epochs=1, batch_size=10)
     assert model.training
     assert not torch.equal(model.backbone[1].running_mean, before)
+
+
+def test_batches_of_one_image_are_refused(splits):
+    with pytest.raises(ValueError, match="batch_size is 1; allowed: 2 or more"):
+        train(splits, epochs=1, batch_size=1)

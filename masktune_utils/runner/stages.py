@@ -174,4 +174,6 @@ def _save_tables(grid: list[Settings], notebook: str) -> None:
         print(f"{kind}: {root(directory) / kind}")
     experiments = {settings.experiment for settings in grid}
     rows = table[table["experiment"].isin(experiments)]
+    if rows.empty:
+        return
     print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")
