@@ -61,11 +61,16 @@ def test_a_run_chooses_one_of_all_configurations(table, choice):
 def test_a_run_prints_what_each_model_is_worth_and_why_one_is_chosen(
     whole_run, table, choice
 ):
-    chosen = table.loc[choice["configuration"]].rename(results.CHOSEN)
-    for configuration, row in pd.concat([table.T, chosen], axis=1).items():
+    rows = {row["rule"]: row for _, row in table.iterrows()}
+    rows[results.CHOSEN] = table.loc[choice["configuration"]]
+    if choice["configuration"] != "base":
+        del rows[choice["chosen"]]
+    for name, row in rows.items():
         numbers = [f"{100 * row[name]:.2f}" for name in results.ACCURACIES]
-        words = " +".join(map(re.escape, [configuration, *numbers]))
+        words = " +".join(map(re.escape, [name, *numbers]))
         assert re.search(rf"{words} +1\n", whole_run.printed)
+    *_, printed = whole_run.printed.partition("Accuracy in %")
+    assert max(map(len, printed.splitlines())) <= 80
     assert f"seed 0: {choice['reason']}\n" in whole_run.printed
     for kind in ("checkpoints", "results", "runs", "figures"):
         assert f"{kind}: {whole_run.directory / kind}\n" in whole_run.printed
