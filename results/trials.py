@@ -65,7 +65,6 @@ VARIANTS = {  # names in `selection` that are changed
     "nothing masked competes": {"judge": null_competes},
     "mistakes counted one by one": {"environments": counted_one_by_one},
     "without ERM's mistakes": {"environments": without_mistakes},
-    "no model is struck out": {"strike_out": lambda accuracy, _: list(accuracy)},
     "the smallest distance alone": {
         "propose": lambda behind, *_: behind.max().idxmin()
     },
