@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -190,24 +190,6 @@ def _load_or_train(
     )
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What `masking.masktune` takes, with models that are saved.
-
-    Attributes:
-        settings: of the experiment; those of masks may differ from call to call.
-        retrain: train and save again.
-    """
-
-    settings: Settings
-    retrain: bool = False
-
-    def finetune(self, network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        """The fine-tuned model."""
-        settings = self.settings.replace(**vars(masked.rule))
-        return finetuned_model(settings, network, masked, self.retrain).model
-
-
 def masktune(
     settings: Settings, base: Trained, train: Split, retrain: bool = False
 ) -> Trained:
@@ -236,13 +218,14 @@ def masktune(
             )
         masked = candidates[name]
     else:
+
+        def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
+            of_round = settings.replace(**vars(masked.rule))
+            return finetuned_model(of_round, network, masked, retrain).model
+
+        maps = training_saliency(settings, base, train)
         *_, (_, masked) = masking.masktune(
-            base.model,
-            train,
-            settings.rule,
-            Saved(settings, retrain).finetune,
-            training_saliency(settings, base, train),
-            seed=settings.seed,
+            base.model, train, settings.rule, finetune, maps, seed=settings.seed
         )
         is_trained = masked.rule == settings.rule  # else the rounds ended before
         retrain = retrain and not is_trained
@@ -364,7 +347,6 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
         choice = selection.choose(
             train,
             fit,
-            _schedule(settings),
             candidates=selection.CANDIDATES,
             jobs=jobs,
             seed=settings.seed,
@@ -420,8 +402,8 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
         raise store.CheckpointError(
             f"{path} is damaged or foreign ({error}). Delete it."
         ) from error
-    verdict = selection.judge(held_out)
-    return Choice(held_out, candidates, _schedule(settings), verdict)
+    schedule = partial(selection.fine_tune, epochs=settings.finetune_epochs)
+    return Choice(held_out, candidates, schedule, selection.judge(held_out))
 
 
 def chosen_model(
@@ -447,10 +429,6 @@ def _fit_fold(settings: Settings, num_classes: int, fold: Split) -> nn.Module:
     network = models.new_model(settings.seed, fold.labels.device, num_classes)
     training.train(network, fold, **settings.training)
     return network
-
-
-def _schedule(settings: Settings) -> Callable[[nn.Module, MaskedDataset], nn.Module]:
-    return partial(selection.fine_tune, epochs=settings.finetune_epochs)
 
 
 def _made_with(settings: Settings, base: Trained) -> str:

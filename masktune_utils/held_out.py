@@ -247,14 +247,18 @@ def _predict(
         NaN for images that are not resampled. Then, where ERM's mistakes come from.
     """
     networks = {name: others[name].network for name in names}
-    columns = {("label", ""): fold.labels.cpu().numpy()}
+    predicted = {}
     for name, network in networks.items():
-        columns["predicted", name] = metrics.predict(network, fold).argmax(1).numpy()
+        predicted[name] = metrics.predict(network, fold).argmax(1)
+    columns = {("label", ""): fold.labels.cpu().numpy()}
+    for name, classes in predicted.items():
+        columns["predicted", name] = classes.numpy()
+    erm = networks[ERM]
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(fold), generator=generator)[:SAMPLE]
     for candidate in progress.bar(names[2:], desc="predicting"):
         masks = own[candidate].masks
-        is_explained = metrics.explained(networks[ERM], fold, masks, seed)
+        is_explained = metrics.explained(erm, fold, masks, predicted[ERM], seed)
         columns["explained", candidate] = is_explained.numpy()
         resampled = MaskedDataset(fold[sample], masks[sample], "resample", seed)
         for name, network in networks.items():
@@ -262,7 +266,7 @@ def _predict(
             is_right = torch.full((len(fold),), torch.nan, dtype=torch.float64)
             is_right[sample] = metrics.is_right(logits, resampled.labels).double()
             columns[candidate, name] = is_right.numpy()
-    mistake_map = exchange_map(networks[ERM], fold.images, fold.labels, seed)
+    mistake_map = exchange_map(erm, fold.images, fold.labels, predicted[ERM], seed)
     return pd.DataFrame(columns), mistake_map
 
 
@@ -287,7 +291,7 @@ def _hold_out(
         is_right = table[name].dropna()
         by_class = is_right.groupby(table["label"])
         resampled[name] = by_class.mean().min()
-        mean_mask = dataset.own_masks.float().mean(0)
+        mean_mask = dataset.own_masks.mean(0, dtype=torch.float32)
         hidden[name] = mean_mask.mean().item()
         ninths = F.adaptive_avg_pool2d(mean_mask[None], 3)
         place[name] = PLACES[ninths.argmax()]

@@ -29,8 +29,6 @@ def bar(*args: Any, **options: Any) -> std.tqdm:
         *args: see tqdm.
         **options: see tqdm.
     """
-    is_headless = hasattr(get_ipython(), "kernel") and not is_live()
     is_worker = current_process().name != "MainProcess"
-    is_file = not is_live() and not sys.stderr.isatty()
-    is_off = is_headless or is_worker or is_file
-    return auto.tqdm(*args, leave=False, disable=is_off, **options)
+    is_seen = is_live() or sys.stderr.isatty()
+    return auto.tqdm(*args, leave=False, disable=is_worker or not is_seen, **options)

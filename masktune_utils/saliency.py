@@ -72,7 +72,7 @@ def saliency_maps(
 
 @torch.no_grad()
 def exchange_map(
-    model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0
+    model: nn.Module, images: Tensor, labels: Tensor, predicted: Tensor, seed: int = 0
 ) -> Tensor:
     """Where the mistakes of a network come from: any network, without gradients.
 
@@ -82,23 +82,24 @@ def exchange_map(
     feature to see what a model needs: Breiman, 2001.
 
     Args:
-        model: it is asked in evaluation mode, and is itself left as it is.
+        model: used in evaluation mode, and itself left as it is.
         images: N×C×H×W, uint8 or float in [0, 1], which the model has not seen.
         labels: N.
+        predicted: N, the classes that the model predicts for them, on the CPU.
         seed: of the other images.
 
     Returns:
         h×w float32, on the CPU: by how much the cross-entropy falls on average, in
         nats, for each window; neighbours overlap by half. Zero if there is no mistake.
     """
-    asked = copy.deepcopy(model).eval()
-    device = next(asked.parameters()).device
+    network = copy.deepcopy(model).eval()
+    device = next(network.parameters()).device
 
-    def predict(batch: Tensor) -> Tensor:
-        return asked(data.to_float(batch.to(device))).cpu()
+    def losses(batch: Tensor, classes: Tensor) -> Tensor:
+        logits = network(data.to_float(batch.to(device))).cpu()
+        return F.cross_entropy(logits, classes, reduction="none")
 
     labels = labels.cpu()
-    predicted = torch.cat([predict(batch) for batch in images.split(100)]).argmax(1)
     mistakes = (predicted != labels).nonzero()[:, 0]
     kinds = torch.stack([labels, predicted], 1)[mistakes]
     _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
@@ -115,16 +116,15 @@ def exchange_map(
         index = mistakes[part]
         original = images[index]
         others = images[partners[index]]
-        losses = F.cross_entropy(predict(original), labels[index], reduction="none")
+        before = losses(original, labels[index])
         for row, top in enumerate(tops):
             for column, left in enumerate(lefts):
                 rows = slice(top, top + high)
                 columns = slice(left, left + wide)
                 exchanged = original.clone()
                 exchanged[..., rows, columns] = others[..., rows, columns]
-                logits = predict(exchanged)
-                after = F.cross_entropy(logits, labels[index], reduction="none")
-                falls[row, column] += (weights[part] * (losses - after)).sum()
+                fall = before - losses(exchanged, labels[index])
+                falls[row, column] += (weights[part] * fall).sum()
     return falls
 
 

@@ -113,7 +113,9 @@ class DataSettings(BaseModel):
         color = self.square_color
         # In a file name there is no slash, and on a black image black is not seen.
         if not is_color_like(color) or "/" in color or not any(to_rgb(color)):
-            self._refuse("square_color", "name of a colour, or '#rrggbb'; not black")
+            self._refuse(
+                "square_color", "colour without a slash, or #rrggbb; not black"
+            )
         return self
 
     def _refuse(self, name: str, allowed: str) -> NoReturn:

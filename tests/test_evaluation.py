@@ -79,7 +79,9 @@ def test_a_mistake_is_explained_if_each_exchange_of_what_is_hidden_rights_it(
     ]
     drawn = iter(exchanges)
     monkeypatch.setattr(metrics, "class_partners", lambda *_: next(drawn))
-    found = metrics.explained(PixelReader(), data.Split(images, labels), masks)
+    predicted = torch.tensor([1] * 7 + [0] * 2)
+    split = data.Split(images, labels)
+    found = metrics.explained(PixelReader(), split, masks, predicted)
     # 0: by its own mask; 1: by that of 8; not 2, which 1 misleads once; nor 3, whose
     # mask leaves the pixel
     assert found.tolist() == [True, True, *[False] * 7]
@@ -91,7 +93,8 @@ def test_without_a_mistake_none_is_explained():
     images[1] = 1
     split = data.Split(images, torch.tensor([0, 1]))
     masks = torch.ones(2, 2, 2, dtype=torch.bool)
-    assert metrics.explained(PixelReader(), split, masks).tolist() == [False, False]
+    found = metrics.explained(PixelReader(), split, masks, split.labels)
+    assert found.tolist() == [False, False]
 
 
 def test_report_over_both_test_sets_and_what_is_held_out(model, splits):

@@ -14,6 +14,7 @@ from masktune_utils import datasets, metrics, models, selection, training
 from masktune_utils.data import Split
 from masktune_utils.masking import Rule
 from masktune_utils.runner import command, stages
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY, Settings
 
 CPU = torch.device("cpu")
@@ -96,6 +97,9 @@ def test_predictions_and_maps_are_in_float32(train):
         lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
     )
     metrics.predict(network, train)
+    predictions = len(allowed)
+    saliency_maps(network, train.images, train.labels)
+    assert len(allowed) > predictions
     assert set(allowed) == {False}
     assert torch.backends.cudnn.allow_tf32  # as it was
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pytorch_grad_cam import XGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from masktune_utils import data, saliency
+from masktune_utils import data, metrics, saliency
 from masktune_utils.data import Split
 
 
@@ -121,11 +121,15 @@ def loss(network: torch.nn.Module, image: torch.Tensor, label: int) -> float:
     return -probability.log().item()
 
 
+def mistake_map(network, images, labels, seed=0):
+    """By what the network predicts."""
+    predicted = metrics.predict(network, Split(images, labels)).argmax(1)
+    return saliency.exchange_map(network, images, labels, predicted, seed)
+
+
 def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):
     """Windows of 2×2, at every pixel."""
-    found = saliency.exchange_map(
-        PixelReader(), misleading.images, misleading.labels, seed=3
-    )
+    found = mistake_map(PixelReader(), misleading.images, misleading.labels, seed=3)
     assert found.shape == (13, 13)
     assert (found[4:6, 8:10] > 0.3).all()
     found[4:6, 8:10] = 0
@@ -151,16 +155,16 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
             fall = loss(network, images[number], label)
             fall -= loss(network, exchanged, label)
             expected += fall / len(numbers) / 3
-    found = saliency.exchange_map(network, images, labels, seed=3)
+    found = mistake_map(network, images, labels, seed=3)
     assert found[4, 8].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_window_is_a_seventh_of_the_image_and_the_next_one_overlaps_by_half(few):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 784, 2))
     images, labels = few.batch(slice(None))
-    found = saliency.exchange_map(network, few.images, few.labels)
+    found = mistake_map(network, few.images, few.labels)
     assert found.shape == (13, 13)
-    assert torch.equal(saliency.exchange_map(network, images, labels), found)
+    assert torch.equal(mistake_map(network, images, labels), found)
     with torch.no_grad():
         is_mistake = network(images).argmax(1) != labels
         partners = data.class_partners(labels, torch.Generator().manual_seed(0))
@@ -179,13 +183,13 @@ def test_a_window_is_a_seventh_of_the_image_and_the_next_one_overlaps_by_half(fe
 
 def test_without_a_mistake_the_map_of_mistakes_is_zero(misleading):
     told = misleading.images[:, :, 5, 9].argmax(1)
-    found = saliency.exchange_map(PixelReader(), misleading.images, told)
+    found = mistake_map(PixelReader(), misleading.images, told)
     assert torch.equal(found, torch.zeros(13, 13))
 
 
 def test_the_network_whose_mistakes_are_mapped_is_left_as_it_is(misleading):
     network = PixelReader()
-    saliency.exchange_map(network, misleading.images, misleading.labels)
+    mistake_map(network, misleading.images, misleading.labels)
     assert network.training
     assert network.scale.grad is None
     assert network.scale.requires_grad
