@@ -5,8 +5,8 @@
 
 runs all networks and shortcuts with the seeds 0 to 2, two at a time, 14 to 40 minutes
 of one core each. What is done is skipped. Rows go to `solar.csv`. (Those that are there
-were chosen by the rule until November 28, 2026; `solar_candidates.csv` and the picture
-were made by this script as of commit `96b6ed8`.)
+were chosen by the rule until November 28, 2026; `solar_candidates.csv`
+was made by this script as of commit `96b6ed8`.)
 
 The photographs (Buerhop-Lutz et al., 2018; Deitsch et al., 2019, 2021) are under CC
 BY-NC-SA 4.0: they are read from the package, and never saved.

@@ -23,7 +23,6 @@ RULES = pd.read_csv(REPOSITORY / "results" / "reference_rules.csv")
 CONTROLS = pd.read_csv(REPOSITORY / "results" / "reference_08_limits.csv")
 AUTHORS = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")
 REGISTERED = pd.read_csv(REPOSITORY / "results" / "registered_second.csv")
-SOLAR = pd.read_csv(REPOSITORY / "results" / "solar.csv")
 KIND = ["dataset", "labels", "kind"]
 KINDS_OF_A_SEED = 45
 OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # see registered_second.md
@@ -259,22 +258,6 @@ def registered_kinds_table() -> list[str]:
     return table(f"{header}| ERM kept |", lines)
 
 
-def solar_table() -> list[str]:
-    """Photographs of solar cells: worst group, a row for each choice."""
-    lines = []
-    runs = SOLAR.groupby(["network", "shortcut", "seed"], sort=False)
-    for (network, shortcut, seed), rows in runs:
-        worst = 100 * rows.set_index("model")["worst_group"]
-        models = worst[["ERM", "nothing masked", "chosen"]]
-        of_choice = rows.iloc[0]
-        mask = of_choice["mask"].replace("ERM", "ERM kept")
-        minutes = of_choice["seconds of choice"] / 60
-        values = [shortcut, f"{seed}", *(f"{value:.1f}" for value in models)]
-        lines.append(line(network, [*values, mask, f"{minutes:.0f}"]))
-    header = "| network | shortcut | seed | ERM | nothing masked | chosen | mask "
-    return table(f"{header}| choice, min |", lines)
-
-
 TABLES = (
     main_table,
     registered_table,
@@ -283,7 +266,6 @@ TABLES = (
     rules_table,
     authors_table,
     controls_table,
-    solar_table,
 )
 
 
