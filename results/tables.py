@@ -98,12 +98,11 @@ def shortcuts_table() -> list[str]:
     lines = []
     for name, members in parts.items():
         values = [f"{len(members)}"]
-        for model in ("ERM", "single", "chosen", "best"):
+        for model in ("ERM", "chosen", "best"):
             low, mean, high = members[model].agg(["min", "mean", "max"])
             values.append(f"{mean:.0f} ({low:.0f}–{high:.0f})")
-        lines.append(line(name, [*values, f"{members['is_kept'].sum()}"]))
-    header = "| | runs | ERM | best single mask | chosen | best in hindsight "
-    return table(f"{header}| ERM kept |", lines)
+        lines.append(line(name, values))
+    return table("| | runs | ERM | chosen | best in hindsight |", lines)
 
 
 def rules_table() -> list[str]:
@@ -172,7 +171,6 @@ def registered() -> pd.DataFrame:
         chosen=chosen["points"],
         best=candidates.max(axis=1).clip(lower=models["ERM"]),
         single=best_single(candidates),
-        is_kept=chosen["model"].eq("ERM"),
     )
     table["regret"] = table["best"] - table["chosen"]
     table["gain"] = table["chosen"] - table["single"]
@@ -248,14 +246,12 @@ def is_of_clothes(runs: pd.DataFrame) -> pd.Series:
 def registered_kinds_table() -> list[str]:
     """The second test by kind: worst group of each model, means over seeds."""
     runs = registered()
-    columns = ["ERM", "nothing masked", "single", "chosen", "best", "oracle"]
+    columns = ["ERM", "single", "chosen", "best", "oracle"]
     lines = []
     for (dataset, labels, kind), of_kind in runs.groupby(KIND, sort=False):
         means = [f"{of_kind[name].mean():.1f}" for name in columns]
-        kept = f"{of_kind['is_kept'].sum()}"
-        lines.append(line(f"{SETS[dataset, labels]}: {kind}", [*means, kept]))
-    header = "| kind | ERM | nothing masked | best single | chosen | best | oracle "
-    return table(f"{header}| ERM kept |", lines)
+        lines.append(line(f"{SETS[dataset, labels]}: {kind}", means))
+    return table("| kind | ERM | best single | chosen | best | oracle |", lines)
 
 
 TABLES = (

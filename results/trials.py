@@ -69,11 +69,9 @@ VARIANTS = {  # names in `selection` that are changed
         "propose": lambda behind, *_: behind.max().idxmin()
     },
     "a loss counts 1.5 times": {"COST": 1.5},
-    "a loss counts twice": {"COST": 2},
     "a loss counts six times": {"COST": 6},
     "5 points behind": {"BEHIND": 0.05},
     "8 points behind": {"BEHIND": 0.08},
-    "12 points behind": {"BEHIND": 0.12},
     "15 points behind": {"BEHIND": 0.15},
 }
 
