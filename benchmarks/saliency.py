@@ -1,12 +1,10 @@
-"""How fast are saliency maps? Against torchcam, grad-cam, and a bare forward pass."""
+"""How fast are saliency maps? Against torchcam, and a bare forward pass."""
 
 import argparse
 
 import pandas as pd
 import torch
 from common import alternate, base_model_alone, gflops, machine, work
-from pytorch_grad_cam import XGradCAM as GradCamXGradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchcam.methods import XGradCAM
 
 from masktune_utils import datasets, metrics, saliency, store
@@ -19,19 +17,6 @@ def torchcam_batches(model, split, batch_size):
         for index in torch.arange(len(split)).split(batch_size):
             images, labels = split.batch(index)
             extractor(labels.tolist(), model(images))
-
-
-def grad_cam_batches(model, split, batch_size):
-    """Grad-cam in batches; it gives maps of the images' size."""
-    with GradCamXGradCAM(
-        model=model, target_layers=[model.get_grad_cam_target_layer()]
-    ) as extractor:
-        for index in torch.arange(len(split)).split(batch_size):
-            images, labels = split.batch(index)
-            extractor(
-                input_tensor=images,
-                targets=[ClassifierOutputTarget(label) for label in labels.tolist()],
-            )
 
 
 def main() -> None:
@@ -57,9 +42,6 @@ def main() -> None:
                 model, split.images, split.labels, batch_size=size
             ),
             f"torchcam, batches of {size}": lambda: torchcam_batches(
-                model, split, size
-            ),
-            f"grad-cam, batches of {size}": lambda: grad_cam_batches(
                 model, split, size
             ),
             "torchcam, one at a time": lambda: torchcam_batches(model, split, 1),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.selection import Choice
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
+CHOSEN = "chosen"  # configuration of the model with the chosen mask
 INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
 
 
@@ -43,7 +45,7 @@ class Trained:
     Attributes:
         model: in evaluation mode.
         settings: of the experiment.
-        configuration: `base`, or the name of the fine-tuned model.
+        configuration: `base`, `chosen`, or the name of the fine-tuned model.
         images: on which it was trained, or fine-tuned.
         history: see `training.train`, without the seconds.
         sha256: of the weights.
@@ -195,9 +197,6 @@ def masktune(
 ) -> Trained:
     """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
 
-    With `cross_fit`, the masks are those of a candidate of the choice: of two base
-    models, each trained on half of the images, and each masking its own half.
-
     Args:
         settings: the experiment.
         base: the ERM model; it is left as it is.
@@ -206,29 +205,18 @@ def masktune(
 
     Raises:
         CheckpointError: see `finetuned_model`.
-        ValueError: the rule is no candidate of the choice.
     """
-    if settings.cross_fit:
-        candidates = choose(base, train).candidates
-        name = f"{settings.rule}"
-        if name not in candidates:
-            allowed = "; ".join(candidates)
-            raise ValueError(
-                f"the rule is {name!r}; allowed with cross_fit: {allowed}."
-            )
-        masked = candidates[name]
-    else:
 
-        def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-            of_round = settings.replace(**vars(masked.rule))
-            return finetuned_model(of_round, network, masked, retrain).model
+    def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
+        of_round = settings.replace(**vars(masked.rule))
+        return finetuned_model(of_round, network, masked, retrain).model
 
-        maps = training_saliency(settings, base, train)
-        *_, (_, masked) = masking.masktune(
-            base.model, train, settings.rule, finetune, maps, seed=settings.seed
-        )
-        is_trained = masked.rule == settings.rule  # else the rounds ended before
-        retrain = retrain and not is_trained
+    maps = training_saliency(settings, base, train)
+    *_, (_, masked) = masking.masktune(
+        base.model, train, settings.rule, finetune, maps, seed=settings.seed
+    )
+    is_trained = masked.rule == settings.rule  # else the rounds ended before
+    retrain = retrain and not is_trained
     return finetuned_model(settings, base.model, masked, retrain)
 
 
@@ -274,7 +262,7 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         saved = results.read(path)
         if saved["sha256"] == trained.sha256:
             return saved
-    is_base = trained.configuration == "base"
+    is_base = trained.sha256 == trained.base_sha256
     device = sets.train.labels.device
     report = evaluation.evaluate(trained.model, sets)
     row = {
@@ -317,7 +305,6 @@ def choice_settings(settings: BaseSettings, count: int) -> Settings:
     of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
     return Settings(
         **of_base,
-        cross_fit=True,
         finetune_lr=0.02,
         finetune_schedule="linear",
         finetune_batch_size=selection.BATCH_SIZE,
@@ -329,7 +316,7 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     """Choose a mask, or keep ERM, by `selection.choose`.
 
     What the models of both folds predict is saved with the masks; the verdict is made
-    anew from it. `chosen.json` has the verdict in words, for the table of results.
+    anew from it.
 
     Args:
         base: the ERM model of all images.
@@ -357,16 +344,7 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
             arrays[f"masks_{number}"] = np.packbits(masks, axis=-1)
         arrays["made_with"] = _made_with(settings, base)
         store.write_arrays(_choice_path(settings), arrays)
-    chosen = "base"
-    if not choice.is_kept:
-        chosen = _of_candidate(settings, choice.verdict.chosen).configuration
-    content = {
-        "configuration": chosen,
-        "chosen": choice.verdict.chosen,
-        "reason": choice.reason,
-        "base_sha256": base.sha256,
-    }
-    results.write_json(settings.folder("results") / "chosen.json", content)
+        settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
     return choice
 
 
@@ -409,19 +387,30 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
 def chosen_model(
     choice: Choice, base: Trained, train: Split, retrain: bool = False
 ) -> Trained:
-    """The chosen model; or the base model itself, if ERM is kept.
+    """The model with the chosen mask; or the base model itself, if ERM is kept.
 
     Args:
         choice: see `choose`.
         base: the ERM model.
         train: the biased training set.
         retrain: fine-tune it again.
+
+    Raises:
+        CheckpointError: see `finetuned_model`; or another mask had been chosen.
     """
     if choice.is_kept:
-        return base
+        return dataclasses.replace(base, configuration=CHOSEN)
     settings = choice_settings(base.settings, len(train))
     settings = _of_candidate(settings, choice.verdict.chosen)
-    return finetuned_model(settings, base.model, choice.masked, retrain)
+    return _load_or_train(
+        settings,
+        CHOSEN,
+        base.model,
+        choice.masked,
+        settings.finetuning,
+        base.sha256,
+        retrain,
+    )
 
 
 def _fit_fold(settings: Settings, num_classes: int, fold: Split) -> nn.Module:

@@ -4,7 +4,6 @@ import sys
 from multiprocessing import current_process
 from typing import Any
 
-from IPython import get_ipython
 from tqdm import auto, std
 
 
@@ -13,7 +12,8 @@ def is_live() -> bool:
 
     JupyterLab sends the cell's ID; papermill, nbval and nbconvert do not.
     """
-    shell = get_ipython()
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    shell = ipython and ipython.get_ipython()
     return hasattr(shell, "kernel") and "cellId" in shell.get_parent().get(
         "metadata", {}
     )

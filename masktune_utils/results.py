@@ -13,31 +13,29 @@ from masktune_utils.store import write_bytes
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
 RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
-CHOICE_KEYS = {"configuration", "reason", "base_sha256"}
 CHOSEN = "chosen, without the test sets"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A saved result or choice, see `experiment.record` and `experiment.choose`.
+    """A saved result, see `experiment.record`.
 
     Raises:
-        ValueError: the file is damaged, or neither.
+        ValueError: the file is damaged, or no result.
     """
-    keys = CHOICE_KEYS if path.name == "chosen.json" else RESULT_KEYS
     try:
         content = json.loads(path.read_bytes())
-        missing = keys - set(content)
+        missing = RESULT_KEYS - set(content)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or not a result or a choice ({error}). Delete it."
+            f"{path} is damaged or not a result ({error}). Delete it."
         ) from error
     return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Save a result or a choice; NaN, which is no JSON, as null."""
+    """Save a result; NaN, which is no JSON, as null."""
     strict = json.loads(json.dumps(content), parse_constant=lambda _name: None)
     write_bytes(path, json.dumps(strict, indent=1).encode())
 
@@ -52,8 +50,7 @@ def collect(directory: str = "") -> pd.DataFrame:
 
     Returns:
         One row per result, sorted by `KEY`, base models first; without `metrics`, what
-        `experiment.record` returns. Also `chosen`: whether `experiment.choose` chose
-        it; None if there was no choice.
+        `experiment.record` returns.
 
     Raises:
         ValueError: a JSON file there is damaged, or not a result.
@@ -61,17 +58,10 @@ def collect(directory: str = "") -> pd.DataFrame:
     rows = []
     for folder in sorted((root(directory) / "results").glob("*/seed*")):
         saved = {path.stem: read(path) for path in folder.glob("*.json")}
-        choice = saved.pop("chosen", {})
         sha256 = saved["base"]["sha256"] if "base" in saved else None
-        for row in saved.values():
-            if row["base_sha256"] == sha256:
-                row.setdefault("rule", row["configuration"])  # an older result
-                row["chosen"] = None
-                if choice.get("base_sha256") == sha256:
-                    row["chosen"] = row["configuration"] == choice["configuration"]
-                rows.append(row)
+        rows += [row for row in saved.values() if row["base_sha256"] == sha256]
     if not rows:
-        return pd.DataFrame(columns=[*KEY, "chosen"])
+        return pd.DataFrame(columns=KEY)
     table = pd.DataFrame(rows).drop(columns="metrics")
     return table.sort_values(
         KEY, key=lambda column: column.replace("base", ""), ignore_index=True
@@ -113,22 +103,27 @@ def _mean_and_std(shares: pd.Series) -> str:
     return f"{text} ± {100 * known.std():.2f}" if len(known) > 1 else text
 
 
-def worth(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies of each model of each experiment in words, the best one last, as text.
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the column `model`: in words, or the configuration if need be.
 
     Args:
         table: see `collect`.
     """
-    configurations = table.groupby(["experiment", "rule"])["configuration"]
+    rule = table["rule"].mask(table["configuration"] == "chosen", CHOSEN)
+    configurations = table.groupby(["experiment", rule])["configuration"]
     is_unique = configurations.transform("nunique") == 1
-    named = table.assign(model=table["rule"].where(is_unique, table["configuration"]))
-    is_chosen = table["chosen"].eq(True)
-    is_base = table["configuration"].eq("base")
-    chosen = named[is_chosen].assign(model=CHOSEN)
-    rows = pd.concat([named[~is_chosen | is_base], chosen], ignore_index=True)
+    return table.assign(model=rule.where(is_unique, table["configuration"]))
+
+
+def worth(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies of each model of each experiment, the best one last, as text.
+
+    Args:
+        table: see `named`.
+    """
     by = ["experiment", "model"] if table["experiment"].nunique() > 1 else ["model"]
-    means = rows.groupby(by)["worst_group"].transform("mean")
-    return summarize(rows.loc[means.sort_values(kind="stable").index], by)
+    means = table.groupby(by)["worst_group"].transform("mean")
+    return summarize(table.loc[means.sort_values(kind="stable").index], by)
 
 
 def save_table(table: pd.DataFrame, path: Path) -> None:

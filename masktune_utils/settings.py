@@ -7,26 +7,37 @@ repository) lie
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_finetuned_{configuration}.pth
     checkpoints/{experiment}/seed{seed}/CNN_saliency.pth
+    checkpoints/{experiment}/seed{seed}/CNN_choice.npz
     figures/…/*.png, results/…/*.json, runs/…/*.ipynb, in the same way
 
 `experiment` is the data set and `configuration` is `{method}_{param}`, each with every
 other setting that is not the default, so that models of different settings do not share
-a file.
+a file; the configuration of the model with the chosen mask is `chosen`.
 """
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from matplotlib.colors import is_color_like, to_rgb
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from PIL import ImageColor
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from masktune_utils.masking import Rule
 
-REPOSITORY = Path(__file__).parents[1]
+_above = Path(__file__).parents[1]
+# A package that was installed without a repository leaves its files where it is used.
+REPOSITORY = _above if (_above / "pyproject.toml").exists() else Path.cwd()
 # Largest `param` of each method; the smallest is 0. Beyond these, nothing is hidden: no
 # value of an 8×8 map exceeds 64 times the mean, and no one of 28×28 values is 28
 # standard deviations above it.
@@ -36,6 +47,15 @@ LONGEST = 165  # bytes of a name; that of a file is at most 200
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
 TRAINING = ("epochs", "batch_size", "lr", "lr_decay_epochs", "seed")
+# (setting, value) → the settings on which nothing depends then.
+IGNORED = {
+    ("shortcut", "none"): ("placement", "conflicting_share"),
+    ("shortcut", "frame"): ("square_size",),
+    ("shortcut", "pixels"): ("square_size",),
+    ("shortcut", "digit_color"): ("square_size",),
+    ("shortcut", "background"): ("square_size",),
+    ("method", "mean_std"): ("upsample",),
+}
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=1e-8, le=10)]
@@ -108,18 +128,24 @@ class DataSettings(BaseModel):
                 _describe_problem(problem, type(self).model_fields)
             ) from None
 
-    @model_validator(mode="after")
-    def _check_color(self) -> Self:
-        color = self.square_color
-        # In a file name there is no slash, and on a black image black is not seen.
-        if not is_color_like(color) or "/" in color or not any(to_rgb(color)):
-            self._refuse(
-                "square_color", "colour without a slash, or #rrggbb; not black"
-            )
-        return self
+    @field_validator("square_color")
+    @classmethod
+    def _check_color(cls, color: str) -> str:
+        try:
+            red_green_blue = ImageColor.getrgb(color)[:3]
+        except ValueError:
+            red_green_blue = (0, 0, 0)
+        if not any(red_green_blue):  # on a black image black is not seen
+            raise ValueError("name of a colour, or #rrggbb; not black")
+        return color
 
-    def _refuse(self, name: str, allowed: str) -> NoReturn:
-        raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+    @model_validator(mode="after")
+    def _reset_what_is_ignored(self) -> Self:
+        """One file for all settings that make the same."""
+        for (name, value), ignored in IGNORED.items():
+            if getattr(self, name, None) == value:
+                vars(self).update({other: DEFAULTS[other] for other in ignored})
+        return self
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some changed, validated like new ones."""
@@ -161,8 +187,6 @@ class Settings(BaseSettings):
     """what hidden pixels become: zero, or resample (another image's)"""
     rounds: Annotated[int, Field(ge=1, le=100)] = 1
     """of masking; each adds to what is hidden"""
-    cross_fit: bool = False
-    """masks by two base models, each trained on half of the images"""
     finetune_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd or adam"""
     finetune_lr: Rate | None = None
@@ -174,12 +198,13 @@ class Settings(BaseSettings):
     finetune_epochs: Epochs = 1
     """epochs of fine-tuning; the paper has 1"""
 
-    @model_validator(mode="after")
-    def _check_masks(self) -> Self:
-        if self.param > PARAM_LIMITS[self.method]:
-            limit = PARAM_LIMITS[self.method]
-            self._refuse("param", f"0 to {limit} for method {self.method!r}")
-        return self
+    @field_validator("param")
+    @classmethod
+    def _check_param(cls, param: float, others: ValidationInfo) -> float:
+        method = others.data.get("method")
+        if method and param > PARAM_LIMITS[method]:
+            raise ValueError(f"0 to {PARAM_LIMITS[method]} for method {method!r}")
+        return param
 
     @property
     def experiment(self) -> str:
@@ -206,7 +231,15 @@ class Settings(BaseSettings):
         return text
 
     def folder(self, kind: str) -> Path:
-        """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`."""
+        """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`.
+
+        Raises:
+            ValueError: the data set is `auto`, of which nobody knows later what it was.
+        """
+        if self.dataset == "auto":
+            raise ValueError(
+                "dataset is 'auto'; allowed: what datasets.resolve_dataset makes of it."
+            )
         return root(self.directory) / kind / self.experiment / f"seed{self.seed}"
 
     def checkpoint_path(self, configuration: str) -> Path:
@@ -271,10 +304,9 @@ def _describe_problem(problem: dict[str, Any], known: Iterable[str]) -> str:
         problem: the first of `ValidationError.errors()`.
         known: names that are allowed.
     """
-    if not problem["loc"]:  # settings that do not go together
-        return problem["msg"].removeprefix("Value error, ")
     name = problem["loc"][0]
     if problem["type"] == "extra_forbidden":
         return f"{name} is not a setting; allowed: {', '.join(known)}."
     allowed = problem["msg"].removeprefix("Input should be ")
+    allowed = allowed.removeprefix("Value error, ")
     return f"{name} is {problem['input']!r}; allowed: {allowed}."

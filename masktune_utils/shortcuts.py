@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from matplotlib.colors import to_rgb
+from PIL import ImageColor
 from torch import Tensor
 
 from masktune_utils.data import Split
@@ -35,7 +35,7 @@ def add_square(
     Args:
         images: N×3×H×W, uint8.
         size: side in pixels.
-        color: name of a colour or `#rrggbb`, as matplotlib understands it.
+        color: name of a colour or `#rrggbb`, as Pillow understands it.
         row: of the square's top-left pixel.
         column: of the square's top-left pixel. What reaches over the edge is cut off
             there.
@@ -47,8 +47,8 @@ def add_square(
 
 def _pixel(color: str) -> Tensor:
     """3×1×1, uint8."""
-    rgb = 255 * torch.tensor(to_rgb(color))
-    return rgb.round().to(torch.uint8).view(3, 1, 1)
+    rgb = torch.tensor(ImageColor.getrgb(color)[:3])
+    return rgb.to(torch.uint8).view(3, 1, 1)
 
 
 def square(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
@@ -142,7 +142,7 @@ def plant(
         split: the images, N×3×28×28, uint8, on the CPU.
         which: N, bool.
         shortcut: name of one of the `SHORTCUTS`.
-        color: name of a colour or `#rrggbb`, as matplotlib understands it.
+        color: name of a colour or `#rrggbb`, as Pillow understands it.
         size: side of a square in pixels.
         generator: source of random choices.
 

@@ -16,25 +16,6 @@ from torch import Tensor, nn
 from masktune_utils import models
 from masktune_utils.settings import DEFAULTS, root
 
-# Settings that were removed, each with the value that does what is done today.
-RETIRED = {
-    "iterations": 1,
-    "accumulate": False,
-    "restart": False,
-    "start_half": None,
-    "half": None,
-    "train_folder": "",
-    "test_folder": "",
-    "image_size": 28,
-    "model": "small_cnn",
-    "weights": "",
-    "flip": False,
-    "cam": "XGradCAM",
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "lr_decay_factor": 0.5,
-}
-
 
 class CheckpointError(ValueError):
     """A file that is damaged, foreign, or was made with other settings."""
@@ -238,15 +219,10 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
     """What a file holds, unless something is wrong with it; the model is on the CPU."""
     weights = content["state_dict"]
     made_with = dict(content["settings"])
-    for name, value in RETIRED.items():
-        if made_with.pop(name, value) != value:
-            raise ValueError(
-                f"an older version wrote it, with {name} other than {value}"
-            )
     unknown = made_with.keys() - DEFAULTS - {"base_sha256"}
     if unknown:
         raise ValueError(
-            f"a newer version wrote it, with the setting {', '.join(unknown)}"
+            f"another version wrote it, with the setting {', '.join(unknown)}"
         )
     if weights_sha256(weights) != content["sha256"]:
         raise ValueError("its weights have another SHA-256")

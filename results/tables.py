@@ -18,7 +18,7 @@ RUNS = pd.read_csv(REPOSITORY / "results" / "reference.csv")
 CHOSEN = RUNS[RUNS["chosen"].astype(str).eq("True")]  # by the three tests
 # The same base models, and what the one test chooses for them.
 CHOICES_RUN = pd.read_csv(REPOSITORY / "results" / "reference_choices.csv")
-ONE_TEST = CHOICES_RUN[CHOICES_RUN["chosen"].astype(str).eq("True")]
+ONE_TEST = CHOICES_RUN[CHOICES_RUN["configuration"].eq("chosen")]
 RULES = pd.read_csv(REPOSITORY / "results" / "reference_rules.csv")
 CONTROLS = pd.read_csv(REPOSITORY / "results" / "reference_08_limits.csv")
 AUTHORS = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")

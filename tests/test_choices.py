@@ -66,11 +66,6 @@ class Made(NamedTuple):
         """Of what is saved of the choice."""
         return self.settings.folder("checkpoints") / "CNN_choice.npz"
 
-    @property
-    def verdict(self) -> dict:
-        """What is saved for the table of results."""
-        return results.read(self.settings.folder("results") / "chosen.json")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def small_rules():
@@ -139,7 +134,6 @@ def test_all_candidates_are_fine_tuned_by_one_schedule():
     base = BaseSettings(dataset="mnist5k", square_size=8, seed=3, epochs=7)
     settings = experiment.choice_settings(base, 60_000)
     assert settings.identity(base=True) == Settings(**dict(base)).identity(base=True)
-    assert settings.cross_fit
     assert settings.finetune_schedule == "linear"
     assert settings.finetune_lr == 0.02
     assert settings.finetune_batch_size == 32
@@ -160,23 +154,11 @@ def test_a_choice_is_that_of_the_core_with_the_settings_of_the_base_model(made):
     )
 
 
-def test_a_choice_is_saved_as_one_file_and_its_verdict_in_words(made):
-    assert files_of(made.settings.directory) == {
-        "CNN_checkpoint_base.pth",
-        "CNN_choice.npz",
-        "chosen.json",
-    }
+def test_a_choice_is_saved_as_one_file(made):
+    files = files_of(made.settings.directory)
+    assert files == {"CNN_checkpoint_base.pth", "CNN_choice.npz"}
     masks = 4 * 200 * 28 * 4  # one bit for each pixel, four bytes for each row
     assert made.path.stat().st_size < masks + 20_000
-    choice = made.choice
-    verdict = made.verdict
-    configuration = verdict.pop("configuration")
-    assert verdict == {
-        "chosen": choice.verdict.chosen,
-        "reason": choice.reason,
-        "base_sha256": made.base.sha256,
-    }
-    assert (configuration == "base") == choice.is_kept
 
 
 def test_what_is_saved_is_read_back_as_it_was(made):
@@ -215,14 +197,12 @@ def test_other_limits_of_the_rule_judge_again_and_train_nothing(
     monkeypatch.setattr(selection, "BEHIND", 99.0)
     kept = experiment.choose(base, train)
     assert kept.verdict.left == [*kept.candidates]
-    assert copied.verdict["chosen"] == ERM
-    assert copied.verdict["reason"] == kept.reason
+    assert kept.is_kept
     monkeypatch.setattr(selection, "BEHIND", 1e-9)
     monkeypatch.setattr(selection, "COST", 0)
     strict = experiment.choose(base, train)
     assert len(strict.verdict.left) < len(kept.verdict.left)
-    assert copied.verdict["chosen"] == strict.verdict.chosen
-    assert copied.verdict["reason"] == strict.reason
+    assert strict.reason != kept.reason
     assert not asked
 
 
@@ -266,7 +246,7 @@ def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(copied):
     tuned = experiment.chosen_model(choice, base, train)
     settings = experiment.choice_settings(base.settings, len(train))
     assert tuned.settings == settings.replace(**vars(RULES[0]))
-    assert tuned.configuration == tuned.settings.configuration
+    assert tuned.configuration == "chosen"
     assert tuned.images is choice.candidates[f"{RULES[0]}"]
     network = copy.deepcopy(base.model)
     training.train(network, choice.masked, **tuned.settings.finetuning)
@@ -279,28 +259,22 @@ def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(copied):
     assert experiment.chosen_model(choice, base, train, retrain=True).seconds > 0
 
 
+def test_a_model_of_another_mask_is_refused_and_one_of_a_new_choice_made_anew(copied):
+    train, base, choice = copied
+    experiment.chosen_model(taken(choice, f"{RULES[0]}"), base, train)
+    other = taken(choice, f"{RULES[1]}")
+    with pytest.raises(
+        CheckpointError, match=r"chosen\.pth was made with param = 4\.0"
+    ):
+        experiment.chosen_model(other, base, train)
+    experiment.choose(base, train, retrain=True)
+    assert experiment.chosen_model(other, base, train).seconds > 0
+
+
 def test_where_erm_is_kept_the_chosen_model_is_the_base_model(made):
     kept = taken(made.choice, ERM)
-    assert experiment.chosen_model(kept, made.base, made.train) is made.base
-
-
-def test_masktune_with_cross_fit_takes_the_masks_of_the_candidate_that_it_names(
-    copied, asked
-):
-    train, base, choice = copied
-    settings = experiment.choice_settings(base.settings, len(train))
-    for rule in (dataclasses.replace(RULES[0], rounds=1), *RULES):
-        of_rule = settings.replace(**vars(rule), finetune_epochs=1)
-        tuned = experiment.masktune(of_rule, base, train)
-        masks = choice.candidates[f"{rule}"].own_masks
-        assert torch.equal(tuned.images.own_masks, masks)
-        assert tuned.configuration == of_rule.configuration
-        assert len(tuned.history) == 1
-    assert not asked
-    unknown = settings.replace(**vars(Rule(param=9.0)))
-    message = f"the rule is 'mean_std 9'; allowed with cross_fit: .*{RULES[1]}"
-    with pytest.raises(ValueError, match=message):
-        experiment.masktune(unknown, base, train)
+    chosen = experiment.chosen_model(kept, made.base, made.train)
+    assert chosen == dataclasses.replace(made.base, configuration="chosen")
 
 
 def test_neither_groups_nor_the_shortcut_are_known_to_the_choice(made, tmp_path):
@@ -316,12 +290,16 @@ def test_neither_groups_nor_the_shortcut_are_known_to_the_choice(made, tmp_path)
 def test_without_a_shortcut_erm_is_kept(tmp_path, monkeypatch):
     use_candidates(monkeypatch, RULES[1:])
     train, base = with_base(tmp_path, shortcut="none", limit=1000, epochs=10)
-    experiment.record(base, datasets.load(base.settings))
     choice = experiment.choose(base, train)
     assert choice.is_kept
     assert choice.held_out.is_mistake.any()
+    sets = datasets.load(base.settings)
+    experiment.record(base, sets)
+    experiment.record(experiment.chosen_model(choice, base, train), sets)
     table = results.collect(str(tmp_path))
-    assert table["chosen"].tolist() == [True]
+    assert table["configuration"].tolist() == ["base", "chosen"]
+    assert table["rule"].tolist() == ["ERM", "ERM"]
+    assert table["worst_group"].nunique() == 1
 
 
 KILLED = """

@@ -14,7 +14,7 @@ def metadata(monkeypatch) -> dict[str, str]:
     """What the front end sends with a cell; this process looks like a kernel."""
     sent = {}
     shell = SimpleNamespace(kernel=None, get_parent=lambda: {"metadata": sent})
-    monkeypatch.setattr(progress, "get_ipython", lambda: shell)
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     return sent
 
 
@@ -36,7 +36,8 @@ def test_a_notebook_has_a_bar_only_where_a_person_looks_on(metadata, capsys):
 def terminal(capsys, monkeypatch):
     """Messages go to a terminal, and not to a file."""
     stderr = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
+    terminal = SimpleNamespace(stderr=stderr, modules={})
+    monkeypatch.setattr(progress, "sys", terminal)
     return capsys
 
 

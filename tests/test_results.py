@@ -70,52 +70,17 @@ def test_what_is_finished_is_told_by_experiment_name_and_seed(saved):
 def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
     path = tmp_path / "results" / "mnist" / "seed0" / "mine.json"
     store.write_bytes(path, content.encode("latin-1"))
-    message = re.escape(f"{path} is damaged or not a result or a choice (")
+    message = re.escape(f"{path} is damaged or not a result (")
     with pytest.raises(ValueError, match=message):
         results.read(path)
     with pytest.raises(ValueError, match=message):
         results.collect(str(tmp_path))
 
 
-def choice(**values: str) -> dict:
-    return dict.fromkeys(results.CHOICE_KEYS, "") | values
-
-
-def test_a_table_tells_what_was_chosen_where_there_is_a_choice(saved):
-    path = saved / "results" / "mnist" / "seed0" / "chosen.json"
-    results.write_json(path, choice(configuration="top_k_0.1", base_sha256="base 0"))
-    chosen = results.collect(str(saved)).set_index(["configuration", "seed"])["chosen"]
-    assert chosen.to_dict() == {
-        ("base", 0): False,
-        ("base", 1): None,
-        ("top_k_0.1", 0): True,
-        ("top_k_0.1", 1): None,
-    }
-    older = choice(configuration="top_k_0.1", base_sha256="an older one")
-    results.write_json(path, older)
-    assert results.collect(str(saved))["chosen"].isna().all()
-
-
-def test_a_result_that_is_older_than_rules_in_words_has_its_configuration(saved):
-    path = saved / "results" / "mnist" / "seed0" / "base.json"
-    results.write_json(path, result("base", 0) | {"rule": "ERM"})
-    rules = results.collect(str(saved)).groupby("seed")["rule"].agg(list)
-    assert rules[0] == ["ERM", "top_k_0.1"]
-    assert rules[1] == ["base", "top_k_0.1"]
-
-
 def test_json_knows_no_nan(tmp_path):
     path = tmp_path / "a.json"
     results.write_json(path, {"class_accuracy": [0.5, math.nan]})
     assert json.loads(path.read_text()) == {"class_accuracy": [0.5, None]}
-
-
-@pytest.mark.parametrize("content", ['{"configuration": "base"}', "[", "[1]"])
-def test_a_damaged_choice_is_refused_by_name(content, tmp_path):
-    path = tmp_path / "results" / "mnist" / "seed0" / "chosen.json"
-    store.write_bytes(path, content.encode())
-    with pytest.raises(ValueError, match=f"{path} is damaged or not a result"):
-        results.collect(str(tmp_path))
 
 
 @pytest.fixture
@@ -147,15 +112,16 @@ def test_a_summary_may_tell_experiments_apart_and_have_some_shares_only(table):
 
 def test_what_each_model_is_worth_and_what_was_chosen():
     rows = [
-        ("mnist", "base", "ERM", 0, 0.3, False),
-        ("mnist", "mean_std_3", "mean_std 3", 0, 0.9, True),
-        ("mnist", "base", "ERM", 1, 0.5, True),  # ERM was kept
-        ("mnist", "top_k_0.1", "top_k 0.1", 1, 0.1, False),
-        ("mnist", "top_k_0.1_epochs=2", "top_k 0.1", 1, 0.2, False),
+        ("mnist", "base", "ERM", 0, 0.3),
+        ("mnist", "chosen", "mean_std 3", 0, 0.9),
+        ("mnist", "base", "ERM", 1, 0.5),
+        ("mnist", "chosen", "ERM", 1, 0.5),  # which was kept
+        ("mnist", "top_k_0.1", "top_k 0.1", 1, 0.1),
+        ("mnist", "top_k_0.1_epochs=2", "top_k 0.1", 1, 0.2),
     ]
-    columns = ["experiment", "configuration", "rule", "seed", "worst_group", "chosen"]
+    columns = ["experiment", "configuration", "rule", "seed", "worst_group"]
     table = pd.DataFrame(rows, columns=columns)
-    worth = results.worth(table)
+    worth = results.worth(results.named(table))
     expected = {
         "top_k_0.1": "10.00",
         "top_k_0.1_epochs=2": "20.00",
@@ -165,7 +131,7 @@ def test_what_each_model_is_worth_and_what_was_chosen():
     assert worth["worst group"].to_dict() == expected
     assert [*worth.index] == [*expected]  # the best one last
     other = table[:1].assign(experiment="mnist_epochs=2", worst_group=0.8)
-    worth = results.worth(pd.concat([table, other]))
+    worth = results.worth(results.named(pd.concat([table, other], ignore_index=True)))
     assert worth.loc[("mnist_epochs=2", "ERM"), "worst group"] == "80.00"
 
 

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_grad_cam import XGradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from masktune_utils import data, metrics, saliency
 from masktune_utils.data import Split
@@ -31,18 +29,18 @@ def test_images_in_floating_point_have_the_same_maps(model, few):
     assert torch.equal(saliency.saliency_maps(model, images, labels), maps)
 
 
-def test_xgradcam_equals_that_of_the_package_grad_cam(model, few):
-    maps = saliency.saliency_maps(model, few.images, few.labels)
+def test_maps_are_those_of_the_formula(model, few):
+    """Fu et al., 2020, equation 8, with the gradients of autograd."""
     images, labels = few.batch(slice(None))
-    layer = model.get_grad_cam_target_layer()
-    with XGradCAM(model, [layer]) as theirs:
-        theirs(images, [ClassifierOutputTarget(label) for label in labels.tolist()])
-        activations = theirs.activations_and_grads.activations[0].numpy()
-        gradients = theirs.activations_and_grads.gradients[0].numpy()
-        arrays = theirs.get_cam_image(images, layer, None, activations, gradients)
-    expected = torch.as_tensor(arrays).clamp(min=0)
+    features = model.backbone[:-2](images).detach().requires_grad_()
+    scores = model.linear(model.backbone[-2:](features))
+    own_scores = scores.gather(1, labels[:, None]).sum()
+    (gradients,) = torch.autograd.grad(own_scores, features)
+    weights = (gradients * features).sum((2, 3)) / features.sum((2, 3)).clamp(min=1e-8)
+    expected = (weights[:, :, None, None] * features).sum(1).relu()
     expected -= expected.amin((1, 2), keepdim=True)
     expected /= expected.amax((1, 2), keepdim=True) + 1e-8
+    maps = saliency.saliency_maps(model, few.images, few.labels)
     torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -39,7 +39,7 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
         ({"lr": float("nan")}, "lr is nan; allowed: a finite number."),
         (
             {"method": "mean", "param": 65},
-            "param is 65.0; allowed: 0 to 64 for method 'mean'.",
+            "param is 65; allowed: 0 to 64 for method 'mean'.",
         ),
         ({"foo": 1}, f"foo is not a setting; allowed: {', '.join(DEFAULTS)}."),
     ],
@@ -49,6 +49,27 @@ def test_a_bad_value_is_refused_and_named_with_what_is_allowed(values, message):
         Settings(**values)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Settings().replace(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"shortcut": "none", "placement": "ordered", "conflicting_share": 0.2},
+        {"shortcut": "frame", "square_size": 9},
+        {"method": "mean_std", "upsample": "map"},
+    ],
+)
+def test_settings_that_make_the_same_are_the_same(values):
+    name = next(iter(values))
+    plain = Settings(dataset="mnist", **{name: values[name]})
+    assert Settings(dataset="mnist", **values) == plain
+    assert plain.replace(**values) == plain
+
+
+def test_nothing_is_saved_as_of_a_data_set_that_is_not_known():
+    message = r"^dataset is 'auto'; allowed: what datasets.resolve_dataset makes of it"
+    with pytest.raises(ValueError, match=message):
+        Settings().folder("checkpoints")
 
 
 def test_the_names_that_are_allowed_are_those_of_the_functions():

@@ -1,5 +1,6 @@
 """The command `masktune` on tiny data, as a plugin of pytest (PYTEST_DONT_REWRITE)."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ import nbformat
 import psutil
 import pytest
 from conftest import MASKTUNE, TINY, outcome
-from filelock import FileLock
 
 from masktune_utils import store
 from masktune_utils.runner import command
@@ -97,7 +97,8 @@ def whole_run(tmp_path_factory, worker_id) -> Run:
         return run_all(tmp_path_factory.mktemp("run"))
     directory = tmp_path_factory.getbasetemp().parent / "run"
     outcome_file = directory.with_suffix(".json")
-    with FileLock(directory.with_suffix(".lock")):
+    with directory.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not outcome_file.exists():
             directory.mkdir()
             _, *rest = run_all(directory)

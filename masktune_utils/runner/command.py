@@ -5,7 +5,7 @@ import ast
 import contextlib
 from pathlib import Path
 
-from masktune_utils.settings import RUNTIME, Settings
+from masktune_utils.settings import REPOSITORY, RUNTIME, Settings
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
@@ -13,7 +13,10 @@ USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command. Bad arguments end it with exit code 2 at once."""
-    arguments = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if not (REPOSITORY / "notebooks").is_dir():
+        parser.error("there are no notebooks here; allowed: a clone of the repository.")
     from masktune_utils.runner import stages  # takes seconds, which --help need not
 
     return stages.run(arguments)

@@ -176,4 +176,4 @@ def _save_tables(grid: list[Settings], notebook: str) -> None:
     rows = table[table["experiment"].isin(experiments)]
     if rows.empty:
         return
-    print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")
+    print(f"\nAccuracy in %\n\n{results.worth(results.named(rows)).to_string()}\n")
