@@ -92,6 +92,7 @@ def page(tmp_path):
         browser.close()
 
 
+@pytest.mark.slow
 def test_the_picture_follows_the_slider(lab, page, tmp_path):
     page.goto(lab)
     page.get_by_text("| Idle").wait_for(timeout=60_000)

@@ -91,8 +91,9 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     path.unlink()
     assert command.main(["choose", *options]) == 0
     printed = capsys.readouterr().out
-    choice = checked_results(directory)["chosen"]
-    assert f"seed 0: {choice['reason']}" in printed
+    assert "seed 0: " in printed
+    assert "of 200 training images are predicted wrongly" in printed
+    assert "chosen" in checked_results(directory)
     assert results.CHOSEN in printed
 
 
@@ -168,6 +169,7 @@ def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
     assert shares == [expected, expected]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_kernels_too(tmp_path):
     options = ["--epochs", "10000", "--param", "0.1", "--seed", "0", "1", "--jobs", "2"]
     process = start(tmp_path, *options)
@@ -184,6 +186,7 @@ def test_an_interrupt_ends_the_kernels_too(tmp_path):
     assert not alive
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(directory):
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}

@@ -129,10 +129,16 @@ def fill(disk: Path, free: int) -> None:
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - free))
 
 
-def test_killed_during_each_write(undisturbed, tmp_path):
-    """One directory, twelve faults, one after the other."""
+OF_WRITES = pytest.mark.parametrize(
+    "names", [WRITES[:1], pytest.param(WRITES, marks=pytest.mark.slow)]
+)
+
+
+@OF_WRITES
+def test_killed_during_each_write(names, undisturbed, tmp_path):
+    """One directory, two faults for each write, one after the other."""
     before = {}
-    for name in WRITES:
+    for name in names:
         half_written = ("open", f"/.{name}.", stop_at_a_thousand_bytes)
         assert in_process(disturbed, tmp_path, *half_written) == -signal.SIGXFSZ
         assert outcome(tmp_path) == before
@@ -144,13 +150,14 @@ def test_killed_during_each_write(undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
-def test_disk_full_at_each_write(disk, whole, undisturbed):
+@OF_WRITES
+def test_disk_full_at_each_write(names, disk, whole, undisturbed):
     sizes = {}  # in whole pages
     for path in whole.rglob("*.*"):
         sizes[path.name] = -(-path.stat().st_size // 4096) * 4096
     directory = disk / "run"
     before = {}
-    for name in WRITES:
+    for name in names:
         shutil.rmtree(directory, ignore_errors=True)
         fill(disk, free=sum(sizes[written] for written in before))
         code = in_process(pipeline_with_exit_code, directory)
@@ -164,6 +171,7 @@ def test_disk_full_at_each_write(disk, whole, undisturbed):
     assert outcome(directory) == undisturbed
 
 
+@pytest.mark.slow
 def test_permission_lost_midway(disk, undisturbed):
     first = WRITES[0]
     assert in_process(disturbed, disk, "open", f"/{first}", lock) == errno.EROFS
@@ -176,6 +184,7 @@ def test_permission_lost_midway(disk, undisturbed):
     assert outcome(disk) == undisturbed
 
 
+@pytest.mark.slow
 def test_the_clock_is_set_back(whole, undisturbed, tmp_path):
     """Files are then of the future."""
     directory = shutil.copytree(whole, tmp_path / "copy")
@@ -190,6 +199,7 @@ def test_the_clock_is_set_back(whole, undisturbed, tmp_path):
     assert outcome(directory) == undisturbed
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
     both = [PROCESSES.Process(target=pipeline, args=(tmp_path,)) for _ in range(2)]
     for process in both:

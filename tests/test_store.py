@@ -49,10 +49,10 @@ def test_the_committed_checkpoints_were_made_with_what_their_names_say():
 
 
 def random_offsets(length: int) -> tuple[list[int], list[int]]:
-    """Two times 200 offsets in a file; half of them near its ends."""
+    """Two times 20 offsets in a file; half of them near its ends."""
     random = np.random.default_rng(0)
-    anywhere = random.integers(length, size=(2, 100))
-    near_the_ends = random.integers(-4000, 4000, size=(2, 100)) % length
+    anywhere = random.integers(length, size=(2, 10))
+    near_the_ends = random.integers(-4000, 4000, size=(2, 10)) % length
     first, second = np.concatenate([anywhere, near_the_ends], axis=1).tolist()
     return first, second
 
@@ -82,7 +82,7 @@ def test_random_damage_is_refused_by_name_or_touches_nothing(saved):
             assert checkpoint.history == undamaged.history
             sha256 = weights_sha256(checkpoint.model.state_dict())
             assert sha256 == undamaged.sha256
-    assert refused > 150
+    assert refused > 15
 
 
 def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(saved):

@@ -253,6 +253,7 @@ def shared(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("studies")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "validation_share"),
     [("08_limits", 0.0), ("09_alternatives", 0.2), ("10_selective", 0.2)],
@@ -267,6 +268,7 @@ def test_the_studies_run_on_tiny_data(stem, validation_share, shared):
     assert len(table) > 4
 
 
+@pytest.mark.slow
 def test_notebook_11_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
     values = {"directory": str(tmp_path), "count": 8, "epochs": 1, "seed": 0}
     source = jobs.NOTEBOOKS / "11_your_own.ipynb"
