@@ -1,6 +1,7 @@
 """Images with labels, as one set: a `Split`, made from any data set of torch."""
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -52,6 +53,7 @@ class Split(Dataset):
             problem += f", from {lowest:g} to {highest:g}"
         if images.ndim != 4 or not is_image:
             allowed = "N×C×H×W, uint8 or floating point from 0 to 1"
+            allowed += " (normalise them inside the network)"
             raise ValueError(f"images are {problem}; allowed: {allowed}.")
         lengths = [len(images), len(labels), len(self.groups), len(self.shortcut)]
         if labels.dtype != torch.int64 or len(set(lengths)) > 1:
@@ -76,8 +78,8 @@ class Split(Dataset):
             group_names: see `Split`.
 
         Raises:
-            RuntimeError: the images differ in size.
-            ValueError: see `Split`.
+            ValueError: there is no image; one is not a pair of an image and a label;
+                or they differ in size. See also `Split`.
         """
         from torchvision.transforms.v2.functional import to_image  # takes seconds
 
@@ -85,9 +87,21 @@ class Split(Dataset):
         labels = []
         numbers = range(len(dataset))
         for number in progress.bar(numbers, desc="reading images"):
-            image, label = dataset[number]
-            images.append(to_image(image).as_subclass(Tensor))
-            labels.append(int(label))
+            try:
+                image, label = dataset[number]
+                images.append(to_image(image).as_subclass(Tensor))
+                labels.append(operator.index(label))
+            except (TypeError, ValueError) as error:
+                allowed = "a pair of an image and a label 0, 1, …"
+                raise ValueError(
+                    f"item {number} is no such pair ({error}); allowed: {allowed}."
+                ) from error
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"{len(images)} images have the shapes {sorted(shapes)}; allowed: one "
+                "or more images, of one shape, as by torchvision's Resize and RGB."
+            )
         pixels = torch.stack(images)
         return cls(pixels, torch.tensor(labels), groups, group_names=group_names)
 

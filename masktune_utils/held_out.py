@@ -146,15 +146,21 @@ def collect(
         masks.
 
     Raises:
-        TypeError: `fit` or `finetune` returns no network.
-        ValueError: there is one class, one with a single image, or no candidate; or
-            `fit` returns the same network twice.
+        TypeError: `train` is no `Split`, or `fit` or `finetune` returns no network.
+        ValueError: there is one class, one with less than two images, or no candidate;
+            or `fit` returns the same network twice, or one that does not have an output
+            for each class.
     """
-    counts = train.labels.unique(return_counts=True)[1]
+    if not isinstance(train, Split):
+        raise TypeError(
+            f"train is a {type(train).__name__}; allowed: a Split, as "
+            "Split.from_dataset(train) is one."
+        )
+    counts = train.labels.bincount()
     if len(counts) < 2 or counts.min() < 2:
         raise ValueError(
-            f"classes have {counts.tolist()} images; allowed: 2 classes or more, of 2 "
-            "images or more each."
+            f"the classes 0, 1, … have {counts.tolist()} images; allowed: 2 classes or "
+            "more, of 2 images or more each."
         )
     if not candidates:
         raise ValueError("there are 0 candidates; allowed: 1 or more.")
@@ -212,6 +218,13 @@ def _train(
     network = fit(fold)
     if not isinstance(network, nn.Module):
         raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
+    outputs = metrics.predict(network, fold[:2]).shape[1]
+    classes = len(fold.labels.bincount())
+    if outputs < classes:
+        raise ValueError(
+            f"the network has {outputs} outputs; allowed: one for each of {classes} "
+            "classes."
+        )
     maps = explain(network, fold.images, fold.labels)
     models = {ERM: _Model(network, torch.zeros(0))}
     for rule in progress.bar((NOTHING, *candidates), desc="fine-tuning"):

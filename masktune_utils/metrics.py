@@ -141,8 +141,10 @@ def diagnose(
         or from `another class`.
 
     Raises:
-        ValueError: nothing is hidden.
+        ValueError: nothing is hidden, or the number of masks is not that of the images.
     """
+    if len(masks) != len(split):
+        raise ValueError(f"{len(masks)} masks; allowed: {len(split)}, one per image.")
     if not masks.any():
         raise ValueError("the masks hide nothing; allowed: masks that hide something.")
     resampled = MaskedDataset(split, masks, "resample", seed)

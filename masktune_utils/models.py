@@ -81,9 +81,15 @@ def target_layer(
             layer whose output is larger than one pixel.
 
     Raises:
+        ValueError: there is no layer of this name.
         TypeError: no layer is named, and there is none, or the network computes with
             tokens.
     """
+    names = [name for name, _ in model.named_modules()]
+    if layer and layer not in names:
+        raise ValueError(
+            f"layer is {layer!r}; allowed: {', '.join(filter(None, names))}."
+        )
     if layer:
         return model.get_submodule(layer)
     if hasattr(model, "get_grad_cam_target_layer"):

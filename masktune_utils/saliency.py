@@ -114,17 +114,16 @@ def exchange_map(
     falls = torch.zeros(len(tops), len(lefts))
     for part in torch.arange(len(mistakes)).split(100):
         index = mistakes[part]
-        original = images[index]
+        originals = images[index]
         others = images[partners[index]]
-        before = losses(original, labels[index])
+        before = losses(originals, labels[index])
         for row, top in enumerate(tops):
             for column, left in enumerate(lefts):
-                rows = slice(top, top + high)
-                columns = slice(left, left + wide)
-                exchanged = original.clone()
-                exchanged[..., rows, columns] = others[..., rows, columns]
+                window = (..., slice(top, top + high), slice(left, left + wide))
+                exchanged = originals.clone()
+                exchanged[window] = others[window]
                 fall = before - losses(exchanged, labels[index])
-                falls[row, column] += (weights[part] * fall).sum()
+                falls[row, column] += weights[part] @ fall
     return falls
 
 

@@ -192,7 +192,8 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         "predicted wrongly by ERM models that have not seen them."
     )
     words = [first]
-    if verdict.chosen == ERM:
+    role = "chosen" if verdict.chosen == name else "proposed"
+    if NULL in verdict.left:
         words.append(
             "Nothing masked, fine-tuned like the candidates, is nowhere far behind: "
             "ERM is not seen to rely on what a candidate hides, and is kept. The "
@@ -208,7 +209,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             "Nothing masked, fine-tuned like the candidates, is up to "
             f"{100 * gaps.max():.0f} points less accurate than the best model "
             f"({where}): ERM relies on what can be hidden. Of the candidates that are "
-            f"least behind, {name} hides least, and is chosen."
+            f"least behind, {name} hides least, and is {role}."
         )
     words.append(
         f"It hides {held_out.hidden[name]:.0%} of the image, most at the "
@@ -247,7 +248,7 @@ class Choice:
         held_out: what it is based on.
         candidates: `NULL` and each candidate → the training images with their masks.
         schedule: how these are fine-tuned.
-        verdict: see `judge`. Another one may be taken by `dataclasses.replace`.
+        verdict: see `judge`.
     """
 
     held_out: HeldOut
@@ -259,6 +260,17 @@ class Choice:
     def reason(self) -> str:
         """See `reason`."""
         return reason(self.held_out, self.verdict)
+
+    def take(self, name: str) -> "Choice":
+        """The same with another candidate, or `ERM`, since you decide.
+
+        Raises:
+            ValueError: there is no such candidate.
+        """
+        names = [ERM, *self.held_out.hidden.index]
+        if name not in names:
+            raise ValueError(f"name is {name!r}; allowed: {'; '.join(names)}.")
+        return replace(self, verdict=replace(self.verdict, chosen=name))
 
     @property
     def is_kept(self) -> bool:

@@ -234,15 +234,9 @@ def test_a_choice_that_is_damaged_or_foreign_is_refused_by_name_and_left(
     assert asked == [1]
 
 
-def taken(choice: Choice, name: str) -> Choice:
-    """The same with another verdict."""
-    verdict = dataclasses.replace(choice.verdict, chosen=name)
-    return dataclasses.replace(choice, verdict=verdict)
-
-
 def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(copied):
     train, base, choice = copied
-    choice = taken(choice, f"{RULES[0]}")
+    choice = choice.take(f"{RULES[0]}")
     tuned = experiment.chosen_model(choice, base, train)
     settings = experiment.choice_settings(base.settings, len(train))
     assert tuned.settings == settings.replace(**vars(RULES[0]))
@@ -261,8 +255,8 @@ def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(copied):
 
 def test_a_model_of_another_mask_is_refused_and_one_of_a_new_choice_made_anew(copied):
     train, base, choice = copied
-    experiment.chosen_model(taken(choice, f"{RULES[0]}"), base, train)
-    other = taken(choice, f"{RULES[1]}")
+    experiment.chosen_model(choice.take(f"{RULES[0]}"), base, train)
+    other = choice.take(f"{RULES[1]}")
     with pytest.raises(
         CheckpointError, match=r"chosen\.pth was made with param = 4\.0"
     ):
@@ -272,7 +266,7 @@ def test_a_model_of_another_mask_is_refused_and_one_of_a_new_choice_made_anew(co
 
 
 def test_where_erm_is_kept_the_chosen_model_is_the_base_model(made):
-    kept = taken(made.choice, ERM)
+    kept = made.choice.take(ERM)
     chosen = experiment.chosen_model(kept, made.base, made.train)
     assert chosen == dataclasses.replace(made.base, configuration="chosen")
 

@@ -1,5 +1,6 @@
 """The core with networks and images that are in no way ours."""
 
+import copy
 import re
 from functools import partial
 
@@ -178,10 +179,42 @@ def test_groups_are_kept_for_reports():
     assert accuracies == {"on land": 1.0, "on water": 0.0}
 
 
-def test_images_of_several_sizes_are_refused():
-    pairs = [(IMAGES["tensor"], 0), (torch.zeros(3, 9, 9, dtype=torch.uint8), 1)]
-    with pytest.raises(RuntimeError, match=r"equal size.* \[3, 9, 9\] at entry 1"):
+PAIR = (IMAGES["tensor"], 0)
+BAD_SETS = {
+    "several sizes": (
+        [PAIR, (torch.zeros(3, 9, 9, dtype=torch.uint8), 1)],
+        r"^2 images have the shapes \[\(3, 4, 5\), \(3, 9, 9\)\]; allowed: one",
+    ),
+    "none": ([], r"^0 images have the shapes \[\]; allowed: one or more images"),
+    "triples": ([(*PAIR, 3)], "^item 0 is no such pair .too many values.*; allowed: a"),
+    "text labels": ([PAIR, (IMAGES["PIL"], "cat")], "^item 1 is no such pair .'str'"),
+    "real labels": ([(IMAGES["PIL"], 1.0)], "^item 0 is no such pair .'float' object"),
+    "paths": ([("a.png", 0)], "^item 0 is no such pair .Input can either be .*allowed"),
+    "normalised": ([(torch.randn(3, 4, 5), 0)], "allowed: .*normalise them inside the"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SETS)
+def test_what_is_no_set_of_pairs_is_refused(kind):
+    pairs, message = BAD_SETS[kind]
+    with pytest.raises(ValueError, match=message):
         Split.from_dataset(pairs)
+
+
+def test_a_choice_refuses_what_it_cannot_work_with(train):
+    with pytest.raises(TypeError, match="train is a Stripes; allowed: a Split, as"):
+        choose(Stripes(10), fit)
+    from_one = Split(train.images, train.labels + 1)
+    message = r"the classes 0, 1, … have \[0, 120, 120\] images; allowed: 2 classes or"
+    with pytest.raises(ValueError, match=message):
+        choose(from_one, fit)
+    of_one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
+    with pytest.raises(ValueError, match="has 1 outputs; allowed: one for each of 2"):
+        choose(train, lambda _: copy.deepcopy(of_one))
+    with pytest.raises(ValueError, match="layer is 'layer9'; allowed: conv1, bn1, re"):
+        saliency_maps(small_resnet(), train.images, train.labels, layer="layer9")
+    with pytest.raises(ValueError, match="3 masks; allowed: 240, one per image"):
+        metrics.diagnose(CornerReader(), train, torch.ones(3, 32, 32).bool())
 
 
 def test_a_masked_data_set_gives_the_same_images_one_by_one_as_in_batches(train):

@@ -1,7 +1,5 @@
 """The choice: each clause of the rule by hand on toys."""
 
-import dataclasses
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -351,11 +349,6 @@ def choice(splits) -> Choice:
     )
 
 
-def kept(choice: Choice) -> Choice:
-    verdict = dataclasses.replace(choice.verdict, chosen=ERM)
-    return dataclasses.replace(choice, verdict=verdict)
-
-
 def weights_of(network: torch.nn.Module) -> torch.Tensor:
     return torch.cat([weights.flatten() for weights in network.state_dict().values()])
 
@@ -376,7 +369,7 @@ def test_a_choice_masks_the_images_and_fine_tunes_a_copy_by_our_schedule(choice)
 
 
 def test_where_erm_is_kept_nothing_is_masked_and_nothing_fine_tuned(choice):
-    choice = kept(choice)
+    choice = choice.take(ERM)
     assert choice.is_kept
     assert choice.masked is choice.candidates[NULL]
     assert not choice.masks.any()
@@ -384,7 +377,17 @@ def test_where_erm_is_kept_nothing_is_masked_and_nothing_fine_tuned(choice):
     copy = choice.finetune(network)
     assert copy is not network
     assert torch.equal(weights_of(copy), weights_of(network))
-    assert "and is kept." in choice.reason
+
+
+def test_a_person_may_decide_otherwise(choice):
+    (name,) = choice.held_out.hidden.index
+    kept = choice.take(ERM)
+    assert kept.is_kept
+    assert kept.reason == choice.reason.replace("and is chosen", "and is proposed")
+    assert kept.take(name).reason == choice.reason
+    assert torch.equal(kept.take(name).masks, choice.candidates[name].own_masks)
+    with pytest.raises(ValueError, match=r"^name is 'b'; allowed: ERM; a\.$"):
+        choice.take("b")
 
 
 def test_the_table_of_a_choice_has_its_models_in_percent(choice):
@@ -397,7 +400,7 @@ def test_the_table_of_a_choice_has_its_models_in_percent(choice):
     assert table.loc["a", "hidden"] == pytest.approx(10)
     assert table["hidden"].isna().tolist() == [True, True, False]
     assert table["chosen"].tolist() == [False, False, True]
-    assert kept(choice).table["chosen"].tolist() == [True, False, False]
+    assert choice.take(ERM).table["chosen"].tolist() == [True, False, False]
 
 
 def test_to_choose_is_to_collect_and_to_judge(splits, monkeypatch):
