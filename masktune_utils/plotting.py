@@ -1,5 +1,6 @@
 """Figures that more than one notebook draws; `show` saves and displays any figure."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from IPython.display import Image, display
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from masktune_utils import store
+from masktune_utils import metrics, store
 from masktune_utils.data import Split
+from masktune_utils.masking import resize
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
 
@@ -115,6 +118,43 @@ def grid(
             ax.spines[:].set(visible=True, color="0.7", linewidth=0.5)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+    return figure
+
+
+def predictions(
+    models: dict[str, nn.Module], split: Split, classes: Sequence[str] = ("low", "high")
+) -> Figure:
+    """What models predict for the same images: a row for each model.
+
+    Below an image: the predicted class and its probability, green if it is right, else
+    red. Outlined: where the saliency for this class is above half of its maximum.
+
+    Args:
+        models: name → network.
+        split: a few images.
+        classes: their names; if there are others, their numbers.
+    """
+    images, labels = split.batch(slice(None))
+    size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(len(models), len(split), squeeze=False)
+    for row, (name, network) in zip(axes, models.items(), strict=True):
+        shares, predicted = metrics.predict(network, split).softmax(1).max(1)
+        predicted = predicted.to(labels.device)
+        with warnings.catch_warnings(action="ignore"):  # of maps without an outline
+            maps = saliency_maps(network, images, predicted)
+            outlines = resize(maps, tuple(images.shape[-2:])).cpu()
+            for number, ax in enumerate(row):
+                ax.imshow(images[number].permute(1, 2, 0).cpu())
+                ax.contour(outlines[number], [0.5], colors="#F0E442", linewidths=1.2)
+        colors = ["#009E73" if right else "#D55E00" for right in predicted == labels]
+        for ax, number, share, color in zip(
+            row, predicted.tolist(), shares, colors, strict=True
+        ):
+            word = classes[number] if number < len(classes) else number
+            ax.set_xlabel(f"{word} {share:.0%}", color=color, fontsize=9)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 

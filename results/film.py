@@ -1,0 +1,83 @@
+"""The film of README: eight test images over the steps of fine-tuning.
+
+    MASKTUNE_DATA=… python results/film.py
+
+writes `figures/film.gif` and its last picture, `figures/film.png`, in two minutes, from
+the saved base model and choice of the full MNIST, seed 0. The steps are those of
+`selection.fine_tune`: one epoch, batches of 32, a rate that falls from 0.02 to 0.
+"""
+
+import copy
+import io
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn, optim
+
+from masktune_utils import datasets, evaluation, experiment, plotting
+from masktune_utils.data import Split
+from masktune_utils.datasets import BiasedSets
+from masktune_utils.settings import REPOSITORY, Settings
+
+SHOWN = [0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1200]
+FIGURES = REPOSITORY / "figures"
+
+
+def frame(network: nn.Module, sets: BiasedSets, eight: Split, words: str) -> Image:
+    """What the network predicts for the eight images, and its worst group below."""
+    network.eval()
+    worst_group = 100 * evaluation.evaluate(network, sets)["worst_group"]
+    figure = plotting.predictions({"": network}, eight)
+    figure.set_size_inches(9, 2.0)
+    figure.set_layout_engine("constrained", rect=(0, 0.2, 1, 0.8))
+    ax = figure.add_axes((0.3, 0.07, 0.4, 0.07))
+    ax.barh([0], [worst_group], color="#0072B2")
+    ax.set(xlim=(0, 100), xticks=[], yticks=[])
+    options = {"transform": ax.transAxes, "va": "center", "fontsize": 10}
+    ax.text(-0.02, 0.5, words, ha="right", **options)
+    ax.text(1.02, 0.5, f"worst group {worst_group:.0f}%", ha="left", **options)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    print(words, f"{worst_group:.2f}")
+    return Image.open(buffer).convert("RGB")
+
+
+def main() -> None:
+    settings = Settings(dataset="mnist")
+    sets = datasets.load(settings)
+    eight = datasets.eight(settings)
+    base = experiment.base_model(settings, sets.train)
+    masked = experiment.saved_choice(base, sets.train).masked
+    network = copy.deepcopy(base.model)
+    optimizer = optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches = torch.randperm(len(masked), generator=generator).split(32)
+    scheduler = optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(batches))
+    frames = []
+    for step, index in enumerate(batches):
+        if step in SHOWN:
+            words = f"step {step:,}" if step else "before (ERM)"
+            frames.append(frame(network, sets, eight, words))
+        network.train()
+        images, labels = masked.batch(index)
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    frames.append(frame(network, sets, eight, f"after {len(batches):,} steps"))
+    frames[-1].save(FIGURES / "film.png", optimize=True)
+    small = [picture.quantize(200) for picture in frames]
+    durations = [2500] + [350] * (len(frames) - 2) + [4000]
+    small[0].save(
+        FIGURES / "film.gif",
+        save_all=True,
+        append_images=small[1:],
+        duration=durations,
+        loop=0,
+    )
+
+
+if __name__ == "__main__":
+    main()
