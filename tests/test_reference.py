@@ -197,14 +197,15 @@ def test_the_grids_of_the_reference_run_list_every_row():
     sweeps = REPOSITORY / "sweeps"
     _, grid = grids.read_grid(sweeps / "reference.yaml", {})
     _, choices = grids.read_grid(sweeps / "choices.yaml", {})
+    _, developed = grids.read_grid(sweeps / "development.yaml", {})
     by_paper = {"method": ["mean_std"], "param": [2.0], "finetune_lr": [0.01]}
-    _, paper = grids.read_grid(sweeps / "choices.yaml", by_paper)
+    _, paper = grids.read_grid(sweeps / "development.yaml", by_paper)
     made = set()
-    for settings in [*grid, *choices, *paper]:
+    for settings in [*grid, *developed, *paper]:
         for name in ("base", settings.configuration):
             made.add((settings.experiment, name, settings.seed))
     is_chosen = tables.RUNS.index.isin(tables.CHOSEN.index)
     assert keys_of(tables.RUNS[~is_chosen], KEY) <= made
-    bases = {(settings.experiment, settings.seed) for settings in choices}
-    for chosen in (tables.CHOSEN, tables.ONE_TEST):
+    for chosen, listed in ((tables.CHOSEN, developed), (tables.ONE_TEST, choices)):
+        bases = {(settings.experiment, settings.seed) for settings in listed}
         assert keys_of(chosen, ["experiment", "seed"]) <= bases
