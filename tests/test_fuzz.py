@@ -23,8 +23,6 @@ MAPS = st_numpy.arrays(np.float32, SHAPES, elements=SALIENCY).map(torch.from_num
 UPSAMPLES = st.sampled_from(masking.UPSAMPLES)
 HARD_UPSAMPLES = st.sampled_from(["nearest", "map"])
 SEEDS = st.integers(0, 2**32 - 1)
-COLORS = st.tuples(*[st.integers(0, 255)] * 3)
-PLACES = st.integers(0, 27)
 
 
 def with_param(method: str) -> st.SearchStrategy[tuple[str, float]]:
@@ -117,46 +115,6 @@ def test_a_masked_image_is_the_same_in_any_batch(maps, rule, upsample, dilation,
         assert labels.tolist() == [number]
 
 
-@given(integers(9, 200), SHARES)
-def test_ordered_placement_marks_the_share_of_each_class_from_its_first_digit(
-    digits, share
-):
-    split = split_of((digits >= 5).long(), groups=digits)
-    is_marked = shortcuts.place(split, "ordered", share, generator(0))
-    for label, marked_share in enumerate([1 - share, share]):
-        is_member = split.labels == label
-        expected = torch.tensor(marked_share).item() * int(is_member.sum())
-        assert is_marked[is_member].sum() == round(expected)
-        marked = digits[is_member & is_marked]
-        others = digits[is_member & ~is_marked]
-        if len(marked) and len(others):
-            assert marked.max() <= others.min()
-
-
-@given(integers(9, 200), SEEDS, SHARES)
-def test_random_placement_follows_its_seed(digits, seed, share):
-    split = split_of((digits >= 5).long(), groups=digits)
-    first = shortcuts.place(split, "random", share, generator(seed))
-    second = shortcuts.place(split, "random", share, generator(seed))
-    assert torch.equal(first, second)
-    without_conflict = shortcuts.place(split, "random", 0, generator(seed))
-    assert torch.equal(without_conflict, split.labels == 0)
-
-
-@given(st.integers(1, 28), PLACES, PLACES, COLORS, SEEDS)
-def test_a_square_changes_what_it_covers_and_nothing_else(
-    size, row, column, color, seed
-):
-    images = random_images(2, seed)
-    name = "#{:02x}{:02x}{:02x}".format(*color)
-    changed = shortcuts.add_square(images, size, name, row, column)
-    inside = torch.zeros(SIZE, dtype=torch.bool)
-    inside[row : row + size, column : column + size] = True
-    expected = torch.tensor(color)[:, None]
-    assert (changed[:, :, inside] == expected).all()
-    assert torch.equal(changed[:, :, ~inside], images[:, :, ~inside])
-
-
 @given(integers(1, 60), SEEDS)
 def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
     numbers = torch.rand(2, len(labels), generator=generator(seed))
@@ -169,20 +127,6 @@ def test_groups_are_a_partition_and_their_accuracies_add_up(labels, seed):
     accuracy = metrics.group_accuracy(logits, split)
     hits = sum(accuracy[name] * len(index) for name, index in groups.items())
     assert hits == pytest.approx((predictions == labels).sum().item())
-
-
-@given(integers(1, 60), SEEDS, st.integers(2, 5))
-def test_metrics_do_not_depend_on_the_order(labels, seed, classes):
-    logits = torch.randn(len(labels), classes, generator=generator(seed))
-    order = torch.randperm(len(labels), generator=generator(seed))
-    report = metrics.report(logits, labels)
-    reordered = metrics.report(logits[order], labels[order])
-    assert report["loss"] == pytest.approx(reordered["loss"], rel=1e-5)
-    assert report["confusion_matrix"] == reordered["confusion_matrix"]
-    for name in ("accuracy", "class_accuracy"):
-        assert report[name] == pytest.approx(reordered[name], nan_ok=True)
-    counts = torch.tensor(report["confusion_matrix"]).sum(1)
-    assert torch.equal(counts, labels.bincount(minlength=classes))
 
 
 # Values of each setting that are not the default, and of which some look alike.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from IPython.core.formatters import HTMLFormatter
 
 from masktune_utils import results, store
 from masktune_utils.settings import Settings
@@ -151,3 +152,16 @@ def test_tables_of_a_study_are_joined(tmp_path):
     assert joined.to_dict("list") == {"seed": [0, 1], "share": [0.5, 0.5]}
     results.gather_study(str(tmp_path), "none")
     assert not (tmp_path / "results" / "none.csv").exists()
+
+
+def test_a_result_is_shown_as_text_and_never_as_a_page(tmp_path):
+    """A configuration's name with a script in it, in a file that someone else wrote."""
+    script = "<script>alert(1)</script>"
+    shown = dict.fromkeys(results.RESULT_KEYS, 0.0)
+    shown |= {"experiment": "mnist", "configuration": script}
+    for name in ("base", "script"):
+        path = tmp_path / "results" / "mnist" / "seed0" / f"{name}.json"
+        store.write_bytes(path, json.dumps(shown).encode())
+    page = HTMLFormatter()(results.summarize(results.collect(str(tmp_path))))
+    assert script not in page
+    assert "&lt;script&gt;" in page
