@@ -56,11 +56,13 @@ class Split(Dataset):
             allowed += " (normalise them inside the network)"
             raise ValueError(f"images are {problem}; allowed: {allowed}.")
         lengths = [len(images), len(labels), len(self.groups), len(self.shortcut)]
-        if labels.dtype != torch.int64 or len(set(lengths)) > 1:
-            problem = f"{labels.dtype}; images, labels, groups, shortcut: {lengths}"
+        if len(set(lengths)) > 1:
             raise ValueError(
-                f"labels are {problem}; allowed: torch.int64; as many of each."
+                f"images, labels, groups, shortcut: {lengths}; allowed: as many of each."
             )
+        if labels.dtype != torch.int64 or (labels < 0).any():
+            problem = f"{labels.dtype}, {labels.unique().tolist()[:10]}"
+            raise ValueError(f"labels are {problem}; allowed: torch.int64, 0, 1, ….")
 
     @classmethod
     def from_dataset(
@@ -103,6 +105,8 @@ class Split(Dataset):
                 "or more images, of one shape, as by torchvision's Resize and RGB."
             )
         pixels = torch.stack(images)
+        if pixels.is_floating_point():
+            pixels = pixels.float()
         return cls(pixels, torch.tensor(labels), groups, group_names=group_names)
 
     def __len__(self) -> int:

@@ -343,8 +343,11 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
             masks = masked.own_masks.cpu().numpy()
             arrays[f"masks_{number}"] = np.packbits(masks, axis=-1)
         arrays["made_with"] = _made_with(settings, base)
-        store.write_arrays(_choice_path(settings), arrays)
+        # What there is of an earlier choice goes first.
         settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
+        result = settings.folder("results") / f"{CHOSEN}.json"
+        result.unlink(missing_ok=True)
+        store.write_arrays(_choice_path(settings), arrays)
     return choice
 
 
@@ -376,7 +379,7 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
             own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
             masked = MaskedDataset(train, own_masks, "resample", settings.seed)
             candidates[name] = masked
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise store.CheckpointError(
             f"{path} is damaged or foreign ({error}). Delete it."
         ) from error

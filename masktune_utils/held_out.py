@@ -5,6 +5,7 @@ fine-tuned with the masks of each candidate, and with nothing masked. All these 
 predict the images of the other fold, as they are and resampled by masks.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -23,9 +24,11 @@ from masktune_utils.saliency import exchange_map, saliency_maps
 
 ERM = "ERM"
 NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
-NOTHING = Rule("threshold", 1.0, "nearest")  # no value of a map is above 1
-# At most this many images of each fold are resampled.
+NOTHING = Rule("threshold", math.inf, "nearest")
+# Of each fold this many images are resampled, and of each class at least LEAST, if
+# there are as many.
 SAMPLE = 1000
+LEAST = 50
 PLACES = (  # ninths of the image, row by row
     "top left",
     "top",
@@ -148,8 +151,8 @@ def collect(
     Raises:
         TypeError: `train` is no `Split`, or `fit` or `finetune` returns no network.
         ValueError: there is one class, one with less than two images, or no candidate;
-            or `fit` returns the same network twice, or one that does not have an output
-            for each class.
+            or `fit` returns the same network twice, or one that does not predict a
+            finite number for each class.
     """
     if not isinstance(train, Split):
         raise TypeError(
@@ -171,8 +174,7 @@ def collect(
         delayed(_train)(fold, fit, finetune, candidates, explain, seed)
         for fold in folds
     )
-    weights = next(first[ERM].network.parameters())
-    if weights is next(second[ERM].network.parameters()):  # also in another wrapper
+    if _trained_weights(first[ERM]) & _trained_weights(second[ERM]):
         raise ValueError(
             "fit returned the same network twice; allowed: a new one for each fold."
         )
@@ -201,6 +203,11 @@ class _Model(NamedTuple):
     masks: Tensor
 
 
+def _trained_weights(model: _Model) -> set[int]:
+    """Identity of the weights of its network that training may change."""
+    return {id(weight) for weight in model.network.parameters() if weight.requires_grad}
+
+
 def _names(rule: Rule) -> list[str]:
     """Of the models of the rounds of a rule."""
     return [NULL] if rule is NOTHING else [f"{part}" for part in rule.each_round]
@@ -218,12 +225,12 @@ def _train(
     network = fit(fold)
     if not isinstance(network, nn.Module):
         raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
-    outputs = metrics.predict(network, fold[:2]).shape[1]
+    logits = metrics.predict(network, fold[:2])
     classes = len(fold.labels.bincount())
-    if outputs < classes:
+    if logits.shape[1] < classes or not logits.isfinite().all():
         raise ValueError(
-            f"the network has {outputs} outputs; allowed: one for each of {classes} "
-            "classes."
+            f"the trained network predicts {logits.tolist()} for two images; allowed: "
+            f"a finite number for each of {classes} classes."
         )
     maps = explain(network, fold.images, fold.labels)
     models = {ERM: _Model(network, torch.zeros(0))}
@@ -268,7 +275,10 @@ def _predict(
         columns["predicted", name] = classes.numpy()
     erm = networks[ERM]
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randperm(len(fold), generator=generator)[:SAMPLE]
+    order = torch.randperm(len(fold), generator=generator)
+    labels = pd.Series(fold.labels.cpu()[order])
+    is_drawn = (labels.index < SAMPLE) | (labels.groupby(labels).cumcount() < LEAST)
+    sample = order[torch.tensor(is_drawn.to_numpy())]
     for candidate in progress.bar(names[2:], desc="predicting"):
         masks = own[candidate].masks
         is_explained = metrics.explained(erm, fold, masks, predicted[ERM], seed)

@@ -255,7 +255,7 @@ class Rule:
         rounds: of masking; each adds to what is hidden, see `masktune`.
 
     Raises:
-        ValueError: an unknown method, upsample or fill.
+        ValueError: an unknown method, upsample or fill, or a number that is too small.
     """
 
     method: str = "mean_std"
@@ -272,6 +272,10 @@ class Rule:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+        for name, least in {"param": 0, "dilation": 0, "rounds": 1}.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} is {value!r}; allowed: {least} or more.")
 
     def __str__(self) -> str:
         """In words."""
@@ -335,11 +339,14 @@ class Rule:
                 hidden.
 
         Raises:
-            ValueError: the number of maps is not that of the images.
+            ValueError: the maps are not N×h×w, one per image.
         """
         size = tuple(split.images.shape[-2:])
-        if len(split) != len(maps):
-            raise ValueError(f"{len(maps)} maps; allowed: {len(split)}, one per image.")
+        maps = torch.as_tensor(maps, device=split.images.device)
+        if maps.ndim != 3 or len(split) != len(maps):
+            raise ValueError(
+                f"maps are {tuple(maps.shape)}; allowed: {len(split)}×h×w, one per image."
+            )
         if self.shared:
             maps = mean_map(maps)
         parts = [self.image_masks(part, size) for part in maps.split(1000)]

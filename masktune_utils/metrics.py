@@ -18,11 +18,11 @@ def predict(model: nn.Module, dataset: Dataset, batch_size: int = 100) -> Tensor
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:
-        model: its mode is restored.
+        model: the modes of its modules are restored.
         dataset: a `Split` or a `masking.MaskedDataset`, on the model's device.
         batch_size: images at a time; it changes nothing but the speed.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     model.eval()
     logits = []
@@ -32,8 +32,9 @@ def predict(model: nn.Module, dataset: Dataset, batch_size: int = 100) -> Tensor
                 images, _ = dataset.batch(index, device)
                 logits.append(model(images))
     finally:
-        model.train(was_training)
-    return torch.cat(logits).cpu()
+        for module, was_training in modes.items():
+            module.training = was_training
+    return torch.cat(logits).float().cpu()
 
 
 def report(logits: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -92,8 +92,9 @@ def target_layer(
         )
     if layer:
         return model.get_submodule(layer)
-    if hasattr(model, "get_grad_cam_target_layer"):
-        return model.get_grad_cam_target_layer()
+    for module in model.modules():  # the network itself, or in a wrapper
+        if hasattr(module, "get_grad_cam_target_layer"):
+            return module.get_grad_cam_target_layer()
     kind = type(model).__name__
     shapes = _output_shapes(model, shape)
     if any(len(size) == 3 and size[1] > 1 for size in shapes.values()):

@@ -11,6 +11,8 @@ from torchcam.methods import XGradCAM
 
 from masktune_utils import data, models, progress
 
+MOST_MISTAKES = 1000  # that are exchanged, window by window
+
 
 def saliency_maps(
     model: nn.Module,
@@ -86,7 +88,7 @@ def exchange_map(
         images: N×C×H×W, uint8 or float in [0, 1], which the model has not seen.
         labels: N.
         predicted: N, the classes that the model predicts for them, on the CPU.
-        seed: of the other images.
+        seed: of the other images; and of MOST_MISTAKES mistakes, if there are more.
 
     Returns:
         h×w float32, on the CPU: by how much the cross-entropy falls on average, in
@@ -96,15 +98,18 @@ def exchange_map(
     device = next(network.parameters()).device
 
     def losses(batch: Tensor, classes: Tensor) -> Tensor:
-        logits = network(data.to_float(batch.to(device))).cpu()
+        logits = network(data.to_float(batch.to(device))).float().cpu()
         return F.cross_entropy(logits, classes, reduction="none")
 
     labels = labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
     mistakes = (predicted != labels).nonzero()[:, 0]
+    if len(mistakes) > MOST_MISTAKES:
+        drawn = torch.randperm(len(mistakes), generator=generator)[:MOST_MISTAKES]
+        mistakes = mistakes[drawn]
     kinds = torch.stack([labels, predicted], 1)[mistakes]
     _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
     weights = 1 / (len(sizes) * sizes[kind])
-    generator = torch.Generator().manual_seed(seed)
     partners = data.class_partners(labels, generator)
     height, width = images.shape[-2:]
     high = max(1, height // 7)

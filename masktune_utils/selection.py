@@ -192,7 +192,6 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         "predicted wrongly by ERM models that have not seen them."
     )
     words = [first]
-    role = "chosen" if verdict.chosen == name else "proposed"
     if NULL in verdict.left:
         words.append(
             "Nothing masked, fine-tuned like the candidates, is nowhere far behind: "
@@ -209,8 +208,12 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             "Nothing masked, fine-tuned like the candidates, is up to "
             f"{100 * gaps.max():.0f} points less accurate than the best model "
             f"({where}): ERM relies on what can be hidden. Of the candidates that are "
-            f"least behind, {name} hides least, and is {role}."
+            f"least behind, {name} hides least, and is chosen."
         )
+    if verdict.chosen != (ERM if NULL in verdict.left else name):
+        words.append(f"By hand, {verdict.chosen} was taken instead.")
+        if verdict.chosen != ERM:
+            name = verdict.chosen
     words.append(
         f"It hides {held_out.hidden[name]:.0%} of the image, most at the "
         f"{held_out.place[name]}. Accuracy on images that a model has not seen is "
@@ -262,7 +265,7 @@ class Choice:
         return reason(self.held_out, self.verdict)
 
     def take(self, name: str) -> "Choice":
-        """The same with another candidate, or `ERM`, since you decide.
+        """The same with another candidate, or `ERM`: you decide.
 
         Raises:
             ValueError: there is no such candidate.

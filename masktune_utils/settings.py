@@ -141,14 +141,17 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _reset_what_is_ignored(self) -> Self:
-        """One file for all settings that make the same."""
+        """What is ignored has its default, so that there is one file."""
         for (name, value), ignored in IGNORED.items():
             if getattr(self, name, None) == value:
                 vars(self).update({other: DEFAULTS[other] for other in ignored})
         return self
 
     def replace(self, **changes: Any) -> Self:
-        """The same settings with some changed, validated like new ones."""
+        """The same settings with some changed, validated like new ones.
+
+        A value that was ignored before is the default now.
+        """
         return type(self)(**{**dict(self), **changes})
 
 

@@ -47,7 +47,6 @@ CHOOSE = selection.choose
 def use_candidates(patch: pytest.MonkeyPatch, rules: tuple[Rule, ...]) -> None:
     """As if these were ours."""
     patch.setattr(selection, "CANDIDATES", rules)
-    patch.setattr(selection, "choose", partial(CHOOSE, candidates=rules))
 
 
 class Made(NamedTuple):
@@ -309,7 +308,6 @@ def announced(*arguments, **options):
 
 selection.fine_tune = announced
 selection.CANDIDATES = {rules}
-selection.choose = partial(selection.choose, candidates=selection.CANDIDATES)
 selection.MOST_EPOCHS = 2
 settings = Settings(**{values})
 train = datasets.load(settings).train

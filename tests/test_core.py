@@ -206,7 +206,9 @@ def test_a_choice_refuses_what_it_cannot_work_with(train):
     with pytest.raises(ValueError, match=message):
         choose(from_one, fit)
     of_one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
-    with pytest.raises(ValueError, match="has 1 outputs; allowed: one for each of 2"):
+    with pytest.raises(
+        ValueError, match=r"predicts \[\[.*\]\] for two images; allowed: a fin"
+    ):
         choose(train, lambda _: copy.deepcopy(of_one))
     with pytest.raises(ValueError, match="layer is 'layer9'; allowed: conv1, bn1, re"):
         saliency_maps(small_resnet(), train.images, train.labels, layer="layer9")

@@ -244,9 +244,7 @@ LABELS = torch.tensor([0, 1, 0, 1])
     ],
 )
 def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, labels):
-    message = (
-        r"(images are .*; allowed: N×C×H×W, uint8 or|labels are .*; allowed: torch)"
-    )
+    message = r"(images are .*; allowed: N×C×H×W, uint8 or|labels.* allowed: )"
     with pytest.raises(ValueError, match=message):
         data.Split(images, labels)
 

@@ -58,6 +58,7 @@ def collected(train) -> Collected:
     """With a sample of 80 of the 100 images of each fold."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out, "SAMPLE", SAMPLE)
+        patch.setattr(held_out, "LEAST", 10)
         return Collected(*held_out.collect(train, fit, FINETUNE, RULES, seed=SEED))
 
 
@@ -176,6 +177,15 @@ def test_the_worst_class_of_the_images_that_masks_resample(collected, folds):
             assert resampled.loc[mask, name] == pytest.approx(worst)
     smallest = min(len(of_class) for of_class in right.values())
     assert collected.held_out.smallest_class == smallest
+
+
+def test_of_a_rare_class_as_many_images_are_resampled_as_count(train, monkeypatch):
+    monkeypatch.setattr(held_out, "SAMPLE", 20)
+    monkeypatch.setattr(held_out, "LEAST", 5)
+    of_class = [(train.labels == label).nonzero()[:, 0] for label in (0, 1)]
+    rare = train[torch.cat([of_class[0], of_class[1][:10]])]
+    found, _ = held_out.collect(rare, fit, FINETUNE, RULES[:1], seed=SEED)
+    assert found.smallest_class == 10
 
 
 def test_a_mistake_is_explained_if_it_is_right_with_three_images_of_its_class(

@@ -272,7 +272,9 @@ def test_an_empty_batch_of_maps_gives_an_empty_batch_of_masks(method):
 
 
 def test_too_few_maps_are_refused(splits):
-    with pytest.raises(ValueError, match="3 maps; allowed: 200, one per image"):
+    with pytest.raises(
+        ValueError, match=r"maps are \(3, 8, 8\); allowed: 200×h×w, one per image"
+    ):
         masking.mask_dataset(splits.train, MAPS[:3], "mean", 0.1)
 
 
