@@ -7,8 +7,6 @@ from pathlib import Path
 import matplotlib.style
 import pandas as pd
 import torch
-from IPython.core.pylabtools import print_figure
-from IPython.display import Image, display
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,6 +55,9 @@ def show(
         name: name of the file, without its suffix.
         seeds: the seeds shown, if not that of the experiment alone.
     """
+    from IPython.core.pylabtools import print_figure
+    from IPython.display import Image, display  # all else here needs no notebook
+
     numbers = ", ".join(map(str, sorted(seeds) or [settings.seed]))
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
