@@ -2,7 +2,7 @@
 
 import torch
 
-from masktune_utils import plotting
+from masktune_utils import datasets, metrics, plotting
 from masktune_utils.settings import Settings
 
 
@@ -10,7 +10,7 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
     monkeypatch, tmp_path
 ):
     displayed = []
-    monkeypatch.setattr(plotting, "display", displayed.append)
+    monkeypatch.setattr("IPython.display.display", displayed.append)
     settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, epochs=2)
     images = torch.rand(2, 3, 28, 28)
     figure = plotting.grid({"image": images}, ["first", "second"])
@@ -29,3 +29,23 @@ def test_maps_become_pictures_that_are_brighter_where_they_are_larger():
     assert (brightness.diff() > 0).all()
     assert pictures.min() >= 0
     assert pictures.max() <= 1
+
+
+def test_predictions_of_the_same_eight_images_are_shown_right_or_wrong(trained):
+    settings = Settings(dataset="mnist5k", device="cpu")
+    eight = datasets.eight(settings)
+    assert eight.groups.tolist() == [0, 0, 4, 4, 7, 7, 9, 9]
+    assert eight.has_shortcut.tolist() == [False, True] * 4
+    without, with_it = eight.images[::2], eight.images[1::2]
+    assert torch.equal(without[..., 6:], with_it[..., 6:])
+    other_seed = datasets.eight(settings.replace(seed=5))
+    assert torch.equal(other_seed.images, eight.images)
+    figure = plotting.predictions({"a": trained, "b": trained}, eight)
+    assert len(figure.axes) == 16
+    probabilities = metrics.predict(trained, eight).softmax(1)
+    for ax, share, label in zip(figure.axes, probabilities, eight.labels, strict=False):
+        predicted = share.argmax()
+        words = f"{('low', 'high')[predicted]} {share.max():.0%}"
+        assert ax.get_xlabel() == words
+        color = "#009E73" if predicted == label else "#D55E00"
+        assert ax.xaxis.label.get_color() == color
