@@ -214,7 +214,8 @@ def drawn_bars(monkeypatch, capsys):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
     stderr = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stderr))
+    terminal = SimpleNamespace(stderr=stderr, modules={})
+    monkeypatch.setattr(progress, "sys", terminal)
 
     def wait(*_arguments):
         clock.now += 0.25
