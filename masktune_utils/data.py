@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -52,17 +53,20 @@ class Split(Dataset):
             is_image = 0 <= lowest <= highest <= 1
             problem += f", from {lowest:g} to {highest:g}"
         if images.ndim != 4 or not is_image:
-            allowed = "N×C×H×W, uint8 or floating point from 0 to 1"
-            allowed += " (normalise them inside the network)"
-            raise ValueError(f"images are {problem}; allowed: {allowed}.")
+            raise ValueError(
+                f"images are {problem}; allowed: N×C×H×W, uint8 or floating point from "
+                "0 to 1 (normalise them inside the network)."
+            )
         lengths = [len(images), len(labels), len(self.groups), len(self.shortcut)]
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"images, labels, groups, shortcut: {lengths}; allowed: as many of each."
             )
         if labels.dtype != torch.int64 or (labels < 0).any():
-            problem = f"{labels.dtype}, {labels.unique().tolist()[:10]}"
-            raise ValueError(f"labels are {problem}; allowed: torch.int64, 0, 1, ….")
+            raise ValueError(
+                f"labels are {labels.dtype}, {labels.unique().tolist()[:10]}; allowed: "
+                "torch.int64, 0, 1, …."
+            )
 
     @classmethod
     def from_dataset(
@@ -94,9 +98,9 @@ class Split(Dataset):
                 images.append(to_image(image).as_subclass(Tensor))
                 labels.append(operator.index(label))
             except (TypeError, ValueError) as error:
-                allowed = "a pair of an image and a label 0, 1, …"
                 raise ValueError(
-                    f"item {number} is no such pair ({error}); allowed: {allowed}."
+                    f"item {number} is no such pair ({error}); allowed: a pair of an "
+                    "image and a label 0, 1, …."
                 ) from error
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) != 1:
@@ -117,22 +121,22 @@ class Split(Dataset):
         """N, bool."""
         return self.shortcut.flatten(1).any(1)
 
-    @property
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            name: part for name, part in vars(self).items() if isinstance(part, Tensor)
-        }
+    def _change(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with all tensors changed."""
+        parts = {}
+        for name, part in vars(self).items():
+            if isinstance(part, Tensor):
+                parts[name] = change(part)
+        return dataclasses.replace(self, **parts)
 
     def __getitem__(self, index: int | Tensor | slice) -> Any:
         if isinstance(index, Tensor | slice):
-            parts = {name: part[index] for name, part in self._tensors.items()}
-            return dataclasses.replace(self, **parts)
+            return self._change(lambda part: part[index])
         return to_float(self.images[index]), self.labels[index].item()
 
     def to(self, device: torch.device) -> Self:
         """The images on another device."""
-        moved = {name: part.to(device) for name, part in self._tensors.items()}
-        return dataclasses.replace(self, **moved)
+        return self._change(lambda part: part.to(device))
 
     def in_epoch(self, epoch: int) -> Self:  # noqa: ARG002 - a masked data set needs it
         """The images of an epoch of training: they are the same in each."""

@@ -8,7 +8,7 @@ predict the images of the other fold, as they are and resampled by masks.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from masktune_utils import data, metrics, progress
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset, Rule, masktune
-from masktune_utils.saliency import exchange_map, saliency_maps
+from masktune_utils.masking import Explain, Finetune, MaskedDataset, Rule, masktune
+from masktune_utils.saliency import saliency_maps
 
 ERM = "ERM"
 NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
@@ -57,7 +57,7 @@ class HeldOut:
         smallest_class: number of images of the smallest class among these.
         hidden: candidate → mean share of the image that its masks hide.
         place: candidate → one of `PLACES`, where they hide most.
-        mistake_map: h×w, where ERM's mistakes come from, see `saliency.exchange_map`;
+        mistake_map: h×w, where ERM's mistakes come from, see `metrics.exchange_map`;
             the mean of both folds.
     """
 
@@ -86,25 +86,21 @@ class HeldOut:
 
         The last column, `images`, has their number.
         """
-        kind = [self.labels, self.predictions[ERM]]
-        kind = [part[self.is_mistake].rename("") for part in kind]
-        by_kind = self.is_right[self.is_mistake].groupby(kind)
+        mistakes = self.is_right[self.is_mistake]
+        by_kind = mistakes.groupby([self.labels, self.predictions[ERM]])
         return by_kind.mean().assign(images=by_kind.size())
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """As arrays without objects, to be saved by `np.savez`."""
-        return {
+        arrays = {
             "models": np.array(self.predictions.columns, str),
             "candidates": np.array(self.hidden.index, str),
-            "labels": self.labels.to_numpy(),
-            "predictions": self.predictions.to_numpy(np.int16),
-            "explained": self.explained.to_numpy(),
-            "resampled": self.resampled.to_numpy(),
-            "smallest_class": np.array(self.smallest_class),
-            "hidden": self.hidden.to_numpy(),
-            "place": np.array(self.place, str),
-            "mistake_map": self.mistake_map,
         }
+        for name, part in vars(self).items():
+            arrays[name] = np.asarray(part)
+        arrays["predictions"] = arrays["predictions"].astype(np.int16)
+        arrays["place"] = arrays["place"].astype(str)
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
@@ -126,10 +122,10 @@ class HeldOut:
 def collect(
     train: Split,
     fit: Callable[[Split], nn.Module],
-    finetune: Callable[[nn.Module, MaskedDataset], nn.Module],
+    finetune: Finetune,
     candidates: Sequence[Rule],
     jobs: int = 1,
-    explain: Callable[[nn.Module, Tensor, Tensor], Tensor] = saliency_maps,
+    explain: Explain = saliency_maps,
     seed: int = 0,
 ) -> tuple[HeldOut, dict[str, MaskedDataset]]:
     """Train the models of both folds, and let them predict what they have not seen.
@@ -167,45 +163,45 @@ def collect(
         )
     if not candidates:
         raise ValueError("there are 0 candidates; allowed: 1 or more.")
-    parts = data.folds(train.labels, seed)
-    folds = [train[index] for index in parts]
+    folds = data.folds(train.labels, seed)
     run = Parallel(min(jobs, 2))
-    first, second = run(
-        delayed(_train)(fold, fit, finetune, candidates, explain, seed)
-        for fold in folds
+    (first, first_masks), (second, second_masks) = run(
+        delayed(_train)(train[index], fit, finetune, candidates, explain, seed)
+        for index in folds
     )
     if _trained_weights(first[ERM]) & _trained_weights(second[ERM]):
         raise ValueError(
             "fit returned the same network twice; allowed: a new one for each fold."
         )
-    order = torch.cat(parts).argsort()
+    order = torch.cat(folds).argsort()
     masked = {}
     for rule in (NOTHING, *candidates):
         earlier = None
         for name in _names(rule):
-            own_masks = torch.cat([first[name].masks, second[name].masks])[order]
+            own_masks = torch.cat([first_masks[name], second_masks[name]])[order]
             if earlier is not None and torch.equal(own_masks, earlier):
                 break  # the rounds of both folds have ended
             masked[name] = MaskedDataset(train, own_masks, rule.fill, seed)
             earlier = own_masks
-    names = [ERM, *masked]
+    _, *names = masked
     predicted = run(
-        delayed(_predict)(fold, names, own, others, seed)
-        for fold, own, others in ((folds[0], first, second), (folds[1], second, first))
+        delayed(_predict)(
+            train[index],
+            [networks[name] for name in (ERM, *masked)],
+            [masks[name] for name in names],
+            seed,
+        )
+        for index, networks, masks in (
+            (folds[0], second, first_masks),
+            (folds[1], first, second_masks),
+        )
     )
     return _hold_out(predicted, order, masked), masked
 
 
-class _Model(NamedTuple):
-    """A network that is trained on a fold, and the masks of the images of this fold."""
-
-    network: nn.Module
-    masks: Tensor
-
-
-def _trained_weights(model: _Model) -> set[int]:
-    """Identity of the weights of its network that training may change."""
-    return {id(weight) for weight in model.network.parameters() if weight.requires_grad}
+def _trained_weights(network: nn.Module) -> set[nn.Parameter]:
+    """The weights that training may change."""
+    return {weight for weight in network.parameters() if weight.requires_grad}
 
 
 def _names(rule: Rule) -> list[str]:
@@ -215,13 +211,16 @@ def _names(rule: Rule) -> list[str]:
 
 def _train(
     fold: Split,
-    fit: Callable,
-    finetune: Callable,
+    fit: Callable[[Split], nn.Module],
+    finetune: Finetune,
     candidates: Sequence[Rule],
-    explain: Callable,
+    explain: Explain,
     seed: int,
-) -> dict[str, _Model]:
-    """All models of a fold. Where rounds end early, the last one is repeated."""
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """All networks of a fold, and their masks of its images, but for `ERM`.
+
+    Where rounds end early, the last one is repeated.
+    """
     network = fit(fold)
     if not isinstance(network, nn.Module):
         raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
@@ -233,64 +232,63 @@ def _train(
             f"a finite number for each of {classes} classes."
         )
     maps = explain(network, fold.images, fold.labels)
-    models = {ERM: _Model(network, torch.zeros(0))}
+    networks = {ERM: network}
+    masks = {}
     for rule in progress.bar((NOTHING, *candidates), desc="fine-tuning"):
         rounds = masktune(network, fold, rule, finetune, maps, explain, seed)
         latest = None
         for name in _names(rule):
-            tuned, masked = latest = next(rounds, latest)
+            latest = next(rounds, latest)
+            tuned, masked = latest
             if not isinstance(tuned, nn.Module):
                 raise TypeError(f"finetune returned {tuned!r}; allowed: the network.")
-            models[name] = _Model(tuned, masked.own_masks)
-    return models
+            networks[name] = tuned
+            masks[name] = masked.own_masks
+    return networks, masks
 
 
 def _predict(
-    fold: Split,
-    names: list[str],
-    own: dict[str, _Model],
-    others: dict[str, _Model],
-    seed: int,
-) -> tuple[pd.DataFrame, Tensor]:
+    fold: Split, networks: list[nn.Module], masks: list[Tensor], seed: int
+) -> tuple[Tensor, ...]:
     """Let the models of the other fold predict a fold, as it is and resampled.
 
     Args:
         fold: the images.
-        names: of the models: `ERM`, `NULL`, the candidates.
-        own: the models of this fold, whose masks resample it.
-        others: those of the other fold.
+        networks: of the other fold; ERM is the first.
+        masks: of this fold, by each candidate; these resample it.
         seed: of the images that are resampled, and of their partners.
 
     Returns:
-        A row for each image; `label`; (`predicted`, model); (`explained`, candidate);
-        and (candidate, model): whether it is right where the masks resample the image,
-        NaN for images that are not resampled. Then, where ERM's mistakes come from.
+        The predicted classes, N×models; which images are explained, N×candidates; for
+        the images that are resampled, their labels, and whether they are right,
+        candidates×images×models; and where ERM's mistakes come from.
     """
-    networks = {name: others[name].network for name in names}
-    predicted = {}
-    for name, network in networks.items():
-        predicted[name] = metrics.predict(network, fold).argmax(1)
-    columns = {("label", ""): fold.labels.cpu().numpy()}
-    for name, classes in predicted.items():
-        columns["predicted", name] = classes.numpy()
-    erm = networks[ERM]
+    erm = networks[0]
+    predicted = _classes(networks, fold)
+    of_erm = predicted[:, 0]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(fold), generator=generator)
-    labels = pd.Series(fold.labels.cpu()[order])
-    is_drawn = (labels.index < SAMPLE) | (labels.groupby(labels).cumcount() < LEAST)
-    sample = order[torch.tensor(is_drawn.to_numpy())]
-    for candidate in progress.bar(names[2:], desc="predicting"):
-        masks = own[candidate].masks
-        is_explained = metrics.explained(erm, fold, masks, predicted[ERM], seed)
-        columns["explained", candidate] = is_explained.numpy()
-        resampled = MaskedDataset(fold[sample], masks[sample], "resample", seed)
-        for name, network in networks.items():
-            logits = metrics.predict(network, resampled)
-            is_right = torch.full((len(fold),), torch.nan, dtype=torch.float64)
-            is_right[sample] = metrics.is_right(logits, resampled.labels).double()
-            columns[candidate, name] = is_right.numpy()
-    mistake_map = exchange_map(erm, fold.images, fold.labels, predicted[ERM], seed)
-    return pd.DataFrame(columns), mistake_map
+    labels = fold.labels.cpu()[order]
+    is_drawn = torch.arange(len(fold)) < SAMPLE
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        is_drawn[members[:LEAST]] = True
+    sample = order[is_drawn]
+    labels = labels[is_drawn]
+    explained = []
+    right = []
+    for own_masks in progress.bar(masks, desc="predicting"):
+        explained.append(metrics.explained(erm, fold, own_masks, of_erm, seed))
+        resampled = MaskedDataset(fold[sample], own_masks[sample], "resample", seed)
+        right.append(_classes(networks, resampled) == labels[:, None])
+    mistake_map = metrics.exchange_map(erm, fold, of_erm, seed)
+    return predicted, torch.stack(explained, 1), labels, torch.stack(right), mistake_map
+
+
+def _classes(networks: list[nn.Module], images: Split | MaskedDataset) -> Tensor:
+    """What the networks predict, N×networks."""
+    classes = [metrics.predict(network, images).argmax(1) for network in networks]
+    return torch.stack(classes, 1)
 
 
 def _hold_out(
@@ -303,28 +301,28 @@ def _hold_out(
         order: of the training images in the folds, one after the other.
         masked: see `Choice.candidates`.
     """
-    tables, mistake_maps = zip(*predicted, strict=True)
-    table = pd.concat(tables).iloc[order.numpy()].reset_index(drop=True)
-    resampled = {}
-    hidden = {}
-    place = {}
-    for name, dataset in masked.items():
-        if name == NULL:
-            continue
-        is_right = table[name].dropna()
-        by_class = is_right.groupby(table["label"])
-        resampled[name] = by_class.mean().min()
-        mean_mask = dataset.own_masks.mean(0, dtype=torch.float32)
-        hidden[name] = mean_mask.mean().item()
+    predictions, explained, labels, right, mistake_maps = zip(*predicted, strict=True)
+    labels = torch.cat(labels)
+    right = torch.cat(right, 1).double()
+    by_class = [right[:, labels == label].mean(1) for label in labels.unique()]
+    _, *names = masked
+    hidden = []
+    place = []
+    for name in names:
+        mean_mask = masked[name].own_masks.mean(0, dtype=torch.float32)
+        hidden.append(mean_mask.mean().item())
         ninths = F.adaptive_avg_pool2d(mean_mask[None], 3)
-        place[name] = PLACES[ninths.argmax()]
-    return HeldOut(
-        labels=table["label"],
-        predictions=table["predicted"],
-        explained=table["explained"],
-        resampled=pd.DataFrame(resampled).T,
-        smallest_class=int(by_class.size().min()),
-        hidden=pd.Series(hidden),
-        place=pd.Series(place),
-        mistake_map=torch.stack(mistake_maps).mean(0).numpy(),
-    )
+        place.append(PLACES[ninths.argmax()])
+    arrays = {
+        "models": [ERM, *masked],
+        "candidates": names,
+        "labels": masked[NULL].labels.cpu(),
+        "predictions": torch.cat(predictions)[order],
+        "explained": torch.cat(explained)[order],
+        "resampled": torch.stack(by_class).amin(0),
+        "smallest_class": labels.bincount().min(),
+        "hidden": hidden,
+        "place": place,
+        "mistake_map": torch.stack(mistake_maps).mean(0),
+    }
+    return HeldOut.from_arrays({name: np.asarray(arrays[name]) for name in arrays})

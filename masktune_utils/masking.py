@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,7 @@ def top_k(maps: Tensor, param: float) -> Tensor:
 
 def mean(maps: Tensor, param: float) -> Tensor:
     """Hide where `s > param · mean(s)`."""
-    pixels = maps.flatten(-2)
-    limit = param * pixels.mean(dim=-1)
-    return maps > limit[..., None, None]
+    return maps > param * maps.mean((-2, -1), keepdim=True)
 
 
 def mean_std(maps: Tensor, param: float) -> Tensor:
@@ -49,13 +47,10 @@ def mean_std(maps: Tensor, param: float) -> Tensor:
 
     The paper's rule, with param 2.
     """
-    pixels = maps.flatten(-2)
-    positive = pixels.where(pixels > 0, torch.nan)
-    center = positive.nanmean(dim=-1)
-    deviations = positive - center[..., None]
-    std = deviations.square().nanmean(dim=-1).sqrt()
-    limit = center + param * std
-    return maps > limit[..., None, None]
+    positive = maps.where(maps > 0, torch.nan)
+    center = positive.nanmean((-2, -1), keepdim=True)
+    variance = (positive - center).square().nanmean((-2, -1), keepdim=True)
+    return maps > center + param * variance.sqrt()
 
 
 RULES = {"threshold": threshold, "top_k": top_k, "mean": mean, "mean_std": mean_std}
@@ -87,7 +82,8 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
     Args:
         maps: ...×h×w.
         size: H, W.
-        mode: `bilinear` (half-pixel centres) or `nearest`.
+        mode: `bilinear` (half-pixel centres) or `nearest`; of no effect if they have
+            this size.
     """
     if maps.shape[-2:] == size:
         return maps.float()
@@ -100,15 +96,15 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
 def apply_mask(
     images: Tensor,
     mask: Tensor,
-    fill: Tensor | None = None,
+    fill: Tensor | float = 0.0,
 ) -> Tensor:
-    """Multiply images by 1 − mask, resized to them; and add mask · fill, if given.
+    """Multiply images by 1 − mask, resized to them, and add mask · fill.
 
     Args:
         images: ...×C×H×W, float or uint8.
         mask: ...×h×w, bool or in [0, 1]; resized bilinearly.
-        fill: what takes the place of what is hidden, of the shape of the images or
-            one that broadcasts to it.
+        fill: what takes the place of what is hidden; a tensor of the shape of the
+            images, or one that broadcasts to it.
 
     Returns:
         The masked images, of the same type.
@@ -116,9 +112,7 @@ def apply_mask(
     size = tuple(images.shape[-2:])
     resized = resize(torch.as_tensor(mask), size)
     hidden = resized.unsqueeze(-3)  # the same in all channels
-    masked = images * (1 - hidden)
-    if fill is not None:
-        masked = masked + fill * hidden
+    masked = images * (1 - hidden) + fill * hidden
     if images.is_floating_point():
         return masked
     return masked.round().to(images.dtype)
@@ -127,8 +121,7 @@ def apply_mask(
 def mean_map(maps: Tensor) -> Tensor:
     """The mean of all maps, N×h×w, scaled to [0, 1]; 1×h×w."""
     average = maps.mean(0, keepdim=True)
-    lowest = average.min()
-    highest = average.max()
+    lowest, highest = average.aminmax()
     return (average - lowest) / (highest - lowest).clamp(min=1e-8)
 
 
@@ -170,7 +163,7 @@ class MaskedDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         partner = torch.randint(len(self), (1,))
-        images, labels = self._masked(torch.tensor([index]), partner)
+        images, labels = self.batch(torch.tensor([index]), partners=partner)
         return images[0], labels.item()
 
     @property
@@ -189,39 +182,41 @@ class MaskedDataset(Dataset):
         """The same images with the partners of another epoch."""
         return dataclasses.replace(self, epoch=epoch)
 
-    def masks(self, index: Tensor | slice) -> Tensor:
-        """What is hidden, B×H×W, float32 in [0, 1]."""
-        return self._hidden(index, self.partners[index])
+    def masks(self, index: Tensor | slice, partners: Tensor | None = None) -> Tensor:
+        """What is hidden, B×H×W, float32 in [0, 1].
 
-    def _hidden(self, index: Tensor | slice, partners: Tensor) -> Tensor:
+        Args:
+            index: which images.
+            partners: index of their partners; by default those of the epoch.
+        """
+        if partners is None:
+            partners = self.partners[index]
         masks = self.own_masks[index].float()
         if self.fill == "resample":
             masks = torch.maximum(masks, self.own_masks[partners].float())
         return masks
 
     def batch(
-        self, index: Tensor | slice, device: torch.device | None = None
+        self,
+        index: Tensor | slice,
+        device: torch.device | None = None,
+        partners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B.
 
         Args:
             index: which images.
             device: where to put them; by default they stay where they are.
+            partners: index of their partners; by default those of the epoch.
         """
-        return self._masked(index, self.partners[index], device)
-
-    def _masked(
-        self,
-        index: Tensor | slice,
-        partners: Tensor,
-        device: torch.device | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        if partners is None:
+            partners = self.partners[index]
         images, labels = self.split.batch(index, device)
-        masks = self._hidden(index, partners).to(device)
+        masks = self.masks(index, partners).to(device)
+        fill = 0.0
         if self.fill == "resample":
-            partner_images, _ = self.split.batch(partners, device)
-            return apply_mask(images, masks, fill=partner_images), labels
-        return apply_mask(images, masks), labels
+            fill, _ = self.split.batch(partners, device)
+        return apply_mask(images, masks, fill), labels
 
     @property
     def images(self) -> Tensor:
@@ -308,19 +303,18 @@ class Rule:
         Returns:
             N×H×W, True where the image is hidden; with soft edges float32 in [0, 1].
         """
+        is_hard = self.upsample != "bilinear" or self.method == "mean_std"
         if self.upsample == "map" or self.method == "mean_std":
-            masks = create_mask(resize(maps, size), self.method, self.param).float()
-        else:
-            small = create_mask(maps, self.method, self.param)
-            masks = resize(small, size, self.upsample)
+            maps = resize(maps, size)
+        masks = create_mask(maps, self.method, self.param)
+        masks = resize(masks, size, self.upsample)  # those of resized maps have it
         pixels = round(self.dilation * min(size) / 28)
         if pixels:
             side = 2 * pixels + 1
             # Rows, then columns: quicker on a CPU than a square window.
             masks = F.max_pool2d(masks, (1, side), 1, (0, pixels))
             masks = F.max_pool2d(masks, (side, 1), 1, (pixels, 0))
-        is_soft = self.upsample == "bilinear" and self.method != "mean_std"
-        return masks if is_soft else masks.bool()
+        return masks.bool() if is_hard else masks
 
     def mask(
         self,
@@ -359,27 +353,37 @@ class Rule:
 def mask_dataset(
     split: Split,
     saliency_map: Tensor,
-    method: str,
-    param: float,
-    upsample: str = "bilinear",
-    dilation: int = 0,
-    shared: bool = False,
+    *rule: Any,
     seed: int = 0,
-    fill: str = "zero",
     earlier: MaskedDataset | None = None,
+    **options: Any,
 ) -> MaskedDataset:
-    """Hide what saliency maps point at: `Rule.mask` in one call."""
-    rule = Rule(method, param, upsample, dilation, shared, fill)
-    return rule.mask(split, saliency_map, seed, earlier)
+    """Hide what saliency maps point at: `Rule.mask` in one call.
+
+    Args:
+        split: see `Rule.mask`, as for `saliency_map`, `seed` and `earlier`.
+        saliency_map: N×h×w.
+        *rule: see `Rule`: method, param, …
+        seed: of the partners.
+        earlier: a masked dataset of the same split.
+        **options: see `Rule`, by name.
+    """
+    return Rule(*rule, **options).mask(split, saliency_map, seed, earlier)
+
+
+# (a copy of a network, masked images) → the network, fine-tuned on these
+Finetune = Callable[[nn.Module, MaskedDataset], nn.Module]
+# (a network, images, labels) → maps, N×h×w
+Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def masktune(
     network: nn.Module,
     split: Split,
     rule: Rule,
-    finetune: Callable[[nn.Module, MaskedDataset], nn.Module],
-    maps: Tensor | None = None,
-    explain: Callable[[nn.Module, Tensor, Tensor], Tensor] = saliency_maps,
+    finetune: Finetune,
+    maps: Tensor,
+    explain: Explain = saliency_maps,
     seed: int = 0,
 ) -> Iterator[tuple[nn.Module, MaskedDataset]]:
     """MaskTune with 1, 2, … `rounds` of masking: the network and the images of each.
@@ -394,22 +398,19 @@ def masktune(
         split: the training images.
         rule: how masks are made.
         finetune: (a copy of the network, masked images) → the fine-tuned network.
-        maps: of the network, N×h×w; by default they are computed.
+        maps: of the network, N×h×w.
         explain: (network, images, labels) → maps, see `saliency.saliency_maps`.
-        seed: see `mask_dataset`.
+        seed: see `Rule.mask`.
     """
-    if maps is None:
-        maps = explain(network, split.images, split.labels)
-    masked = None
+    earlier = None
     for this_round in rule.each_round:
-        earlier = masked
         masked = this_round.mask(split, maps, seed, earlier)
-        has_earlier = earlier is not None
-        if has_earlier and torch.equal(masked.own_masks, earlier.own_masks):
+        if earlier is not None and torch.equal(masked.own_masks, earlier.own_masks):
             return
         tuned = finetune(copy.deepcopy(network), masked)
         yield tuned, masked
-        if this_round.rounds < rule.rounds:
+        earlier = masked
+        if this_round != rule:
             # A map that is zero everywhere hides nothing more.
             with warnings.catch_warnings(action="ignore"):
                 maps = explain(tuned, masked.images, split.labels)

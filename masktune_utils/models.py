@@ -1,10 +1,10 @@
 """Networks, and the layer that is explained."""
 
 import contextlib
-import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 
 class SmallCNN(nn.Module):
@@ -74,7 +74,7 @@ def target_layer(
     """The layer that is explained.
 
     Args:
-        model: any network for images.
+        model: any network for images, in evaluation mode.
         shape: C, H, W of the images.
         layer: its name, as in `model.get_submodule`. Without one, what the method
             `model.get_grad_cam_target_layer()` returns; without this method, the last
@@ -85,37 +85,42 @@ def target_layer(
         TypeError: no layer is named, and there is none, or the network computes with
             tokens.
     """
-    names = [name for name, _ in model.named_modules()]
-    if layer and layer not in names:
-        raise ValueError(
-            f"layer is {layer!r}; allowed: {', '.join(filter(None, names))}."
-        )
+    layers = dict(model.named_modules())
     if layer:
-        return model.get_submodule(layer)
+        if layer not in layers:
+            allowed = ", ".join(filter(None, layers))
+            raise ValueError(f"layer is {layer!r}; allowed: {allowed}.")
+        return layers[layer]
     for module in model.modules():  # the network itself, or in a wrapper
         if hasattr(module, "get_grad_cam_target_layer"):
             return module.get_grad_cam_target_layer()
     kind = type(model).__name__
     shapes = _output_shapes(model, shape)
     if any(len(size) == 3 and size[1] > 1 for size in shapes.values()):
-        needed = "name a layer by layer=, and make its output a map by reshape="
-        raise TypeError(f"{kind} computes with tokens; {needed}.")
-    maps = [name for name, size in shapes.items() if len(size) == 4 and size[-1] > 1]
-    if not maps:
-        needed = "name one by layer=, or by a method get_grad_cam_target_layer()"
-        raise TypeError(f"no layer of {kind} has a map; {needed}.")
-    return model.get_submodule(maps[-1])
-
-
-def _output_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
-    """Name of each layer → shape of its output, in the order of computation."""
-    outputs = []
-    watched = copy.deepcopy(model).eval()
-    for name, module in watched.named_modules():
-        module.register_forward_hook(
-            lambda _layer, _inputs, out, name=name: outputs.append((name, out))
+        raise TypeError(
+            f"{kind} computes with tokens; name a layer by layer=, and make its output "
+            "a map by reshape=."
         )
-    with torch.no_grad():
-        watched(torch.zeros(1, *shape, device=next(watched.parameters()).device))
-    of_layers = outputs[:-1]  # the last is that of the whole network
-    return {name: out.shape for name, out in of_layers if isinstance(out, Tensor)}
+    maps = [part for part, size in shapes.items() if len(size) == 4 and size[-1] > 1]
+    if not maps:
+        raise TypeError(
+            f"no layer of {kind} has a map; name one by layer=, or by a method "
+            "get_grad_cam_target_layer()."
+        )
+    return maps[-1]
+
+
+def _output_shapes(
+    model: nn.Module, shape: tuple[int, ...]
+) -> dict[nn.Module, torch.Size]:
+    """Shape of the output of each layer, in the order of computation."""
+    shapes = {}
+
+    def note(layer: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and layer is not model:
+            shapes[layer] = output.shape
+
+    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    with register_module_forward_hook(note), torch.no_grad():
+        model(image)
+    return shapes

@@ -4,7 +4,7 @@ import sys
 from multiprocessing import current_process
 from typing import Any
 
-from tqdm import auto, std
+from tqdm import auto
 
 
 def is_live() -> bool:
@@ -19,7 +19,7 @@ def is_live() -> bool:
     )
 
 
-def bar(*args: Any, **options: Any) -> std.tqdm:
+def bar(*args: Any, **options: Any) -> auto.tqdm:
     """A tqdm progress bar: a widget in JupyterLab, a line in a terminal.
 
     It goes away when it is done. A notebook that runs headless has none, nor has a

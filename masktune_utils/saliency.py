@@ -5,13 +5,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchcam.methods import XGradCAM
 
 from masktune_utils import data, models, progress
-
-MOST_MISTAKES = 1000  # that are exchanged, window by window
 
 
 def saliency_maps(
@@ -72,73 +69,13 @@ def saliency_maps(
     return maps
 
 
-@torch.no_grad()
-def exchange_map(
-    model: nn.Module, images: Tensor, labels: Tensor, predicted: Tensor, seed: int = 0
-) -> Tensor:
-    """Where the mistakes of a network come from: any network, without gradients.
-
-    A window, a seventh of the image wide and high, is taken from another image of the
-    same class. Where this lowers the loss of a mistake, the window has misled the
-    network. Each kind of mistake (class, prediction) counts the same. Ours; permuting a
-    feature to see what a model needs: Breiman, 2001.
-
-    Args:
-        model: used in evaluation mode, and itself left as it is.
-        images: N×C×H×W, uint8 or float in [0, 1], which the model has not seen.
-        labels: N.
-        predicted: N, the classes that the model predicts for them, on the CPU.
-        seed: of the other images; and of MOST_MISTAKES mistakes, if there are more.
-
-    Returns:
-        h×w float32, on the CPU: by how much the cross-entropy falls on average, in
-        nats, for each window; neighbours overlap by half. Zero if there is no mistake.
-    """
-    network = copy.deepcopy(model).eval()
-    device = next(network.parameters()).device
-
-    def losses(batch: Tensor, classes: Tensor) -> Tensor:
-        logits = network(data.to_float(batch.to(device))).float().cpu()
-        return F.cross_entropy(logits, classes, reduction="none")
-
-    labels = labels.cpu()
-    generator = torch.Generator().manual_seed(seed)
-    mistakes = (predicted != labels).nonzero()[:, 0]
-    if len(mistakes) > MOST_MISTAKES:
-        drawn = torch.randperm(len(mistakes), generator=generator)[:MOST_MISTAKES]
-        mistakes = mistakes[drawn]
-    kinds = torch.stack([labels, predicted], 1)[mistakes]
-    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
-    weights = 1 / (len(sizes) * sizes[kind])
-    partners = data.class_partners(labels, generator)
-    height, width = images.shape[-2:]
-    high = max(1, height // 7)
-    wide = max(1, width // 7)
-    tops = range(0, height - high + 1, max(1, high // 2))
-    lefts = range(0, width - wide + 1, max(1, wide // 2))
-    falls = torch.zeros(len(tops), len(lefts))
-    for part in torch.arange(len(mistakes)).split(100):
-        index = mistakes[part]
-        originals = images[index]
-        others = images[partners[index]]
-        before = losses(originals, labels[index])
-        for row, top in enumerate(tops):
-            for column, left in enumerate(lefts):
-                window = (..., slice(top, top + high), slice(left, left + wide))
-                exchanged = originals.clone()
-                exchanged[window] = others[window]
-                fall = before - losses(exchanged, labels[index])
-                falls[row, column] += weights[part] @ fall
-    return falls
-
-
 def _check_map(features: Tensor, images: Tensor) -> None:
     """Refuse features, N×C×h×w, that are not about as wide and high as the images."""
     height, width = features.shape[-2:]
     ratio = height * images.shape[-1] / (width * images.shape[-2])
     if features.ndim != 4 or max(height, width) == 1 or not 0.5 <= ratio <= 2:
-        size = "×".join(map(str, features.shape[1:]))
         raise TypeError(
-            f"the layer gives N×{size}; allowed: N×C×h×w, in the proportions of the "
-            "image. Name another by layer=, or make it a map by reshape=."
+            f"the layer gives {tuple(features.shape)}; allowed: N×C×h×w, in the "
+            "proportions of the image. Name another by layer=, or make it a map by "
+            "reshape=."
         )

@@ -27,12 +27,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from masktune_utils import training
 from masktune_utils.data import Split
 from masktune_utils.held_out import ERM, NULL, HeldOut, collect
-from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.masking import Explain, Finetune, MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
 
 # What even the best model loses on resampled images counts this many times: where the
@@ -256,7 +256,7 @@ class Choice:
 
     held_out: HeldOut
     candidates: dict[str, MaskedDataset]
-    schedule: Callable[[nn.Module, MaskedDataset], nn.Module]
+    schedule: Finetune
     verdict: Verdict
 
     @property
@@ -284,11 +284,6 @@ class Choice:
     def masked(self) -> MaskedDataset:
         """The images with the chosen masks; nothing is hidden if ERM is kept."""
         return self.candidates[NULL if self.is_kept else self.verdict.chosen]
-
-    @property
-    def masks(self) -> Tensor:
-        """N×H×W, bool."""
-        return self.masked.own_masks
 
     @property
     def table(self) -> pd.DataFrame:
@@ -335,10 +330,10 @@ def default_epochs(count: int) -> int:
 def choose(
     train: Split,
     fit: Callable[[Split], nn.Module],
-    finetune: Callable[[nn.Module, MaskedDataset], nn.Module] | None = None,
+    finetune: Finetune | None = None,
     candidates: Sequence[Rule] = CANDIDATES,
     jobs: int = 1,
-    explain: Callable[[nn.Module, Tensor, Tensor], Tensor] = saliency_maps,
+    explain: Explain = saliency_maps,
     seed: int = 0,
 ) -> Choice:
     """Choose a mask for training images on held-out ones, or keep ERM.

@@ -17,14 +17,18 @@ def groups(split: Split) -> dict[str, Tensor]:
         class × shortcut.
     """
     names = split.group_names
-    numbers = split.groups.cpu()
+    numbers = split.groups
     if not names:
         words = ("shortcut", "no shortcut")
         classes = range(len(split.labels.bincount()))
         names = [f"class {label}, {word}" for label in classes for word in words]
-        numbers = (2 * split.labels + ~split.has_shortcut).cpu()
-    index = {name: (numbers == k).nonzero()[:, 0] for k, name in enumerate(names)}
-    return {name: members for name, members in index.items() if len(members)}
+        numbers = 2 * split.labels + ~split.has_shortcut
+    index = {}
+    for number, name in enumerate(names):
+        members = (numbers == number).nonzero()[:, 0]
+        if len(members):
+            index[name] = members.cpu()
+    return index
 
 
 def add_square(
@@ -73,7 +77,7 @@ def square_anywhere(
     pixels = torch.arange(28)
     first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
     rows, columns = (first <= pixels) & (pixels < first + size)
-    area = rows[:, None, :, None] & columns[:, None, None, :]
+    area = rows[:, None, :, None] & columns[:, None, None]
     return torch.where(area, _pixel(color), images)
 
 
@@ -131,10 +135,10 @@ SHORTCUTS = {
 def plant(
     split: Split,
     which: Tensor,
-    shortcut: str = "square",
-    color: str = "blue",
-    size: int = 6,
-    generator: torch.Generator | None = None,
+    shortcut: str,
+    color: str,
+    size: int,
+    generator: torch.Generator,
 ) -> Split:
     """Plant a shortcut in some of the images.
 
@@ -149,18 +153,14 @@ def plant(
     Raises:
         ValueError: no pixel changes, so that there is no shortcut.
     """
-    before = split.images[which]
-    after = SHORTCUTS[shortcut](before, color, size, generator)
-    is_changed = (after != before).any(1)
-    if len(before) and not is_changed.any():
+    images = split.images.clone()
+    images[which] = SHORTCUTS[shortcut](images[which], color, size, generator)
+    area = (images != split.images).any(1)
+    if which.any() and not area.any():
         raise ValueError(
             f"square_color is {color!r}; allowed: one that changes a pixel by the "
             f"shortcut {shortcut!r}."
         )
-    images = split.images.clone()
-    images[which] = after
-    area = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
-    area[which] = is_changed
     return dataclasses.replace(split, images=images, shortcut=area)
 
 

@@ -31,8 +31,6 @@ def train(
     epochs: int,
     batch_size: int = 128,
     lr: float = 0.01,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
     lr_decay_epochs: int = 25,
     optimizer: str = "sgd",
     schedule: str = "constant",
@@ -48,11 +46,10 @@ def train(
         epochs: passes over the images.
         batch_size: images per step. A last batch of one image is left out.
         lr: first learning rate.
-        momentum: of SGD.
-        weight_decay: L2 penalty.
         lr_decay_epochs: with schedule `constant`, epochs after which the rate is
             halved.
-        optimizer: `sgd`, with momentum, or `adam`; both with weight decay.
+        optimizer: `sgd`, with a momentum of 0.9, or `adam`; both with a weight decay
+            (L2 penalty) of 0.0001.
         schedule: of the learning rate. `constant`: it only decays every
             `lr_decay_epochs`. `linear`: it falls step by step, to 0 at the end of the
             last epoch.
@@ -70,9 +67,9 @@ def train(
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
     weights = model.parameters()
-    options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+    options = {"lr": lr, "weight_decay": 1e-4, "fused": True}
     if optimizer == "sgd":
-        torch_optimizer = optim.SGD(weights, momentum=momentum, **options)
+        torch_optimizer = optim.SGD(weights, momentum=0.9, **options)
     elif optimizer == "adam":
         torch_optimizer = optim.Adam(weights, **options)
     else:
@@ -95,9 +92,10 @@ def train(
         torch.manual_seed(seed)  # of dropout
         for epoch in range(1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-            row = {"epoch": epoch, "lr": torch_optimizer.param_groups[0]["lr"]}
+            row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
             started = time.perf_counter()
-            batches = _batches(dataset, batch_size, generator)
+            order = torch.randperm(len(dataset), generator=generator)
+            batches = order.to(dataset.labels.device).split(batch_size)
             of_epoch = dataset.in_epoch(epoch)
             means = _train_epoch(model, of_epoch, batches, scheduler, bar)
             row["loss"], row["accuracy"] = means.tolist()
@@ -106,18 +104,10 @@ def train(
     return history
 
 
-def _batches(
-    dataset: Dataset, batch_size: int, generator: torch.Generator
-) -> list[Tensor]:
-    """Index of the images of each batch, in a random order."""
-    order = torch.randperm(len(dataset), generator=generator).to(dataset.labels.device)
-    return [index for index in order.split(batch_size) if len(index) > 1]
-
-
 def _train_epoch(
     model: nn.Module,
     dataset: Dataset,
-    batches: list[Tensor],
+    batches: tuple[Tensor, ...],
     scheduler: optim.lr_scheduler.LRScheduler,
     bar: tqdm,
 ) -> Tensor:
@@ -128,6 +118,8 @@ def _train_epoch(
     seen = 0
     model.train()
     for index in batches:
+        if len(index) == 1:  # the last one
+            continue
         images, labels = dataset.batch(index, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,47 +140,45 @@ def evaluated(model: models.SmallCNN, **settings) -> str:
     return json.dumps(evaluation.evaluate(model, sets))
 
 
-def test_a_plain_state_dict_can_be_evaluated(model, tmp_path):
-    path = tmp_path / "theirs.pth"
-    torch.save(model.state_dict(), path)
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model)
-    assert 0 < report["biased"]["accuracy"] < 1
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """Of a checkpoint."""
+    return tmp_path / "saved.pth"
 
 
-def test_a_plain_state_dict_of_ten_classes_is_evaluated_on_digits(tmp_path):
-    path = tmp_path / "theirs.pth"
-    model = models.new_model(0, num_classes=10)
-    torch.save(model.state_dict(), path)
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model, labels="digits")
-
-
-def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
-    path = tmp_path / "ours.pth"
-    square = {"square_size": 9, "square_color": "red"}
-    identity = Settings(dataset="mnist5k", **square).identity(base=True)
+def save(path: Path, model: models.SmallCNN, **settings) -> None:
+    """As a base model of an experiment."""
+    identity = Settings(**{"dataset": "mnist5k", **settings}).identity(base=True)
     store.save_checkpoint(path, model, identity, [])
+
+
+@pytest.mark.parametrize(("classes", "labels"), [(2, "halves"), (10, "digits")])
+def test_a_plain_state_dict_is_evaluated_on_its_classes(classes, labels, path):
+    model = models.new_model(0, num_classes=classes)
+    torch.save(model.state_dict(), path)
+    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
+    assert json.dumps(report) == evaluated(model, labels=labels)
+    assert len(report["raw"]["confusion_matrix"]) == classes
+
+
+def test_our_checkpoint_is_evaluated_with_its_own_square(model, path):
+    square = {"square_size": 9, "square_color": "red"}
+    save(path, model, **square)
     report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
     assert json.dumps(report) == evaluated(model, **square) != evaluated(model)
 
 
-def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
-    path = tmp_path / "ten.pth"
-    model = models.new_model(0, num_classes=10)
-    identity = Settings(dataset="mnist5k", labels="digits").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
+def test_our_checkpoint_is_evaluated_with_its_own_classes(path):
+    save(path, models.new_model(0, num_classes=10), labels="digits")
     report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
     assert [sum(row) for row in report["raw"]["confusion_matrix"]] == [100] * 10
 
 
 def test_our_checkpoint_is_evaluated_on_all_test_images_and_what_it_held_out(
-    model, tmp_path
+    model, path
 ):
-    path = tmp_path / "ours.pth"
     values = {"limit": 200, "validation_share": 0.2}
-    identity = Settings(dataset="mnist5k", **values).identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
+    save(path, model, **values)
     report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
     assert json.dumps(report) == evaluated(model, **values)
     assert sum(map(sum, report["raw"]["confusion_matrix"])) == 1000
@@ -187,11 +186,9 @@ def test_our_checkpoint_is_evaluated_on_all_test_images_and_what_it_held_out(
 
 
 def test_a_checkpoint_that_names_its_data_set_is_evaluated_on_it(
-    model, tmp_path, monkeypatch
+    model, path, monkeypatch
 ):
-    path = tmp_path / "ours.pth"
-    identity = Settings(dataset="mnist5k").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
+    save(path, model)
     asked = []
 
     def resolve(dataset: str) -> str:
@@ -203,10 +200,8 @@ def test_a_checkpoint_that_names_its_data_set_is_evaluated_on_it(
     assert "auto" not in asked  # which might look for MNIST on the network
 
 
-def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):
-    path = tmp_path / "ours.pth"
-    identity = Settings(dataset="mnist").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    message = r"ours\.pth was trained on 'mnist'; use dataset='mnist'"
+def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, path):
+    save(path, model, dataset="mnist")
+    message = r"saved\.pth was trained on 'mnist'; use dataset='mnist'"
     with pytest.raises(CheckpointError, match=message):
         evaluation.evaluate_checkpoint(path, dataset="mnist5k")

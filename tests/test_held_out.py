@@ -11,11 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from masktune_utils import data, datasets, held_out, models, selection, training
+from masktune_utils import (
+    data,
+    datasets,
+    held_out,
+    metrics,
+    models,
+    selection,
+    training,
+)
 from masktune_utils.data import Split
 from masktune_utils.held_out import ERM, NULL, HeldOut
 from masktune_utils.masking import MaskedDataset, Rule
-from masktune_utils.saliency import exchange_map, saliency_maps
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 
 RULES = (
@@ -226,7 +234,8 @@ def test_where_mistakes_come_from_is_the_mean_of_both_folds(collected, folds):
     for fold, other in pairs(folds):
         erm = other.networks[ERM]
         predicted = predict(erm, fold.images)
-        maps.append(exchange_map(erm, fold.images, fold.labels, predicted, SEED))
+        split = Split(fold.images, fold.labels)
+        maps.append(metrics.exchange_map(erm, split, predicted, SEED))
     expected = (maps[0] + maps[1]) / 2
     found = torch.from_numpy(collected.held_out.mistake_map)
     assert expected.max() > 0

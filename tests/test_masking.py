@@ -257,11 +257,29 @@ def test_what_is_hidden_is_filled_with_zeros(splits, upper_half):
     torch.testing.assert_close(pixels, batch, atol=0.002, rtol=0)
 
 
-@pytest.mark.parametrize("count", [0, 50])
-def test_an_unknown_method_is_refused_even_for_an_empty_batch(count):
-    message = "method is 'foo'; allowed: threshold, top_k, mean, mean_std"
+UNKNOWN = {
+    "method is 'foo'; allowed: threshold, top_k, mean, mean_std": ("foo", 0.1),
+    "upsample is 'bicubic'; allowed: bilinear, nearest, map": ("mean", 0.1, "bicubic"),
+    "fill is 'black'; allowed: zero, resample": ("mean", 0.1, "map", 0, False, "black"),
+}
+
+
+@pytest.mark.parametrize("message", UNKNOWN)
+def test_an_unknown_name_is_refused(message):
     with pytest.raises(ValueError, match=message):
-        masking.create_mask(MAPS[:count], "foo", 0.1)
+        masking.Rule(*UNKNOWN[message])
+
+
+@pytest.mark.parametrize("values", [{"param": -1}, {"dilation": -1}, {"rounds": 0}])
+def test_a_number_that_is_too_small_is_refused(values):
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; allowed: . or more"):
+        masking.Rule(**values)
+
+
+def test_an_unknown_method_is_refused_even_for_an_empty_batch():
+    with pytest.raises(ValueError, match="method is 'foo'; allowed: threshold, top_k"):
+        masking.create_mask(MAPS[:0], "foo", 0.1)
 
 
 @pytest.mark.parametrize("method", masking.RULES)
@@ -278,17 +296,6 @@ def test_too_few_maps_are_refused(splits):
         masking.mask_dataset(splits.train, MAPS[:3], "mean", 0.1)
 
 
-def test_an_unknown_fill_is_refused(splits):
-    with pytest.raises(ValueError, match="fill is 'black'; allowed: zero, resample"):
-        masking.mask_dataset(splits.train, FIRST_MAPS, "mean", 0.1, fill="black")
-
-
-def test_an_unknown_upsampling_is_refused(splits):
-    message = "upsample is 'bicubic'; allowed: bilinear, nearest, map"
-    with pytest.raises(ValueError, match=message):
-        masking.mask_dataset(splits.train, FIRST_MAPS, "mean", 0.1, "bicubic")
-
-
 def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():
     mask = torch.zeros(28, 28)
     mask[10, 20] = 1
@@ -302,21 +309,17 @@ def test_dilation_widens_a_mask_by_its_pixels_in_all_directions():
     assert torch.equal(dilated, expected)
 
 
-def test_dilation_is_in_28ths_of_the_side():
-    mask = torch.zeros(1, 112, 112)
-    mask[0, 50, 60] = 1
-    expected = torch.zeros(1, 112, 112)
-    expected[0, 34:67, 44:77] = 1  # by 4 · 112 / 28 = 16 pixels
-    dilated = image_masks(mask, (112, 112), "threshold", 0.5, "bilinear", 4)
-    assert torch.equal(dilated, expected)
-
-
-def test_of_an_image_that_is_no_square_the_shorter_side_counts():
-    mask = torch.zeros(1, 28, 112)
+@pytest.mark.parametrize(
+    ("size", "dilation", "pixels"), [((112, 112), 4, 16), ((28, 112), 2, 2)]
+)
+def test_dilation_is_in_28ths_of_the_shorter_side(size, dilation, pixels):
+    mask = torch.zeros(1, *size)
     mask[0, 14, 60] = 1
-    dilated = image_masks(mask, (28, 112), "threshold", 0.5, "bilinear", 2)
-    assert dilated[0, 14].sum() == 5
-    assert dilated[0, :, 60].sum() == 5
+    expected = torch.zeros(1, *size)
+    top = max(0, 14 - pixels)
+    expected[0, top : 15 + pixels, 60 - pixels : 61 + pixels] = 1
+    dilated = image_masks(mask, size, "threshold", 0.5, "bilinear", dilation)
+    assert torch.equal(dilated, expected)
 
 
 @pytest.mark.parametrize("method", FORMULAS)

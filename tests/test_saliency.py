@@ -121,8 +121,9 @@ def loss(network: torch.nn.Module, image: torch.Tensor, label: int) -> float:
 
 def mistake_map(network, images, labels, seed=0):
     """By what the network predicts."""
-    predicted = metrics.predict(network, Split(images, labels)).argmax(1)
-    return saliency.exchange_map(network, images, labels, predicted, seed)
+    split = Split(images, labels)
+    predicted = metrics.predict(network, split).argmax(1)
+    return metrics.exchange_map(network, split, predicted, seed)
 
 
 def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):

@@ -356,7 +356,7 @@ def weights_of(network: torch.nn.Module) -> torch.Tensor:
 def test_a_choice_masks_the_images_and_fine_tunes_a_copy_by_our_schedule(choice):
     assert not choice.is_kept
     assert choice.masked is choice.candidates["a"]
-    assert choice.masks[:, 0].all()
+    assert choice.masked.own_masks[:, 0].all()
     network = models.new_model(1)
     before = weights_of(network)
     tuned = choice.finetune(network)
@@ -372,7 +372,7 @@ def test_where_erm_is_kept_nothing_is_masked_and_nothing_fine_tuned(choice):
     choice = choice.take(ERM)
     assert choice.is_kept
     assert choice.masked is choice.candidates[NULL]
-    assert not choice.masks.any()
+    assert not choice.masked.own_masks.any()
     network = models.new_model(1)
     copy = choice.finetune(network)
     assert copy is not network
@@ -385,7 +385,9 @@ def test_a_person_may_decide_otherwise(choice):
     assert kept.is_kept
     assert "and is chosen. By hand, ERM was taken instead. It hides" in kept.reason
     assert kept.take(name).reason == choice.reason
-    assert torch.equal(kept.take(name).masks, choice.candidates[name].own_masks)
+    assert torch.equal(
+        kept.take(name).masked.own_masks, choice.candidates[name].own_masks
+    )
     with pytest.raises(ValueError, match=r"^name is 'b'; allowed: ERM; a\.$"):
         choice.take("b")
 
