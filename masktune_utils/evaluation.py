@@ -1,15 +1,13 @@
 """How well the model of an experiment does on its test sets."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from masktune_utils import datasets, metrics, store
+from masktune_utils import metrics
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import DataSettings
 
 
 def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, Any]:
@@ -36,40 +34,6 @@ def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, Any]:
     report["groups"] = groups
     report["worst_group"] = min(groups.values())
     return report
-
-
-def evaluate_checkpoint(
-    path: str | Path, dataset: str = "auto", device: str = "auto"
-) -> dict:
-    """Metrics of a saved model on the test sets of its images.
-
-    Args:
-        path: a checkpoint of this project, or a plain state dict of a SmallCNN.
-        dataset: the images to test on; `auto`: those that the checkpoint names. The
-            shortcut is the checkpoint's own, else a blue 6×6 square.
-        device: see `store.resolve_device`.
-
-    Returns:
-        See `evaluate`.
-
-    Raises:
-        CheckpointError: the file is damaged, foreign, or made from other images.
-        FileNotFoundError: no such file, or no such images.
-        ValueError: an unknown data set or device.
-    """
-    checkpoint = store.load_checkpoint(path, device=store.resolve_device(device))
-    made_with = checkpoint.settings
-    source = made_with.get("dataset") or datasets.resolve_dataset(dataset)
-    if dataset not in ("auto", source):
-        raise store.CheckpointError(
-            f"{path} was trained on {source!r}; use dataset={source!r}."
-        )
-    is_of_two = checkpoint.model.linear[-1].out_features == 2
-    values = {"labels": "halves" if is_of_two else "digits"}
-    for name in DataSettings.model_fields.keys() & made_with.keys():
-        values[name] = made_with[name]
-    values.update(dataset=source, device=device)
-    return evaluate(checkpoint.model, datasets.load(DataSettings(**values)))
 
 
 def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:

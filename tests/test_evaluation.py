@@ -1,6 +1,5 @@
-"""Predictions, their metrics, and the evaluation of a saved model."""
+"""Predictions, their metrics, and the report of an experiment."""
 
-import json
 import math
 
 import numpy as np
@@ -8,9 +7,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from masktune_utils import data, datasets, evaluation, metrics, models, store
-from masktune_utils.settings import Settings
-from masktune_utils.store import CheckpointError
+from masktune_utils import data, evaluation, metrics
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -131,82 +128,3 @@ def test_an_error_leaves_the_model_in_its_mode(model, splits):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         metrics.predict(model, splits.raw)
     assert model.training
-
-
-def evaluated(model: models.SmallCNN, **settings) -> str:
-    """A report as text, in which NaN equals NaN."""
-    sets = datasets.load(Settings(dataset="mnist5k", **settings))
-    return json.dumps(evaluation.evaluate(model, sets))
-
-
-def test_a_plain_state_dict_can_be_evaluated(model, tmp_path):
-    path = tmp_path / "theirs.pth"
-    torch.save(model.state_dict(), path)
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model)
-    assert 0 < report["biased"]["accuracy"] < 1
-
-
-def test_a_plain_state_dict_of_ten_classes_is_evaluated_on_digits(tmp_path):
-    path = tmp_path / "theirs.pth"
-    model = models.new_model(0, num_classes=10)
-    torch.save(model.state_dict(), path)
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model, labels="digits")
-
-
-def test_our_checkpoint_is_evaluated_with_its_own_square(model, tmp_path):
-    path = tmp_path / "ours.pth"
-    square = {"square_size": 9, "square_color": "red"}
-    identity = Settings(dataset="mnist5k", **square).identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model, **square) != evaluated(model)
-
-
-def test_our_checkpoint_is_evaluated_with_its_own_classes(tmp_path):
-    path = tmp_path / "ten.pth"
-    model = models.new_model(0, num_classes=10)
-    identity = Settings(dataset="mnist5k", labels="digits").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert [sum(row) for row in report["raw"]["confusion_matrix"]] == [100] * 10
-
-
-def test_our_checkpoint_is_evaluated_on_all_test_images_and_what_it_held_out(
-    model, tmp_path
-):
-    path = tmp_path / "ours.pth"
-    values = {"limit": 200, "validation_share": 0.2}
-    identity = Settings(dataset="mnist5k", **values).identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    report = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
-    assert json.dumps(report) == evaluated(model, **values)
-    assert sum(map(sum, report["raw"]["confusion_matrix"])) == 1000
-    assert sum(map(sum, report["validation"]["confusion_matrix"])) == 40
-
-
-def test_a_checkpoint_that_names_its_data_set_is_evaluated_on_it(
-    model, tmp_path, monkeypatch
-):
-    path = tmp_path / "ours.pth"
-    identity = Settings(dataset="mnist5k").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    asked = []
-
-    def resolve(dataset: str) -> str:
-        asked.append(dataset)
-        return dataset
-
-    monkeypatch.setattr(datasets, "resolve_dataset", resolve)
-    assert json.dumps(evaluation.evaluate_checkpoint(path)) == evaluated(model)
-    assert "auto" not in asked  # which might look for MNIST on the network
-
-
-def test_a_checkpoint_of_another_data_set_is_not_evaluated(model, tmp_path):
-    path = tmp_path / "ours.pth"
-    identity = Settings(dataset="mnist").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    message = r"ours\.pth was trained on 'mnist'; use dataset='mnist'"
-    with pytest.raises(CheckpointError, match=message):
-        evaluation.evaluate_checkpoint(path, dataset="mnist5k")
