@@ -109,25 +109,26 @@ def grid(
     return figure
 
 
-def predictions(
-    models: dict[str, nn.Module], split: Split, classes: Sequence[str] = ("low", "high")
-) -> Figure:
+def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
     """What models predict for the same images: a row for each model.
 
-    Below an image: the predicted class and its probability, green if it is right, else
-    red. Outlined: where the saliency for this class is above half of its maximum.
+    Below an image: the predicted class, of two as a word, and its probability, green if
+    it is right, else red. Outlined: where the saliency for this class is above half of
+    its maximum.
 
     Args:
         models: name → network.
         split: a few images.
-        classes: their names; if there are others, their numbers.
     """
     images, labels = split.batch(slice(None))
     size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(len(models), len(split), squeeze=False)
     for row, (name, network) in zip(axes, models.items(), strict=True):
-        shares, predicted = metrics.predict(network, split).softmax(1).max(1)
+        probabilities = metrics.predict(network, split).softmax(1)
+        count = probabilities.shape[1]
+        names = ("low", "high") if count == 2 else range(count)
+        shares, predicted = probabilities.max(1)
         predicted = predicted.to(labels.device)
         with warnings.catch_warnings(action="ignore"):  # of maps without an outline
             maps = saliency_maps(network, images, predicted)
@@ -136,9 +137,9 @@ def predictions(
                 ax.imshow(images[k].permute(1, 2, 0).cpu())
                 ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
                 number = predicted[k].item()
-                word = classes[number] if number < len(classes) else number
+                words = f"{names[number]} {shares[k]:.0%}"
                 color = "#009E73" if number == labels[k] else "#D55E00"
-                ax.set_xlabel(f"{word} {shares[k]:.0%}", color=color, fontsize=9)
+                ax.set_xlabel(words, color=color, fontsize=9)
                 ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure

@@ -42,7 +42,7 @@ REPOSITORY = _above if (_above / "pyproject.toml").exists() else Path.cwd()
 # standard deviations above it.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
-LONGEST = 165  # bytes of a name; that of a file is at most 200
+LONGEST = 165  # letters of a name; that of a file has at most 200
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
 # Setting → another one, and the values of that with which nothing depends on it.
@@ -71,7 +71,6 @@ class DataSettings(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        validate_default=True,
         use_attribute_docstrings=True,
     )
 
@@ -293,9 +292,8 @@ def root(directory: str) -> Path:
 
 
 def _shorten(name: str) -> str:
-    """A name of at most `LONGEST` bytes; a longer one ends with its hash."""
-    encoded = name.encode()
-    if len(encoded) <= LONGEST:
+    """A name of at most `LONGEST` letters; a longer one ends with its hash."""
+    if len(name) <= LONGEST:
         return name
-    kept = encoded[: LONGEST - 9].decode(errors="ignore")
-    return f"{kept}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+    sha256 = hashlib.sha256(name.encode()).hexdigest()
+    return f"{name[: LONGEST - 9]}-{sha256[:8]}"
