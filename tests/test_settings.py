@@ -7,7 +7,7 @@ from typing import get_args
 import nbformat
 import pytest
 
-from masktune_utils import experiment, masking, shortcuts, store
+from masktune_utils import experiment, masking, shortcuts
 from masktune_utils.settings import DEFAULTS, PARAM_LIMITS, REPOSITORY, Settings
 
 
@@ -73,17 +73,6 @@ def test_the_names_that_are_allowed_are_those_of_the_functions():
     assert allowed["shortcut"] == {*shortcuts.SHORTCUTS, "none"}
     assert allowed["fill"] == {*masking.FILLS}
     assert allowed["upsample"] == {*masking.UPSAMPLES}
-
-
-def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    for directory in (file, file / "below", "/proc/new"):
-        message = f"^directory is '{directory}'; allowed: a folder to write to"
-        with pytest.raises(ValueError, match=message):
-            store.check_writable(str(directory))
-    store.check_writable(str(tmp_path / "a" / "b"))
-    assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
             for this command, or does not depend on a setting that varies.
     """
     command = arguments.command
-    given = vars(arguments)
-    options = {name: given[name] for name in given.keys() & DEFAULTS}
+    given = vars(arguments).items()
+    options = {name: values for name, values in given if name in DEFAULTS}
     file = arguments.grid
     if file is None and command != "choose":
         file = PUBLISHED
