@@ -12,7 +12,6 @@ from IPython.core.formatters import HTMLFormatter
 from masktune_utils import results, store
 from masktune_utils.settings import Settings
 
-
 SAVED = [
     ("mnist", "base", 0),
     ("mnist", "base", 1),
