@@ -63,7 +63,7 @@ def main() -> None:
             error = job._replace(settings=again).run(1)
             assert not error, error
             if count in MOMENTS:
-                pid = kernels.warm_kernels.idle["1"][0].provisioner.pid
+                pid = kernels.idle["1"][0].provisioner.pid
                 memory[f"after {count}"] = psutil.Process(pid).memory_info().rss / 1e9
         print(f"GB of the kernel\n{pd.Series(memory).round(2).to_string()}")
 

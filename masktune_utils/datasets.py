@@ -61,11 +61,15 @@ def load(settings: DataSettings) -> BiasedSets:
         which = shortcuts.place(
             train, settings.placement, settings.conflicting_share, generator
         )
-    held_out_order = torch.randperm(len(train), generator=generator)
+    count = round(settings.validation_share * len(train))
+    # The first ones of a random order.
+    is_held_out = torch.randperm(len(train), generator=generator).argsort() < count
     train = _plant(train, which, settings, generator)
     is_upper = shortcuts.halves(test.labels) == 1
     biased = _plant(test, is_upper, settings, generator)
-    train, validation = _hold_out(train, held_out_order, settings)
+    validation = train[is_held_out]
+    if count:
+        train = train[~is_held_out]
     device = store.resolve_device(settings.device)
     splits = (train, test, biased, validation)
     return BiasedSets(*(split.to(device) for split in splits))
@@ -82,11 +86,8 @@ def eight(settings: DataSettings) -> Split:
         ValueError: see `read`.
     """
     _, test = read(settings)
-    four = []
-    for digit, number in FOUR:
-        of_digit = (test.groups == digit).nonzero()[:, 0]
-        four.append(of_digit[number])
-    twice = test[torch.stack(four).repeat_interleave(2)]
+    four = [(test.groups == digit).nonzero()[number] for digit, number in FOUR]
+    twice = test[torch.cat(four).repeat_interleave(2)]
     which = torch.arange(8) % 2 == 1
     generator = torch.Generator().manual_seed(settings.seed)
     planted = _plant(twice, which, settings, generator)
@@ -100,20 +101,6 @@ def _plant(
     name = "square" if settings.shortcut == "none" else settings.shortcut
     color = settings.square_color
     return shortcuts.plant(split, which, name, color, settings.square_size, generator)
-
-
-def _hold_out(
-    train: Split, order: Tensor, settings: DataSettings
-) -> tuple[Split, Split]:
-    """What is left of the training images, and what is held out, see `load`."""
-    count = round(settings.validation_share * len(train))
-    validation = train[:0]
-    if count:
-        is_held_out = torch.zeros(len(train), dtype=torch.bool)
-        is_held_out[order[:count]] = True
-        validation = train[is_held_out]
-        train = train[~is_held_out]
-    return train, validation
 
 
 def data_root() -> Path:
@@ -240,12 +227,10 @@ def _download(kind: type, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=".download") as unfinished:
             kind(unfinished, download=True)
-            try:
-                (Path(unfinished) / folder.name).rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was quicker
-                    raise
+            (Path(unfinished) / folder.name).rename(folder)
     except (OSError, RuntimeError) as error:
+        if folder.is_dir():  # another process was quicker
+            return
         reason = " ".join(f"{error}".split())
         raise FileNotFoundError(
             f"{folder} is not there and cannot be downloaded, unlike 'mnist5k' "

@@ -8,13 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from masktune_utils import (
     datasets,
@@ -35,6 +33,7 @@ from masktune_utils.selection import Choice
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
 CHOSEN = "chosen"  # configuration of the model with the chosen mask
+CHOICE = "CNN_choice.npz"  # what is saved of a choice
 INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
 
 
@@ -120,11 +119,8 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings.
     """
-    labels = train.labels
-    network = models.new_model(settings.seed, labels.device, len(labels.unique()))
-    return _load_or_train(
-        settings, "base", network, train, settings.training, "", retrain
-    )
+    network = _new_network(settings, train)
+    return _load_or_train(settings, "base", network, train, retrain)
 
 
 def finetuned_model(
@@ -142,40 +138,40 @@ def finetuned_model(
         CheckpointError: the saved one is damaged, foreign, or made with other settings
             or from another base model.
     """
-    name = settings.configuration
-    base_sha256 = store.weights_sha256(network.state_dict())
-    return _load_or_train(
-        settings, name, network, masked, settings.finetuning, base_sha256, retrain
-    )
+    return _load_or_train(settings, settings.configuration, network, masked, retrain)
+
+
+def _new_network(settings: Settings, images: Split) -> nn.Module:
+    """The network at the start of training on images."""
+    labels = images.labels
+    return models.new_model(settings.seed, labels.device, len(labels.unique()))
 
 
 def _load_or_train(
     settings: Settings,
     configuration: str,
     start: nn.Module,
-    images: Dataset,
-    options: dict[str, Any],
-    base_sha256: str,
+    images: Split | MaskedDataset,
     retrain: bool,
 ) -> Trained:
     """The saved model, which is trained first if need be.
 
     Args:
         settings: the experiment.
-        configuration: see `Trained`.
+        configuration: see `Trained`; any but `base` is fine-tuned.
         start: the network at the start of training; it is left as it is.
         images: on which it is trained.
-        options: of `training.train`.
-        base_sha256: of the base model from which it starts; empty if it is one.
         retrain: train it in any case.
     """
     path = settings.checkpoint_path(configuration)
-    identity = settings.identity(base=not base_sha256)
-    if base_sha256:
-        identity["base_sha256"] = base_sha256
+    is_base = configuration == "base"
+    identity = settings.identity(base=is_base)
+    if not is_base:
+        identity["base_sha256"] = store.weights_sha256(start.state_dict())
     seconds = None
     if retrain or not path.exists():
         network = copy.deepcopy(start)
+        options = settings.training if is_base else settings.finetuning
         history = training.train(network, images, **options)
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, network, identity, history)
@@ -187,7 +183,7 @@ def _load_or_train(
         images=images,
         history=saved.history,
         sha256=saved.sha256,
-        base_sha256=base_sha256 or saved.sha256,
+        base_sha256=identity.get("base_sha256", saved.sha256),
         seconds=seconds,
     )
 
@@ -206,18 +202,21 @@ def masktune(
     Raises:
         CheckpointError: see `finetuned_model`.
     """
+    tuned = None
 
     def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
+        nonlocal tuned
         of_round = settings.replace(**vars(masked.rule))
-        return finetuned_model(of_round, network, masked, retrain).model
+        tuned = finetuned_model(of_round, network, masked, retrain)
+        return tuned.model
 
     maps = training_saliency(settings, base, train)
     *_, (_, masked) = masking.masktune(
         base.model, train, settings.rule, finetune, maps, seed=settings.seed
     )
-    is_trained = masked.rule == settings.rule  # else the rounds ended before
-    retrain = retrain and not is_trained
-    return finetuned_model(settings, base.model, masked, retrain)
+    if masked.rule != settings.rule:  # the rounds ended before
+        tuned = finetuned_model(settings, base.model, masked, retrain)
+    return tuned
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:
@@ -251,10 +250,9 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         and `base_sha256` of the base model's; `seconds`, `threads`, `device`, `torch`
         of the training that made them (if the model was loaded and no result of it is
         saved, `seconds` is None, and the others are those of this process); `raw`,
-        `biased`, `worst_group` and `{raw,biased}_class_{0,1,…}`, accuracies in [0, 1];
-        `group {name}`, the same; for a fine-tuned model
-        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `hidden_shares`. All
-        of `evaluation.evaluate` is in `metrics`.
+        `biased` and `worst_group`, accuracies in [0, 1]; for a fine-tuned model
+        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `hidden_shares`. All of
+        `evaluation.evaluate`, so by class and by group, is in `metrics`.
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
@@ -283,10 +281,6 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     }
     for test in sets.tests:
         row[test] = report[test]["accuracy"]
-        for label, share in enumerate(report[test]["class_accuracy"]):
-            row[f"{test}_class_{label}"] = share
-    for name, share in report["groups"].items():
-        row[f"group {name}"] = share
     if not is_base:
         for name, share in evaluation.hidden_shares(trained.images).items():
             row[f"hidden_{name}"] = share
@@ -302,9 +296,8 @@ def choice_settings(settings: BaseSettings, count: int) -> Settings:
         count: number of training images. If they are few, fine-tuning takes several
             epochs.
     """
-    of_base = {name: getattr(settings, name) for name in BaseSettings.model_fields}
     return Settings(
-        **of_base,
+        **settings.model_dump(include={*BaseSettings.model_fields}),
         finetune_lr=0.02,
         finetune_schedule="linear",
         finetune_batch_size=selection.BATCH_SIZE,
@@ -327,27 +320,27 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     Raises:
         CheckpointError: what is saved is damaged, or no choice.
     """
-    settings = choice_settings(base.settings, len(train))
     choice = None if retrain else saved_choice(base, train)
-    if choice is None:
-        fit = partial(_fit_fold, settings, len(train.labels.unique()))
-        choice = selection.choose(
-            train,
-            fit,
-            candidates=selection.CANDIDATES,
-            jobs=jobs,
-            seed=settings.seed,
-        )
-        arrays = choice.held_out.to_arrays()
-        for number, masked in enumerate(choice.candidates.values()):
-            masks = masked.own_masks.cpu().numpy()
-            arrays[f"masks_{number}"] = np.packbits(masks, axis=-1)
-        arrays["made_with"] = _made_with(settings, base)
-        # What there is of an earlier choice goes first.
-        settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
-        result = settings.folder("results") / f"{CHOSEN}.json"
-        result.unlink(missing_ok=True)
-        store.write_arrays(_choice_path(settings), arrays)
+    if choice is not None:
+        return choice
+    settings = choice_settings(base.settings, len(train))
+    choice = selection.choose(
+        train,
+        partial(_fit, settings),
+        candidates=selection.CANDIDATES,
+        jobs=jobs,
+        seed=settings.seed,
+    )
+    arrays = choice.held_out.to_arrays()
+    for number, masked in enumerate(choice.candidates.values()):
+        masks = masked.own_masks.cpu().numpy()
+        arrays[f"masks_{number}"] = np.packbits(masks, axis=-1)
+    arrays["made_with"] = _made_with(settings, base)
+    # What there is of an earlier choice goes first.
+    settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
+    result = settings.folder("results") / f"{CHOSEN}.json"
+    result.unlink(missing_ok=True)
+    store.write_arrays(settings.folder("checkpoints") / CHOICE, arrays)
     return choice
 
 
@@ -364,12 +357,12 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
         CheckpointError: it is damaged, or no choice.
     """
     settings = choice_settings(base.settings, len(train))
-    path = _choice_path(settings)
+    path = settings.folder("checkpoints") / CHOICE
     if not path.exists():
         return None
-    arrays = store.read_arrays(path)
     candidates = {}
     try:
+        arrays = store.read_arrays(path)
         if arrays["made_with"] != _made_with(settings, base):
             return None
         held_out = HeldOut.from_arrays(arrays)
@@ -379,7 +372,7 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
             own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
             masked = MaskedDataset(train, own_masks, "resample", settings.seed)
             candidates[name] = masked
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # NumPy has no class of its own for a damaged file
         raise store.CheckpointError(
             f"{path} is damaged or foreign ({error}). Delete it."
         ) from error
@@ -403,22 +396,16 @@ def chosen_model(
     """
     if choice.is_kept:
         return dataclasses.replace(base, configuration=CHOSEN)
-    settings = choice_settings(base.settings, len(train))
-    settings = _of_candidate(settings, choice.verdict.chosen)
-    return _load_or_train(
-        settings,
-        CHOSEN,
-        base.model,
-        choice.masked,
-        settings.finetuning,
-        base.sha256,
-        retrain,
-    )
+    rounds = [part for rule in selection.CANDIDATES for part in rule.each_round]
+    rules = {f"{rule}": rule for rule in rounds}
+    of_rule = vars(rules[choice.verdict.chosen])
+    settings = choice_settings(base.settings, len(train)).replace(**of_rule)
+    return _load_or_train(settings, CHOSEN, base.model, choice.masked, retrain)
 
 
-def _fit_fold(settings: Settings, num_classes: int, fold: Split) -> nn.Module:
+def _fit(settings: Settings, fold: Split) -> nn.Module:
     """The base model of a fold."""
-    network = models.new_model(settings.seed, fold.labels.device, num_classes)
+    network = _new_network(settings, fold)
     training.train(network, fold, **settings.training)
     return network
 
@@ -429,14 +416,3 @@ def _made_with(settings: Settings, base: Trained) -> str:
     schedule = settings.finetuning
     parts = {"base_sha256": base.sha256, "candidates": rules, "schedule": schedule}
     return json.dumps(parts)
-
-
-def _choice_path(settings: Settings) -> Path:
-    return settings.folder("checkpoints") / "CNN_choice.npz"
-
-
-def _of_candidate(settings: Settings, name: str) -> Settings:
-    """The settings with the rule of one of the candidates, by its name."""
-    rounds = [part for rule in selection.CANDIDATES for part in rule.each_round]
-    rules = {f"{rule}": rule for rule in rounds}
-    return settings.replace(**vars(rules[name]))

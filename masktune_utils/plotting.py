@@ -19,19 +19,8 @@ from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and two more.
-CLASS_COLORS = [
-    "#56B4E9",
-    "#E69F00",
-    "#CC79A7",
-    "#F0E442",
-    "#000000",
-    "#999999",
-    "#0072B2",
-    "#009E73",
-    "#882255",
-    "#6B4C1E",
-]
+# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
+CLASS_COLORS = ["#56B4E9", "#E69F00", "#CC79A7", "#F0E442"]
 MODEL_COLORS = {
     "ERM": "#777777",
     "published": "#0072B2",
@@ -84,8 +73,7 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
 
 def heat(maps: Tensor) -> Tensor:
     """Maps, B×h×w in [0, 1], as pictures, B×3×h×w: the brighter, the more salient."""
-    magma = colormaps["magma"]
-    rgba = magma(maps.cpu().numpy())
+    rgba = colormaps["magma"](maps.cpu().numpy())
     return torch.from_numpy(rgba)[..., :3].permute(0, 3, 1, 2)
 
 
@@ -103,9 +91,8 @@ def grid(
         size: of a picture, in inches.
     """
     num_rows = max(1, *map(len, columns.values()))
-    width = size * len(columns) + 0.6
-    height = size * num_rows + 0.6
-    figure = Figure((width, height), layout="constrained")
+    figsize = (size * len(columns) + 0.6, size * num_rows + 0.6)
+    figure = Figure(figsize, layout="constrained")
     axes = figure.subplots(num_rows, len(columns), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
@@ -122,39 +109,38 @@ def grid(
     return figure
 
 
-def predictions(
-    models: dict[str, nn.Module], split: Split, classes: Sequence[str] = ("low", "high")
-) -> Figure:
+def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
     """What models predict for the same images: a row for each model.
 
-    Below an image: the predicted class and its probability, green if it is right, else
-    red. Outlined: where the saliency for this class is above half of its maximum.
+    Below an image: the predicted class, of two as a word, and its probability, green if
+    it is right, else red. Outlined: where the saliency for this class is above half of
+    its maximum.
 
     Args:
         models: name → network.
         split: a few images.
-        classes: their names; if there are others, their numbers.
     """
     images, labels = split.batch(slice(None))
     size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(len(models), len(split), squeeze=False)
     for row, (name, network) in zip(axes, models.items(), strict=True):
-        shares, predicted = metrics.predict(network, split).softmax(1).max(1)
+        probabilities = metrics.predict(network, split).softmax(1)
+        count = probabilities.shape[1]
+        names = ("low", "high") if count == 2 else range(count)
+        shares, predicted = probabilities.max(1)
         predicted = predicted.to(labels.device)
         with warnings.catch_warnings(action="ignore"):  # of maps without an outline
             maps = saliency_maps(network, images, predicted)
             outlines = resize(maps, tuple(images.shape[-2:])).cpu()
-            for number, ax in enumerate(row):
-                ax.imshow(images[number].permute(1, 2, 0).cpu())
-                ax.contour(outlines[number], [0.5], colors="#F0E442", linewidths=1.2)
-        colors = ["#009E73" if right else "#D55E00" for right in predicted == labels]
-        for ax, number, share, color in zip(
-            row, predicted.tolist(), shares, colors, strict=True
-        ):
-            word = classes[number] if number < len(classes) else number
-            ax.set_xlabel(f"{word} {share:.0%}", color=color, fontsize=9)
-            ax.set(xticks=[], yticks=[])
+            for k, ax in enumerate(row):
+                ax.imshow(images[k].permute(1, 2, 0).cpu())
+                ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
+                number = predicted[k].item()
+                words = f"{names[number]} {shares[k]:.0%}"
+                color = "#009E73" if number == labels[k] else "#D55E00"
+                ax.set_xlabel(words, color=color, fontsize=9)
+                ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 

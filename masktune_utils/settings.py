@@ -16,8 +16,7 @@ a file; the configuration of the model with the chosen mask is `chosen`.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -43,36 +42,20 @@ REPOSITORY = _above if (_above / "pyproject.toml").exists() else Path.cwd()
 # standard deviations above it.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
-LONGEST = 165  # bytes of a name; that of a file is at most 200
+LONGEST = 165  # letters of a name; that of a file has at most 200
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
-TRAINING = ("epochs", "batch_size", "lr", "lr_decay_epochs", "seed")
-# (setting, value) → the settings on which nothing depends then.
+# Setting → another one, and the values of that with which nothing depends on it.
 IGNORED = {
-    ("shortcut", "none"): ("placement", "conflicting_share"),
-    ("shortcut", "frame"): ("square_size",),
-    ("shortcut", "pixels"): ("square_size",),
-    ("shortcut", "digit_color"): ("square_size",),
-    ("shortcut", "background"): ("square_size",),
-    ("method", "mean_std"): ("upsample",),
+    "placement": ("shortcut", ["none"]),
+    "conflicting_share": ("shortcut", ["none"]),
+    "square_size": ("shortcut", ["frame", "pixels", "digit_color", "background"]),
+    "upsample": ("method", ["mean_std"]),
 }
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=1e-8, le=10)]
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
 BatchSize = Annotated[int, Field(ge=2, le=60_000)]
-Dataset = Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist"]
-Shortcut = Literal[
-    "square",
-    "square_anywhere",
-    "two_squares",
-    "frame",
-    "pixels",
-    "digit_color",
-    "background",
-    "none",
-]
-Method = Literal["threshold", "top_k", "mean", "mean_std"]
 
 
 class DataSettings(BaseModel):
@@ -88,7 +71,6 @@ class DataSettings(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        validate_default=True,
         use_attribute_docstrings=True,
     )
 
@@ -98,25 +80,34 @@ class DataSettings(BaseModel):
     """auto, cpu, cuda or mps"""
     retrain: bool = False
     """train again even if a matching checkpoint is saved"""
-    dataset: Dataset = "auto"
+    dataset: Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist"] = "auto"
     """mnist, mnist5k, fashion_mnist, kmnist or auto"""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """of every random choice"""
-    limit: Annotated[int, Field(ge=20, multiple_of=10)] | None = None
+    limit: int | None = Field(None, ge=20, multiple_of=10)
     """number of training images, drawn by the seed; None: all"""
     labels: Literal["halves", "digits"] = "halves"
     """classes: 0-4 and 5-9, or digits"""
-    square_size: Annotated[int, Field(ge=1, le=28)] = 6
+    square_size: int = Field(6, ge=1, le=28)
     """side of the square in pixels"""
     square_color: str = "blue"
     """of the shortcut: name of a colour, or #rrggbb"""
     placement: Literal["random", "ordered"] = "random"
     """of the square: random or ordered"""
-    shortcut: Shortcut = "square"
+    shortcut: Literal[
+        "square",
+        "square_anywhere",
+        "two_squares",
+        "frame",
+        "pixels",
+        "digit_color",
+        "background",
+        "none",
+    ] = "square"
     """in training: square, another of shortcuts.py, or none"""
-    conflicting_share: Share = 0.01
+    conflicting_share: float = Field(0.01, ge=0, le=1)
     """share of each class against the shortcut"""
-    validation_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    validation_share: float = Field(0.0, ge=0, le=0.5)
     """share of training images held out"""
 
     def __init__(self, **values: Any) -> None:
@@ -124,27 +115,32 @@ class DataSettings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             problem = error.errors()[0]
-            raise ValueError(
-                _describe_problem(problem, type(self).model_fields)
-            ) from None
+            name = problem["loc"][0]
+            allowed = problem["msg"].removeprefix("Input should be ")
+            allowed = allowed.removeprefix("Value error, ")
+            message = f"{name} is {problem['input']!r}; allowed: {allowed}."
+            if problem["type"] == "extra_forbidden":
+                known = ", ".join(type(self).model_fields)
+                message = f"{name} is not a setting; allowed: {known}."
+            raise ValueError(message) from None
 
     @field_validator("square_color")
     @classmethod
     def _check_color(cls, color: str) -> str:
         try:
-            red_green_blue = ImageColor.getrgb(color)[:3]
+            is_seen = any(ImageColor.getrgb(color)[:3])  # black on black is not
         except ValueError:
-            red_green_blue = (0, 0, 0)
-        if not any(red_green_blue):  # on a black image black is not seen
+            is_seen = False
+        if not is_seen:
             raise ValueError("name of a colour, or #rrggbb; not black")
         return color
 
     @model_validator(mode="after")
     def _reset_what_is_ignored(self) -> Self:
         """What is ignored has its default, so that there is one file."""
-        for (name, value), ignored in IGNORED.items():
-            if getattr(self, name, None) == value:
-                vars(self).update({other: DEFAULTS[other] for other in ignored})
+        for name, (other, values) in IGNORED.items():
+            if getattr(self, other, None) in values:
+                vars(self)[name] = DEFAULTS[name]
         return self
 
     def replace(self, **changes: Any) -> Self:
@@ -170,25 +166,31 @@ class BaseSettings(DataSettings):
     @property
     def training(self) -> dict[str, Any]:
         """The arguments of `training.train` for the base model."""
-        return {name: getattr(self, name) for name in TRAINING}
+        return {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "lr_decay_epochs": self.lr_decay_epochs,
+            "seed": self.seed,
+        }
 
 
 class Settings(BaseSettings):
     """What a fine-tuned model depends on: every setting there is."""
 
-    method: Method = "top_k"
+    method: Literal["threshold", "top_k", "mean", "mean_std"] = "top_k"
     """threshold, top_k, mean or mean_std (paper)"""
-    param: Annotated[float, Field(ge=0)] = 0.1
+    param: float = Field(0.1, ge=0)
     """of the method; top_k: larger hides more"""
     upsample: Literal["bilinear", "nearest", "map"] = "bilinear"
     """mask to the image: bilinear, nearest, or map (first)"""
-    dilation: Annotated[int, Field(ge=0, le=27)] = 0
+    dilation: int = Field(0, ge=0, le=27)
     """how far the mask is dilated, in 28ths of the side"""
     shared: bool = False
     """one mask for all images, from the mean of their maps"""
     fill: Literal["zero", "resample"] = "zero"
     """what hidden pixels become: zero, or resample (another image's)"""
-    rounds: Annotated[int, Field(ge=1, le=100)] = 1
+    rounds: int = Field(1, ge=1, le=100)
     """of masking; each adds to what is hidden"""
     finetune_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd or adam"""
@@ -224,13 +226,12 @@ class Settings(BaseSettings):
         """The settings that are not the defaults."""
         return {name: value for name, value in self if value != DEFAULTS[name]}
 
-    def _spelled(self, names: Iterable[str]) -> str:
+    def _spelled(self, names: Container[str]) -> str:
         """What is not the default, as part of a file name."""
-        changed = self.changed()
         text = ""
-        for name in names:
-            if name in changed and name not in NOT_SPELLED_OUT:
-                text += f"_{name}={changed[name]}"
+        for name, value in self.changed().items():
+            if name in names and name not in NOT_SPELLED_OUT:
+                text += f"_{name}={value}"
         return text
 
     def folder(self, kind: str) -> Path:
@@ -255,15 +256,14 @@ class Settings(BaseSettings):
     def identity(self, *, base: bool) -> dict[str, Any]:
         """What the base model, or the fine-tuned one, depends on, as in files."""
         kind = BaseSettings if base else Settings
-        names = [name for name in kind.model_fields if name not in RUNTIME]
-        return {name: getattr(self, name) for name in names}
+        return self.model_dump(include=kind.model_fields.keys() - RUNTIME)
 
     @property
     def rule(self) -> "Rule":
         """How masks are made, see `masking`."""
         from masktune_utils.masking import Rule  # PyTorch takes seconds
 
-        return Rule(**{field.name: getattr(self, field.name) for field in fields(Rule)})
+        return Rule(**self.model_dump(include={*Rule.__annotations__}))
 
     @property
     def finetuning(self) -> dict[str, Any]:
@@ -292,24 +292,8 @@ def root(directory: str) -> Path:
 
 
 def _shorten(name: str) -> str:
-    """A name of at most `LONGEST` bytes; a longer one ends with its hash."""
-    encoded = name.encode()
-    if len(encoded) <= LONGEST:
+    """A name of at most `LONGEST` letters; a longer one ends with its hash."""
+    if len(name) <= LONGEST:
         return name
-    kept = encoded[: LONGEST - 9].decode(errors="ignore")
-    return f"{kept}-{hashlib.sha256(encoded).hexdigest()[:8]}"
-
-
-def _describe_problem(problem: dict[str, Any], known: Iterable[str]) -> str:
-    """What pydantic found wrong, in one line: the name, the value and what is allowed.
-
-    Args:
-        problem: the first of `ValidationError.errors()`.
-        known: names that are allowed.
-    """
-    name = problem["loc"][0]
-    if problem["type"] == "extra_forbidden":
-        return f"{name} is not a setting; allowed: {', '.join(known)}."
-    allowed = problem["msg"].removeprefix("Input should be ")
-    allowed = allowed.removeprefix("Value error, ")
-    return f"{name} is {problem['input']!r}; allowed: {allowed}."
+    sha256 = hashlib.sha256(name.encode()).hexdigest()
+    return f"{name[: LONGEST - 9]}-{sha256[:8]}"

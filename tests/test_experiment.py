@@ -172,6 +172,7 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
     tuned = experiment.masktune(settings, base, splits.train)
     assert tuned.sha256 == weights
     assert tuned.base_sha256 == base.sha256
+    assert tuned.seconds > 0
     assert tuned.configuration == settings.configuration
     assert torch.equal(tuned.images.own_masks, masked.own_masks)
 
@@ -254,7 +255,6 @@ def test_a_result_tells_how_good_a_model_is_and_what_was_hidden(splits, tuned):
     report = evaluation.evaluate(tuned.model, splits)
     assert row["metrics"] == report
     assert row["biased"] == report["biased"]["accuracy"]
-    assert row["biased_class_1"] == report["biased"]["class_accuracy"][1]
     assert row["worst_group"] == report["worst_group"]
     shares = evaluation.hidden_shares(tuned.images)
     assert row["hidden_shortcut"] == shares["shortcut"]
@@ -276,8 +276,7 @@ def test_a_result_is_made_anew_for_other_weights(splits, base):
     assert experiment.record(base, splits)["seconds"] == 2.5
     row = experiment.record(changed(base), splits)
     assert row["seconds"] is None
-    assert row["raw_class_0"] == 1
-    assert row["raw_class_1"] == 0
+    assert row["metrics"]["raw"]["class_accuracy"] == [1, 0]
     assert row["worst_group"] == 0
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -147,7 +146,7 @@ def test_a_copy_is_called_unfinished_until_its_notebook_went_through(
         threads.append(count)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(jobs, "warm_kernels", SimpleNamespace(take=take))
+    monkeypatch.setattr(jobs.kernels, "take", take)
     monkeypatch.setattr(jobs, "cpu_count", lambda: 6)
     assert job.run(together=2) == "RuntimeError: the disk is full"
     assert [*job.copy.parent.iterdir()] == [unfinished]

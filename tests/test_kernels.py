@@ -48,9 +48,9 @@ print("random:", torch.rand(1))
 @pytest.fixture
 def no_kernels():
     """None is kept from before, or for after."""
-    kernels.warm_kernels.close()
+    kernels.close()
     yield
-    kernels.warm_kernels.close()
+    kernels.close()
 
 
 def run(folder: Path, *sources: str, **options: object) -> str:
@@ -74,7 +74,7 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
     printed = []
     pids = set()
     for sources in (["1 + 1", STATE], [LITTER], ["1 + 1", STATE]):
-        with kernels.warm_kernels.take(1) as kernel:
+        with kernels.take(1) as kernel:
             printed.append(run(tmp_path, *sources, km=kernel))
             pids.add(kernel.provisioner.pid)
     before_litter, _, after_litter = printed
@@ -88,7 +88,7 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
 def test_warnings_that_were_shown_once_are_shown_again(tmp_path):
     source = "import warnings\nfor _ in range(2): warnings.warn('look')"
     for _ in range(2):
-        with kernels.warm_kernels.take(1) as kernel:
+        with kernels.take(1) as kernel:
             printed = run(tmp_path, source, km=kernel)
         assert printed.count("UserWarning: look") == 1
 
@@ -111,7 +111,7 @@ def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
             assert job.run(together=1) is None
             (copy,) = whole_run.directory.glob(f"runs/*/*/{job.copy.name}")
             assert outputs(job.copy) == outputs(copy)
-    assert len(kernels.warm_kernels.idle["1"]) == 1
+    assert len(kernels.idle["1"]) == 1
     left = contents(tmp_path)
     of_whole_run = contents(whole_run.directory)
     assert len(left) > 10
@@ -122,10 +122,10 @@ def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
 def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
     with (
         pytest.raises(papermill.PapermillExecutionError),
-        kernels.warm_kernels.take(1) as kernel,
+        kernels.take(1) as kernel,
     ):
         run(tmp_path, "1 / 0", km=kernel)
-    assert not kernels.warm_kernels.idle["1"]
+    assert not kernels.idle["1"]
     assert not kernel.is_alive()
 
 
@@ -139,43 +139,43 @@ def test_a_notebook_whose_kernel_dies_has_failed(tmp_path):
             if "ipykernel_launcher" in " ".join(child.cmdline()):
                 child.kill()
     assert re.match("DeadKernelError|RuntimeError: Kernel died", outcome.result())
-    assert not kernels.warm_kernels.idle["1"]
+    assert not kernels.idle["1"]
 
 
 def test_a_kernel_that_cannot_forget_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "RESET", "1 / 0")
     with (
         pytest.raises(RuntimeError, match="cannot forget"),
-        kernels.warm_kernels.take(1),
+        kernels.take(1),
     ):
         pass
-    assert not kernels.warm_kernels.idle["1"]
+    assert not kernels.idle["1"]
 
 
 def test_a_kernel_that_died_is_replaced(tmp_path):
-    with kernels.warm_kernels.take(1) as kernel:
+    with kernels.take(1) as kernel:
         run(tmp_path, "1", km=kernel)
         pid = kernel.provisioner.pid
     psutil.Process(pid).kill()
     while kernel.is_alive():
         time.sleep(0.01)
-    with kernels.warm_kernels.take(1) as kernel:
+    with kernels.take(1) as kernel:
         assert kernel.provisioner.pid != pid
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"
-    kernels.warm_kernels.close()
+    kernels.close()
     assert not kernel.is_alive()
 
 
 def test_two_at_once_have_two_kernels(tmp_path):
-    with kernels.warm_kernels.take(1) as first, kernels.warm_kernels.take(1) as second:
+    with kernels.take(1) as first, kernels.take(1) as second:
         assert first.provisioner.pid != second.provisioner.pid
         for kernel in (first, second):
             assert run(tmp_path, "print(6)", km=kernel) == "6\n"
-    assert len(kernels.warm_kernels.idle["1"]) == 2
+    assert len(kernels.idle["1"]) == 2
 
 
 def test_another_thread_may_take_the_last_idle_kernel_meanwhile(tmp_path, monkeypatch):
-    idle = kernels.warm_kernels.idle["1"]
+    idle = kernels.idle["1"]
     idle.append(kernels.Manager())
     is_alive = kernels.Manager.is_alive
 
@@ -184,5 +184,5 @@ def test_another_thread_may_take_the_last_idle_kernel_meanwhile(tmp_path, monkey
         return is_alive(manager)
 
     monkeypatch.setattr(kernels.Manager, "is_alive", taken_meanwhile)
-    with kernels.warm_kernels.take(1) as kernel:
+    with kernels.take(1) as kernel:
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from masktune_utils import evaluation, store
+from masktune_utils import datasets, evaluation, store
 from masktune_utils.settings import REPOSITORY, Settings
 
 PACKAGE = REPOSITORY / "masktune_utils"
@@ -92,11 +92,11 @@ def test_the_package_is_small():
 
 EVALUATE = """
 import sys
-from masktune_utils import settings
+from masktune_utils import datasets, evaluation, settings, store
 print(settings.REPOSITORY)
-from masktune_utils import evaluation
-report = evaluation.evaluate_checkpoint(sys.argv[1], dataset="mnist5k")
-print(report["worst_group"])
+checkpoint = store.load_checkpoint(sys.argv[1])
+sets = datasets.load(settings.Settings(dataset="mnist5k"))
+print(evaluation.evaluate(checkpoint.model, sets)["worst_group"])
 """
 
 
@@ -104,9 +104,9 @@ def test_a_checkpoint_is_evaluated_from_a_repository_that_is_read_only(disk, mod
     repository = disk / "repository"
     shutil.copytree(PACKAGE, repository / "masktune_utils")
     path = repository / "saved.pth"
-    identity = Settings(dataset="mnist5k").identity(base=True)
-    store.save_checkpoint(path, model, identity, [])
-    expected = evaluation.evaluate_checkpoint(path, dataset="mnist5k")
+    settings = Settings(dataset="mnist5k")
+    store.save_checkpoint(path, model, settings.identity(base=True), [])
+    expected = evaluation.evaluate(model, datasets.load(settings))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(OSError, match="Read-only"):
         (repository / "new").touch()

@@ -2,7 +2,7 @@
 
 import torch
 
-from masktune_utils import datasets, metrics, plotting
+from masktune_utils import datasets, metrics, models, plotting
 from masktune_utils.settings import Settings
 
 
@@ -49,3 +49,12 @@ def test_predictions_of_the_same_eight_images_are_shown_right_or_wrong(trained):
         assert ax.get_xlabel() == words
         color = "#009E73" if predicted == label else "#D55E00"
         assert ax.xaxis.label.get_color() == color
+
+
+def test_of_ten_classes_the_number_is_shown():
+    eight = datasets.eight(Settings(dataset="mnist5k", labels="digits", device="cpu"))
+    network = models.new_model(0, num_classes=10)
+    predicted = metrics.predict(network, eight).argmax(1).tolist()
+    figure = plotting.predictions({"new": network}, eight)
+    words = [ax.get_xlabel().split() for ax in figure.axes]
+    assert [int(number) for number, _ in words] == predicted

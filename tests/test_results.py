@@ -12,6 +12,13 @@ from IPython.core.formatters import HTMLFormatter
 from masktune_utils import results, store
 from masktune_utils.settings import Settings
 
+SAVED = [
+    ("mnist", "base", 0),
+    ("mnist", "base", 1),
+    ("mnist", "top_k_0.1", 0),
+    ("mnist", "top_k_0.1", 1),
+]
+
 
 def result(name: str, seed: int) -> dict:
     row = dict.fromkeys(results.RESULT_KEYS, 0.25)
@@ -36,12 +43,7 @@ def saved(tmp_path) -> Path:
 
 def test_results_are_collected_into_a_table(saved):
     table = results.collect(str(saved))
-    assert table[results.KEY].to_numpy().tolist() == [
-        ["mnist", "base", 0],
-        ["mnist", "base", 1],
-        ["mnist", "top_k_0.1", 0],
-        ["mnist", "top_k_0.1", 1],
-    ]
+    assert [*table[results.KEY].itertuples(index=False, name=None)] == SAVED
     assert (table["worst_group"] == 0.25).all()
     assert "metrics" not in table
     assert table["hidden_shortcut"].fillna(-1).tolist() == [-1, -1, 0.75, 0.75]
@@ -58,12 +60,7 @@ def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
 
 
 def test_what_is_finished_is_told_by_experiment_name_and_seed(saved):
-    assert results.finished(str(saved)) == {
-        ("mnist", "base", 0),
-        ("mnist", "base", 1),
-        ("mnist", "top_k_0.1", 0),
-        ("mnist", "top_k_0.1", 1),
-    }
+    assert results.finished(str(saved)) == {*SAVED}
     assert results.finished(str(saved / "none")) == set()
 
 

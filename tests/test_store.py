@@ -1,5 +1,6 @@
 """Files: checkpoints, whole or refused by name."""
 
+import io
 import pickle
 import tempfile
 from unittest.mock import Mock
@@ -95,16 +96,13 @@ def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(saved):
 
 
 WEIGHTS = models.new_model(0).state_dict()
-NOTHING_ELSE = {"settings": {}, "history": [], "sha256": ""}
-SHA256 = weights_sha256(WEIGHTS)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        {**NOTHING_ELSE, "state_dict": {"a": 1}},
-        {"state_dict": WEIGHTS, "settings": 1, "history": [], "sha256": SHA256},
-        {**NOTHING_ELSE, "state_dict": WEIGHTS, "sha256": "of other weights"},
+        {"state_dict": {"a": 1}, "settings": {}, "history": []},
+        {"state_dict": WEIGHTS, "settings": 1, "history": []},
         [1, 2],
         torch.nn.Linear(2, 2).state_dict(),
     ],
@@ -146,8 +144,10 @@ def test_loading_runs_no_code(tmp_path):
 
 def test_a_file_of_another_version_is_refused_by_name(model, tmp_path):
     path = tmp_path / "new.pth"
-    store.save_checkpoint(path, model, IDENTITY | {"dropout": 0.5}, [])
-    message = r"new\.pth .* another version wrote it, with the setting dropout"
+    newer = {"dropout": 0.5, "ema": True}
+    store.save_checkpoint(path, model, IDENTITY | newer, [])
+    names = "(dropout, ema|ema, dropout)"
+    message = rf"new\.pth .* another version wrote it, with the setting {names}\)"
     for asked in (None, IDENTITY):
         with pytest.raises(CheckpointError, match=message):
             store.load_checkpoint(path, asked)
@@ -203,20 +203,6 @@ def test_a_refusal_tells_what_is_wrong(saved):
     reason = r"\(ValueError: its part .*/data/\d+ has another CRC\)\.$"
     with pytest.raises(CheckpointError, match=reason):
         store.load_checkpoint(saved)
-    store.write_tensors(saved, content | {"sha256": "of other weights"})
-    reason = r"\(ValueError: its weights have another SHA-256\)\.$"
-    with pytest.raises(CheckpointError, match=reason):
-        store.load_checkpoint(saved)
-
-
-def test_all_settings_of_another_version_are_named(model, tmp_path):
-    path = tmp_path / "new.pth"
-    newer = {"dropout": 0.5, "ema": True}
-    store.save_checkpoint(path, model, IDENTITY | newer, [])
-    names = "(dropout, ema|ema, dropout)"
-    message = rf"\(ValueError: another version wrote it, with the setting {names}\)"
-    with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(path)
 
 
 def test_a_file_is_written_beside_its_place_and_not_on_another_disk(
@@ -228,18 +214,16 @@ def test_a_file_is_written_beside_its_place_and_not_on_another_disk(
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
-def test_folders_that_are_missing_are_made(tmp_path):
-    path = tmp_path / "a" / "b" / "file"
-    store.write_bytes(path, b"content")
-    assert path.read_bytes() == b"content"
-    store.check_writable(str(tmp_path / "c" / "d"))
-    assert (tmp_path / "c" / "d").is_dir()
-
-
-def test_a_directory_that_exists_and_takes_no_files_is_refused():
-    message = r"^directory is '/proc'; allowed: a folder to write to, or a new one \("
-    with pytest.raises(ValueError, match=message):
-        store.check_writable("/proc")
+def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for directory in (file, file / "below", "/proc/new", "/proc"):
+        allowed = r"a folder to write to, or a new one \("
+        message = f"^directory is '{directory}'; allowed: {allowed}"
+        with pytest.raises(ValueError, match=message):
+            store.check_writable(str(directory))
+    store.check_writable(str(tmp_path / "a" / "b"))
+    assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
 
 
 def test_arrays_are_saved_and_read_back(tmp_path):
@@ -255,7 +239,8 @@ def test_arrays_are_saved_and_read_back(tmp_path):
     assert path.read_bytes() == first
 
 
-def test_arrays_that_are_damaged_foreign_or_pickled_are_refused_by_name(tmp_path):
+def test_arrays_that_are_damaged_foreign_or_pickled_are_not_read(tmp_path):
+    """They are refused by name where a choice is read, see test_choices.py."""
     path = tmp_path / "arrays.npz"
     store.write_arrays(path, {"numbers": np.arange(1000)})
     whole = path.read_bytes()
@@ -263,16 +248,15 @@ def test_arrays_that_are_damaged_foreign_or_pickled_are_refused_by_name(tmp_path
     for offset in range(100, 1000, 100):
         contents.append(whole[:offset] + bytes(4) + whole[offset + 4 :])
     contents.append(b"foreign")
+    for save, array in (
+        (np.savez, np.array([print], dtype=object)),
+        (np.save, np.array([print], dtype=object)),
+        (np.save, np.arange(3)),  # one array, and no archive of them
+    ):
+        buffer = io.BytesIO()
+        save(buffer, array)
+        contents.append(buffer.getvalue())
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"arrays\.npz is damaged or foreign"):
+        with pytest.raises(Exception):  # noqa: B017 - NumPy has several
             store.read_arrays(path)
-    for save in (np.savez, np.save):
-        with path.open("wb") as file:
-            save(file, np.array([print], dtype=object))
-        with pytest.raises(CheckpointError, match=r"arrays\.npz is damaged or foreign"):
-            store.read_arrays(path)
-    with path.open("wb") as file:
-        np.save(file, np.arange(3))  # one array, and no archive of them
-    with pytest.raises(CheckpointError, match=r"arrays\.npz is damaged or foreign"):
-        store.read_arrays(path)

@@ -9,8 +9,8 @@ import papermill
 from joblib import Parallel, cpu_count, delayed
 
 from masktune_utils import progress, results, store
+from masktune_utils.runner import kernels
 from masktune_utils.runner.grids import FINETUNE
-from masktune_utils.runner.kernels import warm_kernels
 from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
 
 # It warns of settings that are not in the cell of parameters.
@@ -69,11 +69,11 @@ class Job(NamedTuple):
         Returns:
             The error that ended it, in one line; or None.
         """
-        values = {name: getattr(self.settings, name) for name in scope(self.stem)}
+        values = self.settings.model_dump(include=scope(self.stem))
         unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
         try:
             unfinished.parent.mkdir(parents=True, exist_ok=True)
-            with warm_kernels.take(max(1, cpu_count() // together)) as kernel:
+            with kernels.take(max(1, cpu_count() // together)) as kernel:
                 papermill.execute_notebook(
                     NOTEBOOKS / f"{self.stem}.ipynb",
                     unfinished,

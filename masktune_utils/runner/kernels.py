@@ -35,58 +35,52 @@ class Manager(KernelManager):
         return self.latest
 
 
-class WarmKernels:
-    """Kernels that are kept for later, unless what they are used for fails."""
+# Kernels that are kept for later: number of threads → kernels.
+idle: dict[str, list[Manager]] = defaultdict(list)
 
-    def __init__(self) -> None:
-        self.idle: dict[str, list[Manager]] = defaultdict(list)  # number of threads →
-        atexit.register(self.close)
 
-    @contextlib.contextmanager
-    def take(self, threads: int) -> Iterator[Manager]:
-        """A kernel that has forgotten what it did before.
+@contextlib.contextmanager
+def take(threads: int) -> Iterator[Manager]:
+    """A kernel that has forgotten what it did before; kept, unless its use fails.
 
-        Args:
-            threads: with which it computes, unless `OMP_NUM_THREADS` is set.
+    Args:
+        threads: with which it computes, unless `OMP_NUM_THREADS` is set.
 
-        Raises:
-            RuntimeError: it does not start or answer, or cannot forget.
-        """
-        environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
-        idle = self.idle[environment["OMP_NUM_THREADS"]]
-        try:
-            manager = idle.pop()
-        except IndexError:  # there is none, or another thread was quicker
+    Raises:
+        RuntimeError: it does not start or answer, or cannot forget.
+    """
+    environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
+    kept = idle[environment["OMP_NUM_THREADS"]]
+    try:
+        manager = kept.pop()
+    except IndexError:  # there is none, or another thread was quicker
+        manager = Manager(client_class=CLIENT)
+    try:
+        if not manager.is_alive():
             manager = Manager(client_class=CLIENT)
-        try:
-            if not manager.is_alive():
-                manager = Manager(client_class=CLIENT)
-                manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
-            client = manager.blocking_client()
-            client.start_channels()
-            client.wait_for_ready(timeout=PATIENCE)
-            reply = client.execute(
-                RESET, store_history=False, reply=True, timeout=PATIENCE
-            )
-            client.stop_channels()
-            if reply["content"]["status"] != "ok":
-                raise RuntimeError(f"a kernel cannot forget: {reply['content']}")
-            yield manager
-            manager.latest.stop_channels()
-        except BaseException:
+            manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=PATIENCE)
+        reply = client.execute(RESET, store_history=False, reply=True, timeout=PATIENCE)
+        client.stop_channels()
+        if reply["content"]["status"] != "ok":
+            raise RuntimeError(f"a kernel cannot forget: {reply['content']}")
+        yield manager
+        manager.latest.stop_channels()
+    except BaseException:
+        manager.shutdown_kernel(now=True)
+        raise
+    kept.append(manager)
+
+
+@atexit.register
+def close() -> None:
+    """End the kernels that are kept."""
+    for managers in idle.values():
+        for manager in managers:
             manager.shutdown_kernel(now=True)
-            raise
-        idle.append(manager)
-
-    def close(self) -> None:
-        """End the kernels."""
-        for managers in self.idle.values():
-            for manager in managers:
-                manager.shutdown_kernel(now=True)
-        self.idle.clear()
-
-
-warm_kernels = WarmKernels()  # of this process
+    idle.clear()
 
 
 def reset() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
 from joblib import cpu_count, parallel_config
@@ -14,6 +15,12 @@ from masktune_utils.settings import DEFAULTS, Settings, root
 
 # These have no settings to sweep: a reader of tables, and one of photographs.
 READERS = ("07", "11")
+# What the commands run where a grid names no notebook of its own.
+STEMS = {
+    "run": ["01_dataset", *BASE, FINETUNE],
+    "sweep": [*BASE, FINETUNE],
+    "choose": [*BASE],
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,10 +71,10 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
             for this command, or does not depend on a setting that varies.
     """
     command = arguments.command
-    given = vars(arguments)
-    options = {name: given[name] for name in given.keys() & DEFAULTS}
+    given = vars(arguments).items()
+    options = {name: values for name, values in given if name in DEFAULTS}
     file = arguments.grid
-    if file is None and command in ("run", "sweep"):
+    if file is None and command != "choose":
         file = PUBLISHED
     stem, grid = read_grid(file, options)
     allowed = [FINETUNE]
@@ -80,25 +87,18 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     for settings in grid:
         for name in settings.changed().keys() - scope:
             raise ValueError(f"{name} changes nothing here; leave it out.")
-    names = {settings.dataset for settings in grid}
-    resolved = {name: datasets.resolve_dataset(name) for name in names}
     directory = grid[0].directory
     if directory:  # a Dask worker may have another working directory
         directory = str(Path(directory).absolute())
+    resolve = cache(datasets.resolve_dataset)  # which may read MNIST
     grid = [
-        settings.replace(dataset=resolved[settings.dataset], directory=directory)
+        settings.replace(dataset=resolve(settings.dataset), directory=directory)
         for settings in grid
     ]
     sources = {(settings.dataset, settings.limit): settings for settings in grid}
     for settings in sources.values():
         datasets.read(settings)  # what cannot be read is refused here
-    if stem != FINETUNE:
-        return [stem], grid
-    if command == "choose":
-        return [*BASE], grid
-    if command == "sweep":
-        return [*BASE, FINETUNE], grid
-    return ["01_dataset", *BASE, FINETUNE], grid
+    return STEMS[command] if stem == FINETUNE else [stem], grid
 
 
 def print_plan(stem: str, grid: list[Settings]) -> None:
