@@ -250,9 +250,9 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         and `base_sha256` of the base model's; `seconds`, `threads`, `device`, `torch`
         of the training that made them (if the model was loaded and no result of it is
         saved, `seconds` is None, and the others are those of this process); `raw`,
-        `biased` and `worst_group`, accuracies in [0, 1]; for a fine-tuned model
-        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `hidden_shares`. All of
-        `evaluation.evaluate`, so by class and by group, is in `metrics`.
+        `biased`, `worst_group` and `group {name}`, accuracies in [0, 1]; for a
+        fine-tuned model `hidden_{shortcut,shortcut_whole,rest,digit}`, see
+        `hidden_shares`. All of `evaluation.evaluate` is in `metrics`.
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
@@ -281,6 +281,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     }
     for test in sets.tests:
         row[test] = report[test]["accuracy"]
+    for name, share in report["groups"].items():
+        row[f"group {name}"] = share
     if not is_base:
         for name, share in evaluation.hidden_shares(trained.images).items():
             row[f"hidden_{name}"] = share

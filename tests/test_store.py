@@ -203,6 +203,10 @@ def test_a_refusal_tells_what_is_wrong(saved):
     reason = r"\(ValueError: its part .*/data/\d+ has another CRC\)\.$"
     with pytest.raises(CheckpointError, match=reason):
         store.load_checkpoint(saved)
+    store.write_tensors(saved, content | {"sha256": "of other weights"})
+    reason = r"\(ValueError: its weights have another SHA-256\)\.$"
+    with pytest.raises(CheckpointError, match=reason):
+        store.load_checkpoint(saved)
 
 
 def test_a_file_is_written_beside_its_place_and_not_on_another_disk(
