@@ -38,6 +38,7 @@ STUDIES = {  # table of a study → what tells its rows apart
 }
 MEASURED = re.compile(r"\d+\.\d\d ± \d+\.\d\d")
 KEY = ["experiment", "configuration", "seed"]
+OTHER_DIGITS = str.maketrans("0123456789", "1234567890")
 
 
 @pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
@@ -52,8 +53,7 @@ def test_each_table_is_in_one_of_the_texts_and_another_number_is_noticed():
     damaged = []
     for header, ruler, first, *rest in right:
         assert lines.count(header) == 1
-        assert "0" in first
-        damaged += [header, ruler, first.replace("0", "9"), *rest, ""]
+        damaged += [header, ruler, first.translate(OTHER_DIGITS), *rest, ""]
     expected = [row for table in right for row in [*table, ""]]
     assert damaged != expected
     assert tables.with_tables("\n".join(damaged)) == "\n".join(expected)
