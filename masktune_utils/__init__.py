@@ -9,8 +9,9 @@ The core, plain functions on networks and images, which know no settings and no 
     training     one loop, for ERM and fine-tuning
     saliency     maps, by torchcam
     masking      rules from maps to masks; masked images; MaskTune itself
-    metrics      predictions, accuracies, what a network relies on
-    selection    the choice of a mask on held-out images
+    metrics      predictions, accuracies, what a network relies on, and where
+    held_out     what models predict for images that they have not seen
+    selection    the choice of a mask by these predictions
 
 The shell, which gives the core settings, files, caching, notebooks and a command:
 
