@@ -7,9 +7,9 @@ The core, plain functions on networks and images, which know no settings and no 
     models       networks, and the layer that is explained
     shortcuts    what is planted in images, and groups
     training     one loop, for ERM and fine-tuning
-    saliency     maps, by torchcam
+    saliency     maps, by torchcam, and by exchanging windows
     masking      rules from maps to masks; masked images; MaskTune itself
-    metrics      predictions, accuracies, what a network relies on, and where
+    metrics      predictions, accuracies, what a network relies on
     held_out     what models predict for images that they have not seen
     selection    the choice of a mask by these predictions
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from masktune_utils import data, metrics, progress
 from masktune_utils.data import Split
 from masktune_utils.masking import Explain, Finetune, MaskedDataset, Rule, masktune
-from masktune_utils.saliency import saliency_maps
+from masktune_utils.saliency import exchange_map, saliency_maps
 
 ERM = "ERM"
 NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
@@ -57,7 +57,7 @@ class HeldOut:
         smallest_class: number of images of the smallest class among these.
         hidden: candidate → mean share of the image that its masks hide.
         place: candidate → one of `PLACES`, where they hide most.
-        mistake_map: h×w, where ERM's mistakes come from, see `metrics.exchange_map`;
+        mistake_map: h×w, where ERM's mistakes come from, see `saliency.exchange_map`;
             the mean of both folds.
     """
 
@@ -281,7 +281,7 @@ def _predict(
         explained.append(metrics.explained(erm, fold, own_masks, of_erm, seed))
         resampled = MaskedDataset(fold[sample], own_masks[sample], "resample", seed)
         right.append(_classes(networks, resampled) == labels[:, None])
-    mistake_map = metrics.exchange_map(erm, fold, of_erm, seed)
+    mistake_map = exchange_map(erm, fold, of_erm, seed)
     return predicted, torch.stack(explained, 1), labels, torch.stack(right), mistake_map
 
 

@@ -15,7 +15,6 @@ from masktune_utils import (
     data,
     datasets,
     held_out,
-    metrics,
     models,
     selection,
     training,
@@ -23,7 +22,7 @@ from masktune_utils import (
 from masktune_utils.data import Split
 from masktune_utils.held_out import ERM, NULL, HeldOut
 from masktune_utils.masking import MaskedDataset, Rule
-from masktune_utils.saliency import saliency_maps
+from masktune_utils.saliency import exchange_map, saliency_maps
 from masktune_utils.settings import Settings
 
 RULES = (
@@ -235,7 +234,7 @@ def test_where_mistakes_come_from_is_the_mean_of_both_folds(collected, folds):
         erm = other.networks[ERM]
         predicted = predict(erm, fold.images)
         split = Split(fold.images, fold.labels)
-        maps.append(metrics.exchange_map(erm, split, predicted, SEED))
+        maps.append(exchange_map(erm, split, predicted, SEED))
     expected = (maps[0] + maps[1]) / 2
     found = torch.from_numpy(collected.held_out.mistake_map)
     assert expected.max() > 0

@@ -123,7 +123,7 @@ def mistake_map(network, images, labels, seed=0):
     """By what the network predicts."""
     split = Split(images, labels)
     predicted = metrics.predict(network, split).argmax(1)
-    return metrics.exchange_map(network, split, predicted, seed)
+    return saliency.exchange_map(network, split, predicted, seed)
 
 
 def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):
