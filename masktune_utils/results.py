@@ -12,7 +12,8 @@ from masktune_utils.store import write_bytes
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
-RESULT_KEYS = {*KEY, "sha256", "base_sha256", "seconds", "worst_group", "metrics"}
+RESULT_KEYS = {*KEY, "rule", "sha256", "base_sha256", "seconds"}
+RESULT_KEYS |= {"worst_group", "metrics"}
 CHOSEN = "chosen, without the test sets"
 
 

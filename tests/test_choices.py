@@ -260,7 +260,10 @@ def test_a_model_of_another_mask_is_refused_and_one_of_a_new_choice_made_anew(co
         CheckpointError, match=r"chosen\.pth was made with param = 4\.0"
     ):
         experiment.chosen_model(other, base, train)
+    result = base.settings.folder("results") / "chosen.json"
+    store.write_bytes(result, b"of the earlier choice")
     experiment.choose(base, train, retrain=True)
+    assert not result.exists()
     assert experiment.chosen_model(other, base, train).seconds > 0
 
 

@@ -1,6 +1,5 @@
 """The core with networks and images that are in no way ours."""
 
-import copy
 import re
 from functools import partial
 
@@ -135,6 +134,7 @@ IMAGES = {
     "array": np.full((4, 5, 3), 255, np.uint8),
     "tensor": torch.full((3, 4, 5), 255, dtype=torch.uint8),
     "float": torch.ones(3, 4, 5),
+    "double": torch.ones(3, 4, 5).double(),
 }
 
 
@@ -189,10 +189,12 @@ def test_a_choice_refuses_what_it_cannot_work_with(train):
     with pytest.raises(ValueError, match=message):
         choose(from_one, fit)
     of_one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
-    with pytest.raises(
-        ValueError, match=r"predicts \[\[.*\]\] for two images; allowed: a fin"
-    ):
-        choose(train, lambda _: copy.deepcopy(of_one))
+    of_nan = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+    nn.init.constant_(of_nan[1].bias, torch.nan)
+    message = r"predicts \[\[.*\]\] for two images; allowed: a fin"
+    for network in (of_one, of_nan):
+        with pytest.raises(ValueError, match=message):
+            choose(train, lambda _, network=network: network)
     with pytest.raises(ValueError, match="layer is 'layer9'; allowed: conv1, bn1, re"):
         saliency_maps(small_resnet(), train.images, train.labels, layer="layer9")
     with pytest.raises(ValueError, match="3 masks; allowed: 240, one per image"):
@@ -330,6 +332,9 @@ def test_a_network_may_normalise_by_its_first_module(train):
     normalised = network[0](train.images[:2] / 255)
     layer = models.target_layer(inner, (3, 32, 32))
     assert maps.shape[1:] == maps_shape(inner, layer, normalised)
+    ours = models.SmallCNN()
+    wrapped = nn.Sequential(nn.Identity(), ours)
+    assert models.target_layer(wrapped, (3, 28, 28)) is ours.backbone[-3]
 
 
 def maps_shape(network: nn.Module, layer: nn.Module, images: torch.Tensor) -> tuple:

@@ -240,6 +240,7 @@ LABELS = torch.tensor([0, 1, 0, 1])
         (IMAGES / 0, LABELS),
         (IMAGES.int(), LABELS),
         (IMAGES, LABELS.float()),
+        (IMAGES, -LABELS),
         (IMAGES, LABELS[:3]),
     ],
 )

@@ -180,6 +180,16 @@ def test_a_window_is_a_seventh_of_the_image_and_the_next_one_overlaps_by_half(fe
     assert found[3, 12].item() == pytest.approx(sum(falls) / len(falls), rel=1e-4)
 
 
+def test_of_many_mistakes_some_are_exchanged(misleading, monkeypatch):
+    monkeypatch.setattr(saliency, "MOST_MISTAKES", 5)
+    network = PixelReader()
+    predicted = metrics.predict(network, misleading).argmax(1)
+    counts = []
+    network.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+    saliency.exchange_map(network, misleading, predicted)
+    assert {*counts} == {5}
+
+
 def test_without_a_mistake_the_map_of_mistakes_is_zero(misleading):
     told = misleading.images[:, :, 5, 9].argmax(1)
     found = mistake_map(PixelReader(), misleading.images, told)

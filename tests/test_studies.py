@@ -266,6 +266,8 @@ def test_the_studies_run_on_tiny_data(stem, validation_share, shared):
     table = pd.read_csv(job.settings.folder("results") / f"{stem}.csv")
     assert table["seed"].eq(0).all()
     assert len(table) > 4
+    (job,) = jobs.make_stage("05_plots", [settings])  # whether ERM was kept or not
+    assert job.run(together=1) is None
 
 
 @pytest.mark.slow
