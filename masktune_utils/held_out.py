@@ -8,8 +8,11 @@ predict the images of the other fold, as they are and resampled by masks.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -127,6 +130,7 @@ def collect(
     jobs: int = 1,
     explain: Explain = saliency_maps,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> tuple[HeldOut, dict[str, MaskedDataset]]:
     """Train the models of both folds, and let them predict what they have not seen.
 
@@ -139,6 +143,9 @@ def collect(
         jobs: 1, or 2 for a process for each fold.
         explain: (network, images, labels) → maps N×h×w.
         seed: of the folds, and of the partners of resampled images.
+        folder: where networks are saved, so that a second call goes on where the first
+            was stopped. Other images or another seed start anew; if `fit` or `finetune`
+            changes, delete it. Loading a network runs code: use a folder of your own.
 
     Returns:
         The predictions; and `NULL` and each candidate → the training images with the
@@ -166,7 +173,7 @@ def collect(
     folds = data.folds(train.labels, seed)
     run = Parallel(min(jobs, 2))
     (first, first_masks), (second, second_masks) = run(
-        delayed(_train)(train[index], fit, finetune, candidates, explain, seed)
+        delayed(_train)(train[index], fit, finetune, candidates, explain, seed, folder)
         for index in folds
     )
     if _trained_weights(first[ERM]) & _trained_weights(second[ERM]):
@@ -216,12 +223,22 @@ def _train(
     candidates: Sequence[Rule],
     explain: Explain,
     seed: int,
+    folder: Path | None,
 ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """All networks of a fold, and their masks of its images, but for `ERM`.
 
     Where rounds end early, the last one is repeated.
     """
-    network = fit(fold)
+    if folder is not None:
+        images = [part.cpu().numpy() for part in (fold.images, fold.labels)]
+        folder = Path(folder) / joblib.hash([images, seed])
+
+    def tune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
+        return _load_or_make(
+            folder, f"{masked.rule}", partial(finetune, network, masked)
+        )
+
+    network = _load_or_make(folder, ERM, partial(fit, fold))
     if not isinstance(network, nn.Module):
         raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
     logits = metrics.predict(network, fold[:2])
@@ -235,7 +252,7 @@ def _train(
     networks = {ERM: network}
     masks = {}
     for rule in progress.bar((NOTHING, *candidates), desc="fine-tuning"):
-        rounds = masktune(network, fold, rule, finetune, maps, explain, seed)
+        rounds = masktune(network, fold, rule, tune, maps, explain, seed)
         latest = None
         for name in _names(rule):
             latest = next(rounds, latest)
@@ -245,6 +262,19 @@ def _train(
             networks[name] = tuned
             masks[name] = masked.own_masks
     return networks, masks
+
+
+def _load_or_make(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
+    """The network that is saved under a name; it is made first if there is none."""
+    if folder is None:
+        return make()
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        torch.save(make(), unfinished)
+        unfinished.replace(path)
+    return torch.load(path, weights_only=False)
 
 
 def _predict(

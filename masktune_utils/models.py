@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+FEWEST_CELLS = 6  # of a map's shorter side: coarser ones miss what is small
+
 
 class SmallCNN(nn.Module):
     """Four 3×3 convolutions without padding and two linear layers, as the authors have.
@@ -78,7 +80,8 @@ def target_layer(
         shape: C, H, W of the images.
         layer: its name, as in `model.get_submodule`. Without one, what the method
             `model.get_grad_cam_target_layer()` returns; without this method, the last
-            layer whose output is larger than one pixel.
+            layer whose map has `FEWEST_CELLS` or more on its shorter side; if there is
+            none, the last of those with the finest map.
 
     Raises:
         ValueError: there is no layer of this name.
@@ -101,13 +104,31 @@ def target_layer(
             f"{kind} computes with tokens; name a layer by layer=, and make its output "
             "a map by reshape=."
         )
-    maps = [part for part, size in shapes.items() if len(size) == 4 and size[-1] > 1]
-    if not maps:
+    cells = {}
+    for part, size in shapes.items():
+        if is_map(size, shape):
+            cells[part] = min(size[-2:])
+    if not cells:
         raise TypeError(
             f"no layer of {kind} has a map; name one by layer=, or by a method "
             "get_grad_cam_target_layer()."
         )
-    return maps[-1]
+    enough = min(FEWEST_CELLS, max(cells.values()))
+    return [part for part, count in cells.items() if count >= enough][-1]
+
+
+def is_map(features: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether features are N×C×h×w with about the proportions of an image.
+
+    Args:
+        features: their shape.
+        shape: of the image; it ends with H, W.
+    """
+    if len(features) != 4:
+        return False
+    height, width = features[-2:]
+    ratio = height * shape[-1] / (width * shape[-2])
+    return max(height, width) > 1 and 0.5 <= ratio <= 2
 
 
 def _output_shapes(

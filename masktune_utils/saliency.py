@@ -137,10 +137,8 @@ def _losses(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_map(features: Tensor, images: Tensor) -> None:
-    """Refuse features, N×C×h×w, that are not about as wide and high as the images."""
-    height, width = features.shape[-2:]
-    ratio = height * images.shape[-1] / (width * images.shape[-2])
-    if features.ndim != 4 or max(height, width) == 1 or not 0.5 <= ratio <= 2:
+    """Refuse features that are no map of the images."""
+    if not models.is_map(features.shape, images.shape):
         raise TypeError(
             f"the layer gives {tuple(features.shape)}; allowed: N×C×h×w, in the "
             "proportions of the image. Name another by layer=, or make it a map by "

@@ -1,0 +1,138 @@
+"""Cut-outs of food and vehicles on grass and stone: photographs with a known object.
+
+    apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
+
+A Waterbirds (Sagawa et al., 2020) of our own. The stamps of Tux Paint have a
+transparent background, so that it is known where the object is. Stamps of the test
+images are not in training images; of each texture, the latter have the left half, the
+former the right.
+"""
+
+import functools
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from masktune_utils.data import Split
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+TEXTURES = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
+CLASSES = ("food", "vehicles")
+GRASS = ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg")
+STONE = ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga")
+SIZE = 96  # pixels
+COUNT = 450  # training images of each class
+CONFLICTING = 0.05  # share of each class that goes against the shortcut
+CAPTION = (slice(82, 94), slice(2, 45))  # where it is: rows, columns
+SHORTCUTS = ("background", "caption", "none")
+
+
+@functools.cache
+def stamps(name: str) -> list[Image.Image]:
+    """The photographs and drawings of a class, each with its transparent background."""
+    paths = sorted((STAMPS / name).rglob("*.png"))
+    return [Image.open(path).convert("RGBA") for path in paths]
+
+
+@functools.cache
+def textures() -> list[list[Image.Image]]:
+    """Pictures of grass, and of stone."""
+    archive = zipfile.ZipFile(TEXTURES)
+    kinds = []
+    for names in (GRASS, STONE):
+        files = [archive.read(f"textures/{name}") for name in names]
+        kinds.append([Image.open(io.BytesIO(file)).convert("RGB") for file in files])
+    return kinds
+
+
+def background(kind: int, is_test: bool, rng: np.random.Generator) -> Image.Image:
+    """A part of a texture, from its left half, or its right half for a test image."""
+    pictures = textures()[kind]
+    picture = pictures[rng.integers(len(pictures))].resize((384, 384))
+    left = rng.integers(192 - SIZE) + 192 * is_test
+    top = rng.integers(384 - SIZE)
+    part = picture.crop((left, top, left + SIZE, top + SIZE))
+    return part.rotate(90 * rng.integers(4))
+
+
+def cut_out(label: int, is_test: bool, rng: np.random.Generator) -> Image.Image:
+    """An object on a transparent canvas; every third stamp is for the test images."""
+    pictures = stamps(CLASSES[label])
+    numbers = [k for k in range(len(pictures)) if (k % 3 == 0) == is_test]
+    stamp = pictures[numbers[rng.integers(len(numbers))]]
+    stamp = stamp.crop(stamp.getbbox())
+    if rng.random() < 0.5:
+        stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    stamp = stamp.rotate(rng.uniform(-20, 20), expand=True)
+    scale = rng.uniform(0.5, 0.75) * SIZE / max(stamp.size)
+    width, height = (max(1, round(scale * side)) for side in stamp.size)
+    canvas = Image.new("RGBA", (SIZE, SIZE))
+    place = (rng.integers(SIZE - width), rng.integers(SIZE - height))
+    canvas.paste(stamp.resize((width, height)), tuple(map(int, place)))
+    return canvas
+
+
+def add_caption(image: Image.Image) -> None:
+    """White on black, in the lower left corner."""
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((2, 82, 44, 93), fill="black")
+    draw.text((5, 82), "photo 7", fill="white")
+
+
+def photographs(
+    labels: Tensor, has_shortcut: Tensor, shortcut: str, is_test: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Photographs, where the object is, and where the shortcut is.
+
+    Args:
+        labels: N, 0 for food and 1 for vehicles.
+        has_shortcut: N, whether the caption is there, or the background is stone.
+        shortcut: one of the `SHORTCUTS`.
+        is_test: of which stamps and textures.
+        seed: of every random choice.
+
+    Returns:
+        N×3×96×96, uint8; and twice N×96×96, bool.
+    """
+    rng = np.random.default_rng([seed, is_test])
+    images = []
+    objects = []
+    for label, planted in zip(labels.tolist(), has_shortcut.tolist(), strict=True):
+        kind = int(planted) if shortcut == "background" else rng.integers(2)
+        image = background(kind, is_test, rng)
+        canvas = cut_out(label, is_test, rng)
+        image.paste(canvas, mask=canvas.getchannel("A"))
+        if shortcut == "caption" and planted:
+            add_caption(image)
+        images.append(np.array(image))
+        objects.append(np.array(canvas.getchannel("A")) > 127)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    is_object = torch.from_numpy(np.stack(objects))
+    area = torch.zeros_like(is_object)
+    if shortcut == "background":
+        area = ~is_object
+    if shortcut == "caption":
+        area[has_shortcut, CAPTION[0], CAPTION[1]] = True
+        is_object &= ~area
+    return pixels, is_object, area
+
+
+def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
+    """Training images, test images in four groups, and the objects of the former."""
+    labels = torch.arange(2).repeat_interleave(COUNT)
+    conflicting = torch.arange(COUNT) < round(CONFLICTING * COUNT)
+    has_shortcut = torch.cat([conflicting, ~conflicting])
+    images, objects, area = photographs(labels, has_shortcut, shortcut, False, seed)
+    groups = torch.arange(4).repeat_interleave(200)
+    words = ("grass", "stone")
+    if shortcut != "background":
+        words = ("no caption", "caption")
+    names = tuple(f"{name}, {word}" for name in CLASSES for word in words)
+    of_test, _, _ = photographs(groups // 2, groups % 2 == 1, shortcut, True, 0)
+    test = Split(of_test, groups // 2, groups, group_names=names)
+    return Split(images, labels, shortcut=area), test, objects
