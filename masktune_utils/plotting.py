@@ -16,6 +16,7 @@ from masktune_utils import metrics, store
 from masktune_utils.data import Split
 from masktune_utils.masking import resize
 from masktune_utils.saliency import saliency_maps
+from masktune_utils.selection import Choice
 from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
 
@@ -109,16 +110,49 @@ def grid(
     return figure
 
 
-def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
+def choice_masks(choice: Choice, network: nn.Module) -> Figure:
+    """What a choice hides, or would hide if ERM were not kept.
+
+    Of each class, an image that ERM predicts correctly though it has not seen it, and
+    one that it does not. The last column, for all images: where mistakes come from.
+
+    Args:
+        choice: see `selection.choose`.
+        network: whose maps are shown, as ERM's.
+    """
+    verdict = choice.verdict
+    masked = choice.candidates[verdict.proposed if choice.is_kept else verdict.chosen]
+    is_mistake = choice.held_out.is_mistake
+    kinds = is_mistake.map({False: "predicted correctly", True: "a mistake of ERM"})
+    names = "class " + choice.held_out.labels.astype(str) + "\n" + kinds
+    first = names.drop_duplicates().sort_values()
+    index = torch.tensor(first.index)
+    images = masked.split.images[index]
+    with warnings.catch_warnings(action="ignore"):  # of maps that are zero
+        maps = saliency_maps(network, images, masked.labels[index])
+    falls = torch.from_numpy(choice.held_out.mistake_map).clamp(min=0)
+    columns = {
+        "image": images,
+        "what the\nnetwork looks at": heat(maps),
+        "hidden\n(white)": masked.masks(index),
+        "filled from\nanother image": masked.batch(index)[0],
+        "where mistakes\ncome from": heat(falls[None] / falls.max().clamp(min=1e-8)),
+    }
+    return grid(columns, list(first))
+
+
+def predictions(
+    models: dict[str, nn.Module], split: Split, names: Sequence[str] = ("low", "high")
+) -> Figure:
     """What models predict for the same images: a row for each model.
 
-    Below an image: the predicted class, of two as a word, and its probability, green if
-    it is right, else red. Outlined: where the saliency for this class is above half of
-    its maximum.
+    Below an image: the predicted class and its probability, green if it is right, else
+    red. Outlined: where the saliency for this class is above half of its maximum.
 
     Args:
         models: name → network.
         split: a few images.
+        names: of the classes; where there are others, they have numbers.
     """
     images, labels = split.batch(slice(None))
     size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
@@ -127,7 +161,7 @@ def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
     for row, (name, network) in zip(axes, models.items(), strict=True):
         probabilities = metrics.predict(network, split).softmax(1)
         count = probabilities.shape[1]
-        names = ("low", "high") if count == 2 else range(count)
+        words = names if count == len(names) else range(count)
         shares, predicted = probabilities.max(1)
         predicted = predicted.to(labels.device)
         with warnings.catch_warnings(action="ignore"):  # of maps without an outline
@@ -137,9 +171,9 @@ def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
                 ax.imshow(images[k].permute(1, 2, 0).cpu())
                 ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
                 number = predicted[k].item()
-                words = f"{names[number]} {shares[k]:.0%}"
+                label = f"{words[number]} {shares[k]:.0%}"
                 color = "#009E73" if number == labels[k] else "#D55E00"
-                ax.set_xlabel(words, color=color, fontsize=9)
+                ax.set_xlabel(label, color=color, fontsize=9)
                 ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure

@@ -12,7 +12,7 @@ from torchcam.methods import XGradCAM
 from masktune_utils import data, models, progress
 from masktune_utils.data import Split
 
-MOST_MISTAKES = 1000  # that are exchanged, window by window
+MOST_MISTAKES = 100  # that are exchanged, window by window
 
 
 def saliency_maps(

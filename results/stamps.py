@@ -136,3 +136,16 @@ def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
     of_test, _, _ = photographs(groups // 2, groups % 2 == 1, shortcut, True, 0)
     test = Split(of_test, groups // 2, groups, group_names=names)
     return Split(images, labels, shortcut=area), test, objects
+
+
+def pairs(shortcut: str, count: int) -> Split:
+    """Test photographs, `count` of each class: each without the shortcut, then with it.
+
+    A pair differs in nothing else.
+    """
+    labels = torch.arange(2).repeat_interleave(count)
+    nowhere = torch.zeros(2 * count, dtype=torch.bool)
+    without, _, _ = photographs(labels, nowhere, shortcut, True, 1)
+    planted, _, _ = photographs(labels, ~nowhere, shortcut, True, 1)
+    images = torch.stack([without, planted], 1).flatten(0, 1)
+    return Split(images, labels.repeat_interleave(2))
