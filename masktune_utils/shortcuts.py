@@ -1,7 +1,5 @@
 """The shortcut that is planted in the images, and the groups."""
 
-import dataclasses
-
 import torch
 from PIL import ImageColor
 from torch import Tensor
@@ -51,8 +49,8 @@ def add_square(
 
 def _pixel(color: str) -> Tensor:
     """3×1×1, uint8."""
-    rgb = torch.tensor(ImageColor.getrgb(color)[:3])
-    return rgb.to(torch.uint8).view(3, 1, 1)
+    rgb = ImageColor.getrgb(color)[:3]
+    return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
 
 
 def square(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
@@ -130,38 +128,6 @@ SHORTCUTS = {
     "digit_color": digit_color,
     "background": background,
 }
-
-
-def plant(
-    split: Split,
-    which: Tensor,
-    shortcut: str,
-    color: str,
-    size: int,
-    generator: torch.Generator,
-) -> Split:
-    """Plant a shortcut in some of the images.
-
-    Args:
-        split: the images, N×3×28×28, uint8, on the CPU.
-        which: N, bool.
-        shortcut: name of one of the `SHORTCUTS`.
-        color: name of a colour or `#rrggbb`, as Pillow understands it.
-        size: side of a square in pixels.
-        generator: source of random choices.
-
-    Raises:
-        ValueError: no pixel changes, so that there is no shortcut.
-    """
-    images = split.images.clone()
-    images[which] = SHORTCUTS[shortcut](images[which], color, size, generator)
-    area = (images != split.images).any(1)
-    if which.any() and not area.any():
-        raise ValueError(
-            f"square_color is {color!r}; allowed: one that changes a pixel by the "
-            f"shortcut {shortcut!r}."
-        )
-    return dataclasses.replace(split, images=images, shortcut=area)
 
 
 def halves(labels: Tensor) -> Tensor:
