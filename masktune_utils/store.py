@@ -209,7 +209,7 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
     sha256 = weights_sha256(weights)
     if sha256 != content.get("sha256", sha256):  # a plain state dict names none
         raise ValueError("its weights have another SHA-256")
-    last_bias = list(weights.values())[-1]
+    *_, last_bias = weights.values()
     model = models.SmallCNN(len(last_bias))
     model.load_state_dict(weights)
     return Checkpoint(model, made_with, list(content["history"]), sha256)
