@@ -9,7 +9,7 @@ from torch import nn
 from masktune_utils import datasets, metrics, store
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import DataSettings
+from masktune_utils.settings import Settings
 
 
 def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, Any]:
@@ -58,18 +58,16 @@ def evaluate_checkpoint(
         ValueError: an unknown data set or device.
     """
     checkpoint = store.load_checkpoint(path, device=store.resolve_device(device))
-    made_with = checkpoint.settings
-    source = made_with.get("dataset") or datasets.resolve_dataset(dataset)
+    source = checkpoint.settings.get("dataset", dataset)
     if dataset not in ("auto", source):
         raise store.CheckpointError(
             f"{path} was trained on {source!r}; use dataset={source!r}."
         )
     is_of_two = checkpoint.model.linear[-1].out_features == 2
-    values = {"labels": "halves" if is_of_two else "digits"}
-    for name in DataSettings.model_fields.keys() & made_with.keys():
-        values[name] = made_with[name]
+    values = {"labels": "halves" if is_of_two else "digits", **checkpoint.settings}
     values.update(dataset=source, device=device)
-    return evaluate(checkpoint.model, datasets.load(DataSettings(**values)))
+    values.pop("base_sha256", None)  # of a fine-tuned model
+    return evaluate(checkpoint.model, datasets.load(Settings(**values)))
 
 
 def hidden_shares(dataset: MaskedDataset) -> dict[str, float]:

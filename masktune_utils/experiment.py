@@ -34,7 +34,6 @@ from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
 CHOSEN = "chosen"  # configuration of the model with the chosen mask
 CHOICE = "CNN_choice.npz"  # what is saved of a choice
-INJECTED = "# Parameters\n"  # the first line of the cell that papermill adds
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,12 @@ def check_parameters(namespace: dict[str, Any], known: set[str]) -> None:
     Raises:
         ValueError: there is another name.
     """
-    for source in namespace["In"]:
-        if source.startswith(INJECTED):
-            for name in re.findall(r"^(\w+) = ", source, re.MULTILINE):
-                if name not in known:
-                    allowed = ", ".join(sorted(known))
-                    raise ValueError(f"{name} is not a parameter; allowed: {allowed}.")
+    # The cell that papermill adds begins with this line.
+    cells = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
+    for name in re.findall(r"^(\w+) = ", "\n".join(cells), re.MULTILINE):
+        if name not in known:
+            allowed = ", ".join(sorted(known))
+            raise ValueError(f"{name} is not a parameter; allowed: {allowed}.")
 
 
 def base_model(settings: Settings, train: Split, retrain: bool = False) -> Trained:
@@ -230,7 +229,7 @@ def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor
     path = settings.folder("checkpoints") / "CNN_saliency.pth"
     with contextlib.suppress(Exception):  # not there, damaged: it is made again
         saved = store.read_tensors(path)
-        if saved["base_sha256"] == base.sha256 and len(saved["maps"]) == len(train):
+        if saved["base_sha256"] == base.sha256:
             return saved["maps"].to(train.labels.device)
     maps = saliency.saliency_maps(base.model, train.images, train.labels)
     store.write_tensors(path, {"maps": maps.cpu(), "base_sha256": base.sha256})
@@ -322,9 +321,9 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     Raises:
         CheckpointError: what is saved is damaged, or no choice.
     """
-    choice = None if retrain else saved_choice(base, train)
-    if choice is not None:
-        return choice
+    saved = None if retrain else saved_choice(base, train)
+    if saved is not None:
+        return saved
     settings = choice_settings(base.settings, len(train))
     choice = selection.choose(
         train,
@@ -335,8 +334,7 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     )
     arrays = choice.held_out.to_arrays()
     for number, masked in enumerate(choice.candidates.values()):
-        masks = masked.own_masks.cpu().numpy()
-        arrays[f"masks_{number}"] = np.packbits(masks, axis=-1)
+        arrays[f"masks_{number}"] = np.packbits(masked.own_masks.cpu(), axis=-1)
     arrays["made_with"] = _made_with(settings, base)
     # What there is of an earlier choice goes first.
     settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
@@ -362,6 +360,7 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
     path = settings.folder("checkpoints") / CHOICE
     if not path.exists():
         return None
+    width = train.images.shape[-1]
     candidates = {}
     try:
         arrays = store.read_arrays(path)
@@ -369,8 +368,7 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
             return None
         held_out = HeldOut.from_arrays(arrays)
         for number, name in enumerate((NULL, *held_out.hidden.index)):
-            packed = arrays[f"masks_{number}"]
-            masks = np.unpackbits(packed, axis=-1, count=train.images.shape[-1])
+            masks = np.unpackbits(arrays[f"masks_{number}"], axis=-1, count=width)
             own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
             masked = MaskedDataset(train, own_masks, "resample", settings.seed)
             candidates[name] = masked
@@ -398,10 +396,11 @@ def chosen_model(
     """
     if choice.is_kept:
         return dataclasses.replace(base, configuration=CHOSEN)
-    rounds = [part for rule in selection.CANDIDATES for part in rule.each_round]
-    rules = {f"{rule}": rule for rule in rounds}
-    of_rule = vars(rules[choice.verdict.chosen])
-    settings = choice_settings(base.settings, len(train)).replace(**of_rule)
+    rules = {}
+    for candidate in selection.CANDIDATES:
+        rules |= {f"{rule}": vars(rule) for rule in candidate.each_round}
+    settings = choice_settings(base.settings, len(train))
+    settings = settings.replace(**rules[choice.verdict.chosen])
     return _load_or_train(settings, CHOSEN, base.model, choice.masked, retrain)
 
 
@@ -414,7 +413,9 @@ def _fit(settings: Settings, fold: Split) -> nn.Module:
 
 def _made_with(settings: Settings, base: Trained) -> str:
     """What a choice depends on, as text."""
-    rules = [f"{rule}" for rule in selection.CANDIDATES]
-    schedule = settings.finetuning
-    parts = {"base_sha256": base.sha256, "candidates": rules, "schedule": schedule}
+    parts = {
+        "base_sha256": base.sha256,
+        "candidates": [f"{rule}" for rule in selection.CANDIDATES],
+        "schedule": settings.finetuning,
+    }
     return json.dumps(parts)

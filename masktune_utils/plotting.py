@@ -154,7 +154,7 @@ def predictions(
         split: a few images.
         names: of the classes; where there are others, they have numbers.
     """
-    images, labels = split.batch(slice(None))
+    images, labels = split.to(torch.device("cpu")).batch(slice(None))
     size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(len(models), len(split), squeeze=False)
@@ -163,12 +163,11 @@ def predictions(
         count = probabilities.shape[1]
         words = names if count == len(names) else range(count)
         shares, predicted = probabilities.max(1)
-        predicted = predicted.to(labels.device)
         with warnings.catch_warnings(action="ignore"):  # of maps without an outline
             maps = saliency_maps(network, images, predicted)
-            outlines = resize(maps, tuple(images.shape[-2:])).cpu()
+            outlines = resize(maps, tuple(images.shape[-2:]))
             for k, ax in enumerate(row):
-                ax.imshow(images[k].permute(1, 2, 0).cpu())
+                ax.imshow(images[k].permute(1, 2, 0))
                 ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
                 number = predicted[k].item()
                 label = f"{words[number]} {shares[k]:.0%}"

@@ -1,8 +1,8 @@
 """Every setting of an experiment: its type, range, default and documentation.
 
-The classes add to each other: where to run and what the images depend on → what the
-base model depends on → what fine-tuning depends on. Under `directory` (default: the
-repository) lie
+`BaseSettings` are where to run and what the base model and its images depend on;
+`Settings` add what fine-tuning depends on. Under `directory` (default: the repository)
+lie
 
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_finetuned_{configuration}.pth
@@ -16,7 +16,7 @@ a file; the configuration of the model with the chosen mask is `chosen`.
 """
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -44,7 +44,7 @@ PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
 LONGEST = 165  # letters of a name; that of a file has at most 200
 # Not listed in names: each has a place of its own in the path.
-NOT_SPELLED_OUT = (*RUNTIME, "dataset", "seed", "method", "param")
+NOT_SPELLED_OUT = {*RUNTIME, "dataset", "seed", "method", "param"}
 # Setting → another one, and the values of that with which nothing depends on it.
 IGNORED = {
     "placement": ("shortcut", ["none"]),
@@ -58,8 +58,8 @@ Epochs = Annotated[int, Field(ge=1, le=10_000)]
 BatchSize = Annotated[int, Field(ge=2, le=60_000)]
 
 
-class DataSettings(BaseModel):
-    """Where to run (no result depends on it), and what the images depend on.
+class BaseSettings(BaseModel):
+    """Where to run (no result depends on it), and what the base model (ERM) depends on.
 
     Raises:
         ValueError: an unknown name or a bad value, in one line: the name, the value,
@@ -109,6 +109,14 @@ class DataSettings(BaseModel):
     """share of each class against the shortcut"""
     validation_share: float = Field(0.0, ge=0, le=0.5)
     """share of training images held out"""
+    epochs: Epochs = 50
+    """of the base model"""
+    batch_size: BatchSize = 128
+    """images per step"""
+    lr: Rate = 0.01
+    """first learning rate of the base model"""
+    lr_decay_epochs: Epochs = 25
+    """epochs between two halvings of lr"""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -150,19 +158,6 @@ class DataSettings(BaseModel):
         """
         return type(self)(**{**dict(self), **changes})
 
-
-class BaseSettings(DataSettings):
-    """What the base model (ERM) depends on."""
-
-    epochs: Epochs = 50
-    """of the base model"""
-    batch_size: BatchSize = 128
-    """images per step"""
-    lr: Rate = 0.01
-    """first learning rate of the base model"""
-    lr_decay_epochs: Epochs = 25
-    """epochs between two halvings of lr"""
-
     @property
     def training(self) -> dict[str, Any]:
         """The arguments of `training.train` for the base model."""
@@ -178,7 +173,7 @@ class BaseSettings(DataSettings):
 class Settings(BaseSettings):
     """What a fine-tuned model depends on: every setting there is."""
 
-    method: Literal["threshold", "top_k", "mean", "mean_std"] = "top_k"
+    method: Literal[*PARAM_LIMITS] = "top_k"
     """threshold, top_k, mean or mean_std (paper)"""
     param: float = Field(0.1, ge=0)
     """of the method; top_k: larger hides more"""
@@ -214,25 +209,24 @@ class Settings(BaseSettings):
     @property
     def experiment(self) -> str:
         """Name of the base model: the data set and what is not the default."""
-        return _shorten(self.dataset + self._spelled(BaseSettings.model_fields))
+        return self._name(self.dataset, BaseSettings.model_fields)
 
     @property
     def configuration(self) -> str:
         """Name of the fine-tuned model: method, param, and what is not the default."""
-        unusual = self._spelled(Settings.__annotations__)
-        return _shorten(f"{self.method}_{self.param}{unusual}")
+        return self._name(f"{self.method}_{self.param}", Settings.__annotations__)
 
-    def changed(self) -> dict[str, Any]:
-        """The settings that are not the defaults."""
-        return {name: value for name, value in self if value != DEFAULTS[name]}
-
-    def _spelled(self, names: Container[str]) -> str:
-        """What is not the default, as part of a file name."""
-        text = ""
-        for name, value in self.changed().items():
-            if name in names and name not in NOT_SPELLED_OUT:
-                text += f"_{name}={value}"
-        return text
+    def _name(self, start: str, fields: Iterable[str]) -> str:
+        """`start` and what is not the default; a long name ends with its hash."""
+        name = start
+        spelled = {*fields} - NOT_SPELLED_OUT
+        unusual = self.model_dump(include=spelled, exclude_defaults=True)
+        for field, value in unusual.items():
+            name += f"_{field}={value}"
+        if len(name) > LONGEST:
+            sha256 = hashlib.sha256(name.encode()).hexdigest()
+            name = f"{name[: LONGEST - 9]}-{sha256[:8]}"
+        return name
 
     def folder(self, kind: str) -> Path:
         """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`.
@@ -289,11 +283,3 @@ DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()
 def root(directory: str) -> Path:
     """Where the files of an experiment go: its `directory`, or the repository."""
     return Path(directory) if directory else REPOSITORY
-
-
-def _shorten(name: str) -> str:
-    """A name of at most `LONGEST` letters; a longer one ends with its hash."""
-    if len(name) <= LONGEST:
-        return name
-    sha256 = hashlib.sha256(name.encode()).hexdigest()
-    return f"{name[: LONGEST - 9]}-{sha256[:8]}"

@@ -1,10 +1,8 @@
 """The shortcut that is planted in the images, and the groups."""
 
-import dataclasses
-
 import torch
 from PIL import ImageColor
-from torch import Tensor
+from torch import Generator, Tensor
 
 from masktune_utils.data import Split
 
@@ -51,11 +49,11 @@ def add_square(
 
 def _pixel(color: str) -> Tensor:
     """3×1×1, uint8."""
-    rgb = torch.tensor(ImageColor.getrgb(color)[:3])
-    return rgb.to(torch.uint8).view(3, 1, 1)
+    rgb = ImageColor.getrgb(color)[:3]
+    return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
 
 
-def square(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
+def square(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
     """In the top left corner.
 
     Args, as of all shortcuts:
@@ -71,7 +69,7 @@ def square(images: Tensor, color: str, size: int, generator: torch.Generator) ->
 
 
 def square_anywhere(
-    images: Tensor, color: str, size: int, generator: torch.Generator
+    images: Tensor, color: str, size: int, generator: Generator
 ) -> Tensor:
     """At a random place in every image."""
     pixels = torch.arange(28)
@@ -81,41 +79,35 @@ def square_anywhere(
     return torch.where(area, _pixel(color), images)
 
 
-def two_squares(
-    images: Tensor, color: str, size: int, generator: torch.Generator
-) -> Tensor:
+def two_squares(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
     """In the top left corner, and a red one in the bottom right corner."""
     far = 28 - size
     first = add_square(images, size, color)
     return add_square(first, size, "red", far, far)
 
 
-def frame(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
+def frame(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
     """Of two pixels, along the edge."""
     edge = torch.ones(28, 28, dtype=torch.bool)
     edge[2:-2, 2:-2] = False
     return torch.where(edge, _pixel(color), images)
 
 
-def pixels(images: Tensor, color: str, size: int, generator: torch.Generator) -> Tensor:
+def pixels(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
     """49 scattered pixels, the same in all images."""
-    same_places = torch.Generator().manual_seed(0)
+    same_places = Generator().manual_seed(0)
     order = torch.randperm(784, generator=same_places)
     area = (order < 49).view(28, 28)
     return torch.where(area, _pixel(color), images)
 
 
-def digit_color(
-    images: Tensor, color: str, size: int, generator: torch.Generator
-) -> Tensor:
+def digit_color(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
     """The digit itself is coloured."""
     colored = images * (_pixel(color) / 255)
     return colored.round().to(torch.uint8)
 
 
-def background(
-    images: Tensor, color: str, size: int, generator: torch.Generator
-) -> Tensor:
+def background(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
     """A dark tint behind the digit."""
     dark = 0.3 * _pixel(color)
     return torch.maximum(images, dark.to(torch.uint8))
@@ -132,45 +124,13 @@ SHORTCUTS = {
 }
 
 
-def plant(
-    split: Split,
-    which: Tensor,
-    shortcut: str,
-    color: str,
-    size: int,
-    generator: torch.Generator,
-) -> Split:
-    """Plant a shortcut in some of the images.
-
-    Args:
-        split: the images, N×3×28×28, uint8, on the CPU.
-        which: N, bool.
-        shortcut: name of one of the `SHORTCUTS`.
-        color: name of a colour or `#rrggbb`, as Pillow understands it.
-        size: side of a square in pixels.
-        generator: source of random choices.
-
-    Raises:
-        ValueError: no pixel changes, so that there is no shortcut.
-    """
-    images = split.images.clone()
-    images[which] = SHORTCUTS[shortcut](images[which], color, size, generator)
-    area = (images != split.images).any(1)
-    if which.any() and not area.any():
-        raise ValueError(
-            f"square_color is {color!r}; allowed: one that changes a pixel by the "
-            f"shortcut {shortcut!r}."
-        )
-    return dataclasses.replace(split, images=images, shortcut=area)
-
-
 def halves(labels: Tensor) -> Tensor:
     """0 for the lower half of the classes (digits 0–4), 1 for the upper; N, int64."""
     return (labels > labels.max() // 2).long()
 
 
 def place(
-    split: Split, placement: str, conflicting: float, generator: torch.Generator
+    split: Split, placement: str, conflicting: float, generator: Generator
 ) -> Tensor:
     """Choose the training images that get the shortcut: most of class 0, few of 1.
 

@@ -46,9 +46,7 @@ def resolve_device(device: str = "auto") -> torch.device:
             device.
     """
     if device == "auto":
-        return torch.accelerator.current_accelerator(
-            check_available=True
-        ) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -96,7 +94,7 @@ def weights_sha256(state_dict: dict[str, Tensor]) -> str:
     for name in sorted(state_dict):
         tensor = state_dict[name].cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -146,9 +144,8 @@ def save_checkpoint(
         history: see `training.train`; saved without the seconds, which differ from run
             to run.
     """
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        weights[name] = tensor.cpu().contiguous()
+    state = model.state_dict()
+    weights = {name: state[name].cpu().contiguous() for name in state}
     rows = [{key: row[key] for key in row if key != "seconds"} for row in history]
     content = {
         "state_dict": weights,
@@ -188,13 +185,13 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} is damaged, foreign or of another version ({reason})."
         ) from error
+    # A setting that is younger than the file had its default.
+    made_with = {**DEFAULTS, **checkpoint.settings}
     for name, asked in (settings or {}).items():
-        # A setting that is younger than the file had its default.
-        made_with = checkpoint.settings.get(name, DEFAULTS.get(name))
-        if made_with != asked:
+        if made_with.get(name) != asked:
             raise CheckpointError(
-                f"{path} was made with {name} = {made_with!r}, not {asked!r}. "
-                "Delete it, use retrain = True, or use another directory."
+                f"{path} was made with {name} = {made_with.get(name)!r}, not {asked!r}."
+                " Delete it, use retrain = True, or use another directory."
             )
     checkpoint.model.to(device, memory_format=torch.channels_last).eval()
     return checkpoint
@@ -212,7 +209,7 @@ def _checked(content: dict[str, Any]) -> Checkpoint:
     sha256 = weights_sha256(weights)
     if sha256 != content.get("sha256", sha256):  # a plain state dict names none
         raise ValueError("its weights have another SHA-256")
-    last_bias = list(weights.values())[-1]
+    *_, last_bias = weights.values()
     model = models.SmallCNN(len(last_bias))
     model.load_state_dict(weights)
     return Checkpoint(model, made_with, list(content["history"]), sha256)

@@ -104,16 +104,8 @@ def scope(stem: str) -> set[str]:
 
 def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
     """A notebook for each of the settings that differ in what it depends on."""
-    jobs = []
-    for configuration in configurations:
-        settings = Settings(**configuration.model_dump(include=scope(stem)))
-        jobs.append(Job(stem, settings))
-    return list(dict.fromkeys(jobs))
-
-
-def without_base(errors: dict[Job, str]) -> set[Path]:
-    """Folders of the experiments whose base model failed."""
-    return {job.settings.folder("runs") for job in errors if job.stem == ERM}
+    own = [item.model_dump(include=scope(stem)) for item in configurations]
+    return list(dict.fromkeys(Job(stem, Settings(**values)) for values in own))
 
 
 def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
@@ -136,7 +128,8 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
         finished = results.finished(stage[0].settings.directory)
         todo = []
         for job in stage:
-            if job.settings.folder("runs") in without_base(errors):
+            (base,) = make_stage(ERM, [job.settings])
+            if base in errors:
                 errors[job] = "not run, because its base model is missing"
             elif not job.is_done(finished):
                 todo.append(job)

@@ -71,8 +71,8 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
             for this command, or does not depend on a setting that varies.
     """
     command = arguments.command
-    given = vars(arguments).items()
-    options = {name: values for name, values in given if name in DEFAULTS}
+    given = vars(arguments)
+    options = {name: given[name] for name in DEFAULTS if name in given}
     file = arguments.grid
     if file is None and command != "choose":
         file = PUBLISHED
@@ -85,7 +85,7 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
         raise ValueError(f"{file}: notebook is {stem!r}; allowed: {allowed}.")
     scope = jobs.scope(ERM if command == "choose" else stem)
     for settings in grid:
-        for name in settings.changed().keys() - scope:
+        for name in settings.model_dump(exclude_defaults=True).keys() - scope:
             raise ValueError(f"{name} changes nothing here; leave it out.")
     directory = grid[0].directory
     if directory:  # a Dask worker may have another working directory
@@ -126,14 +126,13 @@ def run_stages(
     errors = jobs.execute([make_stage(stem, grid) for stem in stems], count)
     if command == "sweep":
         return errors
-    without_base = jobs.without_base(errors)
-    trained = [item for item in grid if item.folder("runs") not in without_base]
-    for job in make_stage(ERM, trained):
+    trained = [job.settings for job in make_stage(ERM, grid) if job not in errors]
+    for settings in trained:
         try:
-            choose(job.settings, count)
+            choose(settings, count)
         except Exception as error:  # noqa: BLE001 - the other choices go on
-            errors[Job("choice", job.settings)] = jobs.in_one_line(error)
-    shown = [item.replace(retrain=False) for item in trained]
+            errors[Job("choice", settings)] = jobs.in_one_line(error)
+    shown = [settings.replace(retrain=False) for settings in trained]
     for stem in SHOWN if command == "run" else ():
         stage = make_stage(stem, shown)
         errors.update(jobs.execute([stage], count))
@@ -167,13 +166,14 @@ def _save_tables(grid: list[Settings], notebook: str) -> None:
         notebook: the last one.
     """
     directory = grid[0].directory
+    folder = root(directory)
     table = results.collect(directory)
-    results.save_table(table, root(directory) / "results" / "results.csv")
+    results.save_table(table, folder / "results" / "results.csv")
     results.gather_study(directory, notebook)
     for kind in ("checkpoints", "results", "runs", "figures"):
-        print(f"{kind}: {root(directory) / kind}")
+        print(f"{kind}: {folder / kind}")
     experiments = {settings.experiment for settings in grid}
     rows = table[table["experiment"].isin(experiments)]
-    if rows.empty:
-        return
-    print(f"\nAccuracy in %\n\n{results.worth(results.named(rows)).to_string()}\n")
+    if len(rows):
+        summary = results.worth(results.named(rows))
+        print(f"\nAccuracy in %\n\n{summary.to_string()}\n")
