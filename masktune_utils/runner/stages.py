@@ -13,8 +13,8 @@ from masktune_utils.runner.grids import FINETUNE, PUBLISHED, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
 from masktune_utils.settings import DEFAULTS, Settings, root
 
-# These have no settings to sweep: a reader of tables, and one of photographs.
-READERS = ("07", "11")
+# These make no table to sweep for: readers of tables, and one of photographs.
+READERS = ("07", "09", "11")
 # What the commands run where a grid names no notebook of its own.
 STEMS = {
     "run": ["01_dataset", *BASE, FINETUNE],
