@@ -162,14 +162,15 @@ def test_partners_are_a_permutation_by_the_seed_anew_in_each_epoch():
     assert torch.equal(partners.sort().values, numbers)
     same_class = (split.labels[partners] == split.labels).double().mean().item()
     assert same_class == pytest.approx(0.5, abs=0.015)  # four standard deviations
-    assert torch.equal(partners, masked.in_epoch(1).partners)
+    again = masking.MaskedDataset(split, nothing, "resample", seed=5)
+    assert torch.equal(partners, again.in_epoch(1).partners)
     for other in (masked.in_epoch(2), dataclasses.replace(masked, seed=9)):
         assert not torch.equal(partners, other.partners)
 
 
 def test_resampled_images_are_the_same_in_batches(splits):
     train = splits.train
-    masked = masking.mask_dataset(train, FIRST_MAPS, "mean_std", 1.0, fill="resample")
+    masked = masking.mask_dataset(train, FIRST_MAPS, "top_k", 0.3, fill="resample")
     whole, _ = masked.batch(ALL)
     batches = [masked.batch(index)[0] for index in torch.arange(200).split(7)]
     assert torch.equal(torch.cat(batches), whole)
