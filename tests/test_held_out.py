@@ -91,18 +91,15 @@ def make_fold(train: Split, index: torch.Tensor) -> Fold:
     """Train all models of a fold, one by one."""
     fold = train[index]
     base = fit(fold)
-    steps = {"epochs": 2, "batch_size": 32, "lr": 0.02, "schedule": "linear"}
-    null = copy.deepcopy(base)
-    training.train(null, fold, seed=SEED, **steps)  # on the images as they are
-    networks = {ERM: base, NULL: null}
+    as_they_are = MaskedDataset(fold, torch.zeros(100, 28, 28), seed=SEED)
+    networks = {ERM: base, NULL: FINETUNE(copy.deepcopy(base), as_they_are)}
     masks = {}
     for rule in RULES:
         maps = saliency_maps(base, fold.images, fold.labels)
         masked = None
         for _ in range(rule.rounds):
             masked = rule.mask(fold, maps, SEED, masked)
-            tuned = copy.deepcopy(base)
-            training.train(tuned, masked, seed=SEED, **steps)
+            tuned = FINETUNE(copy.deepcopy(base), masked)
             name = NAMES[len(masks)]
             networks[name] = tuned
             masks[name] = masked.own_masks
