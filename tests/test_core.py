@@ -154,15 +154,19 @@ def test_what_is_no_set_of_pairs_is_refused(kind):
 def test_a_choice_refuses_what_it_cannot_work_with(train):
     with pytest.raises(TypeError, match="train is a list; allowed: a Split, as"):
         choose(stripes(10), fit)
-    of_one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
-    of_nan = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
-    nn.init.constant_(of_nan[1].bias, torch.nan)
-    message = r"predicts \[\[.*\]\] for two images; allowed: a fin"
-    for network in (of_one, of_nan):
-        with pytest.raises(ValueError, match=message):
-            choose(train, lambda _, network=network: network)
     with pytest.raises(ValueError, match="layer is 'layer9'; allowed: conv1, bn1, re"):
         saliency_maps(small_resnet(), train.images, train.labels, layer="layer9")
+
+
+@pytest.mark.parametrize(("classes", "bias"), [(1, 0.0), (2, torch.nan)])
+def test_a_choice_refuses_a_network_without_a_number_for_each_class(
+    classes, bias, train
+):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes))
+    nn.init.constant_(network[1].bias, bias)
+    message = r"predicts \[\[.*\]\] for two images; allowed: a fin"
+    with pytest.raises(ValueError, match=message):
+        choose(train, lambda _: network)
 
 
 def test_a_masked_data_set_gives_the_same_images_one_by_one_as_in_batches(train):

