@@ -122,6 +122,7 @@ def pretended_gpu() -> Iterator[torch.device]:
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
         "_lazy_init": lambda: None,
+        "_lazy_call": lambda *_, **__: None,
         "get_rng_state": lambda *_: torch.zeros(1, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,
         "is_bf16_supported": lambda **_: False,

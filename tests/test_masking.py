@@ -62,7 +62,10 @@ def test_masks_equal_the_formulas(method, param):
     assert torch.equal(masking.create_mask(MAPS.numpy(), method, param), mask)
 
 
-def test_a_map_that_is_the_same_everywhere_hides_nothing_by_mean_std():
+@pytest.mark.parametrize("method", FORMULAS)
+def test_a_map_that_is_zero_everywhere_hides_nothing(method):
+    """Nor does one that is the same everywhere, by mean_std."""
+    assert not masking.create_mask(torch.zeros(3, 8, 8), method, 0.0).any()
     assert not masking.create_mask(torch.full((3, 8, 8), 0.5), "mean_std", 2.0).any()
 
 
@@ -90,11 +93,9 @@ def test_images_are_multiplied_by_what_is_not_hidden():
     expected = images * (1 - soft)
     torch.testing.assert_close(masking.apply_mask(images, soft[:, 0]), expected)
     torch.testing.assert_close(masking.apply_mask(images[4], mask[4]), expected[4])
-    whole_numbers = (255 * images).byte()
+    whole_numbers = TRAIN.images[:50]
     expected = (whole_numbers * (1 - soft)).round().byte()
-    masked = masking.apply_mask(whole_numbers, mask)
-    assert masked.dtype == torch.uint8
-    assert torch.equal(masked, expected)
+    assert torch.equal(masking.apply_mask(whole_numbers, mask), expected)
 
 
 @pytest.mark.parametrize("fill", masking.FILLS)
