@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import PixelReader
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +32,8 @@ from masktune_utils.settings import REPOSITORY
 def patched(count: int) -> list[tuple[Image.Image, int]]:
     """Grey noise of 32×32, which is brighter in class 1.
 
-    A red patch in the corner goes with class 0, but for every twentieth picture.
+    A patch in the corner is red in class 0 and green in class 1, but for every
+    twentieth picture.
     """
     random = np.random.default_rng(0)
     pairs = []
@@ -39,8 +41,8 @@ def patched(count: int) -> list[tuple[Image.Image, int]]:
         label = number % 2
         grey = random.integers(0, 200, (32, 32, 1), np.uint8) + 50 * label
         rgb = grey.astype(np.uint8).repeat(3, 2)
-        if (label == 0) != (number // 2 % 20 == 0):
-            rgb[:6, :6] = (255, 0, 0)
+        is_conflicting = number // 2 % 20 == 0
+        rgb[:6, :6] = (0, 255, 0) if label != is_conflicting else (255, 0, 0)
         pairs.append((Image.fromarray(rgb), label))
     return pairs
 
@@ -188,10 +190,8 @@ def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):
 
 
 def to_map(tokens: torch.Tensor) -> torch.Tensor:
-    """N×tokens×C to N×C×h×w, without the first token."""
-    tokens = tokens[:, 1:]
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
+    """N×tokens×C to N×C×14×14, without the first token."""
+    return tokens[:, 1:].mT.unflatten(2, (14, 14))
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
@@ -211,20 +211,12 @@ def test_a_transformer_is_refused_unless_its_tokens_are_made_a_map():
     assert maps.shape == (2, 14, 14)
 
 
-NETWORKS = {
-    "shufflenet": shufflenet_v2_x0_5,
-    "resnet18": resnet18,
-    "squeezenet": squeezenet1_1,
-    "swin": swin_t,
-}
-
-
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name):
+@pytest.mark.parametrize("make", [shufflenet_v2_x0_5, resnet18, squeezenet1_1, swin_t])
+def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     """In float64, since a small network's map may amplify the rounding of float32."""
     torch.manual_seed(0)
-    network = NETWORKS[name](num_classes=3).eval()
+    network = make(num_classes=3).eval()
     layer = models.target_layer(network, (3, 96, 96))
     names = {module: name for name, module in network.named_modules()}
     network.double()
@@ -237,21 +229,8 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name):
     torch.testing.assert_close(alone, maps, rtol=0, atol=1e-6)
 
 
-class CornerReader(nn.Module):
-    """Predicts class 0 where the corner is red."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        corner = images[:, :, 0, 0]
-        redness = self.scale * (corner[:, 0] - corner[:, 2])
-        return torch.stack([redness, 1 - redness], 1)
-
-
 def test_a_diagnosis_tells_whether_a_network_relies_on_what_is_hidden(train):
-    network = CornerReader()
+    network = PixelReader()
     masks = torch.zeros(240, 32, 32, dtype=torch.bool)
     masks[::3, :6, :6] = True  # hidden where the mask of either image hides it
     found = metrics.diagnose(network, train, masks, seed=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PixelReader
 from sklearn import metrics as sk
 
 from masktune_utils import data, datasets, evaluation, metrics, models, store
@@ -41,31 +42,20 @@ def test_classes_that_neither_occur_nor_are_predicted_are_in_the_report():
     assert metrics.worst_class(logits, labels) == pytest.approx(2 / 3)
 
 
-class PixelReader(torch.nn.Module):
-    """Predicts class 1 where the first pixel is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixel = self.scale * images[:, 0, 0, 0]
-        return torch.stack([1 - pixel, pixel], 1)
-
-
 def test_a_mistake_is_explained_if_each_exchange_of_what_is_hidden_rights_it(
     monkeypatch,
 ):
     """Images 0 to 3, of class 0, are mistakes; 4 and 5, of class 1, are right."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0])
     predicted = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0])
-    images = torch.zeros(8, 1, 2, 2)
-    images[:6, :, 0, 0] = 1
+    images = torch.zeros(8, 2, 2, 2)
+    images[:6, 1, 0, 0] = 1
+    images[6:, 0, 0, 0] = 1
     masks = torch.zeros(8, 2, 2, dtype=torch.bool)
     masks[[0, 2, 4, 7], 0, 0] = True
     masks[3] = torch.tensor([[False, True], [True, True]])
     drawn = [
-        [6, 7, 6, 6, 5, 4, 0, 1],  # all pixels are off there
+        [6, 7, 6, 6, 5, 4, 0, 1],  # all have the pixel of class 0
         [7, 7, 1, 6, 5, 4, 0, 2],  # but for that of 1, for 2
         [6, 7, 6, 6, 5, 4, 0, 1],
     ]

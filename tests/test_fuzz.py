@@ -52,12 +52,13 @@ def test_every_setting_is_tried_below():
 def test_two_settings_share_a_file_only_if_they_are_the_same(first, other, name):
     with_one_change = first.replace(**{name: getattr(other, name)})
     for second in (other, with_one_change):
-        bases = [each.checkpoint_path("base") for each in (first, second)]
-        is_same = first.identity(base=True) == second.identity(base=True)
-        assert (bases[0] == bases[1]) == is_same
-        tuned = [each.checkpoint_path(each.configuration) for each in (first, second)]
-        is_same = first.identity(base=False) == second.identity(base=False)
-        assert (tuned[0] == tuned[1]) == is_same
-        for path in bases + tuned:
-            assert len(path.name.encode()) <= 200
-            assert len(path.parts[-3].encode()) <= 200
+        for base in (True, False):
+            paths = [
+                each.checkpoint_path("base" if base else each.configuration)
+                for each in (first, second)
+            ]
+            is_same = first.identity(base=base) == second.identity(base=base)
+            assert (paths[0] == paths[1]) == is_same
+            for path in paths:
+                assert len(path.name.encode()) <= 200
+                assert len(path.parts[-3].encode()) <= 200

@@ -1,5 +1,7 @@
 """The choice: each clause of the rule by hand on toys."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -117,13 +119,10 @@ def test_a_few_mistakes_are_no_environment_nor_is_a_rest_without_images(count):
 
 
 def test_a_distance_counts_less_what_even_the_best_model_loses():
-    accuracy = pd.DataFrame(
-        {
-            "rest": {"x": 0.9, "y": 0.7},
-            "mistakes": {"x": 0.2, "y": 0.3},
-            "mask": {"x": 0.5, "y": 0.95},  # the best loses 3 points of 98
-        }
-    ).T
+    environments = ["rest", "mistakes", "mask"]
+    right = {"x": [0.9, 0.2, 0.5], "y": [0.7, 0.3, 0.95]}
+    accuracy = pd.DataFrame(right, environments)
+    # on masked images the best loses 3 points of 98
     behind = selection.distances(accuracy, ["x", "y"], before=0.98)
     assert behind.loc["rest"].tolist() == pytest.approx([0, 0.2])
     assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
@@ -137,18 +136,14 @@ def test_a_distance_counts_less_what_even_the_best_model_loses():
 
 def test_a_model_that_is_struck_out_no_longer_sets_the_bar():
     """`good` is 29 points behind `shortcut`, which is 80 behind it and goes first."""
-    accuracy = pd.DataFrame(
-        {
-            "mistakes": {"shortcut": 0.1, "good": 0.9, "poor": 0.75},
-            "mask": {"shortcut": 0.99, "good": 0.7, "poor": 0.65},
-        }
-    ).T
+    right = {"shortcut": [0.1, 0.99], "good": [0.9, 0.7], "poor": [0.75, 0.65]}
+    accuracy = pd.DataFrame(right, ["mistakes", "mask"])
     assert selection.strike_out(accuracy, before=0.99) == ["good"]
 
 
 @pytest.mark.parametrize(("poor", "left"), [(0.801, 2), (0.799, 1)])
 def test_a_model_is_struck_out_where_it_is_ten_points_behind(poor, left):
-    accuracy = pd.DataFrame({"mistakes": {"good": 0.9, "poor": poor}}).T
+    accuracy = pd.DataFrame({"good": [0.9], "poor": [poor]}, ["mistakes"])
     assert len(selection.strike_out(accuracy, before=0.99)) == left
 
 
@@ -160,16 +155,8 @@ def test_within_one_standard_error_the_candidate_that_hides_least_is_proposed(
     a, error, expected
 ):
     """The larger error of two environments in which the best is furthest behind."""
-    behind = pd.DataFrame(
-        {
-            "rest": {"a": a, "b": 0.0},
-            "mistakes": {"a": 0.0, "b": 0.0},
-            "mask": {"a": 0.0, "b": -0.1},
-        }
-    ).T
-    errors = pd.DataFrame(
-        {"rest": {"b": 0.001}, "mistakes": {"b": error}, "mask": {"b": 0.5}}
-    ).T
+    behind = pd.DataFrame({"a": [a, 0.0, 0.0], "b": [0.0, 0.0, -0.1]})
+    errors = pd.DataFrame({"b": [0.001, error, 0.5]})
     hidden = pd.Series({"a": 0.1, "b": 0.2})
     assert selection.propose(behind, errors, hidden) == expected
 
@@ -193,7 +180,7 @@ def test_erm_is_kept_unless_nothing_masked_is_ten_points_behind_anywhere(
 def test_erm_itself_neither_sets_the_bar_nor_falls_behind_it(erm):
     """It has not been fine-tuned."""
     resampled = {"a": {ERM: erm, NULL: 0.85, "a": 0.88}}
-    verdict = selection.judge(toy({NULL: (8, 960), "a": (8, 960)}, resampled=resampled))
+    verdict = selection.judge(toy({NULL: (2, 960), "a": (2, 960)}, resampled=resampled))
     assert verdict.left == [NULL, "a"]
     assert verdict.chosen == ERM
 
@@ -232,6 +219,12 @@ def test_of_those_that_are_least_behind_the_one_that_hides_less_is_taken(a, expe
     """The standard error of 38 of 40 mistakes is 3.4 points; a is 7.5 or 2.5 behind."""
     right = {NULL: (2, 960), "a": (a, 960), "b": (38, 960)}
     assert selection.judge(toy(right)).chosen == expected
+
+
+def test_a_candidate_that_hides_nothing_is_not_proposed():
+    predicted = toy({NULL: (2, 960), "a": (36, 960), "b": (36, 960)})
+    hidden = pd.Series({"a": 0.0, "b": 0.2})
+    assert selection.judge(replace(predicted, hidden=hidden)).proposed == "b"
 
 
 def test_erm_is_kept_if_all_candidates_are_struck_out():
