@@ -85,6 +85,8 @@ def test_shortcuts_have_their_size_and_all_but_one_the_same_place(kind, pixels):
     assert (areas.sum((1, 2)) == pixels).all()
     is_one_place = torch.equal(areas.any(0), areas.all(0))
     assert is_one_place == (kind != "square_anywhere")
+    if not is_one_place:
+        assert areas.any(0).any(0).all()  # up to the edge
 
 
 def test_the_digit_is_coloured_or_what_is_behind_it(full):
