@@ -78,16 +78,13 @@ class Mode(TorchFunctionMode):
         if function is torch._has_compatible_shallow_copy_type:
             return False  # the parameters of a module are replaced
         options = dict(options or {})
-        tensors = [
-            leaf
-            for leaf in tree_leaves((arguments, options))
-            if isinstance(leaf, Tensor)
-        ]
+        leaves = tree_leaves((arguments, options))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         is_gpu = [isinstance(tensor, OnGPU) for tensor in tensors]
-        met = list(zip(tensors, is_gpu, strict=True))
-        if function in INDEXED:
-            met = met[:1]
-        on_cpu_too = any(not on_gpu and tensor.dim() > 0 for tensor, on_gpu in met)
+        met = tensors[:1] if function in INDEXED else tensors
+        on_cpu_too = [
+            leaf for leaf in met if not isinstance(leaf, OnGPU) and leaf.dim()
+        ]
         if function not in MOVES and any(is_gpu) and on_cpu_too:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least "
@@ -95,18 +92,12 @@ class Mode(TorchFunctionMode):
             )
         if function is Tensor.register_hook:
             tensor, hook = arguments
-            arguments = (
-                tensor,
-                lambda gradient: (
-                    hook(put(gradient, GPU)) if any(is_gpu) else hook(gradient)
-                ),
-            )
+            seen_on = GPU if any(is_gpu) else CPU
+            arguments = (tensor, lambda gradient: hook(put(gradient, seen_on)))
         target = GPU if any(is_gpu) else CPU
         asked = [options.get("device"), *(arguments[1:] if function in MOVES else ())]
         for value in asked:
-            if isinstance(value, str | torch.device) and not isinstance(
-                value, torch.dtype
-            ):
+            if isinstance(value, str | torch.device):
                 with contextlib.suppress(RuntimeError):
                     target = torch.device(value)
         if function is Tensor.cpu:
@@ -130,15 +121,12 @@ def pretended_gpu() -> Iterator[torch.device]:
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
         "_lazy_init": lambda: None,
         "_lazy_call": lambda *_, **__: None,
         "get_rng_state": lambda *_: torch.zeros(1, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,
         "is_bf16_supported": lambda **_: False,
         "get_device_name": lambda *_: "pretended",
-        "empty_cache": lambda: None,
-        "synchronize": lambda *_: None,
     }
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import PixelReader
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +19,7 @@ from torchvision.models import (
     swin_t,
 )
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.transforms.v2 import Normalize
 
 from masktune_utils import metrics, models
 from masktune_utils.data import Split
@@ -27,35 +29,22 @@ from masktune_utils.selection import choose
 from masktune_utils.settings import REPOSITORY
 
 
-class Stripes(Dataset):
-    """Pictures of 32×32: class 1 has horizontal stripes, class 0 vertical ones.
+def patched(count: int) -> list[tuple[Image.Image, int]]:
+    """Grey noise of 32×32, which is brighter in class 1.
 
-    A red patch in the corner goes with class 0, but for every twentieth picture.
+    A patch in the corner is red in class 0 and green in class 1, but for every
+    twentieth picture.
     """
-
-    def __init__(self, count: int, seed: int = 0) -> None:
-        self.count = count
-        self.random = np.random.default_rng(seed)
-        self.pictures = [self.draw(number) for number in range(count)]
-
-    def draw(self, number: int) -> tuple[Image.Image, int]:
+    random = np.random.default_rng(0)
+    pairs = []
+    for number in range(count):
         label = number % 2
-        waves = np.sin(np.arange(32) * self.random.uniform(0.6, 1.2))
-        stripes = np.tile(waves, (32, 1))
-        if label:
-            stripes = stripes.T
-        noise = self.random.normal(0, 1.5, (32, 32))
-        grey = np.clip(128 + 40 * (stripes + noise), 0, 255).astype(np.uint8)
-        rgb = np.stack([grey] * 3, -1)
-        if (label == 0) != (number // 2 % 20 == 0):
-            rgb[:6, :6] = (255, 0, 0)
-        return Image.fromarray(rgb), label
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
-        return self.pictures[number]
+        grey = random.integers(0, 200, (32, 32, 1), np.uint8) + 50 * label
+        rgb = grey.astype(np.uint8).repeat(3, 2)
+        is_conflicting = number // 2 % 20 == 0
+        rgb[:6, :6] = (0, 255, 0) if label != is_conflicting else (255, 0, 0)
+        pairs.append((Image.fromarray(rgb), label))
+    return pairs
 
 
 def small_resnet() -> nn.Module:
@@ -63,22 +52,18 @@ def small_resnet() -> nn.Module:
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
 
 
-def fit(images: Dataset, epochs: int = 3) -> nn.Module:
-    """A training loop of one's own, with augmentation of one's own."""
-    network = small_resnet()
-    return own_loop(network, images, epochs, 0.01)
+def fit(images: Dataset) -> nn.Module:
+    return own_loop(small_resnet(), images, 3, 0.01)
 
 
 def own_loop(network: nn.Module, images: Dataset, epochs: int, lr: float) -> nn.Module:
+    """A training loop of one's own, with augmentation of one's own."""
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(network.parameters(), lr)
     network.train()
     for _ in range(epochs):
         for batch, labels in DataLoader(images, batch_size=32, shuffle=True):
-            brighter = (
-                batch * torch.empty(len(batch), 1, 1, 1).uniform_(0.9, 1.1)
-            ).clip(0, 1)
-            loss = F.cross_entropy(network(brighter), labels)
+            loss = F.cross_entropy(network(batch.flip(3)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -87,7 +72,7 @@ def own_loop(network: nn.Module, images: Dataset, epochs: int, lr: float) -> nn.
 
 @pytest.fixture(scope="module")
 def train() -> Split:
-    return Split.from_dataset(Stripes(240))
+    return Split.from_dataset(patched(240))
 
 
 @pytest.mark.slow
@@ -104,25 +89,12 @@ def test_the_lines_of_the_readme_run_as_they_are(capsys):
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):
-    choice = choose(
-        train,
-        fit,
-        partial(own_loop, epochs=1, lr=0.001),
-        [Rule(param=1.0, fill="resample")],
-    )
+    finetune = partial(own_loop, epochs=1, lr=0.001)
+    choice = choose(train, fit, finetune, [Rule(param=1.0, fill="resample")])
     assert "of 240 training images are predicted wrongly" in choice.reason
-    assert choice.masked.own_masks.shape == (240, 32, 32)
-    assert choice.masked.own_masks.dtype == torch.bool
     names = ["ERM", "nothing masked", "mean_std 1, resampled"]
     assert choice.table.index.tolist() == names
-    assert choice.table["chosen"].sum() == 1
-    network = fit(train, epochs=1)
-    before = {name: weights.clone() for name, weights in network.state_dict().items()}
-    tuned = choice.finetune(network)
-    for name, weights in network.state_dict().items():
-        assert torch.equal(weights, before[name])
-    same = [torch.equal(w, before[name]) for name, w in tuned.state_dict().items()]
-    assert all(same) == choice.is_kept
+    assert isinstance(choice.take(names[2]).finetune(small_resnet()), ResNet)
     batch, labels = next(iter(DataLoader(choice.masked, batch_size=64, shuffle=True)))
     assert batch.shape == (64, 3, 32, 32)
     assert labels.dtype == torch.int64
@@ -133,7 +105,6 @@ IMAGES = {
     "grey": Image.new("L", (5, 4), 255),
     "array": np.full((4, 5, 3), 255, np.uint8),
     "tensor": torch.full((3, 4, 5), 255, dtype=torch.uint8),
-    "float": torch.ones(3, 4, 5),
     "double": torch.ones(3, 4, 5).double(),
 }
 
@@ -154,8 +125,7 @@ def test_groups_are_kept_for_reports():
     pairs = [(IMAGES["PIL"], label) for label in (0, 1, 1)]
     groups = torch.tensor([0, 1, 0])
     split = Split.from_dataset(pairs, groups, ("on land", "on water"))
-    logits = F.one_hot(torch.tensor([0, 0, 1]), 2).float()
-    accuracies = metrics.group_accuracy(logits, split)
+    accuracies = metrics.group_accuracy(torch.eye(2)[[0, 0, 1]], split)
     assert accuracies == {"on land": 1.0, "on water": 0.0}
 
 
@@ -182,59 +152,46 @@ def test_what_is_no_set_of_pairs_is_refused(kind):
 
 
 def test_a_choice_refuses_what_it_cannot_work_with(train):
-    with pytest.raises(TypeError, match="train is a Stripes; allowed: a Split, as"):
-        choose(Stripes(10), fit)
-    from_one = Split(train.images, train.labels + 1)
-    message = r"the classes 0, 1, … have \[0, 120, 120\] images; allowed: 2 classes or"
-    with pytest.raises(ValueError, match=message):
-        choose(from_one, fit)
-    of_one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
-    of_nan = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
-    nn.init.constant_(of_nan[1].bias, torch.nan)
-    message = r"predicts \[\[.*\]\] for two images; allowed: a fin"
-    for network in (of_one, of_nan):
-        with pytest.raises(ValueError, match=message):
-            choose(train, lambda _, network=network: network)
+    with pytest.raises(TypeError, match="train is a list; allowed: a Split, as"):
+        choose(patched(10), fit)
     with pytest.raises(ValueError, match="layer is 'layer9'; allowed: conv1, bn1, re"):
         saliency_maps(small_resnet(), train.images, train.labels, layer="layer9")
-    with pytest.raises(ValueError, match="3 masks; allowed: 240, one per image"):
-        metrics.diagnose(CornerReader(), train, torch.ones(3, 32, 32).bool())
+
+
+@pytest.mark.parametrize(("classes", "bias"), [(1, 0.0), (2, torch.nan)])
+def test_a_choice_refuses_a_network_without_a_number_for_each_class(
+    classes, bias, train
+):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes))
+    nn.init.constant_(network[1].bias, bias)
+    message = r"predicts \[\[.*\]\] for two images; allowed: a fin"
+    with pytest.raises(ValueError, match=message):
+        choose(train, lambda _: network)
 
 
 def test_a_masked_data_set_gives_the_same_images_one_by_one_as_in_batches(train):
-    masks = torch.rand(240, 32, 32) < 0.3
-    masked = MaskedDataset(train, masks)
-    batch, labels = masked.batch(slice(0, 3))
-    for number in range(3):
-        image, label = masked[number]
-        assert torch.equal(image, batch[number])
-        assert label == labels[number]
+    masked = MaskedDataset(train, torch.rand(240, 32, 32) < 0.3)
+    batch, labels = masked.batch(slice(3, 4))
+    image, label = masked[3]
+    assert torch.equal(image, batch[0])
+    assert label == labels[0]
 
 
-def test_each_epoch_of_a_data_loader_has_its_own_partners(train):
+def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):
+    """One for each image, and not a whole permutation for each."""
     masks = torch.ones(240, 32, 32, dtype=torch.bool)  # all of the partner is seen
     masked = MaskedDataset(train, masks, "resample")
-    torch.manual_seed(0)
+    monkeypatch.delattr(torch, "randperm")
     loader = DataLoader(masked, batch_size=240)
     (first, labels), (second, _) = next(iter(loader)), next(iter(loader))
     assert not torch.equal(first, second)
     assert torch.equal(labels, train.labels)
-
-
-def test_one_image_needs_one_partner(train, monkeypatch):
-    """And not a whole permutation, which a DataLoader would draw for each image."""
-    masks = torch.ones(240, 32, 32, dtype=torch.bool)
-    masked = MaskedDataset(train, masks, "resample")
-    monkeypatch.delattr(torch, "randperm")
-    image, _ = masked[3]
-    assert any(torch.equal(image, original) for original, _ in train)
+    assert any(torch.equal(first[0], image) for image, _ in train)
 
 
 def to_map(tokens: torch.Tensor) -> torch.Tensor:
-    """N×tokens×C to N×C×h×w, without the first token."""
-    tokens = tokens[:, 1:]
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
+    """N×tokens×C to N×C×14×14, without the first token."""
+    return tokens[:, 1:].mT.unflatten(2, (14, 14))
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
@@ -252,23 +209,14 @@ def test_a_transformer_is_refused_unless_its_tokens_are_made_a_map():
         saliency_maps(network, image, labels, layer=layer)
     maps = saliency_maps(network, image, labels, layer=layer, reshape=to_map)
     assert maps.shape == (2, 14, 14)
-    assert maps.isfinite().all()
-
-
-NETWORKS = {
-    "shufflenet": shufflenet_v2_x0_5,
-    "resnet18": resnet18,
-    "squeezenet": squeezenet1_1,
-    "swin": swin_t,
-}
 
 
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name):
+@pytest.mark.parametrize("make", [shufflenet_v2_x0_5, resnet18, squeezenet1_1, swin_t])
+def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     """In float64, since a small network's map may amplify the rounding of float32."""
     torch.manual_seed(0)
-    network = NETWORKS[name](num_classes=3).eval()
+    network = make(num_classes=3).eval()
     layer = models.target_layer(network, (3, 96, 96))
     names = {module: name for name, module in network.named_modules()}
     network.double()
@@ -276,70 +224,33 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(name):
     labels = torch.arange(4) % 3
     maps = saliency_maps(network, images, labels, layer=names[layer])
     assert min(maps.shape[1:]) >= 2
-    assert 0.5 < maps.amax() <= 1
+    assert maps.any()
     alone = saliency_maps(network, images, labels, batch_size=1, layer=names[layer])
     torch.testing.assert_close(alone, maps, rtol=0, atol=1e-6)
 
 
-class CornerReader(nn.Module):
-    """Predicts class 0 where the corner is red."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(9.0))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        corner = images[:, :, :6, :6].mean((2, 3))
-        redness = self.scale * (corner[:, 0] - corner[:, 2])
-        return torch.stack([redness - 4, 4 - redness], 1)
-
-
 def test_a_diagnosis_tells_whether_a_network_relies_on_what_is_hidden(train):
-    corner = torch.zeros(240, 32, 32, dtype=torch.bool)
-    corner[:, :6, :6] = True
-    found = metrics.diagnose(CornerReader(), train, corner)
-    assert found["as it is"] == 0.95
-    assert found["same class"] > 0.9
-    assert found["another class"] < 0.15
-    found = metrics.diagnose(CornerReader(), train, corner.flip(1))
-    assert found["same class"] > 0.9
-    assert found["another class"] > 0.9
-    with pytest.raises(ValueError, match="the masks hide nothing; allowed"):
-        metrics.diagnose(CornerReader(), train, corner & False)
-
-
-def test_a_diagnosis_hides_what_the_mask_of_either_image_hides(train):
+    network = PixelReader()
     masks = torch.zeros(240, 32, 32, dtype=torch.bool)
-    masks[::3, :6, :6] = True
-    partners = MaskedDataset(train, masks, "resample").partners
-    hidden = masks | masks[partners]
-    pixels = torch.where(hidden[:, None], train.images[partners], train.images)
-    logits = metrics.predict(CornerReader(), Split(pixels, train.labels))
-    right = metrics.is_right(logits, train.labels).double()
-    is_same = train.labels == train.labels[partners]
-    found = metrics.diagnose(CornerReader(), train, masks)
-    assert found["same class"] == right[is_same].mean().item()
-    assert found["another class"] == right[~is_same].mean().item()
+    masks[::3, :6, :6] = True  # hidden where the mask of either image hides it
+    found = metrics.diagnose(network, train, masks, seed=2)
+    masked = MaskedDataset(train, masks, "resample", seed=2)
+    right = metrics.is_right(metrics.predict(network, masked), train.labels)
+    is_same = train.labels == train.labels[masked.partners]
+    assert found == {
+        "as it is": 0.95,
+        "same class": right[is_same].double().mean(),
+        "another class": right[~is_same].double().mean(),
+    }
+    assert found["same class"] > 0.9
+    assert found["another class"] < 0.6
+    with pytest.raises(ValueError, match="the masks hide nothing; allowed"):
+        metrics.diagnose(network, train, masks & False)
+    with pytest.raises(ValueError, match="3 masks; allowed: 240, one per image"):
+        metrics.diagnose(network, train, masks[:3])
 
 
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
-def test_a_network_may_normalise_by_its_first_module(train):
-    from torchvision.transforms.v2 import Normalize
-
-    network = nn.Sequential(Normalize([0.5] * 3, [0.2] * 3), small_resnet())
-    maps = saliency_maps(network, train.images[:2], train.labels[:2])
-    inner = network[1].eval()
-    normalised = network[0](train.images[:2] / 255)
-    layer = models.target_layer(inner, (3, 32, 32))
-    assert maps.shape[1:] == maps_shape(inner, layer, normalised)
+def test_a_network_may_normalise_by_its_first_module():
     ours = models.SmallCNN()
-    wrapped = nn.Sequential(nn.Identity(), ours)
-    assert models.target_layer(wrapped, (3, 28, 28)) is ours.backbone[-3]
-
-
-def maps_shape(network: nn.Module, layer: nn.Module, images: torch.Tensor) -> tuple:
-    shapes = []
-    hook = layer.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[2:]))
-    network(images)
-    hook.remove()
-    return tuple(shapes[0])
+    network = nn.Sequential(Normalize([0.5] * 3, [0.2] * 3), ours)
+    assert models.target_layer(network, (3, 28, 28)) is ours.backbone[-3]

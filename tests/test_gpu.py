@@ -39,7 +39,6 @@ def train() -> Split:
 def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
     on_gpu = torch.arange(3.0).to(gpu)
     assert on_gpu.device == GPU
-    assert (2 * on_gpu).device == GPU
     assert (on_gpu * torch.tensor(2)).device == GPU
     assert on_gpu[torch.tensor([1])].device == GPU
     assert on_gpu.cpu().device == CPU
@@ -97,21 +96,22 @@ def test_predictions_and_maps_are_in_float32(train):
         lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
     )
     metrics.predict(network, train)
-    predictions = len(allowed)
     saliency_maps(network, train.images, train.labels)
-    assert len(allowed) > predictions
-    assert set(allowed) == {False}
+    assert allowed == [False, False]
     assert torch.backends.cudnn.allow_tf32  # as it was
 
 
 def test_one_notebook_at_a_time_runs_on_a_gpu(gpu, tmp_path, monkeypatch):
     counts = []
-    monkeypatch.setattr(
-        stages, "run_stages", lambda *arguments: counts.append(arguments[-1]) or {}
-    )
-    options = ["sweep", "--dataset", "mnist5k", "--directory", str(tmp_path)]
-    command.main([*options, "--device", "cuda"])
-    command.main([*options, "--device", "cuda", "--jobs", "3"])
+
+    def run_stages(*arguments):
+        counts.append(arguments[-1])
+        return {}
+
+    monkeypatch.setattr(stages, "run_stages", run_stages)
+    options = ["sweep", "--device=cuda", f"--directory={tmp_path}"]
+    command.main(options)
+    command.main([*options, "--jobs=3"])
     assert counts == [1, 3]
 
 
