@@ -42,15 +42,11 @@ def function(name: str, stem: str = "09_alternatives") -> Callable:
     return namespace[name]
 
 
-def test_generalized_cross_entropy_has_the_gradient_of_its_formula():
-    loss = function("generalized_cross_entropy")
-    labels = torch.arange(7) % 2
-    logits = torch.randn(7, 2, dtype=torch.double, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), logits)
-    probability = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-    of_the_paper = (1 - probability**0.7) / 0.7
-    (expected,) = torch.autograd.grad(of_the_paper.sum(), logits)
-    torch.testing.assert_close(gradient, 0.7 * expected)  # as in the authors' code
+def test_generalized_cross_entropy_has_the_gradient_of_the_authors_code():
+    logits = torch.zeros(1, 2, requires_grad=True)
+    function("generalized_cross_entropy")(logits, torch.tensor([0])).backward()
+    weight = 0.7 * 0.5**0.7  # q times the probability to the power of q
+    assert logits.grad[0].tolist() == pytest.approx([-weight / 2, weight / 2])
 
 
 # Each one computed by hand: the function, its arguments, what it returns.
@@ -119,15 +115,15 @@ def test_xrm_flips_a_label_the_more_often_the_surer_the_twin_is(share, chance):
 def test_afr_fits_the_last_layer_by_plain_clipped_steps():
     generator = torch.Generator().manual_seed(0)
     inputs = 20 * torch.randn(12, 3, generator=generator, dtype=torch.double)
-    labels = torch.arange(12) % 2
     weights = torch.rand(12, generator=generator, dtype=torch.double)
+    labels = torch.arange(12) % 2
     layer = torch.nn.Linear(3, 2).double()
-    expected = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+    expected = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
     with_ones = torch.cat([inputs, torch.ones(12, 1)], 1)
     for _ in range(500):
         errors = (with_ones @ expected.T).softmax(1) - F.one_hot(labels)
-        gradient = (errors * weights[:, None]).T @ with_ones / weights.sum()
-        # at the beginning the gradient is longer than 1, later shorter
+        gradient = (errors.T * weights) @ with_ones / weights.sum()
+        # at the beginning it is longer than 1, later shorter
         expected -= 0.01 * gradient / gradient.norm().clamp(min=1)
     function("fit_last_layer")(layer, inputs, labels, weights)
     fitted = torch.cat([layer.weight, layer.bias[:, None]], 1)
@@ -162,13 +158,12 @@ def test_the_shifted_images_are_those_held_out_and_their_shortcut_says_nothing()
         biased = settings.replace(placement=placement)
         held_out = datasets.load(biased).validation
         shifted = datasets.load(biased.replace(conflicting_share=0.5)).validation
-        assert torch.equal(held_out.labels, shifted.labels)
-        both = ~(held_out.has_shortcut | shifted.has_shortcut)
-        assert both.any()
-        assert torch.equal(held_out.images[both], shifted.images[both])
-        for label in (0, 1):
-            share = shifted.has_shortcut[shifted.labels == label].double().mean()
-            assert share == pytest.approx(0.5, abs=0.08)
+        assert torch.equal(held_out.groups, shifted.groups)
+        is_plain = ~(held_out.has_shortcut | shifted.has_shortcut)
+        assert torch.equal(held_out.images[is_plain], shifted.images[is_plain])
+        of_class = [shifted.has_shortcut[shifted.labels == k] for k in (0, 1)]
+        shares = [part.double().mean().item() for part in of_class]
+        assert shares == pytest.approx([0.5, 0.5], abs=0.08)
 
 
 def test_an_epoch_has_each_image_once_unless_they_are_weighted():
@@ -195,14 +190,13 @@ def test_dfr_averages_its_regressions():
     scaler = StandardScaler().fit(inputs)
     scaled = scaler.transform(inputs)
     labels = np.arange(60) % 2
-    regressions = [
-        LogisticRegression(C=strength).fit(scaled, labels) for strength in (0.1, 1)
-    ]
-    weight, bias = function("last_layer")(regressions, scaler)
-    logits = torch.tensor(inputs) @ weight.T + bias
-    difference = (logits[:, 1] - logits[:, 0]).numpy()
-    scores = [regression.decision_function(scaled) for regression in regressions]
-    assert difference == pytest.approx(np.mean(scores, axis=0))
+    fits = [LogisticRegression(C=c).fit(scaled, labels) for c in (0.1, 1)]
+    weight, bias = function("last_layer")(fits, scaler)
+    low, high = weight @ torch.tensor(inputs).T + bias[:, None]
+    expected = (
+        fits[0].decision_function(scaled) + fits[1].decision_function(scaled)
+    ) / 2
+    assert (high - low).tolist() == pytest.approx(expected)
 
 
 def test_where_the_models_disagree_masktune_decides_and_comes_last():
@@ -249,5 +243,3 @@ def test_notebook_11_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
     groups = [f"{name}, {word}" for name in ("brick", "grass") for word in WITH_OR_NOT]
     assert table[groups].min(axis=1).equals(table["worst group"])
     assert table["worst group"].between(0, 1).all()
-    for name in ("planted", "seed", "mistakes", "is kept"):
-        assert table[name].nunique() == 1
