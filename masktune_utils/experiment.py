@@ -205,7 +205,7 @@ def masktune(
 
     def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
         nonlocal tuned
-        of_round = settings.replace(**vars(masked.rule))
+        of_round = settings.with_rule(masked.rule)
         tuned = finetuned_model(of_round, network, masked, retrain)
         return tuned.model
 
@@ -260,12 +260,14 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         if saved["sha256"] == trained.sha256:
             return saved
     is_base = trained.sha256 == trained.base_sha256
+    is_chosen = trained.configuration == CHOSEN
+    rule = trained.images.rule if is_chosen and not is_base else settings.rule
     device = sets.train.labels.device
     report = evaluation.evaluate(trained.model, sets)
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,
-        "rule": "ERM" if is_base else f"{settings.rule}",
+        "rule": "ERM" if is_base else f"{rule}",
         **settings.identity(base=is_base),
         "seconds": trained.seconds,
         "threads": torch.get_num_threads(),
@@ -367,11 +369,15 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
         if arrays["made_with"] != _made_with(settings, base):
             return None
         held_out = HeldOut.from_arrays(arrays)
+        rules = {}
+        for candidate in selection.CANDIDATES:
+            rules |= {f"{rule}": rule for rule in candidate.each_round}
         for number, name in enumerate((NULL, *held_out.hidden.index)):
             masks = np.unpackbits(arrays[f"masks_{number}"], axis=-1, count=width)
             own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
-            masked = MaskedDataset(train, own_masks, "resample", settings.seed)
-            candidates[name] = masked
+            candidates[name] = MaskedDataset(
+                train, own_masks, "resample", settings.seed, rule=rules.get(name)
+            )
     except Exception as error:  # NumPy has no class of its own for a damaged file
         raise store.CheckpointError(
             f"{path} is damaged or foreign ({error}). Delete it."
@@ -396,11 +402,8 @@ def chosen_model(
     """
     if choice.is_kept:
         return dataclasses.replace(base, configuration=CHOSEN)
-    rules = {}
-    for candidate in selection.CANDIDATES:
-        rules |= {f"{rule}": vars(rule) for rule in candidate.each_round}
     settings = choice_settings(base.settings, len(train))
-    settings = settings.replace(**rules[choice.verdict.chosen])
+    settings = settings.with_rule(choice.masked.rule)
     return _load_or_train(settings, CHOSEN, base.model, choice.masked, retrain)
 
 

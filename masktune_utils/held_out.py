@@ -171,11 +171,13 @@ def collect(
     if not candidates:
         raise ValueError("there are 0 candidates; allowed: 1 or more.")
     folds = data.folds(train.labels, seed)
+    parts = [train[index] for index in folds]
     run = Parallel(min(jobs, 2))
-    (first, first_masks), (second, second_masks) = run(
-        delayed(_train)(train[index], fit, finetune, candidates, explain, seed, folder)
-        for index in folds
+    trained = run(
+        delayed(_train)(fold, other, fit, finetune, candidates, explain, seed, folder)
+        for fold, other in (parts, parts[::-1])
     )
+    (first, first_masks, _), (second, second_masks, _) = trained
     if _trained_weights(first[ERM]) & _trained_weights(second[ERM]):
         raise ValueError(
             "fit returned the same network twice; allowed: a new one for each fold."
@@ -184,26 +186,29 @@ def collect(
     masked = {}
     for rule in (NOTHING, *candidates):
         earlier = None
-        for name in _names(rule):
+        for name, of_round in _rounds(rule).items():
             own_masks = torch.cat([first_masks[name], second_masks[name]])[order]
             if earlier is not None and torch.equal(own_masks, earlier):
                 break  # the rounds of both folds have ended
-            masked[name] = MaskedDataset(train, own_masks, rule.fill, seed)
+            masked[name] = MaskedDataset(
+                train, own_masks, rule.fill, seed, rule=of_round
+            )
             earlier = own_masks
     _, *names = masked
     predicted = run(
         delayed(_predict)(
-            train[index],
+            fold,
             [networks[name] for name in (ERM, *masked)],
             [masks[name] for name in names],
             seed,
         )
-        for index, networks, masks in (
-            (folds[0], second, first_masks),
-            (folds[1], first, second_masks),
+        for fold, networks, masks in (
+            (parts[0], second, first_masks),
+            (parts[1], first, second_masks),
         )
     )
-    return _hold_out(predicted, order, masked), masked
+    mistake_map = sum(mistake_map for _, _, mistake_map in trained) / 2
+    return _hold_out(predicted, order, masked, mistake_map), masked
 
 
 def _trained_weights(network: nn.Module) -> set[nn.Parameter]:
@@ -211,23 +216,27 @@ def _trained_weights(network: nn.Module) -> set[nn.Parameter]:
     return {weight for weight in network.parameters() if weight.requires_grad}
 
 
-def _names(rule: Rule) -> list[str]:
-    """Of the models of the rounds of a rule."""
-    return [NULL] if rule is NOTHING else [f"{part}" for part in rule.each_round]
+def _rounds(rule: Rule) -> dict[str, Rule]:
+    """Name of the model of each round of a rule → the rule with so many rounds."""
+    if rule is NOTHING:
+        return {NULL: rule}
+    return {f"{of_round}": of_round for of_round in rule.each_round}
 
 
 def _train(
     fold: Split,
+    other: Split,
     fit: Callable[[Split], nn.Module],
     finetune: Finetune,
     candidates: Sequence[Rule],
     explain: Explain,
     seed: int,
     folder: Path | None,
-) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+) -> tuple[dict[str, nn.Module], dict[str, Tensor], Tensor]:
     """All networks of a fold, and their masks of its images, but for `ERM`.
 
-    Where rounds end early, the last one is repeated.
+    Also where ERM's mistakes on the other fold come from. Where rounds end early, the
+    last one is repeated.
     """
     if folder is not None:
         images = [part.cpu().numpy() for part in (fold.images, fold.labels)]
@@ -249,19 +258,23 @@ def _train(
             f"a finite number for each of {classes} classes."
         )
     maps = explain(network, fold.images, fold.labels)
+    of_other = metrics.predict(network, other).argmax(1)
+    mistake_map = exchange_map(network, other, of_other, seed)
+    exchanged = mistake_map.clamp(min=0).expand(len(fold), -1, -1)
     networks = {ERM: network}
     masks = {}
     for rule in progress.bar((NOTHING, *candidates), desc="fine-tuning"):
-        rounds = masktune(network, fold, rule, tune, maps, explain, seed)
+        start = exchanged if rule.exchange else maps
+        rounds = masktune(network, fold, rule, tune, start, explain, seed)
         latest = None
-        for name in _names(rule):
+        for name in _rounds(rule):
             latest = next(rounds, latest)
             tuned, masked = latest
             if not isinstance(tuned, nn.Module):
                 raise TypeError(f"finetune returned {tuned!r}; allowed: the network.")
             networks[name] = tuned
             masks[name] = masked.own_masks
-    return networks, masks
+    return networks, masks, mistake_map
 
 
 def _load_or_make(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
@@ -291,7 +304,7 @@ def _predict(
     Returns:
         The predicted classes, N×models; which images are explained, N×candidates; for
         the images that are resampled, their labels, and whether they are right,
-        candidates×images×models; and where ERM's mistakes come from.
+        candidates×images×models.
     """
     erm = networks[0]
     predicted = _classes(networks, fold)
@@ -311,8 +324,7 @@ def _predict(
         explained.append(metrics.explained(erm, fold, own_masks, of_erm, seed))
         resampled = MaskedDataset(fold[sample], own_masks[sample], "resample", seed)
         right.append(_classes(networks, resampled) == labels[:, None])
-    mistake_map = exchange_map(erm, fold, of_erm, seed)
-    return predicted, torch.stack(explained, 1), labels, torch.stack(right), mistake_map
+    return predicted, torch.stack(explained, 1), labels, torch.stack(right)
 
 
 def _classes(networks: list[nn.Module], images: Split | MaskedDataset) -> Tensor:
@@ -322,7 +334,10 @@ def _classes(networks: list[nn.Module], images: Split | MaskedDataset) -> Tensor
 
 
 def _hold_out(
-    predicted: list[tuple], order: Tensor, masked: dict[str, MaskedDataset]
+    predicted: list[tuple],
+    order: Tensor,
+    masked: dict[str, MaskedDataset],
+    mistake_map: Tensor,
 ) -> HeldOut:
     """What is predicted for both folds, as one.
 
@@ -330,8 +345,9 @@ def _hold_out(
         predicted: of each fold, see `_predict`.
         order: of the training images in the folds, one after the other.
         masked: see `Choice.candidates`.
+        mistake_map: see `HeldOut`.
     """
-    predictions, explained, labels, right, mistake_maps = zip(*predicted, strict=True)
+    predictions, explained, labels, right = zip(*predicted, strict=True)
     labels = torch.cat(labels)
     right = torch.cat(right, 1).double()
     by_class = [right[:, labels == label].mean(1) for label in labels.unique()]
@@ -353,6 +369,6 @@ def _hold_out(
         "smallest_class": labels.bincount().min(),
         "hidden": hidden,
         "place": place,
-        "mistake_map": torch.stack(mistake_maps).mean(0),
+        "mistake_map": mistake_map,
     }
     return HeldOut.from_arrays({name: np.asarray(arrays[name]) for name in arrays})

@@ -248,6 +248,8 @@ class Rule:
             a mask says nothing about the class of its image.
         fill: what takes the place of what is hidden, see `MaskedDataset`.
         rounds: of masking; each adds to what is hidden, see `masktune`.
+        exchange: the map is not that of the images, but `saliency.exchange_map`: where
+            the mistakes on held-out images come from. Shared; for a choice.
 
     Raises:
         ValueError: an unknown method, upsample or fill, or a number that is too small.
@@ -260,6 +262,7 @@ class Rule:
     shared: bool = False
     fill: str = "zero"
     rounds: int = 1
+    exchange: bool = False
 
     def __post_init__(self) -> None:
         known = {"method": RULES, "upsample": UPSAMPLES, "fill": FILLS}
@@ -281,6 +284,8 @@ class Rule:
             words += f" dilated by {self.dilation:.0f}"
         if self.shared:
             words += ", shared"
+        if self.exchange:
+            words += ", by exchange"
         if self.fill == "resample":
             words += ", resampled"
         if self.rounds > 1:

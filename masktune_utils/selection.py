@@ -55,6 +55,7 @@ CANDIDATES = (
     replace(_RULE, param=3.0, dilation=4, rounds=2),
     replace(_RULE, param=1.0, dilation=1, shared=True),
     replace(_RULE, param=2.0, dilation=4, shared=True, rounds=4),
+    replace(_RULE, param=2.0, dilation=3, shared=True, exchange=True),
 )
 
 

@@ -259,6 +259,12 @@ class Settings(BaseSettings):
 
         return Rule(**self.model_dump(include={*Rule.__annotations__}))
 
+    def with_rule(self, rule: "Rule") -> Self:
+        """The same settings with the rule of a choice, of a round."""
+        known = Settings.model_fields
+        parts = {name: part for name, part in vars(rule).items() if name in known}
+        return self.replace(**parts)
+
     @property
     def finetuning(self) -> dict[str, Any]:
         """The arguments of `training.train` for fine-tuning.

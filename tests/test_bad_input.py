@@ -1,18 +1,12 @@
 """Bad input: one message with the value and what is allowed; nothing is written."""
 
-import gzip
-import hashlib
-import http.server
 import re
 import socket
-import struct
-import threading
-import time
-from functools import partial
 from pathlib import Path
 
 import papermill
 import pytest
+import torchvision
 from conftest import write_idx_files
 
 from masktune_utils import datasets
@@ -50,18 +44,12 @@ def refused(capsys, tmp_path):
 
 BAD_OPTIONS = {
     "--method foo": "method is 'foo'; allowed: 'threshold', 'top_k', 'mean' or",
-    "--upsample map cubic": "upsample is 'cubic'; allowed: 'bilinear', 'nearest' or",
     "--param 7": "param is 7; allowed: 0 to 1 for method 'threshold'.",
     "--param -0.1": "param is -0.1; allowed: greater than or equal to 0.",
     "--param nan": "param is 'nan'; allowed: a valid number.",
     "--param [0.1,0.2]": "param is [0.1, 0.2]; allowed: a valid number.",
-    "--param None": "param is None; allowed: a valid number.",
     "--param": "argument --param: expected at least one argument",
-    "--dataset cifar": "dataset is 'cifar'; allowed: 'auto', 'mnist', 'mnist5k'",
-    "--seed x": "seed is 'x'; allowed: a valid integer.",
     "--seed 99999999999": "seed is 99999999999; allowed: less than or equal to 4",
-    "--shortcut circle": "shortcut is 'circle'; allowed: 'square', 'square_anywhere', ",
-    "--fill white": "fill is 'white'; allowed: 'zero' or 'resample'.",
     "--finetune_schedule cosine": "finetune_schedule is 'cosine'; allowed: 'constant'",
     "--finetune_batch_size 1": "finetune_batch_size is 1; allowed: greater than or",
     "--rounds 0": "rounds is 0; allowed: greater than or equal to 1.",
@@ -72,16 +60,13 @@ BAD_OPTIONS = {
     "--square_color blau": "square_color is 'blau'; allowed: name of a colour, or #rrggbb",
     "--square_color black": "square_color is 'black'; allowed: name of a colour, or #",
     "--square_color xkcd:blue/green": "square_color is 'xkcd:blue/green'; allowed: name ",
-    "--square_size 2.5": "square_size is 2.5; allowed: a valid integer.",
     "--epochs True": "epochs is True; allowed: a valid integer.",
     "--lr 1e999": "lr is inf; allowed: a finite number.",
     "--finetune_lr 0": "finetune_lr is 0; allowed: greater than or equal to 0.00",
     "--shared 1": "shared is 1; allowed: a valid boolean.",
     "--device abacus": "device is 'abacus'; allowed: auto, cpu, or a device of",
-    "--device cuda:99": "device is 'cuda:99'; allowed: auto, cpu, or a device of this",
     "--metod top_k": "error: unrecognized arguments: --metod",
     "--jobs 0": "argument --jobs: invalid choice: ",  # '0' with Python 3.13
-    "--jobs x": "argument --jobs: invalid int value: 'x'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
 NO_BLOCKS = "allowed: a list of blocks of settings ("
@@ -90,36 +75,28 @@ BAD_GRIDS = {
     "- seed: [0, -1]": ", block 1: seed is -1; allowed: greater than or equal to 0.",
     "- param: 0.1\n- param: much": ", block 2: param is 'much'; allowed: a valid number.",
     "- seed: []": ", block 1: Parameter grid for parameter 'seed' need to be a non-empty",
-    "- 3: 4": ", block 1: 3 is not a setting; allowed: directory, device",
     "- device: [auto, cpu]": ": device has several values; allowed: one.",
-    "- retrain: True\n- seed: 1": ": retrain has several values; allowed: one.",
     "seed: 0": f": {NO_BLOCKS}no block in it).",
-    "": f": {NO_BLOCKS}no block in it).",
     "[]": f": {NO_BLOCKS}no block in it).",
-    "3": f": {NO_BLOCKS}'int' object is not iterable).",
     "- seed: [0": f": {NO_BLOCKS}while parsing a flow sequence",
     "- !!python/object/apply:os.getpid []": f": {NO_BLOCKS}could not determine a con",
-    "\x00": f": {NO_BLOCKS}unacceptable character",
 }
 BAD_NOTEBOOKS = {
     "- notebook: 07_study": "notebook is '07_study'; allowed: ['01_dataset', '02_erm', ",
-    "- notebook: 11_your_own": "notebook is '11_your_own'; allowed: ['01_dataset', ",
     "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: ['01_dataset', '02_erm', ",
-    "- notebook: [02_erm]": "notebook is \"['02_erm']\"; allowed: ['01_dataset', '02_erm', ",
 }
 
 
-def test_a_choice_does_not_depend_on_how_a_sweep_is_fine_tuned(capsys):
-    assert command.main(["choose", "--dataset=mnist5k", "--param", "0.3"]) == 2
-    message = "masktune: param changes nothing here; leave it out.\n"
-    assert capsys.readouterr().err == message
-
-
-def test_a_sweep_of_a_notebook_has_only_what_it_depends_on(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [("choose --param 0.3", "param"), ("sweep {grid} --method mean", "method")],
+)
+def test_a_setting_on_which_nothing_depends(arguments, name, capsys, tmp_path):
     file = tmp_path / "grid.yaml"
-    file.write_text("- {notebook: 02_erm, dataset: mnist5k, method: mean}")
-    assert command.main(["sweep", str(file)]) == 2
-    message = "masktune: method changes nothing here; leave it out.\n"
+    file.write_text("- notebook: 02_erm")
+    options = arguments.format(grid=file).split()
+    assert command.main([*options, "--dataset=mnist5k"]) == 2
+    message = f"masktune: {name} changes nothing here; leave it out.\n"
     assert capsys.readouterr().err == message
 
 
@@ -213,87 +190,41 @@ def test_files_that_are_not_those_of_mnist(root, refused):
         refused(message, f"--dataset={dataset}")
 
 
-# It announces twenty images of 28×28, and has the pixels of nineteen.
-CUT_OFF = struct.pack(">4i", 0x803, 20, 28, 28) + bytes(19 * 28 * 28)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("train-images-idx3-ubyte", b""),
-        ("train-images-idx3-ubyte", CUT_OFF),
-        ("t10k-labels-idx1-ubyte", b"<html>not found</html>"),
-    ],
-)
-def test_damaged_files_of_other_sets(name, content, root, refused):
+def test_a_damaged_file_of_another_set(root, refused):
     folder = root / "KMNIST"
     write_idx_files(folder / "raw", list(range(10)) * 2)
-    (folder / "raw" / name).write_bytes(content)
+    images = folder / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-784])
     refused(f"{folder} holds damaged files (", "--dataset=kmnist")
 
 
-def answer_by_half(server: socket.socket) -> None:
-    while True:
-        connection, _ = server.accept()
-        connection.recv(9999)
-        connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 9999\r\n\r\nhalf")
-        connection.close()
-
-
-@pytest.mark.parametrize("replies", [False, True])
-def test_a_server_that_is_silent_or_stops_halfway_is_given_up(
-    replies, root, monkeypatch
-):
+def test_a_server_that_is_silent_is_given_up(root, monkeypatch):
     monkeypatch.setattr(datasets, "SILENCE", 0.3)
-    started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        if replies:
-            threading.Thread(target=answer_by_half, args=(server,), daemon=True).start()
         port = server.getsockname()[1]
         mirrors = [f"http://127.0.0.1:{port}/"]
         monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", mirrors)
-        message = "cannot be downloaded"
-        if not replies:
-            message += r".* \(.*timed out"
+        message = r"cannot be downloaded.* \(.*timed out"
         with pytest.raises(FileNotFoundError, match=message):
             datasets.read(Settings(dataset="mnist"))
         with pytest.warns(UserWarning, match="'mnist5k'"):
             assert datasets.resolve_dataset("auto") == "mnist5k"
-    assert time.monotonic() - started < 8
     assert socket.getdefaulttimeout() is None
     assert not list(root.iterdir())
 
 
-@pytest.fixture
-def served(tmp_path_factory, monkeypatch):
-    """The files that torchvision expects of KMNIST; this machine serves them."""
-    source = tmp_path_factory.mktemp("server")
-    write_idx_files(source / "raw", list(range(10)) * 2)
-    resources = []
-    for path in sorted((source / "raw").iterdir()):
-        packed = gzip.compress(path.read_bytes())
-        name = f"{path.name}.gz"
-        (source / name).write_bytes(packed)
-        md5 = hashlib.md5(packed, usedforsecurity=False).hexdigest()
-        resources.append((name, md5))
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=source)
-    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        mirrors = [f"http://127.0.0.1:{server.server_port}/"]
-        monkeypatch.setattr("torchvision.datasets.KMNIST.mirrors", mirrors)
-        yield resources
-        server.shutdown()
+def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch):
+    problems = ["File not found or corrupted."]
 
+    def download(dataset: torchvision.datasets.KMNIST) -> None:
+        write_idx_files(Path(dataset.raw_folder), list(range(10)) * 2)
+        if problems:
+            raise RuntimeError(problems.pop())
 
-def test_a_download_is_there_whole_or_not_at_all(root, served, monkeypatch):
-    resources = "torchvision.datasets.KMNIST.resources"
-    last_name, _ = served[3]
-    with_wrong_md5 = [*served[:3], (last_name, "0" * 32)]
-    monkeypatch.setattr(resources, with_wrong_md5)
+    monkeypatch.setattr(torchvision.datasets.KMNIST, "download", download)
     with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
         datasets.read(Settings(dataset="kmnist"))
     assert not list(root.iterdir())
-    monkeypatch.setattr(resources, served)
     train, _ = datasets.read(Settings(dataset="kmnist"))
     assert len(train) == 20
     assert [path.name for path in root.iterdir()] == ["KMNIST"]

@@ -1,6 +1,5 @@
 """The panel in JupyterLab, seen and moved in a real browser."""
 
-import base64
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from conftest import TINY
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -23,10 +23,6 @@ playwright = pytest.importorskip(
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-# One pixel.
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
 FLAGS = "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
 pytestmark = pytest.mark.skipif(
@@ -37,37 +33,25 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def lab(tmp_path):
     """Address of notebook 03, with tiny parameters, in a JupyterLab."""
-    values = {
-        "dataset": "mnist5k",
-        "epochs": 1,
-        "limit": 200,
-        "directory": str(tmp_path),
-    }
+    values = TINY | {"directory": str(tmp_path)}
     notebook = load_notebook_node(str(jobs.NOTEBOOKS / "03_saliency_masks.ipynb"))
     nbformat.write(parameterize_notebook(notebook, values), tmp_path / "03.ipynb")
     options = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={tmp_path}"]
     options.append("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
-    kinds = (
-        "JUPYTER_CONFIG_DIR",
-        "JUPYTER_RUNTIME_DIR",
-        "JUPYTERLAB_WORKSPACES_DIR",
-        "IPYTHONDIR",
-    )
+    kinds = ["JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"]
+    kinds += ["JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR"]
     environment = os.environ | {kind: str(tmp_path / kind) for kind in kinds}
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = re.compile(r"(http://127.0.0.1:\d+/lab)(\?token=\w+)")
+    log = tmp_path / "log"
     try:
-        wait(lambda: address.search((tmp_path / "log").read_text()), tmp_path / "log")
-        yield address.search((tmp_path / "log").read_text()).expand(
-            r"\1/tree/03.ipynb\2"
-        )
+        wait(lambda: address.search(log.read_text()), log)
+        yield address.search(log.read_text()).expand(r"\1/tree/03.ipynb\2")
     finally:
-        family = [
-            psutil.Process(server.pid),
-            *psutil.Process(server.pid).children(recursive=True),
-        ]
+        process = psutil.Process(server.pid)
+        family = [process, *process.children(recursive=True)]
         server.terminate()  # and its kernels with it
         for left in psutil.wait_procs(family, timeout=10)[1]:
             left.kill()

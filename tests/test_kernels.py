@@ -1,5 +1,6 @@
 """Kernels that are kept between notebooks: nothing is left for the next."""
 
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ import papermill
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from tiny_runs import contents, tiny
+from papermill.exceptions import PapermillExecutionError
+from tiny_runs import contents, kernels_of, tiny
 
 from masktune_utils.runner import jobs, kernels
 
@@ -95,13 +97,13 @@ def test_warnings_that_were_shown_once_are_shown_again(tmp_path):
 
 def outputs(path: Path) -> list:
     """What the cells printed and displayed, and their numbers."""
-    cells = []
+    outputs = []
     for cell in nbformat.read(path, as_version=4).cells:
-        results = cell.get("outputs", [])
-        printed = "".join(result.get("text", "") for result in results)
-        displayed = [result.data for result in results if "data" in result]
-        cells.append((cell.get("execution_count"), printed, displayed))
-    return cells
+        for output in cell.get("outputs", []):
+            printed = output.get("text")
+            displayed = output.get("data")
+            outputs.append((output.get("execution_count"), printed, displayed))
+    return outputs
 
 
 def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
@@ -113,17 +115,12 @@ def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
             assert outputs(job.copy) == outputs(copy)
     assert len(kernels.idle["1"]) == 1
     left = contents(tmp_path)
-    of_whole_run = contents(whole_run.directory)
     assert len(left) > 10
-    for name, content in left.items():
-        assert content == of_whole_run[name], name
+    assert left.items() <= contents(whole_run.directory).items()
 
 
 def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
-    with (
-        pytest.raises(papermill.PapermillExecutionError),
-        kernels.take(1) as kernel,
-    ):
+    with pytest.raises(PapermillExecutionError), kernels.take(1) as kernel:
         run(tmp_path, "1 / 0", km=kernel)
     assert not kernels.idle["1"]
     assert not kernel.is_alive()
@@ -135,19 +132,15 @@ def test_a_notebook_whose_kernel_dies_has_failed(tmp_path):
         outcome = executor.submit(job.run, together=1)
         while not any(tmp_path.glob("runs/*/*/02_erm_unfinished.ipynb")):
             time.sleep(0.1)
-        for child in psutil.Process().children(recursive=True):
-            if "ipykernel_launcher" in " ".join(child.cmdline()):
-                child.kill()
+        (kernel,) = kernels_of(os.getpid())
+        kernel.kill()
     assert re.match("DeadKernelError|RuntimeError: Kernel died", outcome.result())
     assert not kernels.idle["1"]
 
 
 def test_a_kernel_that_cannot_forget_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "RESET", "1 / 0")
-    with (
-        pytest.raises(RuntimeError, match="cannot forget"),
-        kernels.take(1),
-    ):
+    with pytest.raises(RuntimeError, match="cannot forget"), kernels.take(1):
         pass
     assert not kernels.idle["1"]
 
@@ -172,17 +165,3 @@ def test_two_at_once_have_two_kernels(tmp_path):
         for kernel in (first, second):
             assert run(tmp_path, "print(6)", km=kernel) == "6\n"
     assert len(kernels.idle["1"]) == 2
-
-
-def test_another_thread_may_take_the_last_idle_kernel_meanwhile(tmp_path, monkeypatch):
-    idle = kernels.idle["1"]
-    idle.append(kernels.Manager())
-    is_alive = kernels.Manager.is_alive
-
-    def taken_meanwhile(manager: kernels.Manager) -> bool:
-        idle.clear()
-        return is_alive(manager)
-
-    monkeypatch.setattr(kernels.Manager, "is_alive", taken_meanwhile)
-    with kernels.take(1) as kernel:
-        assert run(tmp_path, "print(6)", km=kernel) == "6\n"

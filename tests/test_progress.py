@@ -18,12 +18,6 @@ def metadata(monkeypatch) -> dict[str, str]:
     return sent
 
 
-def test_a_person_looks_on_if_the_front_end_names_the_cell(metadata):
-    assert not progress.is_live()
-    metadata["cellId"] = "03-13"
-    assert progress.is_live()
-
-
 def test_a_notebook_has_a_bar_only_where_a_person_looks_on(metadata, capsys):
     assert progress.bar(range(3), mininterval=0).disable
     assert [*progress.bar(range(3), mininterval=0)] == [0, 1, 2]
@@ -39,11 +33,6 @@ def terminal(capsys, monkeypatch):
     terminal = SimpleNamespace(stderr=stderr, modules={})
     monkeypatch.setattr(progress, "sys", terminal)
     return capsys
-
-
-def test_a_file_gets_nothing(capsys):
-    assert list(progress.bar(range(3), mininterval=0)) == [0, 1, 2]
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_gets_one_line_that_goes_away(terminal):

@@ -1,6 +1,6 @@
 """Settings: what is allowed, and where files go. More bad values: test_bad_input.py."""
 
-import ast
+import dis
 import re
 from typing import get_args
 
@@ -104,27 +104,15 @@ def test_no_notebook_uses_the_name_of_a_setting_for_something_else():
     """Else it would be read as the setting once its first cells are run again."""
     for path in REPOSITORY.glob("notebooks/*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code" and "parameters" not in cell.metadata.get(
-                "tags", []
-            ):
+            is_first = "parameters" in cell.metadata.get("tags", [])
+            if cell.cell_type == "code" and not is_first:
                 assert not names_assigned(cell.source) & DEFAULTS.keys(), path
 
 
 def names_assigned(source: str) -> set[str]:
     """Global names that a cell assigns."""
-    names = set()
-    local = (ast.FunctionDef, ast.ListComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
-    todo = [ast.parse(source)]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        todo += [
-            child
-            for child in ast.iter_child_nodes(node)
-            if not isinstance(child, local)
-        ]
-    return names
+    instructions = dis.get_instructions(compile(source, "cell", "exec"))
+    return {step.argval for step in instructions if step.opname == "STORE_NAME"}
 
 
 @pytest.mark.parametrize(

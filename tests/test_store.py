@@ -1,15 +1,13 @@
 """Files: checkpoints, whole or refused by name."""
 
-import io
 import pickle
 import tempfile
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
-from masktune_utils import models, store
+from masktune_utils import store
 from masktune_utils.settings import REPOSITORY, Settings
 from masktune_utils.store import CheckpointError, weights_sha256
 
@@ -44,85 +42,30 @@ def test_the_committed_checkpoints_were_made_with_what_their_names_say():
         settings = Settings(**made_with)
         names = [settings.configuration, "chosen"] if made_from else ["base"]
         assert path in [settings.checkpoint_path(name) for name in names]
-        identity = settings.identity(base=not made_from)
-        assert made_with == identity
+        assert made_with == settings.identity(base=not made_from)
         assert made_from in (None, base_sha256)
 
 
-def random_offsets(length: int) -> tuple[list[int], list[int]]:
-    """Two times 20 offsets in a file; half of them near its ends."""
-    random = np.random.default_rng(0)
-    anywhere = random.integers(length, size=(2, 10))
-    near_the_ends = random.integers(-4000, 4000, size=(2, 10)) % length
-    first, second = np.concatenate([anywhere, near_the_ends], axis=1).tolist()
-    return first, second
+def refuse(path, message: str, settings: dict | None = None) -> None:
+    with pytest.raises(CheckpointError, match=rf"{path.name} {message}"):
+        store.load_checkpoint(path, settings)
 
 
-def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
-    path = tmp_path / ("a" * 255)
-    store.write_bytes(path, b"content")
-    assert path.read_bytes() == b"content"
-
-
-def test_random_damage_is_refused_by_name_or_touches_nothing(saved):
+def test_a_damaged_file_is_refused_by_name_with_what_is_wrong(saved):
     whole = saved.read_bytes()
-    undamaged = store.load_checkpoint(saved, IDENTITY)
-    random = np.random.default_rng(0)
-    offsets, _ = random_offsets(len(whole))
-    refused = 0
-    for offset in offsets:
-        changed = bytes([whole[offset] ^ random.integers(1, 256)])
-        saved.write_bytes(whole[:offset] + changed + whole[offset + 1 :])
-        try:
-            checkpoint = store.load_checkpoint(saved, IDENTITY)
-        except CheckpointError as error:
-            assert str(saved) in str(error)
-            refused += 1
-        else:  # it was a byte of padding
-            assert checkpoint.settings == undamaged.settings
-            assert checkpoint.history == undamaged.history
-            sha256 = weights_sha256(checkpoint.model.state_dict())
-            assert sha256 == undamaged.sha256
-    assert refused > 15
-
-
-def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(saved):
-    whole = saved.read_bytes()
-    _, offsets = random_offsets(len(whole))
-    for offset in offsets:
-        saved.write_bytes(whole[:offset])
-        with pytest.raises(CheckpointError, match=r"saved\.pth is damaged"):
-            store.load_checkpoint(saved, IDENTITY)
-
-
-WEIGHTS = models.new_model(0).state_dict()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"state_dict": {"a": 1}, "settings": {}, "history": []},
-        {"state_dict": WEIGHTS, "settings": 1, "history": []},
-        [1, 2],
-        torch.nn.Linear(2, 2).state_dict(),
-    ],
-)
-def test_foreign_files_are_refused_by_name(content, tmp_path):
-    path = tmp_path / "foreign.pth"
-    torch.save(content, path)
-    message = r"foreign\.pth is damaged, foreign or of another version \("
-    with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(path)
-
-
-def test_an_empty_file_is_refused_by_name_and_so_is_none(tmp_path):
-    path = tmp_path / "empty.pth"
-    message = r"empty\.pth is not a file; give the path of a checkpoint"
+    content = store.read_tensors(saved)
+    for length in (0, 100, len(whole) // 2, len(whole) - 5):
+        saved.write_bytes(whole[:length])
+        refuse(saved, "is damaged")
+    bytes_of_weights = content["state_dict"]["linear.0.weight"].numpy().tobytes()
+    saved.write_bytes(whole.replace(bytes_of_weights[:50], bytes(50)))
+    refuse(saved, r"is damaged.* \(ValueError: its part .* has another CRC\)\.$")
+    store.write_tensors(saved, content | {"sha256": "of other weights"})
+    refuse(saved, r"is damaged.* \(ValueError: its weights have another SHA-256\)\.$")
+    saved.unlink()
+    message = r"saved\.pth is not a file; give the path of a checkpoint"
     with pytest.raises(FileNotFoundError, match=message):
-        store.load_checkpoint(path)
-    path.touch()
-    with pytest.raises(CheckpointError, match=r"empty\.pth is damaged"):
-        store.load_checkpoint(path)
+        store.load_checkpoint(saved)
 
 
 class Malicious:
@@ -132,25 +75,29 @@ class Malicious:
         return exec, ("raise SystemExit",)
 
 
-def test_loading_runs_no_code(tmp_path):
-    content = {"state_dict": Malicious()}
-    torch.save(content, tmp_path / "archive.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(content, protocol=2))
-    for path in tmp_path.iterdir():
-        message = rf"{path.name} is damaged, foreign or of another version"
-        with pytest.raises(CheckpointError, match=message):
-            store.load_checkpoint(path)
+def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(saved):
+    whole = store.read_tensors(saved)
+    contents = [
+        {"state_dict": Malicious()},
+        whole | {"state_dict": {"a": 1}},
+        whole | {"settings": 1},
+        [1, 2],
+        torch.nn.Linear(2, 2).state_dict(),
+    ]
+    message = r"is damaged, foreign or of another version \("
+    for content in contents:
+        torch.save(content, saved)
+        refuse(saved, message)
+    saved.write_bytes(pickle.dumps(contents[0], protocol=2))
+    refuse(saved, message)
 
 
 def test_a_file_of_another_version_is_refused_by_name(model, tmp_path):
     path = tmp_path / "new.pth"
-    newer = {"dropout": 0.5, "ema": True}
-    store.save_checkpoint(path, model, IDENTITY | newer, [])
-    names = "(dropout, ema|ema, dropout)"
-    message = rf"new\.pth .* another version wrote it, with the setting {names}\)"
+    store.save_checkpoint(path, model, IDENTITY | {"dropout": 0.5}, [])
+    message = r".* another version wrote it, with the setting dropout\)"
     for asked in (None, IDENTITY):
-        with pytest.raises(CheckpointError, match=message):
-            store.load_checkpoint(path, asked)
+        refuse(path, message, asked)
 
 
 def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(model, tmp_path):
@@ -160,9 +107,8 @@ def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(model, tmp_
     store.save_checkpoint(path, model, made_with, [])
     store.load_checkpoint(path, IDENTITY)
     hint = r"Delete it, use retrain = True, or use another directory\."
-    message = rf"old\.pth was made with validation_share = 0\.0, not 0\.1\. {hint}"
-    with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(path, IDENTITY | {"validation_share": 0.1})
+    message = rf"was made with validation_share = 0\.0, not 0\.1\. {hint}"
+    refuse(path, message, IDENTITY | {"validation_share": 0.1})
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
@@ -173,6 +119,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tm
         store.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_file_is_written_beside_its_place_whatever_the_length_of_its_name(
+    tmp_path, monkeypatch
+):
+    """And not on another disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    path = tmp_path / ("a" * 255)
+    store.write_bytes(path, b"content")
+    store.check_writable(str(tmp_path))
+    assert path.read_bytes() == b"content"
 
 
 def test_a_loaded_model_is_put_on_the_device_with_channels_last(saved):
@@ -193,31 +150,6 @@ def test_weights_that_were_saved_on_a_gpu_are_loaded_without_one(
     assert loaded.sha256 == weights_sha256(model.state_dict())
 
 
-def test_a_refusal_tells_what_is_wrong(saved):
-    whole = saved.read_bytes()
-    content = store.read_tensors(saved)
-    bytes_of_weights = content["state_dict"]["linear.0.weight"].numpy().tobytes()
-    damaged = whole.replace(bytes_of_weights[:50], bytes(50))
-    assert damaged != whole
-    saved.write_bytes(damaged)
-    reason = r"\(ValueError: its part .*/data/\d+ has another CRC\)\.$"
-    with pytest.raises(CheckpointError, match=reason):
-        store.load_checkpoint(saved)
-    store.write_tensors(saved, content | {"sha256": "of other weights"})
-    reason = r"\(ValueError: its weights have another SHA-256\)\.$"
-    with pytest.raises(CheckpointError, match=reason):
-        store.load_checkpoint(saved)
-
-
-def test_a_file_is_written_beside_its_place_and_not_on_another_disk(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    store.write_bytes(tmp_path / "file", b"content")
-    store.check_writable(str(tmp_path))
-    assert (tmp_path / "file").read_bytes() == b"content"
-
-
 def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
     file = tmp_path / "file"
     file.touch()
@@ -228,39 +160,3 @@ def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
             store.check_writable(str(directory))
     store.check_writable(str(tmp_path / "a" / "b"))
     assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
-
-
-def test_arrays_are_saved_and_read_back(tmp_path):
-    path = tmp_path / "new" / "arrays.npz"
-    arrays = {"numbers": np.arange(3), "names": np.array(["a", "ß"])}
-    store.write_arrays(path, arrays | {"text": "a text"})
-    read = store.read_arrays(path)
-    np.testing.assert_array_equal(read["numbers"], arrays["numbers"])
-    np.testing.assert_array_equal(read["names"], arrays["names"])
-    assert read["text"] == "a text"
-    first = path.read_bytes()
-    store.write_arrays(path, arrays | {"text": "a text"})
-    assert path.read_bytes() == first
-
-
-def test_arrays_that_are_damaged_foreign_or_pickled_are_not_read(tmp_path):
-    """They are refused by name where a choice is read, see test_choices.py."""
-    path = tmp_path / "arrays.npz"
-    store.write_arrays(path, {"numbers": np.arange(1000)})
-    whole = path.read_bytes()
-    contents = [whole[:length] for length in range(0, len(whole), 50)]
-    for offset in range(100, 1000, 100):
-        contents.append(whole[:offset] + bytes(4) + whole[offset + 4 :])
-    contents.append(b"foreign")
-    for save, array in (
-        (np.savez, np.array([print], dtype=object)),
-        (np.save, np.array([print], dtype=object)),
-        (np.save, np.arange(3)),  # one array, and no archive of them
-    ):
-        buffer = io.BytesIO()
-        save(buffer, array)
-        contents.append(buffer.getvalue())
-    for content in contents:
-        path.write_bytes(content)
-        with pytest.raises(Exception):  # noqa: B017 - NumPy has several
-            store.read_arrays(path)

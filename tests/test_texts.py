@@ -39,12 +39,8 @@ def test_the_course_has_few_lines_of_code():
     assert 0 < sum(bool(line.strip()) for line in lines) <= 500
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("README.md", 700), ("results/README.md", 3000)]
-)
-def test_pages_are_short(name, most):
-    assert words((REPOSITORY / name).read_text()) <= most
-
-
-def test_readme_is_a_small_file():
-    assert (REPOSITORY / "README.md").stat().st_size <= 6144
+def test_pages_are_short():
+    readme = REPOSITORY / "README.md"
+    assert words(readme.read_text()) <= 700
+    assert readme.stat().st_size <= 6144
+    assert words((REPOSITORY / "results" / "README.md").read_text()) <= 3000

@@ -54,9 +54,9 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def kernels(process: subprocess.Popen) -> list[psutil.Process]:
-    """The kernels that a running command has started."""
-    family = psutil.Process(process.pid).children(recursive=True)
+def kernels_of(pid: int) -> list[psutil.Process]:
+    """The kernels that a process has started."""
+    family = psutil.Process(pid).children(recursive=True)
     return [
         child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())
     ]
@@ -93,21 +93,19 @@ class Run(NamedTuple):
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory, worker_id) -> Run:
     """A finished `masktune run`, which all processes of pytest share."""
-    if worker_id == "master":  # there is one process
-        return run_all(tmp_path_factory.mktemp("run"))
-    directory = tmp_path_factory.getbasetemp().parent / "run"
+    directory = tmp_path_factory.getbasetemp() / "run"
+    if worker_id != "master":  # each process has a folder of its own in a shared one
+        directory = directory.parents[1] / "run"
     outcome_file = directory.with_suffix(".json")
     with directory.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not outcome_file.exists():
-            directory.mkdir()
-            _, *rest = run_all(directory)
-            outcome_file.write_text(json.dumps(rest))
+            outcome_file.write_text(json.dumps(run_all(directory)))
     return Run(directory, *json.loads(outcome_file.read_text()))
 
 
-def run_all(directory: Path) -> Run:
-    """`masktune run` with two configurations."""
+def run_all(directory: Path) -> tuple[int, str, str]:
+    """`masktune run` with two configurations: its exit code, and what it prints."""
     options = [*OPTIONS, "--param", "0.1", "0.3"]
     process = subprocess.run(
         [MASKTUNE, "run", *options, "--directory", directory],
@@ -116,7 +114,7 @@ def run_all(directory: Path) -> Run:
         text=True,
         env=os.environ | ONE_THREAD,
     )
-    return Run(directory, process.returncode, process.stdout, process.stderr)
+    return process.returncode, process.stdout, process.stderr
 
 
 @pytest.fixture
