@@ -8,7 +8,6 @@ predict the images of the other fold, as they are and resampled by masks.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -243,13 +242,9 @@ def _train(
         folder = Path(folder) / joblib.hash([images, seed])
 
     def tune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        return _load_or_make(
-            folder, f"{masked.rule}", partial(finetune, network, masked)
-        )
+        return _load_or_train(folder, f"{masked.rule}", finetune, network, masked)
 
-    network = _load_or_make(folder, ERM, partial(fit, fold))
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
+    network = _load_or_train(folder, ERM, fit, fold)
     logits = metrics.predict(network, fold[:2])
     classes = len(fold.labels.bincount())
     if logits.shape[1] < classes or not logits.isfinite().all():
@@ -270,24 +265,28 @@ def _train(
         for name in _rounds(rule):
             latest = next(rounds, latest)
             tuned, masked = latest
-            if not isinstance(tuned, nn.Module):
-                raise TypeError(f"finetune returned {tuned!r}; allowed: the network.")
             networks[name] = tuned
             masks[name] = masked.own_masks
     return networks, masks, mistake_map
 
 
-def _load_or_make(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
-    """The network that is saved under a name; it is made first if there is none."""
-    if folder is None:
-        return make()
-    path = folder / f"{name}.pt"
-    if not path.exists():
+def _load_or_train(
+    folder: Path | None, name: str, train: Callable, *arguments: Any
+) -> nn.Module:
+    """The network that is saved under a name; it is trained first if there is none."""
+    path = folder and folder / f"{name}.pt"
+    if path and path.exists():
+        return torch.load(path, weights_only=False)
+    network = train(*arguments)
+    if not isinstance(network, nn.Module):
+        kind = "fit" if name == ERM else "finetune"
+        raise TypeError(f"{kind} returned {network!r}; allowed: the trained network.")
+    if path:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
-        torch.save(make(), unfinished)
+        torch.save(network, unfinished)
         unfinished.replace(path)
-    return torch.load(path, weights_only=False)
+    return network
 
 
 def _predict(

@@ -174,7 +174,7 @@ def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
 
 def main(seeds: list[int]) -> None:
     """Run what is not done."""
-    runs = [(*run, seed) for seed in seeds for run in RUNS]
+    runs = [(*run, seed) for run in RUNS for seed in seeds]
     resume(FOLDER.with_suffix(".csv"), KEY, runs, run)
 
 

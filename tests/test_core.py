@@ -211,6 +211,21 @@ def test_a_transformer_is_refused_unless_its_tokens_are_made_a_map():
     assert maps.shape == (2, 14, 14)
 
 
+@pytest.mark.parametrize(("side", "layer"), [(64, "layer2"), (112, "layer3")])
+def test_the_last_layer_with_six_cells_or_more_is_explained(side, layer):
+    network = resnet18(num_classes=2).eval()
+    target = models.target_layer(network, (3, side, side))
+    assert target is network.get_submodule(layer)[-1].relu
+
+
+def test_where_all_maps_are_coarse_the_last_of_the_finest_is_explained():
+    network = nn.Sequential(
+        nn.AvgPool2d(8), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()
+    )
+    network.append(nn.Linear(16, 2))
+    assert models.target_layer(network, (3, 32, 32)) is network[2]
+
+
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 @pytest.mark.parametrize("make", [shufflenet_v2_x0_5, resnet18, squeezenet1_1, swin_t])
 def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):

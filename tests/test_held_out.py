@@ -16,6 +16,7 @@ from masktune_utils import (
     datasets,
     held_out,
     models,
+    plotting,
     selection,
     training,
 )
@@ -249,6 +250,59 @@ def test_two_processes_find_what_one_finds(train):
     two, _ = held_out.collect(few, fit, finetune, RULES, jobs=2)
     for name, array in one.to_arrays().items():
         np.testing.assert_array_equal(two.to_arrays()[name], array)
+
+
+def test_masks_by_exchange_hide_where_mistakes_on_the_other_fold_come_from(train):
+    rule = Rule(param=1.0, shared=True, fill="resample", exchange=True)
+    _, masked = held_out.collect(train, fit, unchanged, [rule], seed=SEED)
+    parts = data.folds(train.labels, SEED)
+    for index, others in (parts, parts[::-1]):
+        fold, other = train[index], train[others]
+        erm = fit(fold)
+        predicted = predict(erm, other.images / 255)
+        falls = exchange_map(erm, other, predicted, SEED).clamp(min=0)
+        expected = rule.mask(fold, falls.expand(len(fold), -1, -1))
+        assert expected.own_masks.any()
+        assert torch.equal(masked[f"{rule}"].own_masks[index], expected.own_masks)
+
+
+def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(train, tmp_path):
+    few = train[::4]
+    calls = []
+
+    def counted_fit(fold):
+        calls.append("fit")
+        return fit(fold)
+
+    def stopped_once(network, masked):
+        calls.append("finetune")
+        if calls.count("finetune") == 3:
+            raise KeyboardInterrupt
+        return FINETUNE(network, masked)
+
+    arguments = (few, counted_fit, stopped_once, RULES)
+    with pytest.raises(KeyboardInterrupt):
+        held_out.collect(*arguments, folder=tmp_path)
+    resumed, _ = held_out.collect(*arguments, folder=tmp_path)
+    assert calls.count("fit") == 2
+    assert calls.count("finetune") == 9  # four for each fold, and the one stopped
+    undisturbed, _ = held_out.collect(few, fit, FINETUNE, RULES)
+    for name, array in undisturbed.to_arrays().items():
+        np.testing.assert_array_equal(resumed.to_arrays()[name], array)
+    assert not [*tmp_path.rglob("*.part")]
+    held_out.collect(*arguments, folder=tmp_path, seed=1)  # of other folds
+    assert calls.count("fit") == 4
+
+
+def test_a_figure_shows_what_a_choice_hides_in_mistakes_and_other_images(
+    collected, folds
+):
+    found, masked = collected
+    choice = selection.Choice(found, masked, FINETUNE, selection.judge(found))
+    figure = plotting.choice_masks(choice, folds[0].networks[ERM])
+    titles = [ax.get_ylabel() for ax in figure.axes[::5]]
+    kinds = ("a mistake of ERM", "predicted correctly")
+    assert titles == [f"class {label}\n{kind}" for label in (0, 1) for kind in kinds]
 
 
 def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:
