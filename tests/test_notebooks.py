@@ -18,7 +18,6 @@ PATH = "path of a checkpoint; empty: "
 EXTRA = {
     "05_plots": {"base_model": PATH, "finetuned_model": PATH},
     "11_your_own": {
-        "planted": "the shortcut: watermark, background, tint or none",
         "count": "training images of each class",
     },
 }
@@ -28,7 +27,7 @@ OTHER_DEFAULTS = {
     "08_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
     "09_alternatives": {"dataset": "mnist5k", "validation_share": 0.2, "epochs": 20},
     "10_selective": {"dataset": "mnist5k", "validation_share": 0.2},
-    "11_your_own": {"planted": "watermark", "count": 300, "epochs": 10, "seed": 2},
+    "11_your_own": {"count": 200, "epochs": 15, "seed": 2},
 }
 
 
