@@ -203,12 +203,13 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     words = [first]
     words.append(
         f"The mask {name} hides {held_out.hidden[name]:.0%} of the image, most at the "
-        f"{held_out.place[name]}. With this part from another image, ERM gets "
-        f"{resampled[ERM]:.0f}% of its worst class right, instead of {before:.0f}%:"
+        f"{held_out.place[name]}. With this part taken from another image at random, "
+        f"ERM gets {resampled[ERM]:.0f}% of its worst class right, instead of "
+        f"{before:.0f}%:"
     )
     is_relied_on = before - resampled[ERM] >= 100 * BEHIND
     if is_relied_on:
-        words.append("it relies on this part, which may be a shortcut or evidence.")
+        words.append("it relies on this part, a shortcut or real evidence.")
     else:
         words.append("it hardly relies on this part.")
     words.append(
@@ -217,36 +218,43 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     )
     fine_tuned = verdict.accuracy.drop(columns=ERM)
     gaps = 100 * (fine_tuned.max(axis=1) - fine_tuned[NULL])
-    words.append(
-        f"Nothing masked is up to {gaps.max():.0f} points behind the best model "
-        f"({_environment(gaps.idxmax(), held_out)})."
+    null_behind = (
+        f"nothing masked is up to {gaps.max():.0f} points behind the best model "
+        f"({_environment(gaps.idxmax(), held_out)})"
     )
+    best_choice = ERM
     if NULL not in verdict.left:
-        words.append("So ERM is not kept. Of the masks that are least behind,")
-        words.append(f"{verdict.proposed} hides least.")
+        best_choice = verdict.proposed
+        words.append(
+            f"Chosen: {best_choice}, since {null_behind}, and of the masks that are "
+            "least behind this one hides least."
+        )
     elif name in verdict.left:
-        words.append("This is too little to show that a mask helps: ERM is kept.")
+        words.append(
+            f"ERM is kept: {null_behind}, too little to show that a mask helps."
+        )
     else:
         behind = 100 * verdict.distances[name]
         words.append(
-            f"But the model with this mask is up to {behind.max():.0f} points behind "
-            f"({_environment(behind.idxmax(), held_out)}): ERM is kept."
+            f"ERM is kept: {null_behind}, but the model with this mask up to "
+            f"{behind.max():.0f} ({_environment(behind.idxmax(), held_out)})."
         )
-    if NULL in verdict.left and is_relied_on:
+    if best_choice == ERM and is_relied_on:
         words.append(
-            f'If this part should not matter, take the mask: choice.take("{name}").'
+            "If you know that this part should not matter, take the mask: "
+            f'choice.take("{name}").'
         )
         if resampled.max() < before - 100 * BEHIND:
             words.append(
-                "The classes are hardly learnt without this part: longer training, more "
-                "images or public weights may help."
+                f"Without this part at most {resampled.max():.0f}% of the worst class "
+                "are learnt: longer training, more images or public weights may help."
             )
-    if verdict.chosen != (ERM if NULL in verdict.left else verdict.proposed):
+    if verdict.chosen != best_choice:
         words.append(f"By hand, {verdict.chosen} was taken instead.")
     words.append(
-        f"Accuracy on images that a model has not seen is {accuracy[ERM]:.1f}% with "
-        f"ERM, {accuracy[NULL]:.1f}% with nothing masked and {accuracy[name]:.1f}% with "
-        "this mask."
+        f"Accuracy on held-out images is {accuracy[ERM]:.1f}% with ERM, "
+        f"{accuracy[NULL]:.1f}% with nothing masked and {accuracy[name]:.1f}% with this "
+        "mask."
     )
     is_explained = held_out.explained[name]
     if is_explained.any():
@@ -264,10 +272,12 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         words.append(
             f"Most images of {len(stay_wrong)} of {len(kinds)} kinds of mistakes "
             f"(class, prediction), {stay_wrong['images'].sum()} images, stay wrong "
-            "with it."
+            "with the mask."
         )
     if accuracy[NULL] > accuracy[ERM] + 1:
-        words.append("Nothing masked is better than ERM: train ERM longer first.")
+        words.append(
+            "Nothing masked is better than ERM: train ERM longer, choose again."
+        )
     return " ".join(words)
 
 

@@ -226,7 +226,12 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
     erm = fit(sets.train, seed)
-    choice = selection.choose(sets.train, partial(fit, seed=seed), seed=seed)
+    choice = selection.choose(
+        sets.train,
+        partial(fit, seed=seed),
+        candidates=selection.CANDIDATES,
+        seed=seed,
+    )
     networks = {ERM: erm}
     for name, masked in choice.candidates.items():
         networks[name] = choice.schedule(copy.deepcopy(erm), masked)
