@@ -126,7 +126,7 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
     kinds = is_mistake.map({False: "predicted correctly", True: "a mistake of ERM"})
     names = "class " + choice.held_out.labels.astype(str) + "\n" + kinds
     first = names.drop_duplicates().sort_values()
-    index = torch.from_numpy(first.index.to_numpy())
+    index = torch.tensor(first.index.tolist())
     images = masked.split.images[index]
     with warnings.catch_warnings(action="ignore"):  # of maps that are zero
         maps = saliency_maps(network, images, masked.labels[index])

@@ -118,7 +118,7 @@ def draw(shortcut: str, networks: dict[str, nn.Module], choice: Choice) -> None:
     folder = REPOSITORY / "figures" / "photographs"
     folder.mkdir(parents=True, exist_ok=True)
     figure = plotting.choice_masks(choice, networks["ERM"])
-    figure.savefig(folder / f"{shortcut}_masks.png", dpi=160)
+    figure.savefig(folder / f"{shortcut}_masks.jpg", dpi=120)
     test = stamps.pairs(shortcut, 50)
     right = metrics.is_right(metrics.predict(networks["ERM"], test), test.labels)
     flips = right.view(-1, 2).sum(1) == 1
@@ -127,7 +127,7 @@ def draw(shortcut: str, networks: dict[str, nn.Module], choice: Choice) -> None:
     eight = test[torch.stack([index, index + 1], 1).flatten()]
     shown = {model: networks[model] for model in ("ERM", "proposed")}
     figure = plotting.predictions(shown, eight, stamps.CLASSES)
-    figure.savefig(folder / f"{shortcut}_eight.png", dpi=160)
+    figure.savefig(folder / f"{shortcut}_eight.jpg", dpi=120)
 
 
 def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:

@@ -21,6 +21,7 @@ CHOICES_RUN = pd.read_csv(REPOSITORY / "results" / "reference_choices.csv")
 ONE_TEST = CHOICES_RUN[CHOICES_RUN["configuration"].eq("chosen")]
 RULES = pd.read_csv(REPOSITORY / "results" / "reference_rules.csv")
 AUTHORS = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")
+PHOTOGRAPHS = pd.read_csv(REPOSITORY / "results" / "photographs.csv")
 REGISTERED = pd.read_csv(REPOSITORY / "results" / "registered_second.csv")
 KIND = ["dataset", "labels", "kind"]
 KINDS_OF_A_SEED = 45
@@ -243,6 +244,18 @@ def registered_kinds_table() -> list[str]:
     return table("| kind | ERM | chosen | best |", lines)
 
 
+def photographs_table() -> list[str]:
+    """Every run on photographs."""
+    names = ["ERM", "nothing masked", "chosen", "trained anew", "oracle"]
+    run = ["images", "shortcut", "seed"]
+    by_model = PHOTOGRAPHS.pivot_table("worst_group", run, "model", sort=False)
+    lines = []
+    for (images, shortcut, seed), row in by_model[names].iterrows():
+        shares = (100 * row).map("{:.1f}".format).replace("nan", "")
+        lines.append(line(f"{images}, {shortcut}: seed {seed}", shares.tolist()))
+    return table(f"| photographs | {' | '.join(names)} |", lines)
+
+
 TABLES = (
     main_table,
     registered_table,
@@ -251,6 +264,7 @@ TABLES = (
     shortcuts_table,
     rules_table,
     authors_table,
+    photographs_table,
 )
 
 

@@ -27,7 +27,7 @@ OTHER_DEFAULTS = {
     "08_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
     "09_alternatives": {"dataset": "mnist5k", "validation_share": 0.2, "epochs": 20},
     "10_selective": {"dataset": "mnist5k", "validation_share": 0.2},
-    "11_your_own": {"count": 200, "epochs": 15, "seed": 2},
+    "11_your_own": {"count": 300, "epochs": 15},
 }
 
 
@@ -109,5 +109,5 @@ def test_parameters_are_few_literals_with_default_and_documentation(notebook):
         else:
             assert text == Settings.model_fields[name].description
     assert len({*assigned}) == len(assigned)
-    assert "directory" in assigned
+    assert "directory" in assigned or stem == "11_your_own"  # which saves nothing
     assert documentation.keys() <= {*assigned}
