@@ -99,9 +99,9 @@ def grid(
         ax.set(xticks=[], yticks=[], frame_on=False)
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        for ax, picture in zip(column, pictures.cpu(), strict=False):
+        for ax, picture in zip(column, pictures.cpu().numpy(), strict=False):
             is_mask = picture.ndim == 2
-            pixels = picture if is_mask else picture.permute(1, 2, 0)
+            pixels = picture if is_mask else picture.transpose(1, 2, 0)
             ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             ax.set_frame_on(True)  # else a mask that is white at its edge looks cut off
             ax.spines[:].set(visible=True, color="0.7", linewidth=0.5)

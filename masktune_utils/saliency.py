@@ -107,16 +107,16 @@ def exchange_map(
     partners = data.class_partners(labels, generator)
     rows, columns = map(_windows, images.shape[-2:])
     falls = torch.zeros(len(rows), len(columns))
-    for part in torch.arange(len(mistakes)).split(100):
-        index = mistakes[part]
-        others = images[partners[index]]
-        before = _losses(network, images[index], labels[index])
-        for i, row in enumerate(rows):
-            for j, column in enumerate(columns):
-                exchanged = images[index]
-                exchanged[..., row, column] = others[..., row, column]
-                after = _losses(network, exchanged, labels[index])
-                falls[i, j] += weights[part] @ (before - after)
+    if not len(mistakes):
+        return falls
+    others = images[partners[mistakes]]
+    before = _losses(network, images[mistakes], labels[mistakes])
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            exchanged = images[mistakes]
+            exchanged[..., row, column] = others[..., row, column]
+            after = _losses(network, exchanged, labels[mistakes])
+            falls[i, j] = weights @ (before - after)
     return falls
 
 

@@ -211,7 +211,7 @@ def test_the_chosen_model_is_fine_tuned_on_the_masks_that_were_judged(copied):
     choice = choice.take(f"{RULES[0]}")
     tuned = experiment.chosen_model(choice, base, train)
     settings = experiment.choice_settings(base.settings, len(train))
-    assert tuned.settings == settings.replace(**vars(RULES[0]))
+    assert tuned.settings == settings.with_rule(RULES[0])
     assert tuned.configuration == "chosen"
     assert tuned.images is choice.candidates[f"{RULES[0]}"]
     network = copy.deepcopy(base.model)
