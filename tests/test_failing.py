@@ -71,6 +71,7 @@ def test_a_failure_of_03_stops_nothing(tmp_path, monkeypatch):
     assert [job.stem for job in errors] == [jobs.BASE[1]]
 
 
+@pytest.mark.slow
 def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     directory, capsys
 ):

@@ -121,6 +121,7 @@ def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_disk_full_during_a_sweep(directory, disk, capfd):
     """What is there stays whole, no half file is left, and the next one goes on."""
