@@ -109,18 +109,23 @@ def environments(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def distances(accuracy: pd.DataFrame, left: list[str], before: float) -> pd.DataFrame:
-    """How far each model is behind the best one in each environment, less a discount.
+    """How far each model is behind the best one in each environment, less discounts.
 
     Args:
         accuracy: see `environments`.
         left: the models that set the bar.
         before: accuracy of ERM's worst class on the images as they are. What even the
-            best model loses against it, on resampled images, counts `COST` times.
+            best model loses against it, on resampled images, counts `COST` times; what
+            a model is behind on the rest is not counted again there.
     """
     best = accuracy[left].max(axis=1)
     lost = (before - best).clip(lower=0)
     lost[lost.index.isin(["rest", "mistakes"])] = 0.0
-    return (-accuracy).add(best - COST * lost, axis=0)
+    behind = (-accuracy).add(best - COST * lost, axis=0)
+    if "rest" in behind.index:
+        is_resampled = ~behind.index.isin(["rest", "mistakes"])
+        behind.loc[is_resampled] -= behind.loc["rest"].clip(lower=0)
+    return behind
 
 
 def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:

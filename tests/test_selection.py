@@ -118,7 +118,7 @@ def test_a_few_mistakes_are_no_environment_nor_is_a_rest_without_images(count):
     assert errors.index.equals(accuracy.index)
 
 
-def test_a_distance_counts_less_what_even_the_best_model_loses():
+def test_a_distance_counts_less_what_the_best_model_loses_and_not_twice_the_rest():
     environments = ["rest", "mistakes", "mask"]
     right = {"x": [0.9, 0.2, 0.5], "y": [0.7, 0.3, 0.95]}
     accuracy = pd.DataFrame(right, environments)
@@ -126,12 +126,17 @@ def test_a_distance_counts_less_what_even_the_best_model_loses():
     behind = selection.distances(accuracy, ["x", "y"], before=0.98)
     assert behind.loc["rest"].tolist() == pytest.approx([0, 0.2])
     assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
-    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09])
+    # "y" is 20 points behind on the rest: these do not count again
+    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09 - 0.2])
     behind = selection.distances(accuracy, ["x"], before=0.98)
     assert behind.loc["mistakes"].tolist() == pytest.approx([0, -0.1])
-    assert behind.loc["mask", "y"] == pytest.approx(-0.45 - 3 * 0.48)
-    behind = selection.distances(accuracy, ["y"], before=0.9)
+    assert behind.loc["mask", "y"] == pytest.approx(-0.45 - 3 * 0.48 - 0.2)
+    behind = selection.distances(
+        accuracy, ["y"], before=0.9
+    )  # "x" is ahead on the rest
     assert behind.loc["mask"].tolist() == pytest.approx([0.45, 0])
+    behind = selection.distances(accuracy.drop("rest"), ["x", "y"], before=0.98)
+    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09])
 
 
 def test_a_model_that_is_struck_out_no_longer_sets_the_bar():
