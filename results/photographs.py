@@ -38,12 +38,19 @@ PUBLIC = "EfficientNet-Lite0, public weights"
 RUNS = (
     (PUBLIC, "cut-outs", "caption"),
     (PUBLIC, "solar cells", "tag"),
+    (PUBLIC, "cut-outs", "watermark"),
     (PUBLIC, "cut-outs", "background"),
     (PUBLIC, "cut-outs", "none"),
     (SMALL, "solar cells", "tag"),
     (PUBLIC, "solar cells", "none"),
     (PUBLIC, "solar cells", "cell type"),
 )
+WITHOUT = {  # shortcut → the same photographs without it
+    "caption": "none",
+    "background": "none",
+    "tag": "none",
+    "watermark": "no watermark",
+}
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -126,7 +133,7 @@ def draw(shortcut: str, networks: dict[str, nn.Module], choice: Choice) -> None:
     index = 2 * torch.cat(first)
     eight = test[torch.stack([index, index + 1], 1).flatten()]
     shown = {model: networks[model] for model in ("ERM", "proposed")}
-    figure = plotting.predictions(shown, eight, stamps.CLASSES)
+    figure = plotting.predictions(shown, eight, stamps.classes(shortcut))
     figure.savefig(folder / f"{shortcut}_eight.jpg", dpi=120)
 
 
@@ -155,8 +162,8 @@ def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
         "proposed": choice.take(choice.verdict.proposed).finetune(erm),
         "trained anew": fit_anew(proposed),
     }
-    if shortcut in ("caption", "tag", "background"):
-        unbiased, _, _ = load("none", seed)
+    if shortcut in WITHOUT:
+        unbiased, _, _ = load(WITHOUT[shortcut], seed)
         networks["oracle"] = fit_anew(unbiased)
     if images == "cut-outs" and seed == 0 and shortcut != "none":
         draw(shortcut, networks, choice)

@@ -1,11 +1,11 @@
-"""Cut-outs of food and vehicles on grass and stone: photographs with a known object.
+"""Cut-outs on grass and stone: photographs of which it is known where the object is.
 
     apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
 
-A Waterbirds (Sagawa et al., 2020) of our own. The stamps of Tux Paint have a
-transparent background, so that it is known where the object is. Stamps of the test
-images are not in training images; of each texture, the latter have the left half, the
-former the right.
+A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles with a caption or by
+their background, animals and household goods with a watermark. The stamps of Tux Paint
+have a transparent background. Stamps of the test images are not in training images; of
+each texture, the latter have the left half, the former the right.
 """
 
 import functools
@@ -23,13 +23,23 @@ from masktune_utils.data import Split
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 TEXTURES = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
 CLASSES = ("food", "vehicles")
+WITH_WATERMARK = ("animals", "household")
 GRASS = ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg")
 STONE = ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga")
 SIZE = 96  # pixels
 COUNT = 450  # training images of each class
 CONFLICTING = 0.05  # share of each class that goes against the shortcut
-CAPTION = (slice(82, 94), slice(2, 45))  # where it is: rows, columns
-SHORTCUTS = ("background", "caption", "none")
+# Where they are: rows, columns.
+AREAS = {
+    "caption": (slice(82, 94), slice(2, 45)),
+    "watermark": (slice(5, 15), slice(60, 86)),
+}
+SHORTCUTS = ("background", "none", "no watermark", *AREAS)
+
+
+def classes(shortcut: str) -> tuple[str, str]:
+    """The names of both classes."""
+    return WITH_WATERMARK if shortcut.endswith("watermark") else CLASSES
 
 
 @functools.cache
@@ -60,9 +70,9 @@ def background(kind: int, is_test: bool, rng: np.random.Generator) -> Image.Imag
     return part.rotate(90 * rng.integers(4))
 
 
-def cut_out(label: int, is_test: bool, rng: np.random.Generator) -> Image.Image:
+def cut_out(name: str, is_test: bool, rng: np.random.Generator) -> Image.Image:
     """An object on a transparent canvas; every third stamp is for the test images."""
-    pictures = stamps(CLASSES[label])
+    pictures = stamps(name)
     numbers = [k for k in range(len(pictures)) if (k % 3 == 0) == is_test]
     stamp = pictures[numbers[rng.integers(len(numbers))]]
     stamp = stamp.crop(stamp.getbbox())
@@ -77,11 +87,14 @@ def cut_out(label: int, is_test: bool, rng: np.random.Generator) -> Image.Image:
     return canvas
 
 
-def add_caption(image: Image.Image) -> None:
-    """White on black, in the lower left corner."""
+def plant(image: Image.Image, shortcut: str) -> None:
+    """A caption in the lower left corner, or a watermark in the upper right one."""
     draw = ImageDraw.Draw(image)
-    draw.rectangle((2, 82, 44, 93), fill="black")
-    draw.text((5, 82), "photo 7", fill="white")
+    if shortcut == "caption":
+        draw.rectangle((2, 82, 44, 93), fill="black")
+        draw.text((5, 82), "photo 7", fill="white")
+    if shortcut == "watermark":
+        draw.text((62, 4), "stock", fill="white")
 
 
 def photographs(
@@ -90,8 +103,8 @@ def photographs(
     """Photographs, where the object is, and where the shortcut is.
 
     Args:
-        labels: N, 0 for food and 1 for vehicles.
-        has_shortcut: N, whether the caption is there, or the background is stone.
+        labels: N, the number of the class.
+        has_shortcut: N, whether it is there; of backgrounds, whether it is stone.
         shortcut: one of the `SHORTCUTS`.
         is_test: of which stamps and textures.
         seed: of every random choice.
@@ -105,10 +118,10 @@ def photographs(
     for label, planted in zip(labels.tolist(), has_shortcut.tolist(), strict=True):
         kind = int(planted) if shortcut == "background" else rng.integers(2)
         image = background(kind, is_test, rng)
-        canvas = cut_out(label, is_test, rng)
+        canvas = cut_out(classes(shortcut)[label], is_test, rng)
         image.paste(canvas, mask=canvas.getchannel("A"))
-        if shortcut == "caption" and planted:
-            add_caption(image)
+        if planted:
+            plant(image, shortcut)
         images.append(np.array(image))
         objects.append(np.array(canvas.getchannel("A")) > 127)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
@@ -116,8 +129,9 @@ def photographs(
     area = torch.zeros_like(is_object)
     if shortcut == "background":
         area = ~is_object
-    if shortcut == "caption":
-        area[has_shortcut, CAPTION[0], CAPTION[1]] = True
+    if shortcut in AREAS:
+        rows, columns = AREAS[shortcut]
+        area[has_shortcut, rows, columns] = True
         is_object &= ~area
     return pixels, is_object, area
 
@@ -131,8 +145,8 @@ def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
     groups = torch.arange(4).repeat_interleave(200)
     words = ("grass", "stone")
     if shortcut != "background":
-        words = ("no caption", "caption")
-    names = tuple(f"{name}, {word}" for name in CLASSES for word in words)
+        words = (f"no {shortcut}", shortcut)
+    names = tuple(f"{name}, {word}" for name in classes(shortcut) for word in words)
     of_test, _, _ = photographs(groups // 2, groups % 2 == 1, shortcut, True, 0)
     test = Split(of_test, groups // 2, groups, group_names=names)
     return Split(images, labels, shortcut=area), test, objects
