@@ -140,7 +140,8 @@ def collect(
         finetune: (a copy of a network, masked images) → the network, fine-tuned.
         candidates: how masks are made; each round of a rule is a candidate.
         jobs: 1, or 2 for a process for each fold.
-        explain: (network, images, labels) → maps N×h×w.
+        explain: (network, images, labels) → maps N×h×w; of no use if all candidates are
+            by exchange.
         seed: of the folds, and of the partners of resampled images.
         folder: where networks are saved, so that a second call goes on where the first
             was stopped. Other images or another seed start anew; if `fit` or `finetune`
@@ -252,10 +253,12 @@ def _train(
             f"the trained network predicts {logits.tolist()} for two images; allowed: "
             f"a finite number for each of {classes} classes."
         )
-    maps = explain(network, fold.images, fold.labels)
     of_other = metrics.predict(network, other).argmax(1)
     mistake_map = exchange_map(network, other, of_other, seed)
     exchanged = mistake_map.clamp(min=0).expand(len(fold), -1, -1)
+    maps = exchanged
+    if not all(rule.exchange for rule in candidates):
+        maps = explain(network, fold.images, fold.labels)
     networks = {ERM: network}
     masks = {}
     for rule in progress.bar((NOTHING, *candidates), desc="fine-tuning"):

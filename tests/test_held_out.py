@@ -252,9 +252,16 @@ def test_two_processes_find_what_one_finds(train):
         np.testing.assert_array_equal(two.to_arrays()[name], array)
 
 
+def unused(*_: object) -> torch.Tensor:
+    """Maps by gradients, of a network that has none."""
+    raise AssertionError("the rules need no maps by gradients")
+
+
 def test_masks_by_exchange_hide_where_mistakes_on_the_other_fold_come_from(train):
     rule = Rule(param=1.0, shared=True, fill="resample", exchange=True)
-    _, masked = held_out.collect(train, fit, unchanged, [rule], seed=SEED)
+    _, masked = held_out.collect(
+        train, fit, unchanged, [rule], explain=unused, seed=SEED
+    )
     parts = data.folds(train.labels, SEED)
     for index, others in (parts, parts[::-1]):
         fold, other = train[index], train[others]
