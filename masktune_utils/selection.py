@@ -50,8 +50,8 @@ MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
 _RULE = Rule("mean_std", fill="resample")
-# From small masks to large ones. Each round is a candidate. (Those of the registered
-# test, and of all choices on digits.)
+# Each round is a candidate. (Those of the registered test, and of all choices on
+# digits.)
 CANDIDATES = (
     replace(_RULE, param=3.0, dilation=4, rounds=2),
     replace(_RULE, param=1.0, dilation=1, shared=True),
@@ -221,11 +221,10 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         f"Fine-tuned with the mask, it gets {resampled[name]:.0f}% of these right, with "
         f"nothing masked {resampled[NULL]:.0f}%."
     )
-    fine_tuned = verdict.accuracy.drop(columns=ERM)
-    gaps = 100 * (fine_tuned.max(axis=1) - fine_tuned[NULL])
+    behind = 100 * verdict.distances
     null_behind = (
-        f"nothing masked is up to {gaps.max():.0f} points behind the best model "
-        f"({_environment(gaps.idxmax(), held_out)})"
+        f"nothing masked is up to {behind[NULL].max():.0f} points behind the best "
+        f"model ({_environment(behind[NULL].idxmax(), held_out)})"
     )
     best_choice = ERM
     if NULL not in verdict.left:
@@ -239,10 +238,10 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             f"ERM is kept: {null_behind}, too little to show that a mask helps."
         )
     else:
-        behind = 100 * verdict.distances[name]
         words.append(
             f"ERM is kept: {null_behind}, but the model with this mask up to "
-            f"{behind.max():.0f} ({_environment(behind.idxmax(), held_out)})."
+            f"{behind[name].max():.0f} "
+            f"({_environment(behind[name].idxmax(), held_out)})."
         )
     if best_choice == ERM and is_relied_on:
         words.append(
