@@ -292,6 +292,13 @@ def test_the_reason_to_keep_erm_tells_which_candidate_is_closest():
     )
 
 
+def test_the_reason_tells_the_distance_of_the_rule():
+    """30 points, less three times the 8 that the best model loses."""
+    resampled = {"a": {ERM: 0.5, NULL: 0.58, "a": 0.88}}
+    reason = said({NULL: (40, 960), "a": (40, 960)}, resampled=resampled)
+    assert "ERM is kept: nothing masked is up to 6 points behind" in reason
+
+
 def test_the_reason_names_the_masks_where_nothing_masked_is_furthest_behind():
     resampled = {"a": {ERM: 1.0, NULL: 0.7, "a": 1.0}}
     reason = said({NULL: (34, 960), "a": (38, 960)}, resampled=resampled)
