@@ -108,27 +108,44 @@ def environments(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
     return accuracy, variances.div(counts, axis=0) ** 0.5
 
 
-def distances(accuracy: pd.DataFrame, left: list[str], before: float) -> pd.DataFrame:
-    """How far each model is behind the best one in each environment, less discounts.
+def weights_of(held_out: HeldOut) -> pd.Series:
+    """How much distances count on the images that the masks of a candidate resample.
+
+    From half, if the masks explain none of ERM's mistakes, to all, if none explain
+    more: what explains few of them is hardly what has misled ERM.
+    """
+    explained = held_out.explained.sum()
+    share = explained / explained.max()
+    return (1 + share.fillna(1.0)) / 2
+
+
+def distances(
+    accuracy: pd.DataFrame, left: list[str], before: float, weights: pd.Series
+) -> pd.DataFrame:
+    """How far each model is behind the best one in each environment.
+
+    On resampled images less: what even the best model loses there against `before`
+    counts `COST` times; what a model is behind on the rest is not counted again; what
+    is left counts by its weight.
 
     Args:
         accuracy: see `environments`.
         left: the models that set the bar.
-        before: accuracy of ERM's worst class on the images as they are. What even the
-            best model loses against it, on resampled images, counts `COST` times; what
-            a model is behind on the rest is not counted again there.
+        before: accuracy of ERM's worst class on the images as they are.
+        weights: of the environments with resampled images, see `weights_of`.
     """
     best = accuracy[left].max(axis=1)
-    lost = (before - best).clip(lower=0)
-    lost[lost.index.isin(["rest", "mistakes"])] = 0.0
-    behind = (-accuracy).add(best - COST * lost, axis=0)
+    behind = -accuracy.sub(best, axis=0)
+    resampled = weights.index
+    lost = (before - best[resampled]).clip(lower=0)
+    counted = behind.loc[resampled].sub(COST * lost, axis=0)
     if "rest" in behind.index:
-        is_resampled = ~behind.index.isin(["rest", "mistakes"])
-        behind.loc[is_resampled] -= behind.loc["rest"].clip(lower=0)
+        counted -= behind.loc["rest"].clip(lower=0)
+    behind.loc[resampled] = counted.mul(weights, axis=0)
     return behind
 
 
-def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:
+def strike_out(accuracy: pd.DataFrame, before: float, weights: pd.Series) -> list[str]:
     """The good models: none of them is `BEHIND` the best of them in any environment.
 
     The model that falls furthest behind is struck out, and another, until none is so
@@ -138,10 +155,11 @@ def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:
     Args:
         accuracy: see `environments`.
         before: see `distances`.
+        weights: see `distances`.
     """
     left = list(accuracy)
     while True:
-        shortfalls = distances(accuracy, left, before)[left].max()
+        shortfalls = distances(accuracy, left, before, weights)[left].max()
         if shortfalls.max() < BEHIND:
             return left
         left.remove(shortfalls.idxmax())
@@ -176,8 +194,9 @@ def judge(held_out: HeldOut) -> Verdict:
     accuracy, errors = environments(held_out)
     right_by_class = held_out.is_right[ERM].groupby(held_out.labels)
     before = right_by_class.mean().min()
-    left = strike_out(accuracy.drop(columns=ERM), before)
-    behind = distances(accuracy, left, before)
+    weights = weights_of(held_out)
+    left = strike_out(accuracy.drop(columns=ERM), before, weights)
+    behind = distances(accuracy, left, before, weights)
     hidden = held_out.hidden
     if NULL in left:
         gains = accuracy[hidden.index].sub(accuracy[NULL], axis=0)

@@ -118,38 +118,70 @@ def test_a_few_mistakes_are_no_environment_nor_is_a_rest_without_images(count):
     assert errors.index.equals(accuracy.index)
 
 
+def weights(weight: float = 1.0) -> pd.Series:
+    return pd.Series({"mask": weight})
+
+
 def test_a_distance_counts_less_what_the_best_model_loses_and_not_twice_the_rest():
     environments = ["rest", "mistakes", "mask"]
     right = {"x": [0.9, 0.2, 0.5], "y": [0.7, 0.3, 0.95]}
     accuracy = pd.DataFrame(right, environments)
     # on masked images the best loses 3 points of 98
-    behind = selection.distances(accuracy, ["x", "y"], before=0.98)
+    behind = selection.distances(accuracy, ["x", "y"], 0.98, weights())
     assert behind.loc["rest"].tolist() == pytest.approx([0, 0.2])
     assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
     # "y" is 20 points behind on the rest: these do not count again
     assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09 - 0.2])
-    behind = selection.distances(accuracy, ["x"], before=0.98)
+    behind = selection.distances(accuracy, ["x"], 0.98, weights())
     assert behind.loc["mistakes"].tolist() == pytest.approx([0, -0.1])
     assert behind.loc["mask", "y"] == pytest.approx(-0.45 - 3 * 0.48 - 0.2)
-    behind = selection.distances(
-        accuracy, ["y"], before=0.9
-    )  # "x" is ahead on the rest
-    assert behind.loc["mask"].tolist() == pytest.approx([0.45, 0])
-    behind = selection.distances(accuracy.drop("rest"), ["x", "y"], before=0.98)
+    # "x" is ahead on the rest
+    behind = selection.distances(accuracy, ["y"], 0.9, weights(0.6))
+    assert behind.loc["mask"].tolist() == pytest.approx([0.6 * 0.45, 0])
+    assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
+    without = accuracy.drop("rest")
+    behind = selection.distances(without, ["x", "y"], 0.98, weights())
     assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09])
+
+
+@pytest.mark.parametrize(
+    ("explained", "expected"),
+    [((20, 5), (1, 0.625)), ((0, 7), (0.5, 1)), ((0, 0), (1, 1))],
+)
+def test_masks_that_explain_few_mistakes_count_less(explained, expected):
+    is_explained = np.arange(1000)[:, None] < explained
+    predicted = toy({NULL: (0, 960), "a": (0, 960), "b": (0, 960)})
+    parts = pd.DataFrame(is_explained, columns=["a", "b"])
+    found = selection.weights_of(replace(predicted, explained=parts))
+    assert found.to_dict() == dict(zip(["a", "b"], expected, strict=True))
+
+
+@pytest.mark.parametrize(("explained", "left"), [((9, 0), 3), ((9, 9), 2), ((0, 0), 2)])
+def test_where_nothing_is_explained_a_distance_counts_half(explained, left):
+    """Where `b` resamples, `a` is 15 points behind."""
+    resampled = {
+        "a": {ERM: 1.0, NULL: 1.0, "a": 1.0, "b": 1.0},
+        "b": {ERM: 1.0, NULL: 1.0, "a": 0.85, "b": 1.0},
+    }
+    right = {NULL: (40, 960), "a": (40, 960), "b": (40, 960)}
+    is_explained = np.arange(1000)[:, None] < explained
+    parts = pd.DataFrame(is_explained, columns=["a", "b"])
+    predicted = replace(toy(right, resampled=resampled), explained=parts)
+    assert len(selection.judge(predicted).left) == left
 
 
 def test_a_model_that_is_struck_out_no_longer_sets_the_bar():
     """`good` is 29 points behind `shortcut`, which is 80 behind it and goes first."""
     right = {"shortcut": [0.1, 0.99], "good": [0.9, 0.7], "poor": [0.75, 0.65]}
     accuracy = pd.DataFrame(right, ["mistakes", "mask"])
-    assert selection.strike_out(accuracy, before=0.99) == ["good"]
+    assert selection.strike_out(accuracy, 0.99, weights()) == ["good"]
 
 
 @pytest.mark.parametrize(("poor", "left"), [(0.801, 2), (0.799, 1)])
 def test_a_model_is_struck_out_where_it_is_ten_points_behind(poor, left):
-    accuracy = pd.DataFrame({"good": [0.9], "poor": [poor]}, ["mistakes"])
-    assert len(selection.strike_out(accuracy, before=0.99)) == left
+    right = {"good": [0.9, 0.9], "poor": [poor, 0.9]}
+    accuracy = pd.DataFrame(right, ["mistakes", "mask"])
+    assert len(selection.strike_out(accuracy, 0.9, weights())) == left
 
 
 @pytest.mark.parametrize(
