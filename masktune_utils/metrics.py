@@ -73,13 +73,6 @@ def is_right(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(1) == labels.cpu()
 
 
-def worst_class(logits: Tensor, labels: Tensor) -> float:
-    """The smallest accuracy of a class that has images, in [0, 1]; see `is_right`."""
-    labels = labels.cpu()
-    right = is_right(logits, labels).double()
-    return min(right[labels == label].mean().item() for label in labels.unique())
-
-
 def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
     """Accuracy of each group that has images, see `shortcuts.groups`.
 
