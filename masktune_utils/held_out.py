@@ -261,11 +261,13 @@ def _train(
         maps = explain(network, fold.images, fold.labels)
     networks = {ERM: network}
     masks = {}
-    for rule in progress.bar((NOTHING, *candidates), desc="fine-tuning"):
+    bar = progress.bar((NOTHING, *candidates))
+    for rule in bar:
         start = exchanged if rule.exchange else maps
         rounds = masktune(network, fold, rule, tune, start, explain, seed)
         latest = None
         for name in _rounds(rule):
+            bar.set_description(name)
             latest = next(rounds, latest)
             tuned, masked = latest
             networks[name] = tuned

@@ -247,12 +247,14 @@ def registered_kinds_table() -> list[str]:
 def photographs_table() -> list[str]:
     """Every run on photographs."""
     names = ["ERM", "nothing masked", "chosen", "trained anew", "oracle"]
-    run = ["images", "shortcut", "seed"]
-    by_model = PHOTOGRAPHS.pivot_table("worst_group", run, "model", sort=False)
+    run = ["images", "shortcut", "network", "seed"]
+    by_model = PHOTOGRAPHS.pivot_table("worst_group", run, "model")
     lines = []
-    for (images, shortcut, seed), row in by_model[names].iterrows():
+    for (images, shortcut, network, seed), row in by_model[names].iterrows():
         shares = (100 * row).map("{:.1f}".format).replace("nan", "")
-        lines.append(line(f"{images}, {shortcut}: seed {seed}", shares.tolist()))
+        short, *_ = network.split(",")
+        name = f"{images}, {shortcut}: {short}, seed {seed}"
+        lines.append(line(name, shares.tolist()))
     return table(f"| photographs | {' | '.join(names)} |", lines)
 
 
