@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from unittest.mock import Mock
 
+import nbformat
 import pytest
 from tiny_runs import OPTIONS, contents, masktune, tiny
 
@@ -45,6 +46,16 @@ def test_a_run_executes_every_notebook_and_chooses_one_of_all(whole_run, choice)
     assert table["configuration"].tolist() == configurations
     rounds = [part for rule in selection.CANDIDATES for part in rule.each_round]
     assert choice["rule"] in ["ERM", *map(str, rounds)]
+
+
+def test_of_a_sweep_the_default_alone_runs_the_part_from_scratch(whole_run):
+    has_run = []
+    for copy in sorted(whole_run.directory.glob("runs/*/*/04*.ipynb")):
+        cells = nbformat.read(copy, as_version=4).cells
+        tagged = [cell for cell in cells if "from-scratch" in cell.metadata.tags]
+        has_run.append([cell.execution_count is not None for cell in tagged])
+        assert all(cell.outputs for cell in tagged[-1:]) == has_run[-1][-1]
+    assert has_run == [[True] * 5, [False] * 5]
 
 
 def test_a_run_prints_what_each_model_is_worth_and_why_one_is_chosen(whole_run):
