@@ -20,8 +20,6 @@ ERM = "02_erm"
 BASE = (ERM, "03_saliency_masks")
 SHOWN = ("05_plots", "06_choice")
 ALWAYS = ("01_dataset", *SHOWN)  # they are quick, and show what is there
-# Cells of 04 that do not depend on its parameters: run with the default ones alone.
-FROM_SCRATCH = "from-scratch"
 
 
 class Job(NamedTuple):
@@ -73,6 +71,7 @@ class Job(NamedTuple):
         """
         values = self.settings.model_dump(include=scope(self.stem))
         unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
+        # Cells of 04 that do not depend on its parameters run with the default ones.
         is_default = self.settings.configuration == Settings().configuration
         try:
             unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ class Job(NamedTuple):
                     values,
                     km=kernel,
                     progress_bar=False,
-                    skip_cells_with_tag="" if is_default else FROM_SCRATCH,
+                    skip_cells_with_tag="" if is_default else "from-scratch",
                 )
             unfinished.replace(self.copy)
         except Exception as failure:  # noqa: BLE001 - the others go on
