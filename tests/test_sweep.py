@@ -189,8 +189,8 @@ def test_a_run_that_trains_again_chooses_once(tmp_path, monkeypatch):
     stages.run_stages("run", ["02_erm"], [tiny(tmp_path, retrain=True)], 1)
     retrained = {}
     for call in execute.call_args_list:
-        ((job,),), _ = call.args
-        retrained[job.stem] = job.settings.retrain
+        (stage,), _ = call.args
+        retrained |= {job.stem: job.settings.retrain for job in stage}
     assert retrained == {"02_erm": True, "05_plots": False, "06_choice": False}
     (settings, _), _ = choose.call_args
     assert settings.retrain

@@ -140,7 +140,8 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
         tasks = [delayed(job.run)(together) for job in todo]
         outcomes = Parallel(together, prefer="threads", return_as="generator")(tasks)
         if todo:
-            print(f"{stage[0].stem}: {len(todo)} of {len(stage)} to run", flush=True)
+            stems = " and ".join(dict.fromkeys(job.stem for job in stage))
+            print(f"{stems}: {len(todo)} of {len(stage)} to run", flush=True)
         bar = progress.bar(outcomes, total=len(todo), unit="notebook")
         for job, error in zip(todo, bar, strict=True):
             if error:

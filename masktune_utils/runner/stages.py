@@ -132,9 +132,9 @@ def run_stages(
             choose(settings, count)
         except Exception as error:  # noqa: BLE001 - the other choices go on
             errors[Job("choice", settings)] = jobs.in_one_line(error)
-    shown = [settings.replace(retrain=False) for settings in trained]
-    for stem in SHOWN if command == "run" else ():
-        stage = make_stage(stem, shown)
+    if command == "run":
+        shown = [settings.replace(retrain=False) for settings in trained]
+        stage = [job for stem in SHOWN for job in make_stage(stem, shown)]
         errors.update(jobs.execute([stage], count))
         for job in stage:
             if job not in errors:
