@@ -43,6 +43,9 @@ COST = 3
 BEHIND = 0.1
 # Fewer mistakes of ERM are no environment.
 FEW = 5
+# Where fine-tuning with nothing masked gains more than this on held-out images, ERM was
+# not trained to the end, and its mistakes say little about shortcuts.
+UNDERTRAINED = 0.05
 # Fine-tuning on all images takes as many whole epochs as make this many steps, but no
 # more than MOST_EPOCHS; on half of them as many epochs.
 STEPS = 750
@@ -185,8 +188,16 @@ def propose(behind: pd.DataFrame, errors: pd.DataFrame, hidden: pd.Series) -> st
     return hidden[near].idxmin()
 
 
+def is_undertrained(held_out: HeldOut) -> bool:
+    """Whether nothing masked gains more than `UNDERTRAINED` on ERM."""
+    shares = held_out.is_right.mean()
+    return shares[NULL] - shares[ERM] > UNDERTRAINED
+
+
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a candidate; or keep ERM, unless nothing masked falls far behind.
+
+    ERM is also kept if it is undertrained.
 
     Args:
         held_out: predictions.
@@ -198,7 +209,7 @@ def judge(held_out: HeldOut) -> Verdict:
     left = strike_out(accuracy.drop(columns=ERM), before, weights)
     behind = distances(accuracy, left, before, weights)
     hidden = held_out.hidden
-    if NULL in left:
+    if NULL in left or is_undertrained(held_out):
         gains = accuracy[hidden.index].sub(accuracy[NULL], axis=0)
         return Verdict(ERM, gains.max().idxmax(), accuracy, behind, left)
     candidates = [model for model in left if hidden[model] > 0]
@@ -246,7 +257,13 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         f"model ({_environment(behind[NULL].idxmax(), held_out)})"
     )
     best_choice = ERM
-    if NULL not in verdict.left:
+    if is_undertrained(held_out):
+        gained = accuracy[NULL] - accuracy[ERM]
+        words.append(
+            "ERM is kept, since it is undertrained: fine-tuning with nothing masked "
+            f"gains {gained:.0f} points."
+        )
+    elif NULL not in verdict.left:
         best_choice = verdict.proposed
         words.append(
             f"Chosen: {best_choice}, since {null_behind}, and of the masks that are "

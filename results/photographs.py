@@ -35,10 +35,11 @@ KEY = ["network", "images", "shortcut", "seed"]
 LOAD = {"cut-outs": stamps.load, "solar cells": solar.load}
 SMALL = "ResNet-18"
 PUBLIC = "EfficientNet-Lite0, public weights"
+LONGER = f"{PUBLIC}, 15 epochs"
 RUNS = (
     (PUBLIC, "cut-outs", "caption"),
     (PUBLIC, "solar cells", "tag"),
-    (PUBLIC, "cut-outs", "watermark"),
+    (LONGER, "cut-outs", "watermark"),
     (PUBLIC, "cut-outs", "background"),
     (PUBLIC, "cut-outs", "none"),
     (SMALL, "solar cells", "tag"),
@@ -84,7 +85,11 @@ def pretrained() -> nn.Module:
     return InFloat32(network)
 
 
-NETWORKS = {SMALL: (small_resnet, 30), PUBLIC: (pretrained, 5)}  # and epochs of ERM
+NETWORKS = {  # and epochs of ERM
+    SMALL: (small_resnet, 30),
+    PUBLIC: (pretrained, 5),
+    LONGER: (pretrained, 15),
+}
 
 
 def fit(name: str, seed: int, images: Split | MaskedDataset) -> nn.Module:

@@ -281,6 +281,19 @@ def test_where_erm_is_kept_the_candidate_is_named_that_nothing_masked_is_behind(
     assert "but the model with this mask up to 17 (rest)." in reason
 
 
+@pytest.mark.parametrize(("of_rest", "kept"), [(889, False), (891, True)])
+def test_erm_is_kept_if_it_is_undertrained(of_rest, kept):
+    """Nothing masked gains 60 of 1,000 images, and loses 11 or 9 of the others."""
+    predicted = toy({NULL: (60, of_rest), "a": (95, 890)}, mistakes=100)
+    verdict = selection.judge(predicted)
+    assert verdict.left == ["a"]
+    assert verdict.proposed == "a"
+    assert (verdict.chosen == ERM) == kept
+    words = "ERM is kept, since it is undertrained: fine-tuning with nothing masked "
+    reason = selection.reason(predicted, verdict)
+    assert (words + "gains 5 points." in reason) == kept
+
+
 def said(*arguments, **options) -> str:
     """The reason, without the mistakes of its first sentence."""
     predicted = toy(*arguments, **options)
