@@ -81,8 +81,7 @@ def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
         split: the images.
     """
     right = is_right(logits, split.labels).double()
-    members = groups(split)
-    return {name: right[index].mean().item() for name, index in members.items()}
+    return {name: right[index].mean().item() for name, index in groups(split).items()}
 
 
 def explained(

@@ -363,12 +363,6 @@ def test_where_little_is_learnt_without_a_part_it_is_said_what_may_help(
     assert (words in reason) == is_said
 
 
-@pytest.mark.parametrize(("null", "is_said"), [(10, False), (11, True)])
-def test_to_train_longer_is_advised_if_nothing_masked_is_a_point_better(null, is_said):
-    reason = said({NULL: (null, 960), "a": (12, 960)})
-    assert ("train ERM longer, choose again." in reason) == is_said
-
-
 def test_the_reason_counts_kinds_of_mistakes_that_mostly_stay_wrong():
     words = "Most images of {} of 2 kinds of mistakes (class, prediction), {} images, "
     reason = said({NULL: (2, 960), "a": (19, 960)})  # 10 and 9 of 20 each
