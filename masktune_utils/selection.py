@@ -232,8 +232,10 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     before = 100 * is_right[ERM].groupby(held_out.labels).mean().min()
     resampled = 100 * held_out.resampled.loc[name]
     words = [
-        f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
-        "predicted wrongly by ERM models that have not seen them."
+        (
+            f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
+            "predicted wrongly by ERM models that have not seen them."
+        )
     ]
     words.append(
         f"The mask {name} hides {held_out.hidden[name]:.0%} of the image, most at the "
