@@ -231,12 +231,11 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     accuracy = 100 * is_right.mean()
     before = 100 * is_right[ERM].groupby(held_out.labels).mean().min()
     resampled = 100 * held_out.resampled.loc[name]
-    words = [
-        (
-            f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
-            "predicted wrongly by ERM models that have not seen them."
-        )
-    ]
+    words = []
+    words.append(
+        f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
+        "predicted wrongly by ERM models that have not seen them."
+    )
     words.append(
         f"The mask {name} hides {held_out.hidden[name]:.0%} of the image, most at the "
         f"{held_out.place[name]}. With this part taken from another image at random, "
