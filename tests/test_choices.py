@@ -168,6 +168,7 @@ def test_other_limits_of_the_rule_judge_again_and_train_nothing(
     copied, monkeypatch, collect
 ):
     train, base, _ = copied
+    monkeypatch.setattr(selection, "UNDERTRAINED", 1.0)
     monkeypatch.setattr(selection, "BEHIND", 99.0)
     kept = experiment.choose(base, train)
     assert kept.is_kept

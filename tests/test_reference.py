@@ -10,10 +10,12 @@ import resume
 import tables
 import trials
 
-from masktune_utils import results
+from masktune_utils import results, selection, store
+from masktune_utils.held_out import HeldOut
 from masktune_utils.runner import grids
 from masktune_utils.settings import REPOSITORY
 
+PHOTOGRAPHS = tables.PHOTOGRAPHS[tables.PHOTOGRAPHS["model"] == "chosen"]
 STUDIES = {  # table of a study → what tells its rows apart
     "08_limits": ["experiment", "model"],
     "09_alternatives": [
@@ -29,6 +31,14 @@ STUDIES = {  # table of a study → what tells its rows apart
 MEASURED = re.compile(r"\d+\.\d\d ± \d+\.\d\d")
 KEY = ["experiment", "configuration", "seed"]
 OTHER_DIGITS = str.maketrans("0123456789", "1234567890")
+
+
+@pytest.mark.parametrize("run", list(PHOTOGRAPHS.itertuples()))
+def test_the_rule_chooses_on_the_photographs_what_their_table_says(run):
+    name = f"{run.network}, {run.images}, {run.shortcut}, {run.seed}.npz"
+    path = REPOSITORY / "results" / "photographs" / name
+    verdict = selection.judge(HeldOut.from_arrays(store.read_arrays(path)))
+    assert verdict.chosen == run.mask
 
 
 @pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
