@@ -138,7 +138,7 @@ def distances(
         weights: of the environments with resampled images, see `weights_of`.
     """
     best = accuracy[left].max(axis=1)
-    behind = -accuracy.sub(best, axis=0)
+    behind = accuracy.rsub(best, axis=0)
     resampled = weights.index
     lost = (before - best[resampled]).clip(lower=0)
     counted = behind.loc[resampled].sub(COST * lost, axis=0)
