@@ -86,7 +86,6 @@ def cost(count: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--choose", type=int, nargs="*", default=[1000, 10_000])
     arguments = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +103,7 @@ def main() -> None:
     seconds = alternate(functions, arguments.repeats)
     rows = {"images/s": len(few) / seconds, "share": seconds["bare loop"] / seconds}
     print(f"\nResNet-18 at {SIDE}×{SIDE}\n\n{pd.DataFrame(rows).round(2).to_string()}")
-    costs = {count: cost(count) for count in arguments.choose}
+    costs = {count: cost(count) for count in (1000, 10_000)}
     print(
         f"\nthree convolutions at {SIDE}×{SIDE}\n\n{pd.DataFrame(costs).round(2).to_string()}"
     )

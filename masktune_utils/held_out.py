@@ -140,8 +140,8 @@ def collect(
         finetune: (a copy of a network, masked images) → the network, fine-tuned.
         candidates: how masks are made; each round of a rule is a candidate.
         jobs: 1, or 2 for a process for each fold.
-        explain: (network, images, labels) → maps N×h×w; of no use if all candidates are
-            by exchange.
+        explain: (network, images, labels) → maps N×h×w; not called if all candidates
+            are by exchange, in one round.
         seed: of the folds, and of the partners of resampled images.
         folder: where networks are saved, so that a second call goes on where the first
             was stopped. Other images or another seed start anew; if `fit` or `finetune`

@@ -232,18 +232,6 @@ def is_of_clothes(runs: pd.DataFrame) -> pd.Series:
     return runs["dataset"].eq("fashion_mnist") & runs["labels"].eq("digits")
 
 
-def registered_kinds_table() -> list[str]:
-    """The second test by kind, but for those in notebook 8: means over seeds."""
-    runs = registered()
-    is_in_notebook = runs["dataset"].eq("mnist") & runs["labels"].eq("halves")
-    lines = []
-    for (dataset, labels, kind), of_kind in runs[~is_in_notebook].groupby(KIND):
-        names = ("ERM", "chosen", "best")
-        means = [f"{of_kind[name].mean():.0f}" for name in names]
-        lines.append(line(f"{SETS[dataset, labels]}: {kind}", means))
-    return table("| kind | ERM | chosen | best |", lines)
-
-
 def photographs_table() -> list[str]:
     """Every run on photographs."""
     names = ["ERM", "nothing masked", "chosen", "trained anew", "oracle"]
@@ -261,7 +249,6 @@ def photographs_table() -> list[str]:
 TABLES = (
     main_table,
     registered_table,
-    registered_kinds_table,
     short_table,
     shortcuts_table,
     rules_table,

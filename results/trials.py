@@ -65,7 +65,7 @@ VARIANTS = {  # names in `selection` that are changed
     "nothing masked competes": {"judge": null_competes},
     "mistakes counted one by one": {"environments": counted_one_by_one},
     "without ERM's mistakes": {"environments": without_mistakes},
-    "explained or not": {
+    "all masks count the same": {
         "weights_of": lambda held_out: pd.Series(1.0, held_out.hidden.index)
     },
     "the smallest distance alone": {

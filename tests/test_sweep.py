@@ -54,7 +54,6 @@ def test_of_a_sweep_the_default_alone_runs_the_part_from_scratch(whole_run):
         cells = nbformat.read(copy, as_version=4).cells
         tagged = [cell for cell in cells if "from-scratch" in cell.metadata.tags]
         has_run.append([cell.execution_count is not None for cell in tagged])
-        assert all(cell.outputs for cell in tagged[-1:]) == has_run[-1][-1]
     assert has_run == [[True] * 5, [False] * 5]
 
 
