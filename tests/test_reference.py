@@ -2,7 +2,6 @@
 
 import re
 
-import alternatives
 import nbformat
 import pandas as pd
 import pytest
@@ -137,11 +136,6 @@ def test_the_text_of_a_study_has_its_numbers(stem, known_numbers):
 def keys_of(rows: pd.DataFrame, names: list[str]) -> set[tuple]:
     """Some columns of rows, as a set."""
     return set(rows[names].itertuples(index=False, name=None))
-
-
-def test_a_script_makes_study_09_again():
-    made = keys_of(pd.read_csv(alternatives.FILE), alternatives.KEY)
-    assert made == {*alternatives.PLAN}
 
 
 @pytest.mark.parametrize("stem", ["08_limits", "10_selective"])
