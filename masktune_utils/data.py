@@ -27,6 +27,7 @@ class Split(Dataset):
             default the labels. They are for reports only.
         shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
         group_names: if there are none, the groups are class × shortcut.
+        class_names: by default `class 0`, `class 1`, ….
 
     Raises:
         ValueError: another shape, type or range; the message tells what is allowed.
@@ -37,6 +38,7 @@ class Split(Dataset):
     groups: Tensor | None = None
     shortcut: Tensor | None = None
     group_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images = self.images
@@ -67,6 +69,10 @@ class Split(Dataset):
                 f"labels are {labels.dtype}, {labels.unique().tolist()[:10]}; allowed: "
                 "torch.int64, 0, 1, …."
             )
+        if not self.class_names:
+            numbers = range(len(labels.bincount()))
+            names = tuple(f"class {number}" for number in numbers)
+            object.__setattr__(self, "class_names", names)
 
     @classmethod
     def from_dataset(
@@ -79,7 +85,8 @@ class Split(Dataset):
 
         Args:
             dataset: pairs of an image and a label, 0, 1, …. Images are of one size:
-                PIL images, arrays H×W×C, or tensors C×H×W; uint8, or in [0, 1].
+                PIL images, arrays H×W×C, or tensors C×H×W; uint8, or in [0, 1]. Its
+                `classes`, if it has any, are the names of the classes.
             groups: see `Split`.
             group_names: see `Split`.
 
@@ -111,7 +118,13 @@ class Split(Dataset):
         pixels = torch.stack(images)
         if pixels.is_floating_point():
             pixels = pixels.float()
-        return cls(pixels, torch.tensor(labels), groups, group_names=group_names)
+        return cls(
+            pixels,
+            torch.tensor(labels),
+            groups,
+            group_names=group_names,
+            class_names=tuple(getattr(dataset, "classes", ())),
+        )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,7 +1,8 @@
 """Digits as the sets of an experiment: training and test.
 
-Digits 0–4 are class 0, digits 5–9 class 1 (or, with the labels `digits`, each is a
-class); FashionMNIST and KMNIST have ten kinds of clothes and characters instead.
+Digits 0–4 are class 0, *low*, digits 5–9 class 1, *high* (or, with the labels `digits`,
+each is a class); FashionMNIST and KMNIST have ten kinds of clothes and characters
+instead.
 """
 
 import dataclasses
@@ -161,8 +162,11 @@ def read(settings: BaseSettings) -> tuple[Split, Split]:
     splits = []
     for images, digits in parts:
         rgb = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
-        classes = digits if settings.labels == "digits" else (digits >= 5).long()
-        splits.append(Split(rgb, classes, digits))
+        split = Split(rgb, digits)
+        if settings.labels == "halves":
+            is_high = (digits >= 5).long()
+            split = Split(rgb, is_high, digits, class_names=("low", "high"))
+        splits.append(split)
     train, test = splits
     if settings.limit is not None:
         train = _draw(train, settings.limit, settings.seed)

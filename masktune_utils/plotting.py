@@ -122,11 +122,13 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
     """
     verdict = choice.verdict
     masked = choice.candidates[verdict.proposed if choice.is_kept else verdict.chosen]
-    is_mistake = choice.held_out.is_mistake
-    kinds = is_mistake.map({False: "predicted correctly", True: "a mistake of ERM"})
-    names = "class " + choice.held_out.labels.astype(str) + "\n" + kinds
-    first = names.drop_duplicates().sort_values()
+    kinds = {"label": choice.held_out.labels, "mistake": choice.held_out.is_mistake}
+    first = pd.DataFrame(kinds).drop_duplicates().sort_values(["label", "mistake"])
     index = torch.tensor(first.index.tolist())
+    titles = []
+    for label, mistake in first.itertuples(index=False):
+        kind = "a mistake of ERM" if mistake else "predicted correctly"
+        titles.append(f"{masked.split.class_names[label]}\n{kind}")
     images = masked.split.images[index]
     with warnings.catch_warnings(action="ignore"):  # of maps that are zero
         maps = saliency_maps(network, images, masked.labels[index])
@@ -138,12 +140,10 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
         "filled from\nanother image": masked.batch(index)[0],
         "where mistakes\ncome from": heat(falls[None] / falls.max().clamp(min=1e-8)),
     }
-    return grid(columns, list(first))
+    return grid(columns, titles)
 
 
-def predictions(
-    models: dict[str, nn.Module], split: Split, names: Sequence[str] = ("low", "high")
-) -> Figure:
+def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
     """What models predict for the same images: a row for each model.
 
     Below an image: the predicted class and its probability, green if it is right, else
@@ -152,7 +152,6 @@ def predictions(
     Args:
         models: name → network.
         split: a few images.
-        names: of the classes; where there are others, they have numbers.
     """
     images, labels = split.to(torch.device("cpu")).batch(slice(None))
     size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
@@ -160,8 +159,6 @@ def predictions(
     axes = figure.subplots(len(models), len(split), squeeze=False)
     for row, (name, network) in zip(axes, models.items(), strict=True):
         probabilities = metrics.predict(network, split).softmax(1)
-        count = probabilities.shape[1]
-        words = names if count == len(names) else range(count)
         shares, predicted = probabilities.max(1)
         with warnings.catch_warnings(action="ignore"):  # of maps without an outline
             maps = saliency_maps(network, images, predicted)
@@ -170,7 +167,7 @@ def predictions(
                 ax.imshow(images[k].permute(1, 2, 0))
                 ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
                 number = predicted[k].item()
-                label = f"{words[number]} {shares[k]:.0%}"
+                label = f"{split.class_names[number]} {shares[k]:.0%}"
                 color = "#009E73" if number == labels[k] else "#D55E00"
                 ax.set_xlabel(label, color=color, fontsize=9)
                 ax.set(xticks=[], yticks=[])

@@ -18,8 +18,7 @@ def groups(split: Split) -> dict[str, Tensor]:
     numbers = split.groups
     if not names:
         words = ("shortcut", "no shortcut")
-        classes = range(len(split.labels.bincount()))
-        names = [f"class {label}, {word}" for label in classes for word in words]
+        names = [f"{name}, {word}" for name in split.class_names for word in words]
         numbers = 2 * split.labels + ~split.has_shortcut
     index = {}
     for number, name in enumerate(names):

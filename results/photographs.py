@@ -138,7 +138,7 @@ def draw(shortcut: str, networks: dict[str, nn.Module], choice: Choice) -> None:
     index = 2 * torch.cat(first)
     eight = test[torch.stack([index, index + 1], 1).flatten()]
     shown = {model: networks[model] for model in ("ERM", "proposed")}
-    figure = plotting.predictions(shown, eight, stamps.classes(shortcut))
+    figure = plotting.predictions(shown, eight)
     figure.savefig(folder / f"{shortcut}_eight.jpg", dpi=120)
 
 

@@ -149,7 +149,8 @@ def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
     names = tuple(f"{name}, {word}" for name in classes(shortcut) for word in words)
     of_test, _, _ = photographs(groups // 2, groups % 2 == 1, shortcut, True, 0)
     test = Split(of_test, groups // 2, groups, group_names=names)
-    return Split(images, labels, shortcut=area), test, objects
+    train = Split(images, labels, shortcut=area, class_names=classes(shortcut))
+    return train, test, objects
 
 
 def pairs(shortcut: str, count: int) -> Split:
@@ -162,4 +163,5 @@ def pairs(shortcut: str, count: int) -> Split:
     without, _, _ = photographs(labels, nowhere, shortcut, True, 1)
     planted, _, _ = photographs(labels, ~nowhere, shortcut, True, 1)
     images = torch.stack([without, planted], 1).flatten(0, 1)
-    return Split(images, labels.repeat_interleave(2))
+    twice = labels.repeat_interleave(2)
+    return Split(images, twice, class_names=classes(shortcut))

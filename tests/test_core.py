@@ -121,6 +121,20 @@ def test_images_of_any_kind_are_read(kind):
     assert label == 1
 
 
+class Named(list):
+    """A data set that names its classes, as ImageFolder does."""
+
+    classes = ["cats", "dogs"]
+
+
+def test_classes_have_the_names_of_the_data_set_or_numbers():
+    pairs = [(IMAGES["PIL"], label) for label in (0, 1)]
+    assert Split.from_dataset(pairs).class_names == ("class 0", "class 1")
+    split = Split.from_dataset(Named(pairs))[1:]
+    accuracies = metrics.group_accuracy(torch.eye(2)[[1]], split)
+    assert accuracies == {"dogs, no shortcut": 1.0}
+
+
 def test_groups_are_kept_for_reports():
     pairs = [(IMAGES["PIL"], label) for label in (0, 1, 1)]
     groups = torch.tensor([0, 1, 0])

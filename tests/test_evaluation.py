@@ -80,9 +80,9 @@ def test_report_over_both_test_sets_and_what_is_held_out(model, splits):
         assert report[name]["accuracy"] == pytest.approx(accuracy)
         assert report[name]["worst_group"] == min(report[name]["groups"].values())
     assert report["groups"] == {
-        "class 0, no shortcut": report["raw"]["class_accuracy"][0],
-        "class 1, no shortcut": report["raw"]["class_accuracy"][1],
-        "class 1, shortcut": report["biased"]["class_accuracy"][1],
+        "low, no shortcut": report["raw"]["class_accuracy"][0],
+        "high, no shortcut": report["raw"]["class_accuracy"][1],
+        "high, shortcut": report["biased"]["class_accuracy"][1],
     }
     assert report["worst_group"] == min(report["groups"].values())
 

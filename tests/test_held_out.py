@@ -308,8 +308,8 @@ def test_a_figure_shows_what_a_choice_hides_in_mistakes_and_other_images(
     choice = selection.Choice(found, masked, FINETUNE, selection.judge(found))
     figure = plotting.choice_masks(choice, folds[0].networks[ERM])
     titles = [ax.get_ylabel() for ax in figure.axes[::5]]
-    kinds = ("a mistake of ERM", "predicted correctly")
-    assert titles == [f"class {label}\n{kind}" for label in (0, 1) for kind in kinds]
+    kinds = ("predicted correctly", "a mistake of ERM")
+    assert titles == [f"{name}\n{kind}" for name in ("low", "high") for kind in kinds]
 
 
 def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:

@@ -41,7 +41,8 @@ def test_the_same_eight_images_are_shown_without_the_square_and_with_it():
 
 
 @pytest.mark.parametrize(
-    ("labels", "names"), [("halves", ["low", "high"]), ("digits", [*"0123456789"])]
+    ("labels", "names"),
+    [("halves", ["low", "high"]), ("digits", [f"class {k}" for k in range(10)])],
 )
 def test_predictions_are_shown_right_or_wrong(labels, names):
     eight = datasets.eight(Settings(dataset="mnist5k", labels=labels, device="cpu"))
