@@ -28,7 +28,7 @@ from masktune_utils import (
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.held_out import NULL, HeldOut
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import NOTHING, MaskedDataset
 from masktune_utils.selection import Choice
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
@@ -370,13 +370,13 @@ def saved_choice(base: Trained, train: Split) -> Choice | None:
             return None
         held_out = HeldOut.from_arrays(arrays)
         rules = {}
-        for candidate in selection.CANDIDATES:
+        for candidate in (NOTHING, *selection.CANDIDATES):
             rules |= {f"{rule}": rule for rule in candidate.each_round}
         for number, name in enumerate((NULL, *held_out.hidden.index)):
             masks = np.unpackbits(arrays[f"masks_{number}"], axis=-1, count=width)
             own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
             candidates[name] = MaskedDataset(
-                train, own_masks, "resample", settings.seed, rule=rules.get(name)
+                train, own_masks, rules[name].fill, settings.seed, rule=rules[name]
             )
     except Exception as error:  # NumPy has no class of its own for a damaged file
         raise store.CheckpointError(

@@ -5,7 +5,6 @@ fine-tuned with the masks of each candidate, and with nothing masked. All these 
 predict the images of the other fold, as they are and resampled by masks.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,18 @@ from torch import Tensor, nn
 
 from masktune_utils import data, metrics, progress
 from masktune_utils.data import Split
-from masktune_utils.masking import Explain, Finetune, MaskedDataset, Rule, masktune
-from masktune_utils.saliency import exchange_map, saliency_maps
+from masktune_utils.masking import (
+    NOTHING,
+    Explain,
+    Finetune,
+    MaskedDataset,
+    Rule,
+    masktune,
+)
+from masktune_utils.saliency import saliency_maps
 
 ERM = "ERM"
-NULL = "nothing masked"  # ERM fine-tuned like the candidates, on the images as they are
-NOTHING = Rule("threshold", math.inf, "nearest")
+NULL = f"{NOTHING}"  # ERM fine-tuned like the candidates, on the images as they are
 # Of each fold this many images are resampled, and of each class at least LEAST, if
 # there are as many.
 SAMPLE = 1000
@@ -59,7 +64,7 @@ class HeldOut:
         smallest_class: number of images of the smallest class among these.
         hidden: candidate → mean share of the image that its masks hide.
         place: candidate → one of `PLACES`, where they hide most.
-        mistake_map: h×w, where ERM's mistakes come from, see `saliency.exchange_map`;
+        mistake_map: h×w, where ERM's mistakes come from, see `metrics.exchange_map`;
             the mean of both folds.
     """
 
@@ -186,7 +191,8 @@ def collect(
     masked = {}
     for rule in (NOTHING, *candidates):
         earlier = None
-        for name, of_round in _rounds(rule).items():
+        for of_round in rule.each_round:
+            name = f"{of_round}"
             own_masks = torch.cat([first_masks[name], second_masks[name]])[order]
             if earlier is not None and torch.equal(own_masks, earlier):
                 break  # the rounds of both folds have ended
@@ -214,13 +220,6 @@ def collect(
 def _trained_weights(network: nn.Module) -> set[nn.Parameter]:
     """The weights that training may change."""
     return {weight for weight in network.parameters() if weight.requires_grad}
-
-
-def _rounds(rule: Rule) -> dict[str, Rule]:
-    """Name of the model of each round of a rule → the rule with so many rounds."""
-    if rule is NOTHING:
-        return {NULL: rule}
-    return {f"{of_round}": of_round for of_round in rule.each_round}
 
 
 def _train(
@@ -254,7 +253,7 @@ def _train(
             f"a finite number for each of {classes} classes."
         )
     of_other = metrics.predict(network, other).argmax(1)
-    mistake_map = exchange_map(network, other, of_other, seed)
+    mistake_map = metrics.exchange_map(network, other, of_other, seed)
     exchanged = mistake_map.clamp(min=0).expand(len(fold), -1, -1)
     maps = exchanged
     if not all(rule.exchange for rule in candidates):
@@ -266,7 +265,8 @@ def _train(
         start = exchanged if rule.exchange else maps
         rounds = masktune(network, fold, rule, tune, start, explain, seed)
         latest = None
-        for name in _rounds(rule):
+        for of_round in rule.each_round:
+            name = f"{of_round}"
             bar.set_description(name)
             latest = next(rounds, latest)
             tuned, masked = latest

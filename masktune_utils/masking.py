@@ -5,6 +5,7 @@ MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ class Rule:
             a mask says nothing about the class of its image.
         fill: what takes the place of what is hidden, see `MaskedDataset`.
         rounds: of masking; each adds to what is hidden, see `masktune`.
-        exchange: the map is not that of the images, but `saliency.exchange_map`: where
+        exchange: the map is not that of the images, but `metrics.exchange_map`: where
             the mistakes on held-out images come from. Shared; for a choice.
 
     Raises:
@@ -277,6 +278,8 @@ class Rule:
 
     def __str__(self) -> str:
         """In words."""
+        if self.param == math.inf:
+            return "nothing masked"
         words = f"{self.method} {self.param:g}"
         if self.upsample != "bilinear":
             words += f" {self.upsample}"
@@ -353,6 +356,9 @@ class Rule:
         if earlier is not None:
             own_masks = torch.maximum(own_masks, earlier.own_masks)
         return MaskedDataset(split, own_masks, self.fill, seed, rule=self)
+
+
+NOTHING = Rule("threshold", math.inf, "nearest")
 
 
 def mask_dataset(

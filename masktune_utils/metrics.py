@@ -12,6 +12,8 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import in_float32
 from masktune_utils.shortcuts import groups
 
+MOST_MISTAKES = 100  # that are exchanged, window by window
+
 
 @torch.no_grad()
 def predict(model: nn.Module, dataset: Dataset, batch_size: int = 100) -> Tensor:
@@ -112,6 +114,64 @@ def explained(
         logits = predict(network, Split(images.clamp(0, 1), labels))
         is_explained[mistakes.cpu()] &= is_right(logits, labels)
     return is_explained
+
+
+def exchange_map(
+    network: nn.Module, split: Split, predicted: Tensor, seed: int = 0
+) -> Tensor:
+    """Where the mistakes of a network come from: any network, without gradients.
+
+    A window, a seventh of the image wide and high, is taken from another image of the
+    same class. Where this lowers the loss of a mistake, the window has misled the
+    network. Each kind of mistake (class, prediction) counts the same. Ours; permuting a
+    feature to see what a model needs: Breiman, 2001.
+
+    Args:
+        network: any network.
+        split: images that it has not seen.
+        predicted: N, the classes that the network predicts for them, on the CPU.
+        seed: of the other images; and of MOST_MISTAKES mistakes, if there are more.
+
+    Returns:
+        h×w float32, on the CPU: by how much the cross-entropy falls on average, in
+        nats, for each window; neighbours overlap by half. Zero if there is no mistake.
+    """
+    labels = split.labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    mistakes = (predicted != labels).nonzero()[:, 0]
+    if len(mistakes) > MOST_MISTAKES:
+        drawn = torch.randperm(len(mistakes), generator=generator)[:MOST_MISTAKES]
+        mistakes = mistakes[drawn]
+    partners = class_partners(labels, generator)[mistakes]
+    rows, columns = map(_windows, split.images.shape[-2:])
+    falls = torch.zeros(len(rows), len(columns))
+    if not len(mistakes):
+        return falls
+    kinds = torch.stack([labels, predicted], 1)[mistakes]
+    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
+    weights = 1 / (len(sizes) * sizes[kind])
+    labels = labels[mistakes]
+    images = split.images[mistakes]
+    others = split.images[partners]
+
+    def losses(images: Tensor) -> Tensor:
+        logits = predict(network, Split(images, labels))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    before = losses(images)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            exchanged = images.clone()
+            exchanged[..., row, column] = others[..., row, column]
+            falls[i, j] = weights @ (before - losses(exchanged))
+    return falls
+
+
+def _windows(side: int) -> list[slice]:
+    """A seventh of a side each; neighbours overlap by half."""
+    size = max(1, side // 7)
+    starts = range(0, side - size + 1, max(1, size // 2))
+    return [slice(start, start + size) for start in starts]
 
 
 def diagnose(

@@ -5,14 +5,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchcam.methods import XGradCAM
 
 from masktune_utils import data, models, progress
-from masktune_utils.data import Split
-
-MOST_MISTAKES = 100  # that are exchanged, window by window
 
 
 def saliency_maps(
@@ -51,7 +47,13 @@ def saliency_maps(
 
     def start_graph(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         """The gradient starts at this layer; those before it need no graph."""
-        _check_map(reshape(output) if reshape else output, images)
+        features = reshape(output) if reshape else output
+        if not models.is_map(features.shape, images.shape):
+            raise TypeError(
+                f"the layer gives {tuple(features.shape)}; allowed: N×C×h×w, in the "
+                "proportions of the image. Name another by layer=, or make it a map by "
+                "reshape=."
+            )
         return output.requires_grad_().clone()
 
     target.register_forward_hook(start_graph)
@@ -71,76 +73,3 @@ def saliency_maps(
     if empty:
         warnings.warn(f"{empty} of {len(maps)} maps are zero everywhere.", stacklevel=2)
     return maps
-
-
-def exchange_map(
-    network: nn.Module, split: Split, predicted: Tensor, seed: int = 0
-) -> Tensor:
-    """Where the mistakes of a network come from: any network, without gradients.
-
-    A window, a seventh of the image wide and high, is taken from another image of the
-    same class. Where this lowers the loss of a mistake, the window has misled the
-    network. Each kind of mistake (class, prediction) counts the same. Ours; permuting a
-    feature to see what a model needs: Breiman, 2001.
-
-    Args:
-        network: any network; it is left as it is.
-        split: images that it has not seen.
-        predicted: N, the classes that the network predicts for them, on the CPU.
-        seed: of the other images; and of MOST_MISTAKES mistakes, if there are more.
-
-    Returns:
-        h×w float32, on the CPU: by how much the cross-entropy falls on average, in
-        nats, for each window; neighbours overlap by half. Zero if there is no mistake.
-    """
-    network = copy.deepcopy(network).eval()
-    images = split.images
-    labels = split.labels.cpu()
-    generator = torch.Generator().manual_seed(seed)
-    mistakes = (predicted != labels).nonzero()[:, 0]
-    if len(mistakes) > MOST_MISTAKES:
-        drawn = torch.randperm(len(mistakes), generator=generator)[:MOST_MISTAKES]
-        mistakes = mistakes[drawn]
-    kinds = torch.stack([labels, predicted], 1)[mistakes]
-    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
-    weights = 1 / (len(sizes) * sizes[kind])
-    partners = data.class_partners(labels, generator)
-    rows, columns = map(_windows, images.shape[-2:])
-    falls = torch.zeros(len(rows), len(columns))
-    if not len(mistakes):
-        return falls
-    others = images[partners[mistakes]]
-    before = _losses(network, images[mistakes], labels[mistakes])
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            exchanged = images[mistakes]
-            exchanged[..., row, column] = others[..., row, column]
-            after = _losses(network, exchanged, labels[mistakes])
-            falls[i, j] = weights @ (before - after)
-    return falls
-
-
-def _windows(side: int) -> list[slice]:
-    """A seventh of a side each; neighbours overlap by half."""
-    size = max(1, side // 7)
-    starts = range(0, side - size + 1, max(1, size // 2))
-    return [slice(start, start + size) for start in starts]
-
-
-@torch.no_grad()
-def _losses(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each image, on the CPU."""
-    device = next(network.parameters()).device
-    with models.in_float32():
-        logits = network(data.to_float(images.to(device)))
-    return F.cross_entropy(logits.float().cpu(), labels, reduction="none")
-
-
-def _check_map(features: Tensor, images: Tensor) -> None:
-    """Refuse features that are no map of the images."""
-    if not models.is_map(features.shape, images.shape):
-        raise TypeError(
-            f"the layer gives {tuple(features.shape)}; allowed: N×C×h×w, in the "
-            "proportions of the image. Name another by layer=, or make it a map by "
-            "reshape=."
-        )

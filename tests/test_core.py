@@ -124,7 +124,7 @@ def test_images_of_any_kind_are_read(kind):
 class Named(list):
     """A data set that names its classes, as ImageFolder does."""
 
-    classes = ["cats", "dogs"]
+    classes = ("cats", "dogs")
 
 
 def test_classes_have_the_names_of_the_data_set_or_numbers():

@@ -219,17 +219,6 @@ def test_a_result_is_made_anew_for_other_weights(splits, base):
     assert row["worst_group"] == 0
 
 
-def test_a_result_keeps_how_its_weights_were_trained(settings, splits, monkeypatch):
-    trained = experiment.base_model(settings, splits.train)
-    first = experiment.record(trained, splits)
-    loaded = experiment.base_model(settings, splits.train)
-    assert loaded.seconds is None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    again = experiment.record(loaded, splits)
-    for name in ("seconds", "threads", "torch", "device"):
-        assert again[name] == first[name]
-
-
 def test_rounds_end_when_they_hide_nothing_more(settings, splits, monkeypatch):
     base = experiment.base_model(settings, splits.train)
     train = Mock(wraps=training.train)

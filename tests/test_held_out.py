@@ -23,7 +23,8 @@ from masktune_utils import (
 from masktune_utils.data import Split
 from masktune_utils.held_out import ERM, NULL, HeldOut
 from masktune_utils.masking import MaskedDataset, Rule
-from masktune_utils.saliency import exchange_map, saliency_maps
+from masktune_utils.metrics import exchange_map
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 
 RULES = (

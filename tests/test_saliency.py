@@ -88,7 +88,7 @@ def mistake_map(network, images, labels, seed=0):
     """By what the network predicts."""
     split = Split(images, labels)
     predicted = metrics.predict(network, split).argmax(1)
-    return saliency.exchange_map(network, split, predicted, seed)
+    return metrics.exchange_map(network, split, predicted, seed)
 
 
 def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):
@@ -119,12 +119,12 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
 
 
 def test_of_many_mistakes_some_are_exchanged(misleading, monkeypatch):
-    monkeypatch.setattr(saliency, "MOST_MISTAKES", 5)
+    monkeypatch.setattr(metrics, "MOST_MISTAKES", 5)
     network = PixelReader(5, 9)
     predicted = metrics.predict(network, misleading).argmax(1)
     counts = []
     network.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
-    saliency.exchange_map(network, misleading, predicted)
+    metrics.exchange_map(network, misleading, predicted)
     assert {*counts} == {5}
 
 

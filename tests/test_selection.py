@@ -243,14 +243,6 @@ def test_what_is_lost_is_counted_from_the_worst_class_of_erm_on_images_as_they_a
     assert behind.loc["a", NULL] == pytest.approx(0.19 - 3 * 0.02)
 
 
-def test_a_mask_that_is_too_large_is_struck_out():
-    """Though it hides less, and is within the standard error of 8 of 16 mistakes."""
-    right = {NULL: (0, 984), "a": (8, 870), "b": (8, 984)}
-    verdict = selection.judge(toy(right, mistakes=16))
-    assert verdict.left == ["b"]
-    assert verdict.chosen == "b"
-
-
 @pytest.mark.parametrize(("a", "expected"), [(35, "b"), (37, "a")])
 def test_of_those_that_are_least_behind_the_one_that_hides_less_is_taken(a, expected):
     """The standard error of 38 of 40 mistakes is 3.4 points; a is 7.5 or 2.5 behind."""
@@ -376,16 +368,6 @@ def test_without_a_mistake_erm_is_kept_and_there_is_a_reason():
     reason = said({NULL: (0, 1000), "a": (0, 1000)}, mistakes=0)
     assert "ERM is kept: nothing" in reason
     assert reason.endswith("No mistake is explained by this part.")
-
-
-def test_the_candidates_from_small_masks_to_large_ones():
-    assert [f"{rule}" for rule in selection.CANDIDATES] == [
-        "mean_std 3 dilated by 4, resampled, 2 rounds",
-        "mean_std 1 dilated by 1, shared, resampled",
-        "mean_std 2 dilated by 4, shared, resampled, 4 rounds",
-    ]
-    by_exchange = "mean_std 2 dilated by 3, shared, by exchange, resampled"
-    assert f"{selection.BY_EXCHANGE}" == by_exchange
 
 
 def test_few_images_are_seen_in_more_epochs():

@@ -13,8 +13,8 @@ from masktune_utils.runner.grids import FINETUNE, PUBLISHED, read_grid
 from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
 from masktune_utils.settings import DEFAULTS, Settings, root
 
-# These make no table to sweep for: readers of tables, and one of photographs.
-READERS = ("07", "09", "11")
+# The others read tables, or photographs.
+SWEPT = ["01_dataset", *BASE, FINETUNE, *SHOWN, "08_limits", "10_selective"]
 # What the commands run where a grid names no notebook of its own.
 STEMS = {
     "run": ["01_dataset", *BASE, FINETUNE],
@@ -77,10 +77,7 @@ def _read(arguments: argparse.Namespace) -> tuple[list[str], list[Settings]]:
     if file is None and command != "choose":
         file = PUBLISHED
     stem, grid = read_grid(file, options)
-    allowed = [FINETUNE]
-    if command == "sweep":
-        stems = (path.stem for path in jobs.NOTEBOOKS.glob("*.ipynb"))
-        allowed = sorted(stem for stem in stems if not stem.startswith(READERS))
+    allowed = SWEPT if command == "sweep" else [FINETUNE]
     if stem not in allowed:
         raise ValueError(f"{file}: notebook is {stem!r}; allowed: {allowed}.")
     scope = jobs.scope(ERM if command == "choose" else stem)
