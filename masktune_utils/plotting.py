@@ -114,7 +114,8 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
     """What a choice hides, or would hide if ERM were not kept.
 
     Of each class, an image that ERM predicts correctly though it has not seen it, and
-    one that it does not. The last column, for all images: where mistakes come from.
+    one that it does not, both drawn at random. The last column, for all images:
+    where mistakes come from.
 
     Args:
         choice: see `selection.choose`.
@@ -123,7 +124,8 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
     verdict = choice.verdict
     masked = choice.candidates[verdict.proposed if choice.is_kept else verdict.chosen]
     kinds = {"label": choice.held_out.labels, "mistake": choice.held_out.is_mistake}
-    first = pd.DataFrame(kinds).drop_duplicates().sort_values(["label", "mistake"])
+    drawn = pd.DataFrame(kinds).sample(frac=1, random_state=0).drop_duplicates()
+    first = drawn.sort_values(["label", "mistake"])
     index = torch.tensor(first.index.tolist())
     titles = []
     for label, mistake in first.itertuples(index=False):
