@@ -94,7 +94,7 @@ def short_table() -> list[str]:
         "colour, tint, scattered pixels": runs[~can_hide & ~is_without],
         "no shortcut": runs[is_without],
     }
-    header = "| shortcut | runs | ERM | chosen | best mask or ERM |"
+    header = "| shortcut | runs | ERM | chosen | best in hindsight |"
     return table(header, means_and_ranges(parts))
 
 
