@@ -48,9 +48,8 @@ def load(settings: BaseSettings) -> BiasedSets:
 
     Returns:
         `train`; `raw`, the test images without a shortcut; `biased`, the test images
-        with it in every image of class 1 (of ten classes, the last five; see
-        `shortcuts.halves`) and in no other; `validation`, the `validation_share` that
-        is held out of `train`.
+        with it in every high digit (see `shortcuts.halves`) and in no other;
+        `validation`, the `validation_share` that is held out of `train`.
 
     Raises:
         FileNotFoundError: see `read`.

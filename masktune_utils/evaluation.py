@@ -18,8 +18,8 @@ def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, Any]:
     Returns:
         `raw`, `biased` and `validation`: see `metrics.report`; also their `groups`, see
         `metrics.group_accuracy`, and `worst_group`, the smallest of these. Besides,
-        `groups` and `worst_group` over both test sets together, whose images of class 0
-        are the same.
+        `groups` and `worst_group` over both test sets together, whose low digits are
+        the same.
     """
     report = {}
     groups = {}

@@ -131,17 +131,14 @@ def halves(labels: Tensor) -> Tensor:
 def place(
     split: Split, placement: str, conflicting: float, generator: Generator
 ) -> Tensor:
-    """Choose the training images that get the shortcut: most of class 0, few of 1.
-
-    With digits as classes, 0–4 stand for class 0 and 5–9 for class 1.
+    """Choose the training images that get the shortcut: most low digits, few high.
 
     Args:
         split: the images.
         placement: `random`: each image independently. `ordered`: the images are sorted
-            by digit, and the first of each class get it, as in the authors' code. Every
-            class-0 image without a square is then a 4, every class-1 image with one a
-            5.
-        conflicting: share of class 0 without and of class 1 with the shortcut.
+            by digit, and the first of each half get it, as in the authors' code. Every
+            low digit without a square is then a 4, every high one with it a 5.
+        conflicting: share of low digits without and of high ones with the shortcut.
         generator: source of the random choice.
 
     Returns:

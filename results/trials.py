@@ -25,7 +25,7 @@ GROUPS = {  # when and on what they were collected → the beginning of their na
     "mnist5k, seed 0": ["mnist5k "],
     "November 28": ["2026-11-28 "],
     "seeds 100 to 102": ["mnist t", "fashion mnist t", "solar cells"],
-    "seeds 103 to 105": ["mnist h", "mnist d", "fashion_mnist h", "fashion_mnist d"],
+    "seeds 103, 105": ["mnist h", "mnist d", "fashion_mnist h", "fashion_mnist d"],
 }
 environments = selection.environments
 judge = selection.judge
