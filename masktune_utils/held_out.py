@@ -88,6 +88,11 @@ class HeldOut:
         return ~self.is_right[ERM]
 
     @property
+    def worst_class(self) -> float:
+        """Accuracy of ERM in its worst class, on the images as they are."""
+        return self.is_right[ERM].groupby(self.labels).mean().min()
+
+    @property
     def kinds(self) -> pd.DataFrame:
         """Accuracy of each model on each kind of mistake: (class, ERM's prediction).
 

@@ -11,7 +11,7 @@ training images that they have not seen (`held_out`), in several environments:
 The model that is furthest behind the best one in any environment is struck out, and
 another, until none is far behind. If *nothing masked* is left, ERM is kept. Of the
 candidates that are left, the one that hides least is chosen among those that are least
-behind. Only training images and their classes are used.
+behind, if ERM relies on what it hides. Only training images and their classes are used.
 
 `choose` is `held_out.collect` (predict), `judge` (numbers only) and `reason` (words).
 
@@ -194,17 +194,25 @@ def is_undertrained(held_out: HeldOut) -> bool:
     return shares[NULL] - shares[ERM] > UNDERTRAINED
 
 
+def relies_on(held_out: HeldOut, name: str) -> bool:
+    """Whether ERM relies on what the masks of a candidate hide.
+
+    Its worst class is then `BEHIND` less accurate where this part comes from another
+    image at random.
+    """
+    return held_out.worst_class - held_out.resampled.loc[name, ERM] >= BEHIND
+
+
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a candidate; or keep ERM, unless nothing masked falls far behind.
 
-    ERM is also kept if it is undertrained.
+    ERM is also kept if it is undertrained, or hardly relies on what is hidden.
 
     Args:
         held_out: predictions.
     """
     accuracy, errors = environments(held_out)
-    right_by_class = held_out.is_right[ERM].groupby(held_out.labels)
-    before = right_by_class.mean().min()
+    before = held_out.worst_class
     weights = weights_of(held_out)
     left = strike_out(accuracy.drop(columns=ERM), before, weights)
     behind = distances(accuracy, left, before, weights)
@@ -216,7 +224,8 @@ def judge(held_out: HeldOut) -> Verdict:
     if not candidates:
         candidates = list(hidden.index)
     proposed = propose(behind[candidates], errors, hidden)
-    return Verdict(proposed, proposed, accuracy, behind, left)
+    chosen = proposed if relies_on(held_out, proposed) else ERM
+    return Verdict(chosen, proposed, accuracy, behind, left)
 
 
 def reason(held_out: HeldOut, verdict: Verdict) -> str:
@@ -229,7 +238,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     name = verdict.proposed if verdict.chosen == ERM else verdict.chosen
     is_right = held_out.is_right
     accuracy = 100 * is_right.mean()
-    before = 100 * is_right[ERM].groupby(held_out.labels).mean().min()
+    before = 100 * held_out.worst_class
     resampled = 100 * held_out.resampled.loc[name]
     words = []
     words.append(
@@ -242,7 +251,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         f"ERM gets {resampled[ERM]:.0f}% of its worst class right, instead of "
         f"{before:.0f}%:"
     )
-    is_relied_on = before - resampled[ERM] >= 100 * BEHIND
+    is_relied_on = relies_on(held_out, name)
     if is_relied_on:
         words.append("it relies on this part, a shortcut or real evidence.")
     else:
@@ -263,11 +272,16 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             "ERM is kept, since it is undertrained: fine-tuning with nothing masked "
             f"gains {gained:.0f} points. Train it longer, and choose again."
         )
-    elif NULL not in verdict.left:
+    elif NULL not in verdict.left and relies_on(held_out, verdict.proposed):
         best_choice = verdict.proposed
         words.append(
             f"Chosen: {best_choice}, since {null_behind}, and of the masks that are "
             "least behind this one hides least."
+        )
+    elif NULL not in verdict.left:
+        words.append(
+            f"ERM is kept: {null_behind}, but ERM hardly relies on what "
+            f"{verdict.proposed} hides."
         )
     elif name in verdict.left:
         words.append(
