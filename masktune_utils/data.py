@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from masktune_utils import progress
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Split(Dataset):
     """A set of images, all on one device.
 
@@ -44,10 +44,9 @@ class Split(Dataset):
         images = self.images
         labels = self.labels
         if self.groups is None:
-            object.__setattr__(self, "groups", labels)
+            self.groups = labels
         if self.shortcut is None:
-            nowhere = torch.zeros_like(labels, dtype=torch.bool).view(-1, 1, 1)
-            object.__setattr__(self, "shortcut", nowhere)
+            self.shortcut = torch.zeros_like(labels, dtype=torch.bool).view(-1, 1, 1)
         is_image = images.dtype == torch.uint8 or images.is_floating_point()
         problem = f"{images.dtype}, {tuple(images.shape)}"
         if images.is_floating_point() and images.numel():
@@ -71,8 +70,7 @@ class Split(Dataset):
             )
         if not self.class_names:
             numbers = range(len(labels.bincount()))
-            names = tuple(f"class {number}" for number in numbers)
-            object.__setattr__(self, "class_names", names)
+            self.class_names = tuple(f"class {number}" for number in numbers)
 
     @classmethod
     def from_dataset(

@@ -13,26 +13,19 @@ from masktune_utils.settings import Settings
 
 
 def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, Any]:
-    """All metrics on the test sets, and on what is held out of training, if anything.
+    """All metrics on the test sets.
 
     Returns:
-        `raw`, `biased` and `validation`: see `metrics.report`; also their `groups`, see
-        `metrics.group_accuracy`, and `worst_group`, the smallest of these. Besides,
-        `groups` and `worst_group` over both test sets together, whose low digits are
-        the same.
+        `raw` and `biased`: see `metrics.report`; `groups`: see
+        `metrics.group_accuracy`, over both test sets together, whose low digits are
+        the same; and `worst_group`, the smallest of these.
     """
     report = {}
     groups = {}
-    for name, split in {**sets.tests, "validation": sets.validation}.items():
-        if not len(split):
-            continue
+    for name, split in sets.tests.items():
         logits = metrics.predict(model, split)
-        of_groups = metrics.group_accuracy(logits, split)
         report[name] = metrics.report(logits, split.labels)
-        report[name]["groups"] = of_groups
-        report[name]["worst_group"] = min(of_groups.values())
-        if name in sets.tests:
-            groups.update(of_groups)
+        groups.update(metrics.group_accuracy(logits, split))
     report["groups"] = groups
     report["worst_group"] = min(groups.values())
     return report

@@ -116,28 +116,10 @@ def base_model(settings: Settings, train: Split, retrain: bool = False) -> Train
         retrain: train and save it again in any case.
 
     Raises:
-        CheckpointError: the saved one is damaged, foreign, or made with other settings.
+        CheckpointError: see `load_or_train`.
     """
     network = _new_network(settings, train)
-    return _load_or_train(settings, "base", network, train, retrain)
-
-
-def finetuned_model(
-    settings: Settings, network: nn.Module, masked: MaskedDataset, retrain: bool = False
-) -> Trained:
-    """A trained network after fine-tuning on masked images (in the paper, one epoch).
-
-    Args:
-        settings: the experiment.
-        network: the ERM model; it is left as it is.
-        masked: the masked training set.
-        retrain: fine-tune and save it again in any case.
-
-    Raises:
-        CheckpointError: the saved one is damaged, foreign, or made with other settings
-            or from another base model.
-    """
-    return _load_or_train(settings, settings.configuration, network, masked, retrain)
+    return load_or_train(settings, "base", network, train, retrain)
 
 
 def _new_network(settings: Settings, images: Split) -> nn.Module:
@@ -146,12 +128,12 @@ def _new_network(settings: Settings, images: Split) -> nn.Module:
     return models.new_model(settings.seed, labels.device, len(labels.unique()))
 
 
-def _load_or_train(
+def load_or_train(
     settings: Settings,
     configuration: str,
     start: nn.Module,
     images: Split | MaskedDataset,
-    retrain: bool,
+    retrain: bool = False,
 ) -> Trained:
     """The saved model, which is trained first if need be.
 
@@ -160,7 +142,11 @@ def _load_or_train(
         configuration: see `Trained`; any but `base` is fine-tuned.
         start: the network at the start of training; it is left as it is.
         images: on which it is trained.
-        retrain: train it in any case.
+        retrain: train and save it again in any case.
+
+    Raises:
+        CheckpointError: the saved one is damaged, foreign, or made with other settings
+            or from another base model.
     """
     path = settings.checkpoint_path(configuration)
     is_base = configuration == "base"
@@ -199,14 +185,15 @@ def masktune(
         retrain: fine-tune and save it again in any case.
 
     Raises:
-        CheckpointError: see `finetuned_model`.
+        CheckpointError: see `load_or_train`.
     """
     tuned = None
 
     def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
         nonlocal tuned
         of_round = settings.with_rule(masked.rule)
-        tuned = finetuned_model(of_round, network, masked, retrain)
+        name = of_round.configuration
+        tuned = load_or_train(of_round, name, network, masked, retrain)
         return tuned.model
 
     maps = training_saliency(settings, base, train)
@@ -214,7 +201,8 @@ def masktune(
         base.model, train, settings.rule, finetune, maps, seed=settings.seed
     )
     if masked.rule != settings.rule:  # the rounds ended before
-        tuned = finetuned_model(settings, base.model, masked, retrain)
+        name = settings.configuration
+        tuned = load_or_train(settings, name, base.model, masked, retrain)
     return tuned
 
 
@@ -338,10 +326,8 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     for number, masked in enumerate(choice.candidates.values()):
         arrays[f"masks_{number}"] = np.packbits(masked.own_masks.cpu(), axis=-1)
     arrays["made_with"] = _made_with(settings, base)
-    # What there is of an earlier choice goes first.
+    # The model of an earlier choice goes first.
     settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
-    result = settings.folder("results") / f"{CHOSEN}.json"
-    result.unlink(missing_ok=True)
     store.write_arrays(settings.folder("checkpoints") / CHOICE, arrays)
     return choice
 
@@ -398,13 +384,13 @@ def chosen_model(
         retrain: fine-tune it again.
 
     Raises:
-        CheckpointError: see `finetuned_model`; or another mask had been chosen.
+        CheckpointError: see `load_or_train`; or another mask had been chosen.
     """
     if choice.is_kept:
         return dataclasses.replace(base, configuration=CHOSEN)
     settings = choice_settings(base.settings, len(train))
     settings = settings.with_rule(choice.masked.rule)
-    return _load_or_train(settings, CHOSEN, base.model, choice.masked, retrain)
+    return load_or_train(settings, CHOSEN, base.model, choice.masked, retrain)
 
 
 def _fit(settings: Settings, fold: Split) -> nn.Module:

@@ -24,6 +24,7 @@ from masktune_utils.masking import (
     NOTHING,
     Explain,
     Finetune,
+    Fit,
     MaskedDataset,
     Rule,
     masktune,
@@ -133,7 +134,7 @@ class HeldOut:
 
 def collect(
     train: Split,
-    fit: Callable[[Split], nn.Module],
+    fit: Fit,
     finetune: Finetune,
     candidates: Sequence[Rule],
     jobs: int = 1,
@@ -230,7 +231,7 @@ def _trained_weights(network: nn.Module) -> set[nn.Parameter]:
 def _train(
     fold: Split,
     other: Split,
-    fit: Callable[[Split], nn.Module],
+    fit: Fit,
     finetune: Finetune,
     candidates: Sequence[Rule],
     explain: Explain,

@@ -6,7 +6,6 @@ MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden
 import copy
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -366,22 +365,22 @@ def mask_dataset(
     saliency_map: Tensor,
     *rule: Any,
     seed: int = 0,
-    earlier: MaskedDataset | None = None,
     **options: Any,
 ) -> MaskedDataset:
     """Hide what saliency maps point at: `Rule.mask` in one call.
 
     Args:
-        split: see `Rule.mask`, as for `saliency_map`, `seed` and `earlier`.
+        split: see `Rule.mask`, as for `saliency_map` and `seed`.
         saliency_map: N×h×w.
         *rule: see `Rule`: method, param, …
         seed: of the partners.
-        earlier: a masked dataset of the same split.
         **options: see `Rule`, by name.
     """
-    return Rule(*rule, **options).mask(split, saliency_map, seed, earlier)
+    return Rule(*rule, **options).mask(split, saliency_map, seed)
 
 
+# training images → a new network that is trained on them
+Fit = Callable[[Split], nn.Module]
 # (a copy of a network, masked images) → the network, fine-tuned on these
 Finetune = Callable[[nn.Module, MaskedDataset], nn.Module]
 # (a network, images, labels) → maps, N×h×w
@@ -422,6 +421,4 @@ def masktune(
         yield tuned, masked
         earlier = masked
         if this_round != rule:
-            # A map that is zero everywhere hides nothing more.
-            with warnings.catch_warnings(action="ignore"):
-                maps = explain(tuned, masked.images, split.labels)
+            maps = explain(tuned, masked.images, split.labels)

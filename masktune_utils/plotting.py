@@ -1,6 +1,5 @@
 """Figures that more than one notebook draws; `show` saves and displays any figure."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,8 +131,7 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
         kind = "a mistake of ERM" if mistake else "predicted correctly"
         titles.append(f"{masked.split.class_names[label]}\n{kind}")
     images = masked.split.images[index]
-    with warnings.catch_warnings(action="ignore"):  # of maps that are zero
-        maps = saliency_maps(network, images, masked.labels[index])
+    maps = saliency_maps(network, images, masked.labels[index])
     falls = torch.from_numpy(choice.held_out.mistake_map).clamp(min=0)
     columns = {
         "image": images,
@@ -162,17 +160,17 @@ def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
     for row, (name, network) in zip(axes, models.items(), strict=True):
         probabilities = metrics.predict(network, split).softmax(1)
         shares, predicted = probabilities.max(1)
-        with warnings.catch_warnings(action="ignore"):  # of maps without an outline
-            maps = saliency_maps(network, images, predicted)
-            outlines = resize(maps, tuple(images.shape[-2:]))
-            for k, ax in enumerate(row):
-                ax.imshow(images[k].permute(1, 2, 0))
+        maps = saliency_maps(network, images, predicted)
+        outlines = resize(maps, tuple(images.shape[-2:]))
+        for k, ax in enumerate(row):
+            ax.imshow(images[k].permute(1, 2, 0).numpy())
+            if outlines[k].any():  # else matplotlib warns
                 ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
-                number = predicted[k].item()
-                label = f"{split.class_names[number]} {shares[k]:.0%}"
-                color = "#009E73" if number == labels[k] else "#D55E00"
-                ax.set_xlabel(label, color=color, fontsize=9)
-                ax.set(xticks=[], yticks=[])
+            number = predicted[k].item()
+            label = f"{split.class_names[number]} {shares[k]:.0%}"
+            color = "#009E73" if number == labels[k] else "#D55E00"
+            ax.set_xlabel(label, color=color, fontsize=9)
+            ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 

@@ -22,7 +22,7 @@ Agarwal and Zhang, 2022 (arXiv 2202.05436). Using them to choose masks is ours.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import nn
 from masktune_utils import training
 from masktune_utils.data import Split
 from masktune_utils.held_out import ERM, NULL, HeldOut, collect
-from masktune_utils.masking import Explain, Finetune, MaskedDataset, Rule
+from masktune_utils.masking import Explain, Finetune, Fit, MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
 
 # What even the best model loses on resampled images counts this many times: where the
@@ -422,7 +422,7 @@ def default_epochs(count: int) -> int:
 
 def choose(
     train: Split,
-    fit: Callable[[Split], nn.Module],
+    fit: Fit,
     finetune: Finetune | None = None,
     candidates: Sequence[Rule] = (*CANDIDATES, BY_EXCHANGE),
     jobs: int = 1,

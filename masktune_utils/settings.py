@@ -15,7 +15,6 @@ other setting that is not the default, so that models of different settings do n
 a file; the configuration of the model with the chosen mask is `chosen`.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -42,7 +41,6 @@ REPOSITORY = _above if (_above / "pyproject.toml").exists() else Path.cwd()
 # standard deviations above it.
 PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
 RUNTIME = ("directory", "device", "retrain")  # no result depends on them
-LONGEST = 165  # letters of a name; that of a file has at most 200
 # Not listed in names: each has a place of its own in the path.
 NOT_SPELLED_OUT = {*RUNTIME, "dataset", "seed", "method", "param"}
 # Setting → another one, and the values of that with which nothing depends on it.
@@ -209,24 +207,19 @@ class Settings(BaseSettings):
     @property
     def experiment(self) -> str:
         """Name of the base model: the data set and what is not the default."""
-        return self._name(self.dataset, BaseSettings.model_fields)
+        return self.dataset + self._spelled_out(BaseSettings.model_fields)
 
     @property
     def configuration(self) -> str:
         """Name of the fine-tuned model: method, param, and what is not the default."""
-        return self._name(f"{self.method}_{self.param}", Settings.__annotations__)
+        rule = f"{self.method}_{self.param}"
+        return rule + self._spelled_out(Settings.__annotations__)
 
-    def _name(self, start: str, fields: Iterable[str]) -> str:
-        """`start` and what is not the default; a long name ends with its hash."""
-        name = start
+    def _spelled_out(self, fields: Iterable[str]) -> str:
+        """Those of the fields that are not the default, as a part of a name."""
         spelled = {*fields} - NOT_SPELLED_OUT
         unusual = self.model_dump(include=spelled, exclude_defaults=True)
-        for field, value in unusual.items():
-            name += f"_{field}={value}"
-        if len(name) > LONGEST:
-            sha256 = hashlib.sha256(name.encode()).hexdigest()
-            name = f"{name[: LONGEST - 9]}-{sha256[:8]}"
-        return name
+        return "".join(f"_{field}={value}" for field, value in unusual.items())
 
     def folder(self, kind: str) -> Path:
         """Folder of this experiment in `checkpoints`, `figures`, `results`, `runs`.

@@ -77,8 +77,7 @@ def check_writable(directory: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that takes the place of `path` only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name may be as long as the file system takes; that of the folder is longer.
-    prefix = f".{path.name[:200]}."
+    prefix = f".{path.name}."
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as unfinished:
         part = Path(unfinished) / "part"
         with part.open("wb") as file:

@@ -34,7 +34,6 @@ RULES = (
     Rule(param=4.0, dilation=3, fill="resample", rounds=2),
     Rule(param=2.0, dilation=1, shared=True, fill="resample"),
 )
-pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
 
 
 class Made(NamedTuple):
@@ -232,10 +231,7 @@ def test_a_model_of_another_mask_is_refused_and_one_of_a_new_choice_made_anew(co
     message = r"chosen\.pth was made with param = 4\.0"
     with pytest.raises(CheckpointError, match=message):
         experiment.chosen_model(other, base, train)
-    result = base.settings.folder("results") / "chosen.json"
-    store.write_bytes(result, b"of the earlier choice")
     experiment.choose(base, train, retrain=True)
-    assert not result.exists()
     assert experiment.chosen_model(other, base, train).seconds > 0
 
 

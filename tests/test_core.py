@@ -76,7 +76,6 @@ def train() -> Split:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_the_lines_of_the_readme_run_as_they_are(capsys):
     readme = (REPOSITORY / "README.md").read_text()
     blocks = re.findall("```python\n(.+?)```", readme, re.DOTALL)
@@ -87,7 +86,6 @@ def test_the_lines_of_the_readme_run_as_they_are(capsys):
     assert isinstance(namespace["tuned"], nn.Module)
 
 
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):
     finetune = partial(own_loop, epochs=1, lr=0.001)
     choice = choose(train, fit, finetune, [Rule(param=1.0, fill="resample")])
@@ -208,7 +206,6 @@ def to_map(tokens: torch.Tensor) -> torch.Tensor:
     return tokens[:, 1:].mT.unflatten(2, (14, 14))
 
 
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_a_transformer_is_refused_unless_its_tokens_are_made_a_map():
     torch.manual_seed(0)
     network = VisionTransformer(224, 16, 2, 3, 48, 96, num_classes=2)
@@ -240,7 +237,6 @@ def test_where_all_maps_are_coarse_the_last_of_the_finest_is_explained():
     assert models.target_layer(network, (3, 32, 32)) is network[2]
 
 
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 @pytest.mark.parametrize("make", [shufflenet_v2_x0_5, resnet18, squeezenet1_1, swin_t])
 def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     """In float64, since a small network's map may amplify the rounding of float32."""

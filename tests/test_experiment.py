@@ -88,14 +88,15 @@ def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused_and_left(
 
 def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, masked):
     before = sha256(base.model)
-    first = experiment.finetuned_model(settings, base.model, masked)
+    start = (settings, settings.configuration)
+    first = experiment.load_or_train(*start, base.model, masked)
     assert sha256(base.model) == before
     assert first.base_sha256 == before != first.sha256
     assert first.sha256 == sha256(first.model)
     other = changed(base)
     with pytest.raises(CheckpointError, match="was made with base_sha256 = "):
-        experiment.finetuned_model(settings, other.model, masked)
-    second = experiment.finetuned_model(settings, other.model, masked, retrain=True)
+        experiment.load_or_train(*start, other.model, masked)
+    second = experiment.load_or_train(*start, other.model, masked, retrain=True)
     assert second.base_sha256 == other.sha256
 
 
@@ -122,15 +123,14 @@ MASKTUNE = {
 
 def masked_round_by_round(settings, base, train) -> tuple[MaskedDataset, str]:
     """Masked images, and SHA-256 of the model, by calls that cache nothing."""
-    rule = {"upsample": "map", "dilation": 1}
-    rule |= {"seed": settings.seed, "fill": settings.fill}
+    rule = masking.Rule("mean", 2, "map", 1, fill=settings.fill)
     options = {"epochs": 2, "lr": settings.lr, "schedule": "linear", "batch_size": 50}
     images = train.images
     model = base.model
     masked = None
     for _ in range(settings.rounds):
         maps = saliency.saliency_maps(model, images, train.labels)
-        masked = masking.mask_dataset(train, maps, "mean", 2, **rule, earlier=masked)
+        masked = rule.mask(train, maps, settings.seed, masked)
         images = masked.images
         model = copy.deepcopy(base.model)
         training.train(model, masked, seed=settings.seed, **options)
@@ -138,7 +138,6 @@ def masked_round_by_round(settings, base, train) -> tuple[MaskedDataset, str]:
 
 
 @pytest.mark.parametrize("fill", ["zero", "resample"])
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, fill):
     settings = settings.replace(**MASKTUNE, fill=fill)
     masked, weights = masked_round_by_round(settings, base, splits.train)
@@ -159,7 +158,6 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
     assert again.sha256 == tuned.sha256
 
 
-@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 def test_saliency_is_computed_once_per_base_model_or_when_it_is_damaged(
     settings, splits, base, monkeypatch
 ):
@@ -183,7 +181,9 @@ def test_a_result_tells_what_made_a_model_how_good_it_is_and_what_was_hidden(
 ):
     base = experiment.base_model(settings, splits.train)
     experiment.record(base, splits)
-    tuned = experiment.finetuned_model(settings, base.model, masked)
+    tuned = experiment.load_or_train(
+        settings, settings.configuration, base.model, masked
+    )
     row = experiment.record(tuned, splits)
     report = evaluation.evaluate(tuned.model, splits)
     shares = evaluation.hidden_shares(tuned.images)

@@ -60,5 +60,5 @@ def test_two_settings_share_a_file_only_if_they_are_the_same(first, other, name)
             is_same = first.identity(base=base) == second.identity(base=base)
             assert (paths[0] == paths[1]) == is_same
             for path in paths:
-                assert len(path.name.encode()) <= 200
-                assert len(path.parts[-3].encode()) <= 200
+                assert len(path.name.encode()) <= 220
+                assert len(path.parts[-3].encode()) <= 220

@@ -19,7 +19,6 @@ from masktune_utils.settings import REPOSITORY, Settings
 
 CPU = torch.device("cpu")
 RULE = Rule("mean_std", 2.0, dilation=2, fill="resample", rounds=2)
-pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
 
 
 @pytest.fixture

@@ -37,7 +37,6 @@ NAMES = [
     "mean_std 2 dilated by 1, shared, resampled",
 ]
 SEED = 3
-pytestmark = pytest.mark.filterwarnings("ignore:.*zero everywhere")
 
 
 @pytest.fixture(scope="module")
