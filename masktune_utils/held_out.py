@@ -188,7 +188,7 @@ def collect(
         delayed(_train)(fold, other, fit, finetune, candidates, explain, seed, folder)
         for fold, other in (parts, parts[::-1])
     )
-    (first, first_masks, _), (second, second_masks, _) = trained
+    (first, first_masks, first_map), (second, second_masks, second_map) = trained
     if _trained_weights(first[ERM]) & _trained_weights(second[ERM]):
         raise ValueError(
             "fit returned the same network twice; allowed: a new one for each fold."
@@ -219,7 +219,7 @@ def collect(
             (parts[1], first, second_masks),
         )
     )
-    mistake_map = sum(mistake_map for _, _, mistake_map in trained) / 2
+    mistake_map = (first_map + second_map) / 2
     return _hold_out(predicted, order, masked, mistake_map), masked
 
 

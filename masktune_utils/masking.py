@@ -310,18 +310,18 @@ class Rule:
         Returns:
             N×H×W, True where the image is hidden; with soft edges float32 in [0, 1].
         """
-        is_hard = self.upsample != "bilinear" or self.method == "mean_std"
-        if self.upsample == "map" or self.method == "mean_std":
+        upsample = "map" if self.method == "mean_std" else self.upsample
+        if upsample == "map":
             maps = resize(maps, size)
         masks = create_mask(maps, self.method, self.param)
-        masks = resize(masks, size, self.upsample)  # those of resized maps have it
+        masks = resize(masks, size, upsample)  # those of resized maps have it
         pixels = round(self.dilation * min(size) / 28)
         if pixels:
             side = 2 * pixels + 1
             # Rows, then columns: quicker on a CPU than a square window.
             masks = F.max_pool2d(masks, (1, side), 1, (0, pixels))
             masks = F.max_pool2d(masks, (side, 1), 1, (pixels, 0))
-        return masks.bool() if is_hard else masks
+        return masks if upsample == "bilinear" else masks.bool()
 
     def mask(
         self,
