@@ -240,14 +240,17 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     accuracy = 100 * is_right.mean()
     before = 100 * held_out.worst_class
     resampled = 100 * held_out.resampled.loc[name]
-    words = [
+    words = []
+    words.append(
         f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
-        "predicted wrongly by ERM models that have not seen them.",
+        "predicted wrongly by ERM models that have not seen them."
+    )
+    words.append(
         f"The mask {name} hides {held_out.hidden[name]:.0%} of the image, most at the "
         f"{held_out.place[name]}. With this part taken from another image at random, "
         f"ERM gets {resampled[ERM]:.0f}% of its worst class right, instead of "
-        f"{before:.0f}%:",
-    ]
+        f"{before:.0f}%:"
+    )
     is_relied_on = relies_on(held_out, name)
     if is_relied_on:
         words.append("it relies on this part, a shortcut or real evidence.")
