@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PixelReader
 from sklearn import metrics as sk
 
-from masktune_utils import data, datasets, evaluation, metrics, models, store
+from masktune_utils import datasets, evaluation, metrics, models, store
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
@@ -38,35 +37,6 @@ def test_classes_that_neither_occur_nor_are_predicted_are_in_the_report():
     assert report["confusion_matrix"] == counts
     shares = [1, 2 / 3, math.nan, math.nan]
     assert report["class_accuracy"] == pytest.approx(shares, nan_ok=True)
-
-
-def test_a_mistake_is_explained_if_each_exchange_of_what_is_hidden_rights_it(
-    monkeypatch,
-):
-    """Images 0 to 3, of class 0, are mistakes; 4 and 5, of class 1, are right."""
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0])
-    predicted = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0])
-    images = torch.zeros(8, 2, 2, 2)
-    images[:6, 1, 0, 0] = 1
-    images[6:, 0, 0, 0] = 1
-    masks = torch.zeros(8, 2, 2, dtype=torch.bool)
-    masks[[0, 2, 4, 7], 0, 0] = True
-    masks[3] = torch.tensor([[False, True], [True, True]])
-    drawn = [
-        [6, 7, 6, 6, 5, 4, 0, 1],  # all have the pixel of class 0
-        [7, 7, 1, 6, 5, 4, 0, 2],  # but for that of 1, for 2
-        [6, 7, 6, 6, 5, 4, 0, 1],
-    ]
-    monkeypatch.setattr(
-        metrics, "class_partners", lambda *_: torch.tensor(drawn.pop(0))
-    )
-    split = data.Split(images, labels)
-    found = metrics.explained(PixelReader(), split, masks, predicted)
-    # 0: by its own mask; 1: by that of 7; not 2, which 1 misleads once; nor 3, whose
-    # mask leaves the pixel
-    assert found.tolist() == [True, True, *[False] * 6]
-    assert not drawn
-    assert not metrics.explained(PixelReader(), split, masks, labels).any()
 
 
 def test_report_over_both_test_sets(model, splits):

@@ -24,6 +24,7 @@ from masktune_utils.data import Split
 from masktune_utils.held_out import ERM, NULL, HeldOut
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.metrics import exchange_map
+from masktune_utils.metrics import explained as explain
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 
@@ -209,6 +210,8 @@ def test_a_mistake_is_explained_if_it_is_right_with_three_images_of_its_class(
                 images = exchange(fold.images, fold.masks[name], partners)
                 is_explained &= predict(erm, images) == fold.labels
             assert explained[name][fold.index].tolist() == is_explained.tolist()
+    split = Split(fold.images, fold.labels)
+    assert not explain(erm, split, fold.masks[name], fold.labels).any()  # no mistake
 
 
 def test_what_share_is_hidden_and_where_most(found, folds):

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from masktune_utils import results, store
-from masktune_utils.settings import Settings
 
 SAVED = [
     ("mnist", "base", 0),
@@ -115,15 +114,3 @@ def test_what_each_model_is_worth_and_what_was_chosen():
     table["experiment"] = ["other", *table["experiment"][1:]]
     worth = results.worth(results.named(table))
     assert worth.loc[("other", "ERM"), "worst group"] == "30.00"
-
-
-def test_tables_of_a_study_are_joined(tmp_path):
-    for seed in (0, 1):
-        settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=seed)
-        table = pd.DataFrame({"seed": [seed], "share": [0.5]})
-        results.save_table(table, settings.folder("results") / "study.csv")
-    results.gather_study(str(tmp_path), "study")
-    joined = pd.read_csv(tmp_path / "results" / "study.csv")
-    assert joined.to_dict("list") == {"seed": [0, 1], "share": [0.5, 0.5]}
-    results.gather_study(str(tmp_path), "none")
-    assert not (tmp_path / "results" / "none.csv").exists()
