@@ -11,7 +11,8 @@ training images that they have not seen (`held_out`), in several environments:
 The model that is furthest behind the best one in any environment is struck out, and
 another, until none is far behind. If *nothing masked* is left, ERM is kept. Of the
 candidates that are left, the one that hides least is chosen among those that are least
-behind, if ERM relies on what it hides. Only training images and their classes are used.
+behind, if ERM relies on what it hides, and if it helps. Only training images and their
+classes are used.
 
 `choose` is `held_out.collect` (predict), `judge` (numbers only) and `reason` (words).
 
@@ -203,10 +204,20 @@ def relies_on(held_out: HeldOut, name: str) -> bool:
     return held_out.worst_class - held_out.resampled.loc[name, ERM] >= BEHIND
 
 
+def helps(held_out: HeldOut, name: str) -> bool:
+    """Whether a candidate corrects mistakes that its masks explain.
+
+    More of these are then right than with nothing masked. Fewer than `FEW` say nothing.
+    """
+    right = held_out.is_right[held_out.explained[name]]
+    return len(right) < FEW or right[name].sum() > right[NULL].sum()
+
+
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a candidate; or keep ERM, unless nothing masked falls far behind.
 
-    ERM is also kept if it is undertrained, or hardly relies on what is hidden.
+    ERM is also kept if it is undertrained, if it hardly relies on what is hidden, or if
+    hiding it does not help.
 
     Args:
         held_out: predictions.
@@ -224,7 +235,8 @@ def judge(held_out: HeldOut) -> Verdict:
     if not candidates:
         candidates = list(hidden.index)
     proposed = propose(behind[candidates], errors, hidden)
-    chosen = proposed if relies_on(held_out, proposed) else ERM
+    is_good = relies_on(held_out, proposed) and helps(held_out, proposed)
+    chosen = proposed if is_good else ERM
     return Verdict(chosen, proposed, accuracy, behind, left)
 
 
@@ -265,24 +277,23 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         f"nothing masked is up to {behind[NULL].max():.0f} points behind the best "
         f"model ({_environment(behind[NULL].idxmax(), held_out)})"
     )
-    best_choice = ERM
+    best_choice = judge(held_out).chosen
     if is_undertrained(held_out):
         gained = accuracy[NULL] - accuracy[ERM]
         words.append(
             "ERM is kept, since it is undertrained: fine-tuning with nothing masked "
             f"gains {gained:.0f} points. Train it longer, and choose again."
         )
-    elif NULL not in verdict.left and relies_on(held_out, verdict.proposed):
-        best_choice = verdict.proposed
+    elif best_choice != ERM:
         words.append(
             f"Chosen: {best_choice}, since {null_behind}, and of the masks that are "
             "least behind this one hides least."
         )
     elif NULL not in verdict.left:
-        words.append(
-            f"ERM is kept: {null_behind}, but ERM hardly relies on what "
-            f"{verdict.proposed} hides."
-        )
+        why = "corrects no more of the mistakes that it explains than nothing masked"
+        if not relies_on(held_out, verdict.proposed):
+            why = "hides what ERM hardly relies on"
+        words.append(f"ERM is kept: {null_behind}, but {verdict.proposed} {why}.")
     elif name in verdict.left:
         words.append(
             f"ERM is kept: {null_behind}, too little to show that a mask helps."

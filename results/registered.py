@@ -17,6 +17,7 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from masktune_utils import (
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.held_out import ERM
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.settings import REPOSITORY, Settings
 
 FILE = REPOSITORY / "results" / "registered_second.csv"
@@ -221,7 +222,13 @@ def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
     return selection.fine_tune(fit(train, seed), masked, epochs)
 
 
-def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
+def run(
+    dataset: str,
+    labels: str,
+    kind: str,
+    seed: int,
+    candidates: Sequence[Rule] = selection.CANDIDATES,
+) -> list[dict]:
     """All rows of one kind and seed."""
     torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
@@ -229,7 +236,7 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     choice = selection.choose(
         sets.train,
         partial(fit, seed=seed),
-        candidates=selection.CANDIDATES,
+        candidates=candidates,
         seed=seed,
     )
     networks = {ERM: erm}

@@ -69,6 +69,7 @@ VARIANTS = {  # names in `selection` that are changed
         "weights_of": lambda held_out: pd.Series(1.0, held_out.hidden.index)
     },
     "whether ERM relies on it or not": {"relies_on": lambda *_: True},
+    "whether it helps or not": {"helps": lambda *_: True},
     "the smallest distance alone": {
         "propose": lambda behind, *_: behind.max().idxmin()
     },

@@ -79,8 +79,8 @@ def count_tokens(name: str) -> int:
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")
 def test_the_package_is_small():
     runner = [name for name in ORDER if name.startswith("runner.")]
-    assert sum(map(count_tokens, ORDER)) < 22_050
-    assert sum(map(count_tokens, CORE)) < 10_900
+    assert sum(map(count_tokens, ORDER)) < 22_100
+    assert sum(map(count_tokens, CORE)) < 10_950
     assert sum(map(count_tokens, runner)) < 3000
 
 

@@ -224,7 +224,24 @@ def test_erm_is_kept_if_it_hardly_relies_on_what_is_hidden(erm, kept):
     assert verdict.proposed == "a"
     assert (verdict.chosen == ERM) == kept
     words = "ERM is kept: nothing masked is up to 85 points behind the best model "
-    words += "(mistakes), but ERM hardly relies on what a hides. "
+    words += "(mistakes), but a hides what ERM hardly relies on. "
+    assert (words in selection.reason(predicted, verdict)) == kept
+
+
+@pytest.mark.parametrize(
+    ("null", "explained", "kept"), [(6, 6, True), (5, 6, False), (4, 4, False)]
+)
+def test_erm_is_kept_if_no_more_of_the_explained_mistakes_are_corrected(
+    null, explained, kept
+):
+    """Of few explained mistakes nothing is concluded; the mask corrects them all."""
+    right = {NULL: (null, 960), "a": (36, 960)}
+    predicted = toy(right, explained=explained)
+    verdict = selection.judge(predicted)
+    assert verdict.proposed == "a"
+    assert (verdict.chosen == ERM) == kept
+    words = "(mistakes), but a corrects no more of the mistakes that it explains than "
+    words += "nothing masked. "
     assert (words in selection.reason(predicted, verdict)) == kept
 
 

@@ -1,0 +1,37 @@
+"""A check of the rule's last two steps, on kinds that no mask can hide and on none.
+
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered_third.py 203
+
+Announced in README.md before it was run: seed 203, with all candidates of `choose`.
+Rows go to `registered_third.csv`; four minutes of one core each.
+"""
+
+import sys
+
+import registered
+from resume import resume
+
+from masktune_utils import selection
+from masktune_utils.settings import REPOSITORY
+
+FILE = REPOSITORY / "results" / "registered_third.csv"
+PLAN = [
+    *(("mnist", "halves", kind) for kind in registered.OUT_OF_REACH),
+    ("mnist", "digits", "none"),
+    ("fashion_mnist", "halves", "none"),
+    ("fashion_mnist", "digits", "none"),
+]
+CANDIDATES = (*selection.CANDIDATES, selection.BY_EXCHANGE)
+
+
+def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
+    """All rows of one kind and seed."""
+    return registered.run(dataset, labels, kind, seed, CANDIDATES)
+
+
+if __name__ == "__main__":
+    import registered_third  # its function has this name in the other processes, too
+
+    seeds = [int(seed) for seed in sys.argv[1:]]
+    runs = [(*kind, seed) for seed in seeds for kind in PLAN]
+    resume(FILE, registered.KEY, runs, registered_third.run)
