@@ -1,4 +1,4 @@
-"""A check of the rule's last two steps, on kinds that no mask can hide, none, and others.
+"""A check of the rule's last two steps, on kinds that no mask can hide, and on others.
 
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered_third.py 203
 
