@@ -161,11 +161,12 @@ def read(settings: BaseSettings) -> tuple[Split, Split]:
     splits = []
     for images, digits in parts:
         rgb = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
-        split = Split(rgb, digits)
+        classes = digits
+        names = ()
         if settings.labels == "halves":
-            is_high = (digits >= 5).long()
-            split = Split(rgb, is_high, digits, class_names=("low", "high"))
-        splits.append(split)
+            classes = (digits >= 5).long()
+            names = ("low", "high")
+        splits.append(Split(rgb, classes, digits, class_names=names))
     train, test = splits
     if settings.limit is not None:
         train = _draw(train, settings.limit, settings.seed)
