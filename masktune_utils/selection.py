@@ -207,10 +207,12 @@ def relies_on(held_out: HeldOut, name: str) -> bool:
 def helps(held_out: HeldOut, name: str) -> bool:
     """Whether a candidate corrects mistakes that its masks explain.
 
-    More of these are then right than with nothing masked. Fewer than `FEW` say nothing.
+    Two or more of these are then right beyond those that are right with nothing masked:
+    a single image is no evidence. Fewer than `FEW` mistakes say nothing.
     """
-    right = held_out.is_right[held_out.explained[name]]
-    return len(right) < FEW or right[name].sum() > right[NULL].sum()
+    is_explained = held_out.explained[name]
+    right = held_out.is_right[is_explained].sum()
+    return is_explained.sum() < FEW or right[name] >= right[NULL] + 2
 
 
 def judge(held_out: HeldOut) -> Verdict:
@@ -290,7 +292,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             "least behind this one hides least."
         )
     elif NULL not in verdict.left:
-        why = "corrects no more of the mistakes that it explains than nothing masked"
+        why = "corrects hardly more of the mistakes that it explains than nothing masked"
         if not relies_on(held_out, verdict.proposed):
             why = "hides what ERM hardly relies on"
         words.append(f"ERM is kept: {null_behind}, but {verdict.proposed} {why}.")
