@@ -11,6 +11,7 @@ on all images), and what is hidden where is not saved.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -29,6 +30,7 @@ GROUPS = {  # when and on what they were collected → the beginning of their na
 }
 environments = selection.environments
 judge = selection.judge
+distances = selection.distances
 
 
 def without_mistakes(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -60,8 +62,19 @@ def null_competes(held_out: HeldOut) -> Verdict:
     return selection.replace(verdict, chosen=chosen.replace(NULL, ERM))
 
 
+def counted_from_erm(
+    accuracy: pd.DataFrame, left: list[str], held_out: HeldOut
+) -> pd.DataFrame:
+    """On resampled images, losses of all models against ERM's worst class."""
+    worst_class = held_out.worst_class
+    worst_class[:] = worst_class[ERM]
+    parts = {"worst_class": worst_class, "explained": held_out.explained}
+    return distances(accuracy, left, SimpleNamespace(**parts))
+
+
 VARIANTS = {  # names in `selection` that are changed
     "the rule": {"COST": selection.COST},
+    "a loss counts from ERM's worst class": {"distances": counted_from_erm},
     "nothing masked competes": {"judge": null_competes},
     "mistakes counted one by one": {"environments": counted_one_by_one},
     "without ERM's mistakes": {"environments": without_mistakes},
@@ -73,8 +86,8 @@ VARIANTS = {  # names in `selection` that are changed
     "the smallest distance alone": {
         "propose": lambda behind, *_: behind.max().idxmin()
     },
-    "a loss counts 1.5 times": {"COST": 1.5},
-    "a loss counts six times": {"COST": 6},
+    "a loss counts twice": {"COST": 2},
+    "a loss counts eight times": {"COST": 8},
     "5 points behind": {"BEHIND": 0.05},
     "8 points behind": {"BEHIND": 0.08},
     "15 points behind": {"BEHIND": 0.15},
