@@ -161,14 +161,15 @@ def load_or_train(
         seconds = sum(epoch["seconds"] for epoch in history)
         store.save_checkpoint(path, network, identity, history)
     saved = store.load_checkpoint(path, identity, images.labels.device)
+    sha256 = store.weights_sha256(saved.model.state_dict())
     return Trained(
         model=saved.model,
         settings=settings,
         configuration=configuration,
         images=images,
         history=saved.history,
-        sha256=saved.sha256,
-        base_sha256=identity.get("base_sha256", saved.sha256),
+        sha256=sha256,
+        base_sha256=identity.get("base_sha256", sha256),
         seconds=seconds,
     )
 
