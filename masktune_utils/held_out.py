@@ -89,9 +89,9 @@ class HeldOut:
         return ~self.is_right[ERM]
 
     @property
-    def worst_class(self) -> pd.Series:
-        """Accuracy of each model in its worst class, on the images as they are."""
-        return self.is_right.groupby(self.labels).mean().min()
+    def worst_class(self) -> float:
+        """Accuracy of ERM in its worst class, on the images as they are."""
+        return self.is_right[ERM].groupby(self.labels).mean().min()
 
     @property
     def kinds(self) -> pd.DataFrame:

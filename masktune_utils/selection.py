@@ -39,7 +39,7 @@ from masktune_utils.saliency import saliency_maps
 
 # What even the best model loses on resampled images counts this many times: where the
 # masks hide the evidence too, distances decide nothing.
-COST = 4
+COST = 3
 # A good model is nowhere this far behind the best one.
 BEHIND = 0.1
 # Fewer mistakes of ERM are no environment.
@@ -124,26 +124,24 @@ def weights_of(held_out: HeldOut) -> pd.Series:
 
 
 def distances(
-    accuracy: pd.DataFrame, left: list[str], held_out: HeldOut
+    accuracy: pd.DataFrame, left: list[str], before: float, weights: pd.Series
 ) -> pd.DataFrame:
     """How far each model is behind the best one in each environment.
 
-    On resampled images less: what even the best model loses there, against its own
-    worst class on the images as they are, counts `COST` times; what a model is behind
-    on the rest is not counted again; what is left counts by its weight.
+    On resampled images less: what even the best model loses there against `before`
+    counts `COST` times; what a model is behind on the rest is not counted again; what
+    is left counts by its weight.
 
     Args:
         accuracy: see `environments`.
         left: the models that set the bar.
-        held_out: predictions.
+        before: accuracy of ERM's worst class on the images as they are.
+        weights: of the environments with resampled images, see `weights_of`.
     """
     best = accuracy[left].max(axis=1)
     behind = accuracy.rsub(best, axis=0)
-    weights = weights_of(held_out)
     resampled = weights.index
-    best_models = accuracy.loc[resampled, left].idxmax(axis=1)
-    as_they_are = held_out.worst_class[best_models].to_numpy()
-    lost = (as_they_are - best[resampled]).clip(lower=0)
+    lost = (before - best[resampled]).clip(lower=0)
     counted = behind.loc[resampled].sub(COST * lost, axis=0)
     if "rest" in behind.index:
         counted -= behind.loc["rest"].clip(lower=0)
@@ -151,7 +149,7 @@ def distances(
     return behind
 
 
-def strike_out(accuracy: pd.DataFrame, held_out: HeldOut) -> list[str]:
+def strike_out(accuracy: pd.DataFrame, before: float, weights: pd.Series) -> list[str]:
     """The good models: none of them is `BEHIND` the best of them in any environment.
 
     The model that falls furthest behind is struck out, and another, until none is so
@@ -160,11 +158,12 @@ def strike_out(accuracy: pd.DataFrame, held_out: HeldOut) -> list[str]:
 
     Args:
         accuracy: see `environments`.
-        held_out: predictions.
+        before: see `distances`.
+        weights: see `distances`.
     """
     left = list(accuracy)
     while True:
-        shortfalls = distances(accuracy, left, held_out)[left].max()
+        shortfalls = distances(accuracy, left, before, weights)[left].max()
         if shortfalls.max() < BEHIND:
             return left
         left.remove(shortfalls.idxmax())
@@ -202,8 +201,7 @@ def relies_on(held_out: HeldOut, name: str) -> bool:
     Its worst class is then `BEHIND` less accurate where this part comes from another
     image at random.
     """
-    before = held_out.worst_class[ERM]
-    return before - held_out.resampled.loc[name, ERM] >= BEHIND
+    return held_out.worst_class - held_out.resampled.loc[name, ERM] >= BEHIND
 
 
 def helps(held_out: HeldOut, name: str) -> bool:
@@ -227,8 +225,10 @@ def judge(held_out: HeldOut) -> Verdict:
         held_out: predictions.
     """
     accuracy, errors = environments(held_out)
-    left = strike_out(accuracy.drop(columns=ERM), held_out)
-    behind = distances(accuracy, left, held_out)
+    before = held_out.worst_class
+    weights = weights_of(held_out)
+    left = strike_out(accuracy.drop(columns=ERM), before, weights)
+    behind = distances(accuracy, left, before, weights)
     hidden = held_out.hidden
     if NULL in left or is_undertrained(held_out):
         gains = accuracy[hidden.index].sub(accuracy[NULL], axis=0)
@@ -252,7 +252,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     name = verdict.proposed if verdict.chosen == ERM else verdict.chosen
     is_right = held_out.is_right
     accuracy = 100 * is_right.mean()
-    before = 100 * held_out.worst_class[ERM]
+    before = 100 * held_out.worst_class
     resampled = 100 * held_out.resampled.loc[name]
     words = []
     words.append(
@@ -292,9 +292,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             "least behind this one hides least."
         )
     elif NULL not in verdict.left:
-        why = (
-            "corrects hardly more of the mistakes that it explains than nothing masked"
-        )
+        why = "corrects hardly more of the mistakes that it explains than nothing masked"
         if not relies_on(held_out, verdict.proposed):
             why = "hides what ERM hardly relies on"
         words.append(f"ERM is kept: {null_behind}, but {verdict.proposed} {why}.")

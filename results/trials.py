@@ -11,7 +11,6 @@ on all images), and what is hidden where is not saved.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -62,19 +61,22 @@ def null_competes(held_out: HeldOut) -> Verdict:
     return selection.replace(verdict, chosen=chosen.replace(NULL, ERM))
 
 
-def counted_from_erm(
-    accuracy: pd.DataFrame, left: list[str], held_out: HeldOut
-) -> pd.DataFrame:
-    """On resampled images, losses of all models against ERM's worst class."""
-    worst_class = held_out.worst_class
-    worst_class[:] = worst_class[ERM]
-    parts = {"worst_class": worst_class, "explained": held_out.explained}
-    return distances(accuracy, left, SimpleNamespace(**parts))
+def own_losses(held_out: HeldOut) -> Verdict:
+    """On resampled images, losses against the best model's own worst class, ×4."""
+    worst_class = held_out.is_right.groupby(held_out.labels).mean().min()
+
+    def counted(
+        accuracy: pd.DataFrame, left: list[str], _erm: float, weights: pd.Series
+    ) -> pd.DataFrame:
+        best_models = accuracy.loc[weights.index, left].idxmax(axis=1)
+        return distances(accuracy, left, best_models.map(worst_class), weights)
+
+    with patch.multiple(selection, distances=counted, COST=4):
+        return judge(held_out)
 
 
 VARIANTS = {  # names in `selection` that are changed
     "the rule": {"COST": selection.COST},
-    "a loss counts from ERM's worst class": {"distances": counted_from_erm},
     "nothing masked competes": {"judge": null_competes},
     "mistakes counted one by one": {"environments": counted_one_by_one},
     "without ERM's mistakes": {"environments": without_mistakes},
@@ -86,8 +88,9 @@ VARIANTS = {  # names in `selection` that are changed
     "the smallest distance alone": {
         "propose": lambda behind, *_: behind.max().idxmin()
     },
-    "a loss counts twice": {"COST": 2},
-    "a loss counts eight times": {"COST": 8},
+    "a loss of the best model itself counts four times": {"judge": own_losses},
+    "a loss counts 1.5 times": {"COST": 1.5},
+    "a loss counts six times": {"COST": 6},
     "5 points behind": {"BEHIND": 0.05},
     "8 points behind": {"BEHIND": 0.08},
     "15 points behind": {"BEHIND": 0.15},

@@ -1,7 +1,6 @@
 """The choice: each clause of the rule by hand on toys."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -120,32 +119,30 @@ def test_a_few_mistakes_are_no_environment_nor_is_a_rest_without_images(count):
     assert errors.index.equals(accuracy.index)
 
 
-def of_masks(**worst_class: float) -> SimpleNamespace:
-    """What distances need of a `HeldOut`, if `mask` is the only candidate."""
-    return SimpleNamespace(
-        worst_class=pd.Series(worst_class), explained=pd.DataFrame({"mask": [True]})
-    )
+def weights(weight: float = 1.0) -> pd.Series:
+    return pd.Series({"mask": weight})
 
 
 def test_a_distance_counts_less_what_the_best_model_loses_and_not_twice_the_rest():
+    environments = ["rest", "mistakes", "mask"]
     right = {"x": [0.9, 0.2, 0.5], "y": [0.7, 0.3, 0.95]}
-    accuracy = pd.DataFrame(right, ["rest", "mistakes", "mask"])
-    # on masked images the best loses 2 points of 97
-    predicted = of_masks(x=0.98, y=0.97)
-    behind = selection.distances(accuracy, ["x", "y"], predicted)
+    accuracy = pd.DataFrame(right, environments)
+    # on masked images the best loses 3 points of 98
+    behind = selection.distances(accuracy, ["x", "y"], 0.98, weights())
     assert behind.loc["rest"].tolist() == pytest.approx([0, 0.2])
     assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
     # "y" is 20 points behind on the rest: these do not count again
-    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.08, -0.08 - 0.2])
-    behind = selection.distances(accuracy, ["x"], predicted)
+    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09 - 0.2])
+    behind = selection.distances(accuracy, ["x"], 0.98, weights())
     assert behind.loc["mistakes"].tolist() == pytest.approx([0, -0.1])
-    assert behind.loc["mask", "y"] == pytest.approx(-0.45 - 4 * 0.48 - 0.2)
-    # "x" is ahead on the rest, and "y" loses nothing
-    behind = selection.distances(accuracy, ["y"], of_masks(x=0.98, y=0.9))
-    assert behind.loc["mask"].tolist() == pytest.approx([0.45, 0])
+    assert behind.loc["mask", "y"] == pytest.approx(-0.45 - 3 * 0.48 - 0.2)
+    # "x" is ahead on the rest
+    behind = selection.distances(accuracy, ["y"], 0.9, weights(0.6))
+    assert behind.loc["mask"].tolist() == pytest.approx([0.6 * 0.45, 0])
+    assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
     without = accuracy.drop("rest")
-    behind = selection.distances(without, ["x", "y"], predicted)
-    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.08, -0.08])
+    behind = selection.distances(without, ["x", "y"], 0.98, weights())
+    assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09])
 
 
 @pytest.mark.parametrize(
@@ -178,16 +175,14 @@ def test_a_model_that_is_struck_out_no_longer_sets_the_bar():
     """`good` is 29 points behind `shortcut`, which is 80 behind it and goes first."""
     right = {"shortcut": [0.1, 0.99], "good": [0.9, 0.7], "poor": [0.75, 0.65]}
     accuracy = pd.DataFrame(right, ["mistakes", "mask"])
-    assert selection.strike_out(
-        accuracy, of_masks(shortcut=0.99, good=0.7, poor=0.65)
-    ) == ["good"]
+    assert selection.strike_out(accuracy, 0.99, weights()) == ["good"]
 
 
 @pytest.mark.parametrize(("poor", "left"), [(0.801, 2), (0.799, 1)])
 def test_a_model_is_struck_out_where_it_is_ten_points_behind(poor, left):
     right = {"good": [0.9, 0.9], "poor": [poor, 0.9]}
     accuracy = pd.DataFrame(right, ["mistakes", "mask"])
-    assert len(selection.strike_out(accuracy, of_masks(good=0.9, poor=0.9))) == left
+    assert len(selection.strike_out(accuracy, 0.9, weights())) == left
 
 
 @pytest.mark.parametrize(
@@ -260,21 +255,24 @@ def test_erm_itself_neither_sets_the_bar_nor_falls_behind_it(erm):
 
 
 @pytest.mark.parametrize(
-    ("null", "a", "chosen"), [(0.31, 0.88, ERM), (0.29, 0.88, "a"), (0.85, 1.0, "a")]
+    ("null", "a", "chosen"), [(0.58, 0.88, ERM), (0.5, 0.88, "a"), (0.84, 0.96, "a")]
 )
 def test_where_masks_hide_the_evidence_too_nothing_is_decided(null, a, chosen):
-    """Where 12 points are lost, nothing masked may be up to 58 behind."""
+    """Where 8 of 96 points are lost, nothing masked may be up to 34 behind."""
     resampled = {"a": {ERM: 0.5, NULL: null, "a": a}}
     predicted = toy({NULL: (40, 960), "a": (40, 960)}, resampled=resampled)
     assert selection.judge(predicted).chosen == chosen
 
 
-def test_what_is_lost_is_counted_from_the_worst_class_of_the_best_model():
-    """ERM has 96% of it, `a` all; here `a` loses six points, which count 24."""
-    resampled = {"a": {ERM: 0.5, NULL: 0.65, "a": 0.94}}
-    predicted = toy({NULL: (40, 960), "a": (40, 960)}, resampled=resampled)
+def test_what_is_lost_is_counted_from_the_worst_class_of_erm_on_images_as_they_are():
+    """96 and 100% of the classes: the best model loses two points, which count six."""
+    labels = np.arange(1000) % 2
+    erm = labels.copy()
+    erm[:40:2] = 1
+    resampled = {"a": {ERM: 0.9, NULL: 0.75, "a": 0.94}}
+    predicted = held_out(labels, {ERM: erm, NULL: labels, "a": labels}, resampled)
     behind = selection.judge(predicted).distances
-    assert behind.loc["a", NULL] == pytest.approx(0.29 - 4 * 0.06)
+    assert behind.loc["a", NULL] == pytest.approx(0.19 - 3 * 0.02)
 
 
 @pytest.mark.parametrize(("a", "expected"), [(35, "b"), (37, "a")])
@@ -366,8 +364,8 @@ def test_the_reason_to_keep_erm_tells_which_candidate_is_closest():
 
 
 def test_the_reason_tells_the_distance_of_the_rule():
-    """26 points, less four times the 5 that the best model loses."""
-    resampled = {"a": {ERM: 0.5, NULL: 0.69, "a": 0.95}}
+    """30 points, less three times the 8 that the best model loses."""
+    resampled = {"a": {ERM: 0.5, NULL: 0.58, "a": 0.88}}
     reason = said({NULL: (40, 960), "a": (40, 960)}, resampled=resampled)
     assert "ERM is kept: nothing masked is up to 6 points behind" in reason
 
