@@ -174,14 +174,6 @@ def test_a_choice_refuses_a_network_without_a_number_for_each_class(
         choose(train, lambda _: network)
 
 
-def test_a_masked_data_set_gives_the_same_images_one_by_one_as_in_batches(train):
-    masked = MaskedDataset(train, torch.rand(240, 32, 32) < 0.3)
-    batch, labels = masked.batch(slice(3, 4))
-    image, label = masked[3]
-    assert torch.equal(image, batch[0])
-    assert label == labels[0]
-
-
 def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):
     """One for each image, and not a whole permutation for each."""
     masks = torch.ones(240, 32, 32, dtype=torch.bool)  # all of the partner is seen

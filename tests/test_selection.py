@@ -1,6 +1,7 @@
 """The choice: each clause of the rule by hand on toys."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -133,13 +134,9 @@ def test_a_distance_counts_less_what_the_best_model_loses_and_not_twice_the_rest
     assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
     # "y" is 20 points behind on the rest: these do not count again
     assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09 - 0.2])
-    behind = selection.distances(accuracy, ["x"], 0.98, weights())
-    assert behind.loc["mistakes"].tolist() == pytest.approx([0, -0.1])
-    assert behind.loc["mask", "y"] == pytest.approx(-0.45 - 3 * 0.48 - 0.2)
     # "x" is ahead on the rest
     behind = selection.distances(accuracy, ["y"], 0.9, weights(0.6))
     assert behind.loc["mask"].tolist() == pytest.approx([0.6 * 0.45, 0])
-    assert behind.loc["mistakes"].tolist() == pytest.approx([0.1, 0])
     without = accuracy.drop("rest")
     behind = selection.distances(without, ["x", "y"], 0.98, weights())
     assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09])
@@ -153,13 +150,8 @@ def test_where_masks_explain_few_mistakes_a_distance_counts_less(
     of_a, of_b, weight, left
 ):
     """Where `b` resamples, `a` is 15 points behind."""
-    resampled = {
-        "a": {ERM: 1.0, NULL: 1.0, "a": 1.0, "b": 1.0},
-        "b": {ERM: 1.0, NULL: 1.0, "a": 0.85, "b": 1.0},
-    }
-    predicted = toy(
-        {NULL: (40, 960), "a": (40, 960), "b": (40, 960)}, resampled=resampled
-    )
+    predicted = toy({NULL: (40, 960), "a": (40, 960), "b": (40, 960)})
+    predicted.resampled.loc["b", "a"] = 0.85
     numbers = np.arange(1000)
     explained = pd.DataFrame({"a": numbers < of_a, "b": numbers < of_b})
     verdict = selection.judge(replace(predicted, explained=explained))
@@ -258,13 +250,6 @@ def test_what_is_lost_is_counted_from_the_worst_class_of_erm_on_images_as_they_a
     predicted = held_out(labels, {ERM: erm, NULL: labels, "a": labels}, resampled)
     behind = selection.judge(predicted).distances
     assert behind.loc["a", NULL] == pytest.approx(0.19 - 3 * 0.02)
-
-
-@pytest.mark.parametrize(("a", "expected"), [(35, "b"), (37, "a")])
-def test_of_those_that_are_least_behind_the_one_that_hides_less_is_taken(a, expected):
-    """The standard error of 38 of 40 mistakes is 3.4 points; a is 7.5 or 2.5 behind."""
-    right = {NULL: (2, 960), "a": (a, 960), "b": (38, 960)}
-    assert selection.judge(toy(right)).chosen == expected
 
 
 def test_a_candidate_that_hides_nothing_is_not_proposed():
@@ -448,13 +433,8 @@ def test_the_table_of_a_choice_has_its_models_in_percent(choice):
 
 def test_to_choose_is_to_collect_and_to_judge(splits, monkeypatch):
     """With our schedule and our candidates, unless told."""
-    asked = []
     predicted = toy({NULL: (2, 960), "a": (36, 955)})
-
-    def collect(*arguments):
-        asked.append(arguments)
-        return predicted, {"a": "masked"}
-
+    collect = Mock(return_value=(predicted, {"a": "masked"}))
     monkeypatch.setattr(selection, "collect", collect)
     train = splits.train
     choice = selection.choose(train, "fit", seed=3, jobs=2, explain="explain")
@@ -462,9 +442,11 @@ def test_to_choose_is_to_collect_and_to_judge(splits, monkeypatch):
     assert schedule.func is selection.fine_tune
     assert schedule.keywords == {"epochs": 6}
     candidates = (*selection.CANDIDATES, selection.BY_EXCHANGE)
-    assert asked == [(train, "fit", schedule, candidates, 2, "explain", 3, None)]
+    collect.assert_called_with(
+        train, "fit", schedule, candidates, 2, "explain", 3, None
+    )
     assert choice.held_out is predicted
     assert choice.masked == "masked"
     choice = selection.choose(train, "fit", "finetune", [Rule()])
     assert choice.schedule == "finetune"
-    assert asked[1][2:4] == ("finetune", [Rule()])
+    assert collect.call_args.args[2:4] == ("finetune", [Rule()])

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import OPTIONS, contents, masktune, tiny
 
 from masktune_utils import results, selection
-from masktune_utils.runner import command, stages
+from masktune_utils.runner import command, grids, stages
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
@@ -58,13 +58,10 @@ def test_of_a_sweep_the_default_alone_runs_the_part_from_scratch(whole_run):
 
 
 def test_a_run_prints_what_each_model_is_worth_and_why_one_is_chosen(whole_run):
-    table = results.named(results.collect(str(whole_run.directory)))
-    for row in table.to_dict("records"):
-        numbers = [f"{100 * row[name]:.2f}" for name in results.ACCURACIES]
-        words = " +".join(map(re.escape, [row["model"], *numbers]))
-        assert re.search(rf"{words} +1\n", whole_run.printed)
-    *_, printed = whole_run.printed.partition("Accuracy in %")
-    assert max(map(len, printed.splitlines())) <= 80
+    table = results.collect(str(whole_run.directory))
+    worth = results.worth(results.named(table)).to_string()
+    assert f"Accuracy in %\n\n{worth}\n" in whole_run.printed
+    assert max(map(len, worth.splitlines())) <= 80
     assert re.search("seed 0: [0-9]+ of 200 training images", whole_run.printed)
     for kind in ("checkpoints", "results", "runs", "figures"):
         assert f"{kind}: {whole_run.directory / kind}\n" in whole_run.printed
@@ -104,21 +101,19 @@ TWO_BLOCKS = """
 """
 
 
-def test_options_win_over_the_blocks_of_a_grid_file(tmp_path, capsys):
+def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(TWO_BLOCKS)
-    options = ["--dataset", "mnist5k", "--epochs", "3", "--directory", str(tmp_path)]
-    options += ["--param", "0.1", "0.3", "--seed", "0", "1"]
-    printed = dry_run(capsys, str(file), *options)
-    expected = set()
-    for seed in (0, 1):
-        for param in (0.1, 0.3):
-            for name in ("mean_{}", "top_k_{}", "top_k_{}_dilation=2"):
-                configuration = name.format(param)
-                expected.add(f"mnist5k_epochs=3 seed{seed} {configuration}")
-    _, *lines = printed.splitlines()
-    assert {line.strip() for line in lines} == expected
-    assert len(lines) == 12
+    _, grid = grids.read_grid(file, {"epochs": [3], "param": [0.1, 0.3]})
+    assert {settings.epochs for settings in grid} == {3}
+    assert [settings.configuration for settings in grid] == [
+        "mean_0.1",
+        "mean_0.3",
+        "top_k_0.1",
+        "top_k_0.3",
+        "top_k_0.1_dilation=2",
+        "top_k_0.3_dilation=2",
+    ]
 
 
 def test_a_grid_may_name_its_notebook(directory, capsys):
@@ -177,22 +172,6 @@ def test_a_text_that_looks_like_a_number_is_taken_as_text():
     assert arguments.directory == ["2024"]
     assert arguments.square_color == ["0.5"]
     assert arguments.param == [0.5]
-
-
-def test_a_run_that_trains_again_chooses_once(tmp_path, monkeypatch):
-    execute = Mock(return_value={})
-    choose = Mock()
-    monkeypatch.setattr(stages.jobs, "execute", execute)
-    monkeypatch.setattr(stages.jobs, "write_page", Mock())
-    monkeypatch.setattr(stages, "choose", choose)
-    stages.run_stages("run", ["02_erm"], [tiny(tmp_path, retrain=True)], 1)
-    retrained = {}
-    for call in execute.call_args_list:
-        (stage,), _ = call.args
-        retrained |= {job.stem: job.settings.retrain for job in stage}
-    assert retrained == {"02_erm": True, "05_plots": False, "06_choice": False}
-    (settings, _), _ = choose.call_args
-    assert settings.retrain
 
 
 def test_a_relative_directory_becomes_absolute(tmp_path, monkeypatch):
