@@ -166,15 +166,12 @@ def test_other_limits_of_the_rule_judge_again_and_train_nothing(
     copied, monkeypatch, collect
 ):
     train, base, _ = copied
-    monkeypatch.setattr(selection, "UNDERTRAINED", 1.0)
     monkeypatch.setattr(selection, "BEHIND", 99.0)
     kept = experiment.choose(base, train)
-    assert kept.is_kept
     monkeypatch.setattr(selection, "BEHIND", 1e-9)
     monkeypatch.setattr(selection, "COST", 0)
     strict = experiment.choose(base, train)
     assert len(strict.verdict.left) < len(kept.verdict.left) == len(kept.candidates)
-    assert strict.reason != kept.reason
     collect.assert_not_called()
 
 
@@ -189,12 +186,10 @@ def test_a_choice_that_is_damaged_or_foreign_is_refused_until_it_is_made_again(
     if kind == "cut off":
         copied.path.write_bytes(whole[:middle])
     elif kind == "changed":
-        changed = whole[:middle] + b"changed" + whole[middle + 7 :]
-        copied.path.write_bytes(changed)
-    elif kind == "foreign":
-        store.write_arrays(copied.path, {"labels": np.arange(3)})
+        copied.path.write_bytes(whole[:middle] + b"changed" + whole[middle + 7 :])
     else:
-        np.savez(copied.path, made_with=np.array([print], dtype=object))
+        content = {"foreign": 3, "pickle": print}[kind]
+        np.savez(copied.path, labels=np.array([content]))
     content = copied.path.read_bytes()
     with pytest.raises(CheckpointError, match=f"{copied.path} is damaged or foreign"):
         experiment.choose(base, train)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
-from pretended_gpu import GPU, Mode, pretended_gpu
+from pretended_gpu import GPU, pretended_gpu
 from torch import Tensor, nn
 
-from masktune_utils import datasets, metrics, models, selection, training
+from masktune_utils import metrics, models, selection, training
 from masktune_utils.data import Split
 from masktune_utils.masking import Rule
 from masktune_utils.runner import command, stages
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import REPOSITORY
 
 CPU = torch.device("cpu")
 RULE = Rule("mean_std", 2.0, dilation=2, fill="resample", rounds=2)
@@ -27,12 +27,10 @@ def gpu():
         yield device
 
 
-@pytest.fixture(scope="module")
-def train() -> Split:
-    settings = Settings(
-        dataset="mnist5k", limit=100, conflicting_share=0.2, device="cpu"
-    )
-    return datasets.load(settings).train
+@pytest.fixture
+def train(splits) -> Split:
+    """A hundred images."""
+    return splits.train[::2]
 
 
 def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
@@ -68,21 +66,20 @@ def test_network_and_images_may_be_on_different_devices(
     assert masked.images.device == image_device
     tuned = choice.schedule(fit(images), masked)
     assert next(tuned.parameters()).device == network_device
-    accuracy = metrics.diagnose(tuned, images, masked.own_masks)
-    assert all(0 <= share <= 1 for share in accuracy.values())
+    metrics.diagnose(tuned, images, masked.own_masks)
 
 
 def test_images_are_sent_as_bytes(gpu, train, monkeypatch):
-    sent = set()
-    intercepted = Mode.__torch_function__
-
-    def watch(mode, function, types, arguments=(), options=None):
-        if function is Tensor.to and gpu in arguments and arguments[0].dim() == 4:
-            sent.add(arguments[0].dtype)
-        return intercepted(mode, function, types, arguments, options)
-
     network = models.new_model(0, gpu)
-    monkeypatch.setattr(Mode, "__torch_function__", watch)
+    sent = set()
+    to = Tensor.to
+
+    def noted(tensor, *target):
+        if tensor.dim() == 4:
+            sent.add(tensor.dtype)
+        return to(tensor, *target)
+
+    monkeypatch.setattr(Tensor, "to", noted)
     metrics.predict(network, train)
     training.train(network, train, epochs=1, batch_size=50)
     assert sent == {torch.uint8}

@@ -96,36 +96,33 @@ def test_bytes_are_masked_too_one_or_many_and_masks_are_resized():
 
 
 def test_shares_tell_what_is_really_hidden():
-    """In four images of 2×2; but for the last one, the shortcut is on the left."""
-    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
-    images[0] = torch.tensor([[99, 30], [0, 10]])
-    images[2] = 20  # the second image has no ink, and so no share of it
-    shortcut = torch.zeros(4, 2, 2, dtype=torch.bool)
-    shortcut[:3, :, 0] = True
-    labels = torch.zeros(4, dtype=torch.int64)
-    split = data.Split(images, labels, shortcut=shortcut)
-    masks = torch.ones(4, 2, 2)
+    """In three images of 2×2; but for the last one, the shortcut is on the left."""
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    images[0] = torch.tensor([[99, 30], [0, 10]])  # the second has no ink to be hidden
+    shortcut = torch.zeros(3, 2, 2, dtype=torch.bool)
+    shortcut[:2, :, 0] = True
+    split = data.Split(images, torch.tensor([0, 0, 0]), shortcut=shortcut)
+    masks = torch.ones(3, 2, 2)
     masks[0] = torch.tensor([[1, 0.5], [0, 0]])
-    masks[2] = torch.tensor([[1, 0], [1, 0]])
     found = evaluation.hidden_shares(masking.MaskedDataset(split, masks))
     assert found == pytest.approx(
         {
-            "shortcut": (0.5 + 1 + 1) / 3,
-            "shortcut_whole": 2 / 3,
-            "rest": (0.25 + 1 + 0) / 3,
-            "digit": (0.5 * 30 / 40 + 0) / 2,
+            "shortcut": (0.5 + 1) / 2,
+            "shortcut_whole": 0.5,
+            "rest": (0.25 + 1) / 2,
+            "digit": 0.5 * 30 / 40,
         }
     )
     resampled = masking.MaskedDataset(split, masks, "resample")
     assert evaluation.hidden_shares(resampled)["rest"] > found["rest"]
-    without = masking.MaskedDataset(split[3:], masks[3:])
+    without = masking.MaskedDataset(split[2:], masks[2:])
     assert np.isnan([*evaluation.hidden_shares(without).values()]).all()
 
 
 @pytest.mark.parametrize("fill", masking.FILLS)
-@pytest.mark.parametrize("rule", [("threshold", 0.5, "nearest"), ("top_k", 0.3)])
-def test_masked_images_equal_the_formula(rule, fill):
+def test_masked_images_equal_the_formula(fill):
     """Soft edges are filled by their share."""
+    rule = ("top_k", 0.3)
     masked = masking.mask_dataset(TRAIN, FIRST_MAPS, *rule, seed=3, fill=fill)
     masked = masked.in_epoch(2)
     pixels = TRAIN.images / 255
