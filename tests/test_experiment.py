@@ -63,7 +63,6 @@ def test_base_model_is_trained_once(settings, splits):
     second = experiment.base_model(settings, splits.train)
     assert second.seconds is None
     assert second.history == first.history
-    assert len(second.history) == settings.epochs
     assert path.stat().st_mtime_ns == written
     experiment.base_model(settings, splits.train, retrain=True)
     assert path.stat().st_mtime_ns != written

@@ -1,6 +1,7 @@
 """On a pretended GPU: nothing mixes devices. Real GPUs differ in numerics and speed."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import papermill
 import pytest
@@ -98,17 +99,12 @@ def test_predictions_and_maps_are_in_float32(train):
 
 
 def test_one_notebook_at_a_time_runs_on_a_gpu(gpu, tmp_path, monkeypatch):
-    counts = []
-
-    def run_stages(*arguments):
-        counts.append(arguments[-1])
-        return {}
-
+    run_stages = Mock(return_value={})
     monkeypatch.setattr(stages, "run_stages", run_stages)
     options = ["sweep", "--device=cuda", f"--directory={tmp_path}"]
     command.main(options)
     command.main([*options, "--jobs=3"])
-    assert counts == [1, 3]
+    assert [call.args[-1] for call in run_stages.call_args_list] == [1, 3]
 
 
 ENTER = [

@@ -185,15 +185,22 @@ def test_within_one_standard_error_the_candidate_that_hides_least_is_proposed(
     assert selection.propose(behind, errors, hidden) == expected
 
 
-@pytest.mark.parametrize(("share", "chosen"), [(0.925, ERM), (0.875, "a")])
-@pytest.mark.parametrize("environment", ["mistakes", "rest", "a"])
+@pytest.mark.parametrize(
+    ("of_mistakes", "of_rest", "of_a", "chosen"),
+    [
+        (37, 960, 1.0, ERM),
+        (35, 960, 1.0, "a"),
+        (40, 888, 1.0, ERM),
+        (40, 840, 1.0, "a"),
+        (40, 960, 0.925, ERM),
+        (40, 960, 0.875, "a"),
+    ],
+)
 def test_erm_is_kept_unless_nothing_masked_is_ten_points_behind_anywhere(
-    environment, share, chosen
+    of_mistakes, of_rest, of_a, chosen
 ):
-    shares = {"mistakes": 1.0, "rest": 1.0, "a": 1.0} | {environment: share}
-    right = {NULL: (round(40 * shares["mistakes"]), round(960 * shares["rest"]))}
-    right["a"] = (40, 960)
-    resampled = {"a": {ERM: 0.5, NULL: shares["a"], "a": 1.0}}
+    right = {NULL: (of_mistakes, of_rest), "a": (40, 960)}
+    resampled = {"a": {ERM: 0.5, NULL: of_a, "a": 1.0}}
     verdict = selection.judge(toy(right, resampled=resampled))
     assert verdict.chosen == chosen
     assert verdict.proposed == "a"
