@@ -83,11 +83,12 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
 
 
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told():
-    settings = Settings(epochs=50)
-    told = settings.replace(finetune_lr=0.01, finetune_epochs=3)
-    for changed_settings, epochs, lr in ((settings, 1, 0.0025), (told, 3, 0.01)):
-        assert changed_settings.finetuning["epochs"] == epochs
-        assert changed_settings.finetuning["lr"] == lr
+    finetuning = Settings(epochs=50).finetuning
+    assert finetuning["epochs"] == 1
+    assert finetuning["lr"] == 0.0025
+    finetuning = Settings(finetune_lr=0.01, finetune_epochs=3).finetuning
+    assert finetuning["epochs"] == 3
+    assert finetuning["lr"] == 0.01
 
 
 MASKTUNE = {

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock, Mock, call
 
 import psutil
 import pytest
@@ -85,15 +85,14 @@ def test_without_a_base_model_nothing_is_chosen_and_shown(name, tmp_path, monkey
     monkeypatch.setattr(stages.jobs, "write_page", Mock())
     monkeypatch.setattr(stages, "choose", choose)
     assert stages.run_stages(name, ["02_erm"], grid, 1) == {failing: "failed"}
-    stages_of_jobs = [call.args[0] for call in execute.call_args_list]
-    expected = [[[trained, failing]]]
+    expected = [call([[trained, failing]], 1)]
     if name == "run":
         settings = trained.settings.replace(retrain=False)
         shown = [jobs.Job(stem, settings) for stem in ("05_plots", "06_choice")]
-        expected.append([shown])
-    assert stages_of_jobs == expected
-    chosen = [call.args for call in choose.call_args_list]
-    assert chosen == ([] if name == "sweep" else [(trained.settings, 1)])
+        expected.append(call([shown], 1))
+    assert execute.mock_calls == expected
+    choices = [] if name == "sweep" else [call(trained.settings, 1)]
+    assert choose.mock_calls == choices
 
 
 def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
@@ -111,7 +110,7 @@ def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
     assert copy == job.copy.with_stem("02_erm_unfinished")
     assert values.keys() == BaseSettings.model_fields.keys()
     job.run(together=8)
-    assert [call.args for call in take.call_args_list] == [(3,), (1,)]
+    assert [taken.args for taken in take.call_args_list] == [(3,), (1,)]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(8, 3), (2, 2)])

@@ -63,15 +63,14 @@ def test_network_and_images_may_be_on_different_devices(
 
     choice = selection.choose(images, fit, candidates=[RULE])
     masked = choice.candidates[choice.verdict.proposed]
-    assert masked.own_masks.device == image_device
     assert masked.images.device == image_device
     tuned = choice.schedule(fit(images), masked)
     assert next(tuned.parameters()).device == network_device
     metrics.diagnose(tuned, images, masked.own_masks)
 
 
-def test_images_are_sent_as_bytes(gpu, train, monkeypatch):
-    network = models.new_model(0, gpu)
+def test_images_are_sent_as_bytes(train, monkeypatch):
+    network = models.new_model(0)
     sent = set()
     to = Tensor.to
 

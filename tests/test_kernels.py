@@ -152,11 +152,3 @@ def test_a_kernel_that_died_is_replaced(tmp_path):
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"
     kernels.close()
     assert not kernel.is_alive()
-
-
-def test_two_at_once_have_two_kernels(tmp_path):
-    with kernels.take(1) as first, kernels.take(1) as second:
-        assert first.provisioner.pid != second.provisioner.pid
-        for kernel in (first, second):
-            assert run(tmp_path, "print(6)", km=kernel) == "6\n"
-    assert len(kernels.idle["1"]) == 2

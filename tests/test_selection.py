@@ -263,12 +263,6 @@ def test_a_candidate_that_hides_nothing_is_not_proposed():
     assert selection.judge(replace(predicted, hidden=hidden)).proposed == "b"
 
 
-def test_erm_is_kept_if_all_candidates_are_struck_out():
-    verdict = selection.judge(toy({NULL: (40, 960), "a": (0, 960), "b": (40, 700)}))
-    assert verdict.left == [NULL]
-    assert verdict.chosen == ERM
-
-
 def test_where_erm_is_kept_the_candidate_is_named_that_nothing_masked_is_behind():
     """Though it is struck out for what it costs on the rest."""
     right = {NULL: (34, 960), "a": (33, 960), "b": (38, 800)}

@@ -25,9 +25,8 @@ def saved(tmp_path, model):
 
 def test_checkpoint_round_trip(model, saved):
     checkpoint = store.load_checkpoint(saved, IDENTITY)
-    sha256 = weights_sha256(model.state_dict())
-    assert weights_sha256(checkpoint.model.state_dict()) == sha256
-    assert checkpoint.sha256 == sha256
+    assert checkpoint.sha256 == weights_sha256(model.state_dict())
+    assert checkpoint.sha256 == weights_sha256(checkpoint.model.state_dict())
     assert not checkpoint.model.training
     assert checkpoint.settings == IDENTITY
     assert checkpoint.history == [{"epoch": 1, "loss": 0.5}]
