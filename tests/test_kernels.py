@@ -95,9 +95,9 @@ def outputs(path: Path) -> list:
     outputs = []
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", []):
-            printed = output.get("text")
-            displayed = output.get("data")
-            outputs.append((output.get("execution_count"), printed, displayed))
+            outputs.append(
+                [output.get(key) for key in ("text", "data", "execution_count")]
+            )
     return outputs
 
 

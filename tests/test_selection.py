@@ -19,7 +19,6 @@ def held_out(
     labels: np.ndarray,
     predictions: dict[str, np.ndarray],
     resampled: dict[str, dict[str, float]] | None = None,
-    smallest_class: int = 500,
     explained: int = 0,
 ) -> HeldOut:
     """What models predict; the candidates are `a` and `b`, of which `a` hides less.
@@ -28,7 +27,6 @@ def held_out(
         labels: N.
         predictions: model → N.
         resampled: masks → model → accuracy; by default, ERM is wrong about half.
-        smallest_class: see `HeldOut`.
         explained: how many of the first images are.
     """
     _, _, *candidates = predictions
@@ -40,7 +38,7 @@ def held_out(
         predictions=pd.DataFrame(predictions),
         explained=pd.DataFrame(dict.fromkeys(candidates, is_explained)),
         resampled=pd.DataFrame(resampled or everywhere).T,
-        smallest_class=smallest_class,
+        smallest_class=25,
         hidden=pd.Series({"a": 0.1, "b": 0.2})[candidates],
         place=pd.Series({"a": "top left", "b": "bottom"})[candidates],
         mistake_map=np.zeros((13, 13)),
@@ -81,7 +79,7 @@ def of_kinds() -> HeldOut:
         "a": classes("00000000110011111120"),
     }
     resampled = {"a": {ERM: 0.5, NULL: 0.6, "a": 0.9}}
-    return held_out(classes("00000000000011111122"), predictions, resampled, 25)
+    return held_out(classes("00000000000011111122"), predictions, resampled)
 
 
 def test_the_worst_class_of_resampled_images_and_the_rest_are_environments():
