@@ -67,10 +67,6 @@ BAD_GRIDS = {
     "- seed: [0": f": {NO_BLOCKS}while parsing a flow sequence",
     "- !!python/object/apply:os.getpid []": f": {NO_BLOCKS}could not determine a con",
 }
-BAD_NOTEBOOKS = {
-    "- notebook: 07_study": "notebook is '07_study'; allowed: ['01_dataset', '02_erm', ",
-    "- notebook: 02_ERM": "notebook is '02_ERM'; allowed: ['01_dataset', '02_erm', ",
-}
 
 
 @pytest.mark.parametrize(
@@ -100,11 +96,10 @@ def test_grid_files(content, tmp_path):
         grids.read_grid(path, {})
 
 
-@pytest.mark.parametrize("content", BAD_NOTEBOOKS)
-def test_notebooks_of_a_grid_file(content, refused, tmp_path):
+def test_a_notebook_that_no_grid_names(refused, tmp_path):
     path = tmp_path / "grid.yaml"
-    path.write_text(content)
-    message = f"masktune: {path}: {BAD_NOTEBOOKS[content]}"
+    path.write_text("- notebook: 07_study")
+    message = f"{path}: notebook is '07_study'; allowed: ['01_dataset', '02_erm', "
     refused(message, str(path), "--dataset=mnist5k")
 
 

@@ -29,6 +29,7 @@ def test_maps_are_those_of_the_formula(model, few):
     expected /= expected.amax((1, 2), keepdim=True) + 1e-8
     maps = saliency.saliency_maps(model, few.images, labels)
     torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(saliency.saliency_maps(model, images, labels), maps)
 
 
 def test_the_model_is_left_as_it_is(model, few):
