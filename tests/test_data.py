@@ -131,7 +131,7 @@ def test_what_is_held_out_is_a_tenth_by_the_seed(full):
     together = torch.cat([sets.train.images, sets.validation.images])
     assert together.long().sum() == full.train.images.long().sum()
     of_another_seed = load(validation_share=0.1, seed=1).validation
-    assert not torch.equal(sets.validation.images, of_another_seed.images)
+    assert not torch.equal(sets.validation.groups, of_another_seed.groups)
 
 
 def test_a_limit_draws_equally_many_of_each_digit_by_the_seed(full):
@@ -209,6 +209,8 @@ def test_partners_are_of_the_same_class_each_image_once_and_drawn_anew():
     seen = torch.stack(drawn)
     assert seen[:, 0].unique().tolist() == [2, 5, 7, 10]
     assert seen[:, 4].unique().tolist() == [4]  # itself only if it is alone
+    generator.manual_seed(0)
+    assert torch.equal(data.class_partners(labels, generator), drawn[0])
 
 
 @pytest.mark.skipif(not os.environ.get("MASKTUNE_DATA"), reason="needs the full MNIST")

@@ -22,12 +22,9 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
 
 
 def test_the_same_eight_images_are_shown_without_the_square_and_with_it():
-    settings = Settings(dataset="mnist5k", device="cpu")
-    eight = datasets.eight(settings)
+    eight = datasets.eight(Settings(dataset="mnist5k", device="cpu"))
     assert eight.groups.tolist() == [0, 0, 4, 4, 7, 7, 9, 9]
     assert eight.has_shortcut.tolist() == [False, True] * 4
-    other_seed = datasets.eight(settings.replace(seed=5))
-    assert torch.equal(other_seed.images, eight.images)
 
 
 def test_predictions_are_shown_right_or_wrong():

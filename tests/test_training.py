@@ -98,7 +98,9 @@ def test_an_epoch_never_waits_for_the_device(splits):
         model = models.SmallCNN()
         sgd = torch.optim.SGD(model.parameters(), 0.1, fused=True)
         scheduler = torch.optim.lr_scheduler.LinearLR(sgd, 1, 0, 2)
-        means = training._train_epoch(model, masked, batches, scheduler, tqdm())
+        drawn = tqdm()
+        means = training._train_epoch(model, masked, batches, scheduler, drawn)
+        assert drawn.n == 200
         with pytest.raises(DataDependentOutputException):
             means.tolist()
 
