@@ -97,6 +97,7 @@ def make_fold(train: Split, index: torch.Tensor) -> Fold:
     maps = saliency_maps(base, fold.images, fold.labels)
     for rule in RULES:
         for tuned, masked in masktune(base, fold, rule, FINETUNE, maps, seed=SEED):
+            assert tuned is not base
             networks[f"{masked.rule}"] = tuned
             masks[f"{masked.rule}"] = masked.own_masks
     return Fold(index.numpy(), fold.images / 255, fold.labels, networks, masks)

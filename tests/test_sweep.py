@@ -96,7 +96,7 @@ def test_a_dry_run_shows_what_is_done_and_runs_nothing(directory, capsys):
 
 
 TWO_BLOCKS = """
-- {method: [mean, top_k], param: 0.5, epochs: 7}
+- {method: [mean, top_k, mean], param: 0.5, epochs: 7}
 - {dilation: 2, epochs: 9}
 """
 
