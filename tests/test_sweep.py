@@ -158,7 +158,7 @@ def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):
         command.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for field in Settings.model_fields.values():
-        assert f" VALUE {field.description} (default: {field.default!r})" in printed
+        assert f" {field.description} (default: {field.default!r})" in printed
 
 
 def test_a_text_that_looks_like_a_number_is_taken_as_text():
