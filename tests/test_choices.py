@@ -186,9 +186,10 @@ def test_a_choice_that_is_damaged_or_foreign_is_refused_until_it_is_made_again(
         copied.path.write_bytes(whole[:middle])
     elif kind == "changed":
         copied.path.write_bytes(whole[:middle] + b"changed" + whole[middle + 7 :])
+    elif kind == "foreign":
+        np.savez(copied.path, labels=3)
     else:
-        content = {"foreign": 3, "pickle": print}[kind]
-        np.savez(copied.path, labels=np.array([content]))
+        np.savez(copied.path, made_with=np.array([print]))
     content = copied.path.read_bytes()
     with pytest.raises(CheckpointError, match=f"{copied.path} is damaged or foreign"):
         experiment.choose(base, train)
