@@ -292,7 +292,9 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
             "least behind this one hides least."
         )
     elif NULL not in verdict.left:
-        why = "corrects hardly more of the mistakes that it explains than nothing masked"
+        why = (
+            "corrects hardly more of the mistakes that it explains than nothing masked"
+        )
         if not relies_on(held_out, verdict.proposed):
             why = "hides what ERM hardly relies on"
         words.append(f"ERM is kept: {null_behind}, but {verdict.proposed} {why}.")

@@ -26,29 +26,24 @@ TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
 TINY["device"] = "cpu"  # where there is a GPU, too
 
 
-def write_idx_files(
-    folder: Path, labels: list[int], test_labels: list[int] | None = None
-) -> np.ndarray:
-    """A data set in torchvision's layout, of random images.
+def write_idx_files(folder: Path, labels: list[int]) -> np.ndarray:
+    """A data set in torchvision's layout, of random images: training is testing.
 
     Args:
         folder: a new folder.
-        labels: of the training images.
-        test_labels: by default the same.
+        labels: of the images.
 
     Returns:
-        The training images.
+        The images.
     """
     folder.mkdir(parents=True)
-    if test_labels is None:
-        test_labels = labels
-    for prefix, digits in {"t10k": test_labels, "train": labels}.items():
-        random = np.random.default_rng(0)
-        images = random.integers(0, 256, (len(digits), 28, 28), dtype=np.uint8)
-        header = struct.pack(">4i", 0x803, *images.shape)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = struct.pack(">2i", 0x801, len(digits))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes(digits))
+    shape = (len(labels), 28, 28)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels = struct.pack(">4i", 0x803, *shape) + images.tobytes()
+    digits = struct.pack(">2i", 0x801, len(labels)) + bytes(labels)
+    for prefix in ("t10k", "train"):
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(pixels)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(digits)
     return images
 
 

@@ -63,27 +63,9 @@ def test_base_model_is_trained_once(settings, splits):
     second = experiment.base_model(settings, splits.train)
     assert second.seconds is None
     assert second.history == first.history
-    assert len(second.history) == settings.epochs
     assert path.stat().st_mtime_ns == written
     experiment.base_model(settings, splits.train, retrain=True)
     assert path.stat().st_mtime_ns != written
-
-
-def test_a_base_model_of_other_settings_or_a_damaged_one_is_refused_and_left(
-    settings, splits, model
-):
-    path = settings.checkpoint_path("base")
-    identity = settings.identity(base=True) | {"lr": 0.5}
-    store.save_checkpoint(path, model, identity, [])
-    whole = path.read_bytes()
-    for content, reason in {
-        whole: "was made with lr = 0.5",
-        whole[:-5]: "is damaged",
-    }.items():
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"{path} {reason}"):
-            experiment.base_model(settings, splits.train)
-        assert path.read_bytes() == content
 
 
 def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, masked):
@@ -101,11 +83,12 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
 
 
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told():
-    settings = Settings(epochs=50)
-    told = settings.replace(finetune_lr=0.01, finetune_epochs=3)
-    for changed_settings, epochs, lr in ((settings, 1, 0.0025), (told, 3, 0.01)):
-        assert changed_settings.finetuning["epochs"] == epochs
-        assert changed_settings.finetuning["lr"] == lr
+    finetuning = Settings(epochs=50).finetuning
+    assert finetuning["epochs"] == 1
+    assert finetuning["lr"] == 0.0025
+    finetuning = Settings(finetune_lr=0.01, finetune_epochs=3).finetuning
+    assert finetuning["epochs"] == 3
+    assert finetuning["lr"] == 0.01
 
 
 MASKTUNE = {
@@ -190,7 +173,6 @@ def test_a_result_tells_what_made_a_model_how_good_it_is_and_what_was_hidden(
     expected = {
         **settings.identity(base=False),
         "experiment": "mnist5k_limit=200_epochs=2_batch_size=20",
-        "configuration": "top_k_0.1",
         "rule": "top_k 0.1",
         "sha256": sha256(tuned.model),
         "base_sha256": base.sha256,
@@ -198,7 +180,6 @@ def test_a_result_tells_what_made_a_model_how_good_it_is_and_what_was_hidden(
         "device": "cpu",
         "metrics": report,
         "biased": report["biased"]["accuracy"],
-        "worst_group": report["worst_group"],
         "hidden_shortcut": shares["shortcut"],
     }
     assert row.items() >= expected.items()
@@ -230,13 +211,7 @@ def test_rounds_end_when_they_hide_nothing_more(settings, splits, monkeypatch):
     first = settings.checkpoint_path(weak.replace(rounds=1).configuration)
     assert sha256(store.load_checkpoint(first).model) == tuned.sha256
     assert not settings.checkpoint_path(weak.replace(rounds=2).configuration).exists()
-
-
-def test_to_retrain_is_to_train_again_even_if_the_rounds_end_before(
-    settings, splits, base
-):
-    weak = settings.replace(method="mean_std", param=28.0, rounds=4)
-    experiment.masktune(weak, base, splits.train)
+    # the last one is trained again, too
     other = changed(base)
     tuned = experiment.masktune(weak, other, splits.train, retrain=True)
     assert tuned.base_sha256 == other.sha256

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock, Mock, call
 
 import psutil
 import pytest
@@ -56,21 +56,6 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
     assert "top_k_0.6" not in saved
 
 
-def test_a_failure_of_03_stops_nothing(tmp_path, monkeypatch):
-    ran = []
-
-    def run(job, together):
-        ran.append(job.stem)
-        return "a figure failed" if job.stem == jobs.BASE[1] else None
-
-    monkeypatch.setattr(jobs.Job, "run", run)
-    stems = (*jobs.BASE, "04_finetune_sweep")
-    every = [jobs.make_stage(stem, [tiny(tmp_path)]) for stem in stems]
-    errors = jobs.execute(every, count=1)
-    assert ran == [*stems]
-    assert [job.stem for job in errors] == [jobs.BASE[1]]
-
-
 @pytest.mark.slow
 def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     directory, capsys
@@ -89,51 +74,43 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     assert results.CHOSEN in printed
 
 
-@pytest.mark.parametrize(
-    ("name", "shown", "chosen"),
-    [("run", ["05_plots", "06_choice"], [0]), ("choose", [], [0]), ("sweep", [], [])],
-)
-def test_without_a_base_model_nothing_is_chosen_and_shown(
-    name, shown, chosen, tmp_path, monkeypatch
-):
-    """The base model of seed 1 fails."""
-    grid = [tiny(tmp_path, seed=seed) for seed in (0, 1)]
-    (failing,) = jobs.make_stage("02_erm", grid[1:])
-    execute = Mock(side_effect=[{failing: "failed"}, {}, {}])
+@pytest.mark.parametrize("name", ["run", "choose", "sweep"])
+def test_without_a_base_model_nothing_is_chosen_and_shown(name, tmp_path, monkeypatch):
+    """The base model of seed 1 fails; to retrain is to train and choose once."""
+    grid = [tiny(tmp_path, seed=seed, retrain=True) for seed in (0, 1)]
+    trained, failing = jobs.make_stage("02_erm", grid)
+    execute = Mock(side_effect=[{failing: "failed"}, {}])
     choose = Mock()
     monkeypatch.setattr(stages.jobs, "execute", execute)
     monkeypatch.setattr(stages.jobs, "write_page", Mock())
     monkeypatch.setattr(stages, "choose", choose)
-    errors = stages.run_stages(name, ["02_erm"], grid, 1)
-    assert [*errors] == [failing]
-    after = [call.args[0] for call in execute.call_args_list[1:]]
-    stage = [job for stem in shown for job in jobs.make_stage(stem, grid[:1])]
-    assert after == ([[stage]] if shown else [])
-    assert [call.args[0].seed for call in choose.call_args_list] == chosen
+    assert stages.run_stages(name, ["02_erm"], grid, 1) == {failing: "failed"}
+    expected = [call([[trained, failing]], 1)]
+    if name == "run":
+        settings = trained.settings.replace(retrain=False)
+        shown = [jobs.Job(stem, settings) for stem in ("05_plots", "06_choice")]
+        expected.append(call([shown], 1))
+    assert execute.mock_calls == expected
+    choices = [] if name == "sweep" else [call(trained.settings, 1)]
+    assert choose.mock_calls == choices
 
 
-def test_a_copy_is_called_unfinished_until_its_notebook_went_through(
+def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
     tmp_path, monkeypatch
 ):
+    """Its copy keeps another name if the disk is full."""
     (job,) = jobs.make_stage("02_erm", [tiny(tmp_path)])
-    unfinished = job.copy.with_stem("02_erm_unfinished")
-    problems = ["the disk is full"]
-
-    def execute(_source, copy, values, **_options):
-        copy.touch()
-        assert values.keys() == BaseSettings.model_fields.keys()
-        if problems:
-            raise RuntimeError(problems.pop())
-
+    execute = Mock(side_effect=OSError("the disk is full"))
     take = MagicMock()
     monkeypatch.setattr(jobs.papermill, "execute_notebook", execute)
     monkeypatch.setattr(jobs.kernels, "take", take)
     monkeypatch.setattr(jobs, "cpu_count", lambda: 6)
-    assert job.run(together=2) == "RuntimeError: the disk is full"
-    assert [*job.copy.parent.iterdir()] == [unfinished]
-    assert job.run(together=8) is None
-    assert [*job.copy.parent.iterdir()] == [job.copy]
-    assert [call.args for call in take.call_args_list] == [(3,), (1,)]
+    assert job.run(together=2) == "OSError: the disk is full"
+    _, copy, values = execute.call_args.args
+    assert copy == job.copy.with_stem("02_erm_unfinished")
+    assert values.keys() == BaseSettings.model_fields.keys()
+    job.run(together=8)
+    assert [taken.args for taken in take.call_args_list] == [(3,), (1,)]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(8, 3), (2, 2)])

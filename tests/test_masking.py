@@ -52,7 +52,7 @@ def mean_std(maps, param):
 FORMULAS = {"threshold": threshold, "top_k": top_k, "mean": mean, "mean_std": mean_std}
 
 
-@pytest.mark.parametrize("param", [0.1, 0.3, 0.5, 0.7, 0.9, 0.0, 1.0])
+@pytest.mark.parametrize("param", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("method", FORMULAS)
 def test_masks_equal_the_formulas(method, param):
     mask = masking.create_mask(MAPS, method, param)
@@ -86,45 +86,43 @@ def test_masks_reach_the_size_of_the_image_as_they_should(method, upsample):
         torch.testing.assert_close(mask.float(), expected)
 
 
-def test_images_are_multiplied_by_what_is_not_hidden():
-    images = PIXELS[:50]
+def test_bytes_are_masked_too_one_or_many_and_masks_are_resized():
     mask = masking.create_mask(MAPS, "top_k", 0.3)
     soft = F.interpolate(mask[:, None].float(), size=SIZE, mode="bilinear")
-    expected = images * (1 - soft)
-    torch.testing.assert_close(masking.apply_mask(images, soft[:, 0]), expected)
-    torch.testing.assert_close(masking.apply_mask(images[4], mask[4]), expected[4])
-    whole_numbers = TRAIN.images[:50]
-    expected = (whole_numbers * (1 - soft)).round().byte()
-    assert torch.equal(masking.apply_mask(whole_numbers, mask), expected)
+    images = TRAIN.images[:50]
+    expected = (images * (1 - soft)).round().byte()
+    assert torch.equal(masking.apply_mask(images, mask), expected)
+    assert torch.equal(masking.apply_mask(images[4], mask[4]), expected[4])
+
+
+def test_shares_tell_what_is_really_hidden():
+    """In three images of 2×2; but for the last one, the shortcut is on the left."""
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    images[0] = torch.tensor([[99, 30], [0, 10]])  # the second has no ink to be hidden
+    shortcut = torch.zeros(3, 2, 2, dtype=torch.bool)
+    shortcut[:2, :, 0] = True
+    split = data.Split(images, torch.tensor([0, 0, 0]), shortcut=shortcut)
+    masks = torch.ones(3, 2, 2)
+    masks[0] = torch.tensor([[1, 0.5], [0, 0]])
+    found = evaluation.hidden_shares(masking.MaskedDataset(split, masks))
+    assert found == pytest.approx(
+        {
+            "shortcut": (0.5 + 1) / 2,
+            "shortcut_whole": 0.5,
+            "rest": (0.25 + 1) / 2,
+            "digit": 0.5 * 30 / 40,
+        }
+    )
+    resampled = masking.MaskedDataset(split, masks, "resample")
+    assert evaluation.hidden_shares(resampled)["rest"] > found["rest"]
+    without = masking.MaskedDataset(split[2:], masks[2:])
+    assert np.isnan([*evaluation.hidden_shares(without).values()]).all()
 
 
 @pytest.mark.parametrize("fill", masking.FILLS)
-def test_shares_tell_what_is_really_hidden(fill, splits):
-    train = splits.train
-    images = train.images.clone()
-    images[train.has_shortcut.nonzero()[0]] = 0  # without ink there is no share of it
-    train = dataclasses.replace(train, images=images)
-    maps = FIRST_MAPS.clone()
-    maps[::2] = 1
-    masked = masking.mask_dataset(train, maps, "threshold", 0.7, fill=fill)
-    hidden = masked.masks(ALL)[train.has_shortcut].double()
-    inside = train.shortcut[train.has_shortcut].double()
-    ink = images[train.has_shortcut].double().sum(1) * (1 - inside)
-    expected = {}
-    for name, area in {"shortcut": inside, "rest": 1 - inside, "digit": ink}.items():
-        shares = (hidden * area).sum((1, 2)) / area.sum((1, 2))
-        expected[name] = shares[~shares.isnan()].mean().item()
-        if name == "shortcut":
-            expected["shortcut_whole"] = shares.eq(1).double().mean().item()
-    assert evaluation.hidden_shares(masked) == pytest.approx(expected, rel=1e-5)
-    no_square = masking.mask_dataset(splits.raw[:200], maps)
-    assert np.isnan([*evaluation.hidden_shares(no_square).values()]).all()
-
-
-@pytest.mark.parametrize("fill", masking.FILLS)
-@pytest.mark.parametrize("rule", [("threshold", 0.5, "nearest"), ("top_k", 0.3)])
-def test_masked_images_equal_the_formula(rule, fill):
+def test_masked_images_equal_the_formula(fill):
     """Soft edges are filled by their share."""
+    rule = ("top_k", 0.3)
     masked = masking.mask_dataset(TRAIN, FIRST_MAPS, *rule, seed=3, fill=fill)
     masked = masked.in_epoch(2)
     pixels = TRAIN.images / 255
@@ -144,47 +142,40 @@ def test_masked_images_equal_the_formula(rule, fill):
 
 
 def test_partners_are_a_permutation_by_the_seed_anew_in_each_epoch():
-    """Of any class: 20,000 images of one pixel, in two classes."""
-    numbers = torch.arange(20_000)
-    split = data.Split(torch.zeros(20_000, 3, 1, 1), numbers % 2)
-    nothing = torch.zeros(20_000, 1, 1)
-    rule = {"method": "threshold", "fill": "resample"}
-    masked = masking.mask_dataset(split, nothing, **rule, seed=5)
+    """Of any class."""
+    masked = masking.MaskedDataset(TRAIN, torch.zeros(200, 1, 1), seed=5)
     partners = masked.partners
-    assert torch.equal(partners.sort().values, numbers)
-    same_class = (split.labels[partners] == split.labels).double().mean().item()
-    assert same_class == pytest.approx(0.5, abs=0.015)  # four standard deviations
-    again = masking.MaskedDataset(split, nothing, "resample", seed=5)
-    assert torch.equal(partners, again.in_epoch(1).partners)
+    assert torch.equal(partners.sort().values, torch.arange(200))
+    assert not torch.equal(TRAIN.labels[partners], TRAIN.labels)
+    assert torch.equal(partners, masked.in_epoch(1).partners)
     for other in (masked.in_epoch(2), dataclasses.replace(masked, seed=9)):
         assert not torch.equal(partners, other.partners)
 
 
-UNKNOWN = {
-    "method is 'foo'; allowed: threshold, top_k, mean, mean_std": ("foo", 0.1),
-    "upsample is 'bicubic'; allowed: bilinear, nearest, map": ("mean", 0.1, "bicubic"),
-    "fill is 'black'; allowed: zero, resample": ("mean", 0.1, "map", 0, False, "black"),
+BAD_RULES = {
+    "method is 'foo'; allowed: threshold, top_k, mean, mean_std": {"method": "foo"},
+    "upsample is 'bicubic'; allowed: bilinear, nearest, map": {"upsample": "bicubic"},
+    "fill is 'black'; allowed: zero, resample": {"fill": "black"},
+    "param is -1; allowed: 0 or more": {"param": -1},
+    "dilation is -1; allowed: 0 or more": {"dilation": -1},
+    "rounds is 0; allowed: 1 or more": {"rounds": 0},
 }
 
 
-@pytest.mark.parametrize("message", UNKNOWN)
-def test_an_unknown_name_is_refused(message):
+@pytest.mark.parametrize("message", BAD_RULES)
+def test_an_unknown_name_or_a_number_that_is_too_small_is_refused(message):
     with pytest.raises(ValueError, match=message):
-        masking.Rule(*UNKNOWN[message])
+        masking.Rule(**BAD_RULES[message])
+
+
+def test_masks_by_an_unknown_method_are_refused():
     with pytest.raises(ValueError, match="method is 'foo'; allowed: threshold, top_k"):
         masking.create_mask(MAPS, "foo", 0.1)
 
 
-@pytest.mark.parametrize("values", [{"param": -1}, {"dilation": -1}, {"rounds": 0}])
-def test_a_number_that_is_too_small_is_refused(values):
-    ((name, value),) = values.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}; allowed: . or more"):
-        masking.Rule(**values)
-
-
-@pytest.mark.parametrize("method", masking.RULES)
-def test_an_empty_batch_of_maps_gives_an_empty_batch_of_masks(method):
-    mask = masking.create_mask(MAPS[:0], method, 0.1)
+def test_an_empty_batch_of_maps_gives_an_empty_batch_of_masks():
+    """Quantiles refuse it."""
+    mask = masking.create_mask(MAPS[:0], "top_k", 0.1)
     assert mask.shape == (0, 8, 8)
     assert mask.dtype == torch.bool
 
@@ -197,7 +188,7 @@ def test_too_few_maps_are_refused():
 
 @pytest.mark.parametrize(
     ("size", "dilation", "pixels"),
-    [((28, 28), 2, 2), ((112, 112), 4, 16), ((28, 112), 2, 2)],
+    [((28, 28), 2, 2), ((56, 56), 4, 8), ((28, 112), 2, 2)],
 )
 def test_dilation_is_in_28ths_of_the_shorter_side(size, dilation, pixels):
     """In all directions, up to the edge."""
@@ -205,19 +196,17 @@ def test_dilation_is_in_28ths_of_the_shorter_side(size, dilation, pixels):
     masks[0, 14, 20] = 1
     masks[1, 0, 0] = 1
     expected = torch.zeros(2, *size)
-    top = max(0, 14 - pixels)
-    expected[0, top : 15 + pixels, 20 - pixels : 21 + pixels] = 1
+    expected[0, 14 - pixels : 15 + pixels, 20 - pixels : 21 + pixels] = 1
     expected[1, : 1 + pixels, : 1 + pixels] = 1
     dilated = image_masks(masks, size, "threshold", 0.5, "bilinear", dilation)
     assert torch.equal(dilated, expected)
 
 
-@pytest.mark.parametrize("method", FORMULAS)
-def test_a_shared_mask_is_that_of_the_mean_map(method):
-    masked = masking.mask_dataset(TRAIN, FIRST_MAPS, method, 0.3, shared=True)
-    mean = FIRST_MAPS.sum(0) / len(FIRST_MAPS)
+def test_a_shared_mask_is_that_of_the_mean_map():
+    masked = masking.mask_dataset(TRAIN, FIRST_MAPS, "threshold", 0.3, shared=True)
+    mean = FIRST_MAPS.sum(0) / 200
     mean = (mean - mean.min()) / (mean.max() - mean.min())
-    expected = image_masks(mean, SIZE, method, 0.3)
+    expected = image_masks(mean, SIZE, "threshold", 0.3)
     assert 0 < expected.mean() < 1
     torch.testing.assert_close(masked.masks(ALL), expected.expand(200, *SIZE))
 
@@ -233,11 +222,3 @@ def test_what_an_earlier_masking_hides_stays_hidden():
     both = rule.mask(TRAIN, SECOND_MAPS, earlier=first)
     expected = torch.maximum(first.own_masks, second.own_masks)
     assert torch.equal(both.own_masks, expected)
-
-
-def test_a_rule_in_words():
-    assert str(masking.Rule(param=3.5, dilation=3)) == "mean_std 3.5 dilated by 3"
-    described = str(masking.Rule(param=4.0, dilation=3, fill="resample", rounds=2))
-    assert described == "mean_std 4 dilated by 3, resampled, 2 rounds"
-    described = str(masking.Rule(fill="resample", shared=True))
-    assert described == "mean_std 2, shared, resampled"

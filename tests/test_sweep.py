@@ -9,8 +9,8 @@ import pytest
 from tiny_runs import OPTIONS, contents, masktune, tiny
 
 from masktune_utils import results, selection
-from masktune_utils.runner import command, stages
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
+from masktune_utils.runner import command, grids, stages
+from masktune_utils.settings import REPOSITORY, Settings
 
 pytest_plugins = ["tiny_runs"]
 NOTEBOOKS_OF_A_RUN = ["01", "02", "03", "04", "04", "05", "06"]
@@ -58,13 +58,10 @@ def test_of_a_sweep_the_default_alone_runs_the_part_from_scratch(whole_run):
 
 
 def test_a_run_prints_what_each_model_is_worth_and_why_one_is_chosen(whole_run):
-    table = results.named(results.collect(str(whole_run.directory)))
-    for row in table.to_dict("records"):
-        numbers = [f"{100 * row[name]:.2f}" for name in results.ACCURACIES]
-        words = " +".join(map(re.escape, [row["model"], *numbers]))
-        assert re.search(rf"{words} +1\n", whole_run.printed)
-    *_, printed = whole_run.printed.partition("Accuracy in %")
-    assert max(map(len, printed.splitlines())) <= 80
+    table = results.collect(str(whole_run.directory))
+    worth = results.worth(results.named(table)).to_string()
+    assert f"Accuracy in %\n\n{worth}\n" in whole_run.printed
+    assert max(map(len, worth.splitlines())) <= 80
     assert re.search("seed 0: [0-9]+ of 200 training images", whole_run.printed)
     for kind in ("checkpoints", "results", "runs", "figures"):
         assert f"{kind}: {whole_run.directory / kind}\n" in whole_run.printed
@@ -99,26 +96,24 @@ def test_a_dry_run_shows_what_is_done_and_runs_nothing(directory, capsys):
 
 
 TWO_BLOCKS = """
-- {method: [mean, top_k], param: 0.5, epochs: 7}
+- {method: [mean, top_k, mean], param: 0.5, epochs: 7}
 - {dilation: 2, epochs: 9}
 """
 
 
-def test_options_win_over_the_blocks_of_a_grid_file(tmp_path, capsys):
+def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(TWO_BLOCKS)
-    options = ["--dataset", "mnist5k", "--epochs", "3", "--directory", str(tmp_path)]
-    options += ["--param", "0.1", "0.3", "--seed", "0", "1"]
-    printed = dry_run(capsys, str(file), *options)
-    expected = set()
-    for seed in (0, 1):
-        for param in (0.1, 0.3):
-            for name in ("mean_{}", "top_k_{}", "top_k_{}_dilation=2"):
-                configuration = name.format(param)
-                expected.add(f"mnist5k_epochs=3 seed{seed} {configuration}")
-    _, *lines = printed.splitlines()
-    assert {line.strip() for line in lines} == expected
-    assert len(lines) == 12
+    _, grid = grids.read_grid(file, {"epochs": [3], "param": [0.1, 0.3]})
+    assert {settings.epochs for settings in grid} == {3}
+    assert [settings.configuration for settings in grid] == [
+        "mean_0.1",
+        "mean_0.3",
+        "top_k_0.1",
+        "top_k_0.3",
+        "top_k_0.1_dilation=2",
+        "top_k_0.3_dilation=2",
+    ]
 
 
 def test_a_grid_may_name_its_notebook(directory, capsys):
@@ -143,32 +138,27 @@ def test_a_notebook_is_executed_and_what_it_saves_for_each_seed_is_gathered(tmp_
     (folder / "01_dataset.csv").write_text("seed,share\n1,0.5\n")
     options = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
     assert command.main(["sweep", str(file), *options]) == 0
+    assert [*tmp_path.glob("runs/*/*/01_dataset.ipynb")]
     gathered = tmp_path / "results" / "01_dataset.csv"
     assert gathered.read_text() == "seed,share\n1,0.5\n"
-    (copy,) = tmp_path.glob("runs/*/*/*.ipynb")
-    assert copy == settings.replace(seed=0).folder("runs") / "01_dataset.ipynb"
 
 
-def test_the_grids_of_the_repository_are_valid(tmp_path, capsys):
-    options = ["--dataset", "mnist5k", "--directory", str(tmp_path)]
+def test_the_grids_of_the_repository_are_valid():
     counts = {}
     for path in REPOSITORY.glob("sweeps/*.yaml"):
-        printed = dry_run(capsys, str(path), *options)
-        counts[path.stem] = int(printed.split()[0])
+        _, grid = grids.read_grid(path, {})
+        counts[path.stem] = len(grid)
     assert counts["published"] == 15
     assert counts["paper"] == 1
 
 
-def test_every_setting_is_an_option_and_the_help_tells_its_default(monkeypatch, capsys):
+def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for name, field in Settings.model_fields.items():
-        text = f" {field.description} (default: {DEFAULTS[name]!r})"
-        assert f" --{name}" in printed
-        assert f" --{name.replace('_', '-')} VALUE" in printed
-        assert text in printed
+    for field in Settings.model_fields.values():
+        assert f" {field.description} (default: {field.default!r})" in printed
 
 
 def test_a_text_that_looks_like_a_number_is_taken_as_text():
@@ -177,22 +167,6 @@ def test_a_text_that_looks_like_a_number_is_taken_as_text():
     assert arguments.directory == ["2024"]
     assert arguments.square_color == ["0.5"]
     assert arguments.param == [0.5]
-
-
-def test_a_run_that_trains_again_chooses_once(tmp_path, monkeypatch):
-    execute = Mock(return_value={})
-    choose = Mock()
-    monkeypatch.setattr(stages.jobs, "execute", execute)
-    monkeypatch.setattr(stages.jobs, "write_page", Mock())
-    monkeypatch.setattr(stages, "choose", choose)
-    stages.run_stages("run", ["02_erm"], [tiny(tmp_path, retrain=True)], 1)
-    retrained = {}
-    for call in execute.call_args_list:
-        (stage,), _ = call.args
-        retrained |= {job.stem: job.settings.retrain for job in stage}
-    assert retrained == {"02_erm": True, "05_plots": False, "06_choice": False}
-    (settings, _), _ = choose.call_args
-    assert settings.retrain
 
 
 def test_a_relative_directory_becomes_absolute(tmp_path, monkeypatch):
