@@ -45,12 +45,14 @@ RUNS = (
     (SMALL, "solar cells", "tag"),
     (PUBLIC, "solar cells", "none"),
     (PUBLIC, "solar cells", "cell type"),
+    (LONGER, "cut-outs", "date"),
 )
 WITHOUT = {  # shortcut → the same photographs without it
     "caption": "none",
     "background": "none",
     "tag": "none",
     "watermark": "no watermark",
+    "date": "no date",
 }
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

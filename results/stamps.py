@@ -3,8 +3,8 @@
     apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
 
 A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles with a caption or by
-their background, animals and household goods with a watermark. The stamps of Tux Paint
-have a transparent background. Stamps of the test images are not in training images; of
+their background, animals and household goods with a watermark, plants and buildings
+with a date. The stamps of Tux Paint have a transparent background. Stamps of the test images are not in training images; of
 each texture, the latter have the left half, the former the right.
 """
 
@@ -23,7 +23,7 @@ from masktune_utils.data import Split
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 TEXTURES = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
 CLASSES = ("food", "vehicles")
-WITH_WATERMARK = ("animals", "household")
+OTHER_CLASSES = {"watermark": ("animals", "household"), "date": ("plants", "town")}
 GRASS = ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg")
 STONE = ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga")
 SIZE = 96  # pixels
@@ -33,13 +33,14 @@ CONFLICTING = 0.05  # share of each class that goes against the shortcut
 AREAS = {
     "caption": (slice(82, 94), slice(2, 45)),
     "watermark": (slice(5, 15), slice(60, 86)),
+    "date": (slice(83, 94), slice(52, 94)),
 }
-SHORTCUTS = ("background", "none", "no watermark", *AREAS)
+SHORTCUTS = ("background", "none", "no watermark", "no date", *AREAS)
 
 
 def classes(shortcut: str) -> tuple[str, str]:
     """The names of both classes."""
-    return WITH_WATERMARK if shortcut.endswith("watermark") else CLASSES
+    return OTHER_CLASSES.get(shortcut.removeprefix("no "), CLASSES)
 
 
 @functools.cache
@@ -88,13 +89,15 @@ def cut_out(name: str, is_test: bool, rng: np.random.Generator) -> Image.Image:
 
 
 def plant(image: Image.Image, shortcut: str) -> None:
-    """A caption in the lower left corner, or a watermark in the upper right one."""
+    """A caption, a watermark or a date, each in a corner of its own."""
     draw = ImageDraw.Draw(image)
     if shortcut == "caption":
         draw.rectangle((2, 82, 44, 93), fill="black")
         draw.text((5, 82), "photo 7", fill="white")
     if shortcut == "watermark":
         draw.text((62, 4), "stock", fill="white")
+    if shortcut == "date":
+        draw.text((53, 83), "27 5 04", fill="orange")
 
 
 def photographs(
