@@ -4,8 +4,9 @@
 
 A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles with a caption or by
 their background, animals and household goods with a watermark, plants and buildings
-with a date. The stamps of Tux Paint have a transparent background. Stamps of the test images are not in training images; of
-each texture, the latter have the left half, the former the right.
+with a date. The stamps of Tux Paint have a transparent background. Stamps of the test
+images are not in training images; of each texture, the latter have the left half, the
+former the right.
 """
 
 import functools
