@@ -85,14 +85,10 @@ VARIANTS = {  # names in `selection` that are changed
     },
     "whether ERM relies on it or not": {"relies_on": lambda *_: True},
     "whether it helps or not": {"helps": lambda *_: True},
-    "the smallest distance alone": {
-        "propose": lambda behind, *_: behind.max().idxmin()
-    },
     "a loss of the best model itself counts four times": {"judge": own_losses},
     "a loss counts 1.5 times": {"COST": 1.5},
     "a loss counts six times": {"COST": 6},
     "5 points behind": {"BEHIND": 0.05},
-    "8 points behind": {"BEHIND": 0.08},
     "15 points behind": {"BEHIND": 0.15},
 }
 
