@@ -8,11 +8,12 @@ training images that they have not seen (`held_out`), in several environments:
 - ERM's mistakes, where each kind (class, ERM's prediction) counts the same;
 - the rest.
 
-The model that is furthest behind the best one in any environment is struck out, and
-another, until none is far behind. If *nothing masked* is left, ERM is kept. Of the
-candidates that are left, the one that hides least is chosen among those that are least
-behind, if ERM relies on what it hides, and if it helps. Only training images and their
-classes are used.
+ERM's mistakes decide first: whoever is far behind the best there is struck out. Then
+the model that is furthest behind in any environment is struck out, and another, until
+none is far behind. If *nothing masked* is left, ERM is kept. Of the candidates that are
+left, the one that hides least is chosen among those that are least behind, if ERM
+relies on what it hides, and if it helps. Only training images and their classes are
+used.
 
 `choose` is `held_out.collect` (predict), `judge` (numbers only) and `reason` (words).
 
@@ -112,58 +113,46 @@ def environments(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
     return accuracy, variances.div(counts, axis=0) ** 0.5
 
 
-def weights_of(held_out: HeldOut) -> pd.Series:
-    """How much distances count on the images that the masks of a candidate resample.
-
-    From half, if the masks explain none of ERM's mistakes, to all, if none explain
-    more: what explains few of them is hardly what has misled ERM.
-    """
-    explained = held_out.explained.sum()
-    share = explained / explained.max()
-    return (1 + share.fillna(1.0)) / 2
-
-
-def distances(
-    accuracy: pd.DataFrame, left: list[str], before: float, weights: pd.Series
-) -> pd.DataFrame:
+def distances(accuracy: pd.DataFrame, left: list[str], before: float) -> pd.DataFrame:
     """How far each model is behind the best one in each environment.
 
     On resampled images less: what even the best model loses there against `before`
-    counts `COST` times; what a model is behind on the rest is not counted again; what
-    is left counts by its weight.
+    counts `COST` times; what a model is behind on the rest is not counted again.
 
     Args:
         accuracy: see `environments`.
         left: the models that set the bar.
         before: accuracy of ERM's worst class on the images as they are.
-        weights: of the environments with resampled images, see `weights_of`.
     """
     best = accuracy[left].max(axis=1)
     behind = accuracy.rsub(best, axis=0)
-    resampled = weights.index
+    resampled = accuracy.index.difference(["rest", "mistakes"], sort=False)
     lost = (before - best[resampled]).clip(lower=0)
-    counted = behind.loc[resampled].sub(COST * lost, axis=0)
+    behind.loc[resampled] = behind.loc[resampled].sub(COST * lost, axis=0)
     if "rest" in behind.index:
-        counted -= behind.loc["rest"].clip(lower=0)
-    behind.loc[resampled] = counted.mul(weights, axis=0)
+        behind.loc[resampled] -= behind.loc["rest"].clip(lower=0)
     return behind
 
 
-def strike_out(accuracy: pd.DataFrame, before: float, weights: pd.Series) -> list[str]:
+def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:
     """The good models: none of them is `BEHIND` the best of them in any environment.
 
-    The model that falls furthest behind is struck out, and another, until none is so
-    far behind. One that relies on the shortcut can be the best where masks hide the
-    evidence alone; once struck out, it no longer sets the bar.
+    One that relies on the shortcut is the best where masks hide the evidence, and one
+    that relies on the evidence where masks hide the shortcut: resampled images cannot
+    tell which is which, but ERM's mistakes can. So those that are `BEHIND` there are
+    struck out first, and no longer set the bar. Then the model that falls furthest
+    behind anywhere is struck out, and another, until none is so far behind.
 
     Args:
         accuracy: see `environments`.
         before: see `distances`.
-        weights: see `distances`.
     """
     left = list(accuracy)
+    if "mistakes" in accuracy.index:
+        mistakes = accuracy.loc["mistakes"]
+        left = list(mistakes.index[mistakes.max() - mistakes < BEHIND])
     while True:
-        shortfalls = distances(accuracy, left, before, weights)[left].max()
+        shortfalls = distances(accuracy, left, before)[left].max()
         if shortfalls.max() < BEHIND:
             return left
         left.remove(shortfalls.idxmax())
@@ -226,9 +215,8 @@ def judge(held_out: HeldOut) -> Verdict:
     """
     accuracy, errors = environments(held_out)
     before = held_out.worst_class
-    weights = weights_of(held_out)
-    left = strike_out(accuracy.drop(columns=ERM), before, weights)
-    behind = distances(accuracy, left, before, weights)
+    left = strike_out(accuracy.drop(columns=ERM), before)
+    behind = distances(accuracy, left, before)
     hidden = held_out.hidden
     if NULL in left or is_undertrained(held_out):
         gains = accuracy[hidden.index].sub(accuracy[NULL], axis=0)

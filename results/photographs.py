@@ -46,6 +46,7 @@ RUNS = (
     (PUBLIC, "solar cells", "none"),
     (PUBLIC, "solar cells", "cell type"),
     (LONGER, "cut-outs", "date"),
+    (LONGER, "cut-outs", "sticker"),
 )
 WITHOUT = {  # shortcut → the same photographs without it
     "caption": "none",
@@ -53,6 +54,7 @@ WITHOUT = {  # shortcut → the same photographs without it
     "tag": "none",
     "watermark": "no watermark",
     "date": "no date",
+    "sticker": "no sticker",
 }
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

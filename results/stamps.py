@@ -4,9 +4,9 @@
 
 A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles with a caption or by
 their background, animals and household goods with a watermark, plants and buildings
-with a date. The stamps of Tux Paint have a transparent background. Stamps of the test
-images are not in training images; of each texture, the latter have the left half, the
-former the right.
+with a date, clothes and seasonal things with a sticker. The stamps of Tux Paint have a
+transparent background. Stamps of the test images are not in training images; of each
+texture, the latter have the left half, the former the right.
 """
 
 import functools
@@ -24,7 +24,11 @@ from masktune_utils.data import Split
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 TEXTURES = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
 CLASSES = ("food", "vehicles")
-OTHER_CLASSES = {"watermark": ("animals", "household"), "date": ("plants", "town")}
+OTHER_CLASSES = {
+    "watermark": ("animals", "household"),
+    "date": ("plants", "town"),
+    "sticker": ("clothes", "seasonal"),
+}
 GRASS = ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg")
 STONE = ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga")
 SIZE = 96  # pixels
@@ -35,8 +39,9 @@ AREAS = {
     "caption": (slice(82, 94), slice(2, 45)),
     "watermark": (slice(5, 15), slice(60, 86)),
     "date": (slice(83, 94), slice(52, 94)),
+    "sticker": (slice(3, 18), slice(3, 18)),
 }
-SHORTCUTS = ("background", "none", "no watermark", "no date", *AREAS)
+SHORTCUTS = ("background", "none", *(f"no {name}" for name in OTHER_CLASSES), *AREAS)
 
 
 def classes(shortcut: str) -> tuple[str, str]:
@@ -90,7 +95,7 @@ def cut_out(name: str, is_test: bool, rng: np.random.Generator) -> Image.Image:
 
 
 def plant(image: Image.Image, shortcut: str) -> None:
-    """A caption, a watermark or a date, each in a corner of its own."""
+    """A caption, a watermark, a date or a sticker, each in a corner of its own."""
     draw = ImageDraw.Draw(image)
     if shortcut == "caption":
         draw.rectangle((2, 82, 44, 93), fill="black")
@@ -99,6 +104,8 @@ def plant(image: Image.Image, shortcut: str) -> None:
         draw.text((62, 4), "stock", fill="white")
     if shortcut == "date":
         draw.text((53, 83), "27 5 04", fill="orange")
+    if shortcut == "sticker":
+        draw.ellipse((3, 3, 17, 17), fill="gold", outline="crimson")
 
 
 def photographs(
