@@ -231,7 +231,7 @@ def judge(held_out: HeldOut) -> Verdict:
 
 
 def reason(held_out: HeldOut, verdict: Verdict) -> str:
-    """A verdict in words: does ERM rely on what is hidden, what helps, what it costs.
+    """A verdict in words: what was chosen, what is hidden, what helps, what it costs.
 
     Args:
         held_out: predictions.
@@ -242,101 +242,93 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     accuracy = 100 * is_right.mean()
     before = 100 * held_out.worst_class
     resampled = 100 * held_out.resampled.loc[name]
-    words = []
-    words.append(
-        f"{held_out.is_mistake.sum()} of {len(is_right):,} training images are "
-        "predicted wrongly by ERM models that have not seen them."
-    )
-    words.append(
-        f"The mask {name} hides {held_out.hidden[name]:.0%} of the image, most at the "
-        f"{held_out.place[name]}. With this part taken from another image at random, "
-        f"ERM gets {resampled[ERM]:.0f}% of its worst class right, instead of "
-        f"{before:.0f}%:"
-    )
     is_relied_on = relies_on(held_out, name)
+    lines = [_decision(held_out, verdict)]
+    lines.append(
+        f'The mask "{name}" hides {held_out.hidden[name]:.0%} of the image, most at '
+        f"the {held_out.place[name]}."
+    )
+    lines.append(
+        f"With this part taken from another image at random, ERM gets "
+        f"{resampled[ERM]:.0f}% of its worst class right, instead of {before:.0f}%; "
+        f"fine-tuned with nothing masked {resampled[NULL]:.0f}%, with the mask "
+        f"{resampled[name]:.0f}%."
+    )
     if is_relied_on:
-        words.append("it relies on this part, a shortcut or real evidence.")
+        lines.append("So it relies on this part: is it a shortcut, or real evidence?")
     else:
-        words.append("it hardly relies on this part.")
-    words.append(
-        f"Fine-tuned with the mask, it gets {resampled[name]:.0f}% of these right, with "
-        f"nothing masked {resampled[NULL]:.0f}%."
+        lines.append("So it hardly relies on this part.")
+    is_explained = held_out.explained[name]
+    right = is_right[is_explained].sum()
+    lines.append(
+        f"Of {len(is_right):,} training images, {held_out.is_mistake.sum()} are "
+        "mistakes of ERM models that have not seen them. "
+        f"{is_explained.sum()} of these become right if this part comes from another "
+        f"image of their class: with nothing masked {right[NULL]} of them are right, "
+        f"with the mask {right[name]}."
     )
-    behind = 100 * verdict.distances
-    null_behind = (
-        f"nothing masked is up to {behind[NULL].max():.0f} points behind the best "
-        f"model ({_environment(behind[NULL].idxmax(), held_out)})"
+    kinds = held_out.kinds
+    stay_wrong = kinds[name] < 0.5
+    if stay_wrong.any():
+        lines.append(
+            f"Of {stay_wrong.sum()} of {len(kinds)} kinds of mistakes (class, "
+            "prediction), most images stay wrong with the mask."
+        )
+    lines.append(
+        f"Of all images that models have not seen, ERM gets {accuracy[ERM]:.1f}% "
+        f"right, with nothing masked {accuracy[NULL]:.1f}%, with the mask "
+        f"{accuracy[name]:.1f}%."
     )
-    best_choice = judge(held_out).chosen
-    if is_undertrained(held_out):
-        gained = accuracy[NULL] - accuracy[ERM]
-        words.append(
-            "ERM is kept, since it is undertrained: fine-tuning with nothing masked "
-            f"gains {gained:.0f} points. Train it longer, and choose again."
+    if verdict.chosen != ERM:
+        lines.append(
+            f'If your classes are about what it hides, keep ERM: choice.take("{ERM}").'
         )
-    elif best_choice != ERM:
-        words.append(
-            f"Chosen: {best_choice}, since {null_behind}, and of the masks that are "
-            "least behind this one hides least."
-        )
-    elif NULL not in verdict.left:
-        why = (
-            "corrects hardly more of the mistakes that it explains than nothing masked"
-        )
-        if not relies_on(held_out, verdict.proposed):
-            why = "hides what ERM hardly relies on"
-        words.append(f"ERM is kept: {null_behind}, but {verdict.proposed} {why}.")
-    elif name in verdict.left:
-        words.append(
-            f"ERM is kept: {null_behind}, too little to show that a mask helps."
-        )
-    else:
-        words.append(
-            f"ERM is kept: {null_behind}, but the model with this mask up to "
-            f"{behind[name].max():.0f} "
-            f"({_environment(behind[name].idxmax(), held_out)})."
-        )
-    if best_choice == ERM and is_relied_on:
-        words.append(
+    elif is_relied_on:
+        lines.append(
             "If you know that this part should not matter, take the mask: "
             f'choice.take("{name}").'
         )
         if resampled.max() < before - 100 * BEHIND:
-            words.append(
+            lines.append(
                 f"Without this part at most {resampled.max():.0f}% of the worst class "
                 "are learnt: longer training, more images or public weights may help."
             )
-    if verdict.chosen != best_choice:
-        words.append(f"By hand, {verdict.chosen} was taken instead.")
-    words.append(
-        f"Accuracy on held-out images is {accuracy[ERM]:.1f}% with ERM, "
-        f"{accuracy[NULL]:.1f}% with nothing masked and {accuracy[name]:.1f}% with this "
-        "mask."
+    return "\n".join(lines)
+
+
+def _decision(held_out: HeldOut, verdict: Verdict) -> str:
+    """What was chosen, and why."""
+    of_rule = judge(held_out).chosen
+    if verdict.chosen != of_rule:
+        return f'By hand: "{verdict.chosen}", instead of "{of_rule}".'
+    behind = 100 * verdict.distances[NULL]
+    where = behind.idxmax()
+    in_words = {"mistakes": "ERM's mistakes", "rest": "the other images"}
+    images = in_words.get(where, f'images resampled by "{where}"')
+    null_behind = (
+        f"fine-tuned with nothing masked, ERM is up to {behind.max():.0f} points "
+        f"behind the best model ({images})"
     )
-    is_explained = held_out.explained[name]
-    if is_explained.any():
-        right = is_right[is_explained].sum()
-        words.append(
-            f"{is_explained.sum()} mistakes are explained by this part: ERM gets them "
-            "right if it comes from another image of their class. With the mask, "
-            f"{right[name]} of these are right, with nothing masked {right[NULL]}."
+    if of_rule != ERM:
+        return (
+            f'Chosen: "{of_rule}", since {null_behind}; of the best masks this one '
+            "hides least."
         )
-    else:
-        words.append("No mistake is explained by this part.")
-    kinds = held_out.kinds
-    stay_wrong = kinds[kinds[name] < 0.5]
-    if len(stay_wrong):
-        words.append(
-            f"Most images of {len(stay_wrong)} of {len(kinds)} kinds of mistakes "
-            f"(class, prediction), {stay_wrong['images'].sum()} images, stay wrong "
-            "with the mask."
+    if is_undertrained(held_out):
+        shares = 100 * held_out.is_right.mean()
+        return (
+            "ERM is kept, since it is undertrained: fine-tuning with nothing masked "
+            f"gains {shares[NULL] - shares[ERM]:.0f} points. Train it longer, and "
+            "choose again."
         )
-    return " ".join(words)
-
-
-def _environment(name: str, held_out: HeldOut) -> str:
-    """In words."""
-    return f"images that {name} resamples" if name in held_out.hidden else name
+    if NULL in verdict.left:
+        return f"ERM is kept: {null_behind}, too little to show that a mask helps."
+    if not relies_on(held_out, verdict.proposed):
+        return "ERM is kept: it hardly relies on what the best mask hides."
+    return (
+        "ERM is kept: the best mask corrects hardly more of the mistakes that it "
+        "explains than nothing masked."
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ def test_the_lines_of_the_readme_run_as_they_are(capsys):
 def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):
     finetune = partial(own_loop, epochs=1, lr=0.001)
     choice = choose(train, fit, finetune, [Rule(param=1.0, fill="resample")])
-    assert "of 240 training images are predicted wrongly" in choice.reason
+    assert "Of 240 training images, " in choice.reason
     taken = choice.take("mean_std 1, resampled")
     assert isinstance(taken.finetune(small_resnet()), ResNet)
 
