@@ -8,7 +8,7 @@ training images that they have not seen (`held_out`), in several environments:
 - ERM's mistakes, where each kind (class, ERM's prediction) counts the same;
 - the rest.
 
-ERM's mistakes decide first: whoever is far behind the best there is struck out. Then
+ERM's mistakes decide first: who is clearly behind the best there is struck out. Then
 the model that is furthest behind in any environment is struck out, and another, until
 none is far behind. If *nothing masked* is left, ERM is kept. Of the candidates that are
 left, the one that hides least is chosen among those that are least behind, if ERM
@@ -134,23 +134,28 @@ def distances(accuracy: pd.DataFrame, left: list[str], before: float) -> pd.Data
     return behind
 
 
-def strike_out(accuracy: pd.DataFrame, before: float) -> list[str]:
+def strike_out(
+    accuracy: pd.DataFrame, errors: pd.DataFrame, before: float
+) -> list[str]:
     """The good models: none of them is `BEHIND` the best of them in any environment.
 
     One that relies on the shortcut is the best where masks hide the evidence, and one
     that relies on the evidence where masks hide the shortcut: resampled images cannot
-    tell which is which, but ERM's mistakes can. So those that are `BEHIND` there are
-    struck out first, and no longer set the bar. Then the model that falls furthest
-    behind anywhere is struck out, and another, until none is so far behind.
+    tell which is which, but ERM's mistakes can. So those that are `BEHIND` there, and
+    by two standard errors, are struck out first, and no longer set the bar. Then the
+    model that falls furthest behind anywhere is struck out, and another, until none is
+    so far behind.
 
     Args:
         accuracy: see `environments`.
+        errors: see `environments`.
         before: see `distances`.
     """
     left = list(accuracy)
     if "mistakes" in accuracy.index:
         mistakes = accuracy.loc["mistakes"]
-        left = list(mistakes.index[mistakes.max() - mistakes < BEHIND])
+        far = max(BEHIND, 2 * errors.loc["mistakes", mistakes.idxmax()])
+        left = list(mistakes.index[mistakes.max() - mistakes < far])
     while True:
         shortfalls = distances(accuracy, left, before)[left].max()
         if shortfalls.max() < BEHIND:
@@ -215,7 +220,7 @@ def judge(held_out: HeldOut) -> Verdict:
     """
     accuracy, errors = environments(held_out)
     before = held_out.worst_class
-    left = strike_out(accuracy.drop(columns=ERM), before)
+    left = strike_out(accuracy.drop(columns=ERM), errors, before)
     behind = distances(accuracy, left, before)
     hidden = held_out.hidden
     if NULL in left or is_undertrained(held_out):

@@ -29,6 +29,7 @@ GROUPS = {  # when and on what they were collected → the beginning of their na
 }
 environments = selection.environments
 judge = selection.judge
+strike_out = selection.strike_out
 
 
 def without_mistakes(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -60,7 +61,9 @@ def null_competes(held_out: HeldOut) -> Verdict:
     return selection.replace(verdict, chosen=chosen.replace(NULL, ERM))
 
 
-def strike_out_at_once(accuracy: pd.DataFrame, before: float) -> list[str]:
+def strike_out_at_once(
+    accuracy: pd.DataFrame, _errors: pd.DataFrame, before: float
+) -> list[str]:
     """Mistakes are an environment like others, and do not decide first."""
     left = list(accuracy)
     while True:
@@ -76,6 +79,11 @@ VARIANTS = {  # names in `selection` that are changed
     "mistakes counted one by one": {"environments": counted_one_by_one},
     "without ERM's mistakes": {"environments": without_mistakes},
     "mistakes do not decide first": {"strike_out": strike_out_at_once},
+    "mistakes decide first, whatever their error": {
+        "strike_out": lambda accuracy, errors, before: strike_out(
+            accuracy, 0 * errors, before
+        )
+    },
     "whether ERM relies on it or not": {"relies_on": lambda *_: True},
     "whether it helps or not": {"helps": lambda *_: True},
     "a loss counts 1.5 times": {"COST": 1.5},

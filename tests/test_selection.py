@@ -134,26 +134,38 @@ def test_a_distance_counts_less_what_the_best_model_loses_and_not_twice_the_rest
     assert behind.loc["mask"].tolist() == pytest.approx([0.45 - 0.09, -0.09])
 
 
-@pytest.mark.parametrize(("of_hides", "left"), [(0.81, "hides"), (0.79, "sees")])
-def test_where_masks_contradict_each_other_mistakes_decide_first(of_hides, left):
-    """Where one mask resamples, `hides` is 35 points behind, by the other `sees` 45."""
+@pytest.mark.parametrize(
+    ("of_hides", "error", "left"),
+    [
+        (0.81, 0.0, "hides"),
+        (0.79, 0.0, "sees"),
+        (0.75, 0.074, "sees"),
+        (0.75, 0.076, "hides"),
+    ],
+)
+def test_where_masks_contradict_each_other_mistakes_decide_first(of_hides, error, left):
+    """Where one mask resamples, `hides` is 35 points behind, by the other `sees` 45.
+
+    Ten points on the mistakes decide, if they are two standard errors of the best.
+    """
     right = {"hides": [of_hides, 0.6, 0.95], "sees": [0.9, 0.95, 0.5]}
     accuracy = pd.DataFrame(right, ["mistakes", "mask", "other mask"])
-    assert selection.strike_out(accuracy, 0.95) == [left]
+    errors = pd.DataFrame({"hides": 0.5, "sees": error}, accuracy.index)
+    assert selection.strike_out(accuracy, errors, 0.95) == [left]
 
 
 def test_a_model_that_is_struck_out_no_longer_sets_the_bar():
     """`good` is 29 points behind `shortcut`, which is 80 behind it and goes first."""
     right = {"shortcut": [0.1, 0.99], "good": [0.9, 0.7], "poor": [0.75, 0.65]}
     accuracy = pd.DataFrame(right, ["rest", "mask"])
-    assert selection.strike_out(accuracy, 0.99) == ["good"]
+    assert selection.strike_out(accuracy, 0 * accuracy, 0.99) == ["good"]
 
 
 @pytest.mark.parametrize(("poor", "left"), [(0.801, 2), (0.799, 1)])
 def test_a_model_is_struck_out_where_it_is_ten_points_behind(poor, left):
     right = {"good": [0.9, 0.9], "poor": [poor, 0.9]}
     accuracy = pd.DataFrame(right, ["mistakes", "mask"])
-    assert len(selection.strike_out(accuracy, 0.9)) == left
+    assert len(selection.strike_out(accuracy, 0 * accuracy, 0.9)) == left
 
 
 @pytest.mark.parametrize(
