@@ -286,12 +286,13 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     )
     if verdict.chosen != ERM:
         lines.append(
-            f'If your classes are about what it hides, keep ERM: choice.take("{ERM}").'
+            "Look at what it hides (plotting.choice_masks): if your classes are about "
+            f'that, keep ERM, choice.take("{ERM}").'
         )
     elif is_relied_on:
         lines.append(
-            "If you know that this part should not matter, take the mask: "
-            f'choice.take("{name}").'
+            "Look at what it hides (plotting.choice_masks): if that should not matter, "
+            f'take the mask, choice.take("{name}").'
         )
         if resampled.max() < before - 100 * BEHIND:
             lines.append(

@@ -307,7 +307,8 @@ def test_the_reason_to_take_a_mask_tells_of_reliance_repair_and_cost():
         "class: with nothing masked 2 of them are right, with the mask 20.\n"
         "Of all images that models have not seen, ERM gets 96.0% right, with nothing "
         "masked 96.2%, with the mask 99.1%.\n"
-        'If your classes are about what it hides, keep ERM: choice.take("ERM").'
+        "Look at what it hides (plotting.choice_masks): if your classes are about "
+        'that, keep ERM, choice.take("ERM").'
     )
 
 
@@ -320,7 +321,8 @@ def test_the_reason_to_keep_erm_tells_which_candidate_is_closest():
     )
     assert second == 'The mask "b" hides 20% of the image, most at the bottom.'
     assert last == (
-        'If you know that this part should not matter, take the mask: choice.take("b").'
+        "Look at what it hides (plotting.choice_masks): if that should not matter, "
+        'take the mask, choice.take("b").'
     )
 
 
@@ -337,7 +339,7 @@ def test_where_little_is_learnt_without_a_part_it_is_said_what_may_help(best, is
     """ERM gets 96% of its worst class right as it is; 10 points less are hardly any."""
     resampled = {"a": {ERM: 0.5, NULL: best / 100, "a": best / 100}}
     reason = said({NULL: (34, 960), "a": (34, 960)}, resampled=resampled)
-    assert 'should not matter, take the mask: choice.take("a").' in reason
+    assert 'should not matter, take the mask, choice.take("a").' in reason
     words = f"Without this part at most {best}% of the worst class are learnt: longer"
     assert (words in reason) == is_said
 
