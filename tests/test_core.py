@@ -82,7 +82,7 @@ def test_the_lines_of_the_readme_run_as_they_are(capsys):
     (code,) = [block for block in blocks if "choose(" in block]
     namespace = {}
     exec(code, namespace)
-    assert "of 1,797 training images are predicted wrongly" in capsys.readouterr().out
+    assert "Of 1,797 training images, " in capsys.readouterr().out
     assert isinstance(namespace["tuned"], nn.Module)
 
 

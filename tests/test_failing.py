@@ -69,7 +69,7 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     assert "Traceback" not in error
     assert command.main(["choose", *options, "--retrain", "True"]) == 0
     printed = capsys.readouterr().out
-    assert "of 200 training images are predicted wrongly" in printed
+    assert "Of 200 training images, " in printed
     assert "chosen" in checked_results(directory)
     assert results.CHOSEN in printed
 
