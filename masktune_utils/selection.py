@@ -292,7 +292,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     elif is_relied_on:
         lines.append(
             "Look at what it hides (plotting.choice_masks): if that should not matter, "
-            f'take the mask, choice.take("{name}").'
+            f'you can take the mask, choice.take("{name}").'
         )
         if resampled.max() < before - 100 * BEHIND:
             lines.append(
@@ -312,8 +312,8 @@ def _decision(held_out: HeldOut, verdict: Verdict) -> str:
     in_words = {"mistakes": "ERM's mistakes", "rest": "the other images"}
     images = in_words.get(where, f'images resampled by "{where}"')
     null_behind = (
-        f"fine-tuned with nothing masked, ERM is up to {behind.max():.0f} points "
-        f"behind the best model ({images})"
+        f"fine-tuned with nothing masked, ERM is {behind.max():.0f} points behind the "
+        f"best model on {images}"
     )
     if of_rule != ERM:
         return (
@@ -328,12 +328,15 @@ def _decision(held_out: HeldOut, verdict: Verdict) -> str:
             "choose again."
         )
     if NULL in verdict.left:
-        return f"ERM is kept: {null_behind}, too little to show that a mask helps."
+        return (
+            f"ERM is kept: {null_behind}, and no more elsewhere, too little to show that "
+            "a mask helps."
+        )
     if not relies_on(held_out, verdict.proposed):
         return "ERM is kept: it hardly relies on what the best mask hides."
     return (
-        "ERM is kept: the best mask corrects hardly more of the mistakes that it "
-        "explains than nothing masked."
+        "ERM is kept: the best mask does not clearly correct more of the mistakes that "
+        "it explains than nothing masked."
     )
 
 
