@@ -8,11 +8,11 @@ training images that they have not seen (`held_out`), in several environments:
 - ERM's mistakes, where each kind (class, ERM's prediction) counts the same;
 - the rest.
 
-ERM's mistakes decide first: who is clearly behind the best there is struck out. Then
-the model that is furthest behind in any environment is struck out, and another, until
-none is far behind. If *nothing masked* is left, ERM is kept. Of the candidates that are
-left, the one that hides least is chosen among those that are least behind, if ERM
-relies on what it hides, and if it helps. Only training images and their classes are
+ERM's mistakes decide first: a model clearly behind the best one there is struck out.
+Then the model that is furthest behind in any environment is struck out, and another,
+until none is far behind. If *nothing masked* is left, ERM is kept. Of the candidates
+that are left, the one that hides least is chosen among those that are least behind, if
+ERM relies on what it hides, and if it helps. Only training images and their classes are
 used.
 
 `choose` is `held_out.collect` (predict), `judge` (numbers only) and `reason` (words).
@@ -254,7 +254,7 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
         f"the {held_out.place[name]}."
     )
     lines.append(
-        f"With this part taken from another image at random, ERM gets "
+        "With this part taken from another image at random, ERM gets "
         f"{resampled[ERM]:.0f}% of its worst class right, instead of {before:.0f}%; "
         f"fine-tuned with nothing masked {resampled[NULL]:.0f}%, with the mask "
         f"{resampled[name]:.0f}%."
@@ -276,8 +276,8 @@ def reason(held_out: HeldOut, verdict: Verdict) -> str:
     stay_wrong = kinds[name] < 0.5
     if stay_wrong.any():
         lines.append(
-            f"Of {stay_wrong.sum()} of {len(kinds)} kinds of mistakes (class, "
-            "prediction), most images stay wrong with the mask."
+            f"For {stay_wrong.sum()} of {len(kinds)} kinds of mistakes (class, "
+            "prediction), the mask leaves most images wrong."
         )
     lines.append(
         f"Of all images that models have not seen, ERM gets {accuracy[ERM]:.1f}% "
@@ -329,8 +329,8 @@ def _decision(held_out: HeldOut, verdict: Verdict) -> str:
         )
     if NULL in verdict.left:
         return (
-            f"ERM is kept: {null_behind}, and no more elsewhere, too little to show that "
-            "a mask helps."
+            f"ERM is kept: {null_behind}, and no further elsewhere: too little to show "
+            "that a mask helps."
         )
     if not relies_on(held_out, verdict.proposed):
         return "ERM is kept: it hardly relies on what the best mask hides."

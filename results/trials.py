@@ -61,24 +61,16 @@ def null_competes(held_out: HeldOut) -> Verdict:
     return selection.replace(verdict, chosen=chosen.replace(NULL, ERM))
 
 
-def strike_out_at_once(
-    accuracy: pd.DataFrame, _errors: pd.DataFrame, before: float
-) -> list[str]:
-    """Mistakes are an environment like others, and do not decide first."""
-    left = list(accuracy)
-    while True:
-        shortfalls = selection.distances(accuracy, left, before)[left].max()
-        if shortfalls.max() < selection.BEHIND:
-            return left
-        left.remove(shortfalls.idxmax())
-
-
 VARIANTS = {  # names in `selection` that are changed
     "the rule": {"COST": selection.COST},
     "nothing masked competes": {"judge": null_competes},
     "mistakes counted one by one": {"environments": counted_one_by_one},
     "without ERM's mistakes": {"environments": without_mistakes},
-    "mistakes do not decide first": {"strike_out": strike_out_at_once},
+    "mistakes do not decide first": {
+        "strike_out": lambda accuracy, errors, before: strike_out(
+            accuracy, errors + 1, before
+        )
+    },
     "mistakes decide first, whatever their error": {
         "strike_out": lambda accuracy, errors, before: strike_out(
             accuracy, 0 * errors, before

@@ -316,7 +316,7 @@ def test_the_reason_to_keep_erm_tells_which_candidate_is_closest():
     first, second, *_, last = reason.split("\n")
     assert first == (
         "ERM is kept: fine-tuned with nothing masked, ERM is 5 points behind the best "
-        "model on ERM's mistakes, and no more elsewhere, too little to show that a mask "
+        "model on ERM's mistakes, and no further elsewhere: too little to show that a mask "
         "helps."
     )
     assert second == 'The mask "b" hides 20% of the image, most at the bottom.'
@@ -331,7 +331,7 @@ def test_the_reason_tells_the_distance_of_the_rule_and_on_which_images():
     resampled = {"a": {ERM: 0.5, NULL: 0.58, "a": 0.88}}
     reason = said({NULL: (40, 960), "a": (40, 960)}, resampled=resampled)
     words = "ERM is 6 points behind the best model "
-    assert words + 'on images resampled by "a", and no more elsewhere' in reason
+    assert words + 'on images resampled by "a", and no further elsewhere' in reason
 
 
 @pytest.mark.parametrize(("best", "is_said"), [(85, True), (87, False)])
@@ -345,12 +345,12 @@ def test_where_little_is_learnt_without_a_part_it_is_said_what_may_help(best, is
 
 
 def test_the_reason_counts_kinds_of_mistakes_that_mostly_stay_wrong():
-    words = "Of {} of 2 kinds of mistakes (class, prediction), most images stay wrong "
+    words = "For {} of 2 kinds of mistakes (class, prediction), the mask leaves most "
     reason = said({NULL: (2, 960), "a": (19, 960)})  # 10 and 9 of 20 each
     assert words.format(1) in reason
     reason = said({NULL: (2, 960), "a": (17, 960)})
     assert words.format(2) in reason
-    assert "stay wrong" not in said({NULL: (2, 960), "a": (20, 960)})
+    assert "leaves most" not in said({NULL: (2, 960), "a": (20, 960)})
 
 
 def test_without_a_mistake_erm_is_kept_and_there_is_a_reason():
