@@ -97,8 +97,8 @@ def test_grid_files(content, tmp_path):
 
 def test_a_notebook_that_no_grid_names(refused, tmp_path):
     path = tmp_path / "grid.yaml"
-    path.write_text("- notebook: 07_study")
-    message = f"{path}: notebook is '07_study'; allowed: ['01_dataset', '02_erm', "
+    path.write_text("- notebook: 08_seeds")
+    message = f"{path}: notebook is '08_seeds'; allowed: ['01_dataset', '02_erm', "
     refused(message, str(path), "--dataset=mnist5k")
 
 

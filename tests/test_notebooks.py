@@ -17,17 +17,17 @@ MOST_PARAMETERS = 12
 PATH = "path of a checkpoint; empty: "
 EXTRA = {
     "05_plots": {"base_model": PATH, "finetuned_model": PATH},
-    "11_your_own": {
+    "07_your_own": {
         "count": "training images of each class",
     },
 }
 # Their defaults, and those that are not the defaults of the settings.
 OTHER_DEFAULTS = {
     "05_plots": {"base_model": "", "finetuned_model": ""},
-    "08_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
-    "09_alternatives": {"dataset": "mnist5k", "validation_share": 0.2, "epochs": 20},
-    "10_selective": {"dataset": "mnist5k", "validation_share": 0.2},
-    "11_your_own": {"count": 300, "epochs": 15},
+    "09_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
+    "10_methods": {"dataset": "mnist5k", "validation_share": 0.2, "epochs": 20},
+    "11_abstaining": {"dataset": "mnist5k", "validation_share": 0.2},
+    "07_your_own": {"count": 300, "epochs": 15},
 }
 
 
@@ -109,5 +109,5 @@ def test_parameters_are_few_literals_with_default_and_documentation(notebook):
         else:
             assert text == Settings.model_fields[name].description
     assert len({*assigned}) == len(assigned)
-    assert "directory" in assigned or stem == "11_your_own"  # which saves nothing
+    assert "directory" in assigned or stem == "07_your_own"  # which saves nothing
     assert documentation.keys() <= {*assigned}

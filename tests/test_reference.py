@@ -16,8 +16,8 @@ from masktune_utils.settings import REPOSITORY
 
 PHOTOGRAPHS = tables.PHOTOGRAPHS[tables.PHOTOGRAPHS["model"] == "chosen"]
 STUDIES = {  # table of a study → what tells its rows apart
-    "08_limits": ["experiment", "model"],
-    "09_alternatives": [
+    "09_limits": ["experiment", "model"],
+    "10_methods": [
         "dataset",
         "placement",
         "conflicting_share",
@@ -25,7 +25,7 @@ STUDIES = {  # table of a study → what tells its rows apart
         "needs",
         "method",
     ],
-    "10_selective": ["dataset", "labels", "placement", "rule"],
+    "11_abstaining": ["dataset", "labels", "placement", "rule"],
 }
 MEASURED = re.compile(r"\d+\.\d\d ± \d+\.\d\d")
 KEY = ["experiment", "configuration", "seed"]
@@ -125,11 +125,11 @@ def test_the_text_of_a_study_has_its_numbers(stem, known_numbers):
     summary = study(stem)
     assert len(measured) > 3
     numbers = set(summary.to_numpy().flat)
-    if stem == "08_limits":  # which quotes the reference run as well
+    if stem == "09_limits":  # which quotes the reference run as well
         numbers |= known_numbers
     assert measured <= numbers
     # the full MNIST has three; with no conflicting image, new rivals have one
-    least_seeds = {"08_limits": 3, "09_alternatives": 1}.get(stem, 5)
+    least_seeds = {"09_limits": 3, "10_methods": 1}.get(stem, 5)
     assert summary["seeds"].ge(least_seeds).all()
 
 
@@ -138,7 +138,7 @@ def keys_of(rows: pd.DataFrame, names: list[str]) -> set[tuple]:
     return set(rows[names].itertuples(index=False, name=None))
 
 
-@pytest.mark.parametrize("stem", ["08_limits", "10_selective"])
+@pytest.mark.parametrize("stem", ["09_limits", "11_abstaining"])
 def test_a_grid_makes_each_other_study_again(stem):
     file = REPOSITORY / "sweeps" / f"{stem[3:]}.yaml"
     notebook, grid = grids.read_grid(file, {})
@@ -147,7 +147,7 @@ def test_a_grid_makes_each_other_study_again(stem):
     keys = ["dataset", "shortcut", "labels", "placement", "square_size", "seed"]
     keys = [key for key in keys if key in table]
     rows = pd.DataFrame([settings.model_dump() for settings in grid])
-    if stem == "08_limits":  # whose table has the square alone
+    if stem == "09_limits":  # whose table has the square alone
         rows = rows[rows["shortcut"] == "square"]
     assert keys_of(table, keys) == keys_of(rows, keys)
 

@@ -12,9 +12,9 @@ from masktune_utils.settings import Settings
 @pytest.mark.parametrize(
     ("stem", "values"),
     [
-        ("08_limits", {"limit": 60}),
-        ("09_alternatives", {}),
-        ("10_selective", {"limit": 60, "validation_share": 0.2}),
+        ("09_limits", {"limit": 60}),
+        ("10_methods", {}),
+        ("11_abstaining", {"limit": 60, "validation_share": 0.2}),
     ],
 )
 def test_the_studies_run_on_tiny_data(stem, values, tmp_path):
@@ -24,12 +24,12 @@ def test_the_studies_run_on_tiny_data(stem, values, tmp_path):
         (job,) = jobs.make_stage(name, [settings])
         assert job.run(together=1) is None
     saved = {path.name for path in job.settings.folder("results").glob("*.csv")}
-    assert saved == {f"{stem}.csv"} - {"09_alternatives.csv"}  # which saves none
+    assert saved == {f"{stem}.csv"} - {"10_methods.csv"}  # which saves none
 
 
 @pytest.mark.slow
 def test_notebook_11_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
     values = {"count": 8, "epochs": 1}
-    source = jobs.NOTEBOOKS / "11_your_own.ipynb"
+    source = jobs.NOTEBOOKS / "07_your_own.ipynb"
     target = tmp_path / "copy.ipynb"
     papermill.execute_notebook(source, target, values, progress_bar=False)

@@ -14,7 +14,7 @@ from masktune_utils.runner.jobs import BASE, ERM, SHOWN, Job, make_stage
 from masktune_utils.settings import DEFAULTS, Settings, root
 
 # The others read tables, or photographs.
-SWEPT = ["01_dataset", *BASE, FINETUNE, *SHOWN, "08_limits", "10_selective"]
+SWEPT = ["01_dataset", *BASE, FINETUNE, *SHOWN, "09_limits", "11_abstaining"]
 # What the commands run where a grid names no notebook of its own.
 STEMS = {
     "run": ["01_dataset", *BASE, FINETUNE],

@@ -1,7 +1,7 @@
 """The registered tests of the choice: runs that were announced before they were made.
 
     pip install --no-deps animal-mnist
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered.py 200 201 202
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 200 201 202
 
 runs all kinds of the seeds 200 to 202, two at a time, three minutes of one core each,
 as `registered_second.md` says. A run that is done is skipped. Rows go to

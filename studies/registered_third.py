@@ -1,6 +1,6 @@
 """Checks of the rule's last steps, on kinds that no mask can hide, and on others.
 
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python results/registered_third.py 203 204 205
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered_third.py 203 204 205
 
 Announced in README.md before they were run, with all candidates of `choose`. Rows go to
 `registered_third.csv`; four minutes of one core each.

@@ -1,6 +1,6 @@
 """MaskTune in the setting of the authors' code, and how much each difference matters.
 
-    python results/paper_setting.py --seed 0 1 2
+    python studies/paper_setting.py --seed 0 1 2
 
 Their script (bash_files/mnist_masktune.sh of aliasgharkhani/Masktune) puts a red square
 of 4 pixels in ordered placement, holds out 12,000 of the 60,000 training images, and

@@ -1,6 +1,6 @@
 """The film of README: eight test images over the steps of fine-tuning.
 
-    MASKTUNE_DATA=… python results/film.py
+    MASKTUNE_DATA=… python studies/film.py
 
 writes `figures/film.gif` and its first and last pictures, `figures/film.png`, in two
 minutes, from the saved base model and choice of the full MNIST, seed 0. The steps are

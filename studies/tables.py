@@ -1,6 +1,6 @@
 """Write the tables of README.md and results/README.md from the CSV files.
 
-    python results/tables.py
+    python studies/tables.py
 
 A table is known by its first line. Everything else in the two files is written by hand.
 """

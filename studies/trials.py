@@ -1,6 +1,6 @@
 """Rules compared on what models of both folds predict, which was collected once.
 
-    python results/trials.py        # → reference_rules.csv, in seconds
+    python studies/trials.py        # → reference_rules.csv, in seconds
 
 A file of results/trials holds a `HeldOut` of one base model and its candidates, and,
 for looking only, `worst_groups`: the accuracy in the worst group of the test sets, of
@@ -19,8 +19,9 @@ import pandas as pd
 from masktune_utils import selection
 from masktune_utils.held_out import ERM, NULL, HeldOut
 from masktune_utils.selection import Verdict
+from masktune_utils.settings import REPOSITORY
 
-FILES = Path(__file__).with_suffix("")
+FILES = REPOSITORY / "results" / "trials"
 GROUPS = {  # when and on what they were collected → the beginning of their names
     "mnist5k, seed 0": ["mnist5k "],
     "November 28": ["2026-11-28 "],
