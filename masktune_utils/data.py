@@ -68,6 +68,14 @@ class Split(Dataset):
                 f"labels are {labels.dtype}, {labels.unique().tolist()[:10]}; allowed: "
                 "torch.int64, 0, 1, …."
             )
+        counts = {"class_names": labels, "group_names": self.groups}
+        for name, numbers in counts.items():
+            names = getattr(self, name)
+            needed = int(numbers.max()) + 1 if len(numbers) else 0
+            if names and len(names) < needed:
+                raise ValueError(
+                    f"{name} are {names}; allowed: {needed} names, one for each number."
+                )
         if not self.class_names:
             numbers = range(len(labels.bincount()))
             self.class_names = tuple(f"class {number}" for number in numbers)
@@ -84,7 +92,8 @@ class Split(Dataset):
         Args:
             dataset: pairs of an image and a label, 0, 1, …. Images are of one size:
                 PIL images, arrays H×W×C, or tensors C×H×W; uint8, or in [0, 1]. Its
-                `classes`, if it has any, are the names of the classes.
+                `classes`, if it has any, are the names of the classes, unless its
+                `target_transform` changes the labels.
             groups: see `Split`.
             group_names: see `Split`.
 
@@ -100,6 +109,8 @@ class Split(Dataset):
         for number in progress.bar(numbers, desc="reading images"):
             try:
                 image, label = dataset[number]
+                if getattr(image, "mode", "") == "P":  # numbers of a palette
+                    image = image.convert("RGB")
                 images.append(to_image(image).as_subclass(Tensor))
                 labels.append(operator.index(label))
             except (TypeError, ValueError) as error:
@@ -116,12 +127,15 @@ class Split(Dataset):
         pixels = torch.stack(images)
         if pixels.is_floating_point():
             pixels = pixels.float()
+        class_names = getattr(dataset, "classes", ())
+        if getattr(dataset, "target_transform", None):
+            class_names = ()
         return cls(
             pixels,
             torch.tensor(labels),
             groups,
             group_names=group_names,
-            class_names=tuple(getattr(dataset, "classes", ())),
+            class_names=tuple(class_names),
         )
 
     def __len__(self) -> int:
@@ -186,21 +200,3 @@ def folds(labels: Tensor, seed: int) -> list[Tensor]:
     splitter = StratifiedKFold(2, shuffle=True, random_state=seed)
     classes = labels.cpu().numpy()
     return [torch.from_numpy(index) for _, index in splitter.split(classes, classes)]
-
-
-def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Index of another image of the same class for each image, at random, N.
-
-    The only image of a class is its own partner.
-
-    Args:
-        labels: N.
-        generator: source of the random choice.
-    """
-    partners = torch.empty_like(labels)
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        order = torch.randperm(len(members), generator=generator)
-        circle = members[order.to(members.device)]
-        partners[circle] = circle.roll(1)
-    return partners

@@ -9,18 +9,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
+import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from masktune_utils.data import Split
 from masktune_utils.saliency import saliency_maps
-
-UPSAMPLES = ("bilinear", "nearest", "map")
-FILLS = ("zero", "resample")
 
 
 def threshold(maps: Tensor, param: float) -> Tensor:
@@ -230,7 +229,7 @@ class MaskedDataset(Dataset):
         return torch.cat(parts)
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class Rule:
     """How masks are made.
 
@@ -248,32 +247,21 @@ class Rule:
             a mask says nothing about the class of its image.
         fill: what takes the place of what is hidden, see `MaskedDataset`.
         rounds: of masking; each adds to what is hidden, see `masktune`.
-        exchange: the map is not that of the images, but `metrics.exchange_map`: where
+        exchange: the map is not that of the images, but `exchange.exchange_map`: where
             the mistakes on held-out images come from. Shared; for a choice.
 
     Raises:
         ValueError: an unknown method, upsample or fill, or a number that is too small.
     """
 
-    method: str = "mean_std"
-    param: float = 2.0
-    upsample: str = "bilinear"
-    dilation: int = 0
+    method: Literal[*RULES] = "mean_std"
+    param: Annotated[float, Field(ge=0)] = 2.0
+    upsample: Literal["bilinear", "nearest", "map"] = "bilinear"
+    dilation: Annotated[int, Field(ge=0)] = 0
     shared: bool = False
-    fill: str = "zero"
-    rounds: int = 1
+    fill: Literal["zero", "resample"] = "zero"
+    rounds: Annotated[int, Field(ge=1)] = 1
     exchange: bool = False
-
-    def __post_init__(self) -> None:
-        known = {"method": RULES, "upsample": UPSAMPLES, "fill": FILLS}
-        for name, allowed in known.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
-        for name, least in {"param": 0, "dilation": 0, "rounds": 1}.items():
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} is {value!r}; allowed: {least} or more.")
 
     def __str__(self) -> str:
         """In words."""
@@ -400,8 +388,8 @@ def masktune(
 
     Each round explains the network of the round before on the images that it was
     fine-tuned on (with `resample`, those of the first epoch), adds what it looks at to
-    what is hidden, and fine-tunes the trained network anew. The rounds end when one
-    hides nothing more. The paper has one round.
+    what is hidden, and fine-tunes the trained network anew; if nothing more is hidden,
+    the network stays the same. The paper has one round.
 
     Args:
         network: the trained one (ERM); it is left as it is.
@@ -415,10 +403,9 @@ def masktune(
     earlier = None
     for this_round in rule.each_round:
         masked = this_round.mask(split, maps, seed, earlier)
-        if earlier is not None and torch.equal(masked.own_masks, earlier.own_masks):
-            return
-        tuned = finetune(copy.deepcopy(network), masked)
+        if earlier is None or not torch.equal(masked.own_masks, earlier.own_masks):
+            tuned = finetune(copy.deepcopy(network), masked)
+            if this_round != rule:
+                maps = explain(tuned, masked.images, split.labels)
         yield tuned, masked
         earlier = masked
-        if this_round != rule:
-            maps = explain(tuned, masked.images, split.labels)

@@ -1,12 +1,17 @@
 """Networks, and the layer that is explained."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 FEWEST_CELLS = 6  # of a map's shorter side: coarser ones miss what is small
+
+
+class NoMapsError(TypeError):
+    """A network without maps, as one that computes with tokens."""
 
 
 class SmallCNN(nn.Module):
@@ -63,11 +68,19 @@ def new_model(
     return model.to(device, memory_format=torch.channels_last)
 
 
-def in_float32() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
     """Where convolutions on a GPU are not computed in TF32, which has 10 bits."""
-    return torch.backends.cudnn.flags(
-        enabled=True, deterministic=True, allow_tf32=False
-    )
+    cudnn = torch.backends.cudnn
+    precision = cudnn.conv.fp32_precision
+    deterministic = cudnn.deterministic
+    cudnn.conv.fp32_precision = "ieee"
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = precision
+        cudnn.deterministic = deterministic
 
 
 def target_layer(
@@ -85,7 +98,7 @@ def target_layer(
 
     Raises:
         ValueError: there is no layer of this name.
-        TypeError: no layer is named, and there is none, or the network computes with
+        NoMapsError: no layer is named, and there is none, or the network computes with
             tokens.
     """
     layers = dict(model.named_modules())
@@ -100,16 +113,13 @@ def target_layer(
     kind = type(model).__name__
     shapes = _output_shapes(model, shape)
     if any(len(size) == 3 and size[1] > 1 for size in shapes.values()):
-        raise TypeError(
-            f"{kind} computes with tokens; name a layer by layer=, and make its output "
-            "a map by reshape=."
-        )
+        raise NoMapsError(f"{kind} computes with tokens; allowed: maps N×C×h×w.")
     cells = {}
     for part, size in shapes.items():
         if is_map(size, shape):
             cells[part] = min(size[-2:])
     if not cells:
-        raise TypeError(
+        raise NoMapsError(
             f"no layer of {kind} has a map; name one by layer=, or by a method "
             "get_grad_cam_target_layer()."
         )

@@ -1,7 +1,6 @@
 """What the model looks at: class activation maps, from the library torchcam."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ def saliency_maps(
     labels: Tensor,
     batch_size: int = 100,
     layer: str = "",
-    reshape: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Saliency of each image for the score of its own label.
 
@@ -29,8 +27,6 @@ def saliency_maps(
         labels: N, on any device; the class whose score is explained, one per image.
         batch_size: images at a time. It only changes the speed.
         layer: name of the layer to explain; by default see `models.target_layer`.
-        reshape: from the output of a layer that is given, which has tokens or channels
-            last, to N×C×h×w.
 
     Returns:
         N×h×w float32, where the images are, of the size of the layer's output
@@ -38,20 +34,18 @@ def saliency_maps(
         that is the same everywhere gives zeros.
 
     Raises:
-        TypeError: the model does not name a layer to explain; or what the layer gives
-            is no map of the image.
+        NoMapsError: no layer of the model has a map, and none is named.
+        TypeError: what the layer gives is no map of the image.
     """
     explained = copy.deepcopy(model).eval().requires_grad_(False)
     target = models.target_layer(explained, tuple(images.shape[1:]), layer)
 
     def start_graph(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         """The gradient starts at this layer; those before it need no graph."""
-        features = reshape(output) if reshape else output
-        if not models.is_map(features.shape, images.shape):
+        if not models.is_map(output.shape, images.shape):
             raise TypeError(
-                f"the layer gives {tuple(features.shape)}; allowed: N×C×h×w, in the "
-                "proportions of the image. Name another by layer=, or make it a map by "
-                "reshape=."
+                f"the layer gives {tuple(output.shape)}; allowed: N×C×h×w, in the "
+                "proportions of the image. Name another by layer=."
             )
         return output.requires_grad_().clone()
 
@@ -60,7 +54,7 @@ def saliency_maps(
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     maps = []
     with (
-        XGradCAM(explained, target, reshape_transform=reshape) as extractor,
+        XGradCAM(explained, target) as extractor,
         torch.enable_grad(),
         models.in_float32(),
     ):

@@ -1,13 +1,11 @@
-"""The registered tests of the choice: runs that were announced before they were made.
+"""The registered test of the choice: runs that are announced before they are made.
 
     pip install --no-deps animal-mnist
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 200 201 202
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 300 301 302
 
-runs all kinds of the seeds 200 to 202, two at a time, three minutes of one core each,
-as `registered_second.md` says. A run that is done is skipped. Rows go to
-`registered_second.csv`, what the models of both folds predict to `trials`. The tables
-of what came out are made by tables.py. (The first test, `registered.csv`, was made by
-this script as of commit `a2ce5f4`.)
+runs all kinds of the seeds 300 to 302, two at a time, three to four minutes of one core
+each, as results/registered.md says. A run that is done is skipped. Rows go to
+`results/registered.csv`, what the models of both folds predict to `results/trials`.
 """
 
 import copy
@@ -17,33 +15,26 @@ import importlib.util
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import trials
 from PIL import Image, ImageDraw
 from resume import resume
 from torch import Tensor, nn
 
-from masktune_utils import (
-    datasets,
-    evaluation,
-    models,
-    selection,
-    shortcuts,
-    store,
-    training,
-)
+from masktune_utils import datasets, metrics, models, shortcuts, training
+from masktune_utils.choice import ERM, score
+from masktune_utils.choice.held_out import collect
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
-from masktune_utils.held_out import ERM
-from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.masking import MaskedDataset
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY, Settings
 
-FILE = REPOSITORY / "results" / "registered_second.csv"
-TRIALS = REPOSITORY / "results" / "trials"
+FILE = REPOSITORY / "results" / "registered.csv"
 KEY = ["dataset", "labels", "kind", "seed"]
 LIMIT = 4000
 ORACLE = "oracle"
@@ -212,51 +203,59 @@ def fit(split: Split, seed: int) -> nn.Module:
     return network
 
 
+fine_tune = partial(score.fine_tune, epochs=score.default_epochs(LIMIT))
+
+
 @functools.cache  # the kinds of a process share it
 def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
     """ERM on the same images without a shortcut, with the same fine-tuning."""
     train = load(dataset, labels, "none", seed).train
     nothing = torch.zeros(len(train), 28, 28, dtype=torch.bool)
     masked = MaskedDataset(train, nothing, "resample", seed)
-    epochs = selection.default_epochs(LIMIT)
-    return selection.fine_tune(fit(train, seed), masked, epochs)
+    return fine_tune(fit(train, seed), masked)
 
 
-def run(
-    dataset: str,
-    labels: str,
-    kind: str,
-    seed: int,
-    candidates: Sequence[Rule] = selection.CANDIDATES,
-) -> list[dict]:
-    """All rows of one kind and seed."""
+def worst_group(network: nn.Module, sets: BiasedSets) -> float:
+    """Of the groups of both test sets."""
+    accuracies = {}
+    for split in sets.tests.values():
+        logits = metrics.predict(network, split)
+        accuracies.update(metrics.group_accuracy(logits, split))
+    return min(accuracies.values())
+
+
+def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
+    """All rows of one kind and seed: every mask is tried, whatever the choice needs."""
     torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
     erm = fit(sets.train, seed)
-    choice = selection.choose(
-        sets.train,
-        partial(fit, seed=seed),
-        candidates=candidates,
-        seed=seed,
+    fit_fold = partial(fit, seed=seed)
+    masks = score.CANDIDATES
+    stages = collect(
+        sets.train, fit_fold, fine_tune, masks, 1, saliency_maps, seed, None
     )
+    held_out, masked_images = next(stages)
+    verdict = score.judge(held_out)
+    tried = 0
+    for _ in stages:
+        if not verdict.is_final:
+            verdict = score.judge(held_out)
+            tried = len(held_out.tried)
     networks = {ERM: erm}
-    for name, masked in choice.candidates.items():
-        networks[name] = choice.schedule(copy.deepcopy(erm), masked)
+    for name, masked in masked_images.items():
+        networks[name] = fine_tune(copy.deepcopy(erm), masked)
     networks[ORACLE] = oracle(dataset, labels, seed)
-    worst_groups = {}
-    for name, network in networks.items():
-        worst_groups[name] = evaluation.evaluate(network, sets)["worst_group"]
-    arrays = choice.held_out.to_arrays()
-    arrays["worst_groups"] = np.array([*worst_groups.values()][:-1])
-    name = f"{dataset} {labels} {kind} {seed}.npz"
-    store.write_arrays(TRIALS / name, arrays)
+    worst_groups = {
+        name: worst_group(network, sets) for name, network in networks.items()
+    }
+    trials.save(f"{dataset}, {labels}, {kind}, {seed}", held_out, worst_groups)
     rows = []
-    for name, worst_group in worst_groups.items():
+    for model, share in worst_groups.items():
         row = dict(zip(KEY, (dataset, labels, kind, seed), strict=True))
-        row |= {"model": name, "worst_group": worst_group}
-        row |= {"is_chosen": name == choice.verdict.chosen, "commit": commit()}
-        rows.append(row)
-    return rows
+        row |= {"model": model, "worst_group": share}
+        row |= {"is_chosen": model == verdict.chosen, "tried": tried}
+        rows.append(row | {"mistakes": int(held_out.is_mistake.sum())})
+    return [row | {"commit": commit()} for row in rows]
 
 
 @functools.cache

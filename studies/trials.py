@@ -1,141 +1,100 @@
-"""Rules compared on what models of both folds predict, which was collected once.
+"""What models predict for held-out images, saved: to try rules without training.
 
-    python studies/trials.py        # → reference_rules.csv, in seconds
+    python studies/trials.py        # packs results/trials/*.npz into results/trials.zip
 
-A file of results/trials holds a `HeldOut` of one base model and its candidates, and,
-for looking only, `worst_groups`: the accuracy in the worst group of the test sets, of
-each model. `earlier` is what was chosen by the rule until November 28, 2026, as of
-commit `96b6ed8`. `registered.py` makes such files; in those that are older, the worst
-group is the mean of the models of both folds (in the others, the models are fine-tuned
-on all images), and what is hidden where is not saved.
+In the archive, `{data set}_{classes}_{kind}_{seed}.npz` and `photographs/…`. A file
+holds a `HeldOut`, and the accuracy in the worst group of the test sets, of each model:
+
+    from trials import read
+    held_out, worst_groups = read("mnist_halves_square-6_200")
+    print(judge(held_out).reason, worst_groups)
+
+Older files lack what hides where, and have the worst class where masks resample.
 """
 
-from pathlib import Path
-from unittest.mock import patch
+import io
+import zipfile
 
 import numpy as np
 import pandas as pd
+import torch
 
-from masktune_utils import selection
-from masktune_utils.held_out import ERM, NULL, HeldOut
-from masktune_utils.selection import Verdict
+from masktune_utils.choice import HeldOut
 from masktune_utils.settings import REPOSITORY
+from masktune_utils.store import write_bytes
 
-FILES = REPOSITORY / "results" / "trials"
-GROUPS = {  # when and on what they were collected → the beginning of their names
-    "mnist5k, seed 0": ["mnist5k "],
-    "November 28": ["2026-11-28 "],
-    "seeds 100 to 102": ["mnist t", "fashion mnist t", "solar cells"],
-    "seeds 103, 105": ["mnist h", "mnist d", "fashion_mnist h", "fashion_mnist d"],
-}
-environments = selection.environments
-judge = selection.judge
-strike_out = selection.strike_out
+FOLDER = REPOSITORY / "results" / "trials"
+ARCHIVE = REPOSITORY / "results" / "trials.zip"
 
 
-def without_mistakes(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """No environments but the resampled images."""
-    accuracy, errors = environments(held_out)
-    rows = held_out.resampled.index
-    return accuracy.loc[rows], errors.loc[rows]
+def file_name(name: str) -> str:
+    """A name without blanks."""
+    return name.replace(", ", "_").replace(" ", "-")
 
 
-def counted_one_by_one(held_out: HeldOut) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Each mistake counts the same, whatever its kind."""
-    accuracy, errors = environments(held_out)
-    if "mistakes" in accuracy.index:
-        is_mistake = held_out.is_mistake
-        share = held_out.is_right[is_mistake].mean()
-        accuracy.loc["mistakes"] = share
-        variances = share * (1 - share)
-        errors.loc["mistakes"] = (variances / is_mistake.sum()) ** 0.5
-    return accuracy, errors
-
-
-def null_competes(held_out: HeldOut) -> Verdict:
-    """Nothing masked is a candidate that hides nothing, and stands for ERM."""
-    verdict = judge(held_out)
-    _, errors = selection.environments(held_out)
-    hidden = pd.concat([pd.Series({NULL: 0.0}), held_out.hidden])
-    behind = verdict.distances[verdict.left]
-    chosen = selection.propose(behind, errors, hidden)
-    return selection.replace(verdict, chosen=chosen.replace(NULL, ERM))
-
-
-VARIANTS = {  # names in `selection` that are changed
-    "the rule": {"COST": selection.COST},
-    "nothing masked competes": {"judge": null_competes},
-    "mistakes counted one by one": {"environments": counted_one_by_one},
-    "without ERM's mistakes": {"environments": without_mistakes},
-    "mistakes do not decide first": {
-        "strike_out": lambda accuracy, errors, before: strike_out(
-            accuracy, errors + 1, before
-        )
-    },
-    "mistakes decide first, whatever their error": {
-        "strike_out": lambda accuracy, errors, before: strike_out(
-            accuracy, 0 * errors, before
-        )
-    },
-    "whether ERM relies on it or not": {"relies_on": lambda *_: True},
-    "whether it helps or not": {"helps": lambda *_: True},
-    "a loss counts 1.5 times": {"COST": 1.5},
-    "a loss counts six times": {"COST": 6},
-    "5 points behind": {"BEHIND": 0.05},
-    "15 points behind": {"BEHIND": 0.15},
-}
-
-
-def read(file: Path) -> tuple[HeldOut, pd.Series, str]:
-    """What a file holds, the worst group of each model, and the earlier choice."""
-    with np.load(file) as arrays:
-        saved = dict(arrays)
-    worst_groups = pd.Series(saved["worst_groups"], saved["models"])
-    return HeldOut.from_arrays(saved), worst_groups, f"{saved.get('earlier', '')}"
-
-
-def outcome(worst_groups: pd.Series, chosen: str) -> dict[str, float]:
-    """Points behind the best model, and behind ERM."""
-    points = 100 * worst_groups
-    return {
-        "regret": points.max() - points[chosen],
-        "harm": max(0.0, points[ERM] - points[chosen]),
-        "kept": chosen == ERM,
+def save(name: str, held_out: HeldOut, worst_groups: dict[str, float]) -> None:
+    """Save as arrays that NumPy reads without running code."""
+    masks = [*held_out.explained]
+    models = [*held_out.predictions]
+    resampled = pd.DataFrame(held_out.resampled).reindex(models).T
+    stacked = torch.stack([*held_out.predictions.values()], 1)
+    arrays = {
+        "models": np.array(models),
+        "masks": np.array(masks),
+        "labels": held_out.labels.numpy().astype(np.int16),
+        "predictions": stacked.numpy().astype(np.int16),
+        "explained": torch.stack([*held_out.explained.values()], 1).numpy(),
+        "resampled": resampled.to_numpy(float),
+        "hidden": np.array([*held_out.hidden.values()]),
+        "place": np.array([*held_out.place.values()]),
+        "mistake_map": held_out.mistake_map.numpy(),
+        "has_maps": np.array(held_out.has_maps),
+        "worst_groups": np.array([worst_groups.get(model, np.nan) for model in models]),
     }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(FOLDER / f"{file_name(name)}.npz", buffer.getvalue())
 
 
-def compare() -> pd.DataFrame:
-    """Regret and harm of the rule and of variants, over the files of each group."""
-    rows = []
-    for group, beginnings in GROUPS.items():
-        for file in sorted(FILES.glob("*.npz")):
-            is_registered = file.stem.split()[-1].startswith("20")
-            if is_registered or not file.name.startswith(tuple(beginnings)):
-                continue
-            held_out, worst_groups, earlier = read(file)
-            chosen = {"until November 28": earlier} if earlier else {}
-            for name, changes in VARIANTS.items():
-                with patch.multiple(selection, **changes):
-                    chosen[name] = selection.judge(held_out).chosen
-            for name, model in chosen.items():
-                row = {"rule": name, "group": group, "file": file.stem}
-                rows.append(row | outcome(worst_groups, model))
-    return pd.DataFrame(rows)
+def pack() -> None:
+    """Add the files of `FOLDER` to the archive; a run that is there stays as it is."""
+    with zipfile.ZipFile(ARCHIVE, "a", zipfile.ZIP_STORED) as archive:
+        for path in sorted(FOLDER.rglob("*.npz")):
+            name = path.relative_to(FOLDER).as_posix()
+            if name not in archive.namelist():
+                # With one date, the same files make the same archive.
+                archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
 
 
-def summarize(cases: pd.DataFrame) -> pd.DataFrame:
-    """A row for each rule."""
-    by_rule = cases.groupby("rule", sort=False)
-    regret = cases.pivot_table("regret", "rule", "group", sort=False)
-    return regret.assign(
-        largest_regret=by_rule["regret"].max(),
-        largest_harm=by_rule["harm"].max(),
-        harmed=by_rule["harm"].agg(lambda points: (points > 1).sum()),
-        kept=by_rule["kept"].sum(),
+def names() -> list[str]:
+    """Of all runs in the archive."""
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        return sorted(name.removesuffix(".npz") for name in archive.namelist())
+
+
+def read(name: str) -> tuple[HeldOut, pd.Series]:
+    """What a file of the archive holds: predictions, and the worst group by model."""
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        content = archive.read(f"{name}.npz")
+    with np.load(io.BytesIO(content)) as arrays:
+        saved = dict(arrays)
+    models = saved["models"].tolist()
+    masks = saved["masks"].tolist()
+    predictions = torch.from_numpy(saved["predictions"]).long()
+    explained = torch.from_numpy(saved["explained"])
+    resampled = pd.DataFrame(saved["resampled"], masks, models).T
+    held_out = HeldOut(
+        labels=torch.from_numpy(saved["labels"]).long(),
+        mistake_map=torch.from_numpy(saved["mistake_map"]),
+        has_maps=bool(saved["has_maps"]),
+        predictions=dict(zip(models, predictions.T, strict=True)),
+        explained=dict(zip(masks, explained.T, strict=True)),
+        resampled={mask: resampled[mask].dropna().to_dict() for mask in masks},
+        hidden=dict(zip(masks, saved["hidden"].tolist(), strict=True)),
+        place=dict(zip(masks, saved["place"].tolist(), strict=True)),
     )
+    return held_out, pd.Series(saved["worst_groups"], models)
 
 
 if __name__ == "__main__":
-    table = summarize(compare()).round(1)
-    table.to_csv(FILES.with_name("reference_rules.csv"))
-    print(table.to_string())
+    pack()

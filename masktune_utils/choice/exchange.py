@@ -1,0 +1,144 @@
+"""What becomes of a prediction if a part of the image comes from another one.
+
+Any network, without gradients. A mistake that leaves with a part of the image is
+explained by this part. Counting predictions that change if a part is replaced: SPIRE
+(Plumb et al., 2022); permuting a feature to see what a model needs: Breiman, 2001.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masktune_utils.data import Split
+from masktune_utils.masking import MaskedDataset
+from masktune_utils.metrics import predict
+
+EXCHANGES = 3  # other images that are tried for each mistake
+MOST_MISTAKES = 100  # that are exchanged, window by window
+
+
+def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Index of another image of the same class for each image, at random, N.
+
+    The only image of a class is its own partner.
+
+    Args:
+        labels: N.
+        generator: source of the random choice.
+    """
+    partners = torch.empty_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        circle = members[order.to(members.device)]
+        partners[circle] = circle.roll(1)
+    return partners
+
+
+def exchanged(
+    network: nn.Module, resampled: MaskedDataset, index: Tensor, partners: Tensor
+) -> Tensor:
+    """The predicted classes of images with the hidden part of their partners.
+
+    Args:
+        network: any network.
+        resampled: images with the fill `resample`.
+        index: B, which images.
+        partners: B, the images that the hidden part comes from.
+
+    Returns:
+        B, on the CPU.
+    """
+    classes = [torch.zeros(0, dtype=torch.int64)]
+    for numbers, others in zip(index.split(100), partners.split(100), strict=True):
+        images, labels = resampled.batch(numbers, partners=others)
+        logits = predict(network, Split(images.clamp(0, 1), labels))
+        classes.append(logits.argmax(1))
+    return torch.cat(classes)
+
+
+def explained(
+    network: nn.Module, split: Split, masks: Tensor, predicted: Tensor, seed: int = 0
+) -> Tensor:
+    """Which mistakes of a network are explained by what the masks hide.
+
+    These are right whenever this part comes from another image of the same class;
+    `EXCHANGES` images are tried. What the mask of either image hides is exchanged.
+
+    Args:
+        network: any network.
+        split: images that it has not seen.
+        masks: N×H×W, True where the image is hidden.
+        predicted: N, the classes that the network predicts for them, on the CPU.
+        seed: of the other images.
+
+    Returns:
+        N, bool, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = split.labels.cpu()
+    is_explained = predicted != labels
+    mistakes = is_explained.nonzero()[:, 0]
+    resampled = MaskedDataset(split, masks, "resample")
+    for _ in range(EXCHANGES):
+        partners = class_partners(labels, generator)[mistakes]
+        classes = exchanged(network, resampled, mistakes, partners)
+        is_explained[mistakes] &= classes == labels[mistakes]
+    return is_explained
+
+
+def exchange_map(
+    network: nn.Module, split: Split, predicted: Tensor, seed: int = 0
+) -> Tensor:
+    """Where the mistakes of a network come from.
+
+    A window, a seventh of the image wide and high, is taken from another image of the
+    same class. Where this lowers the loss of a mistake, the window has misled the
+    network. Each kind of mistake (class, prediction) counts the same. Ours.
+
+    Args:
+        network: any network.
+        split: images that it has not seen.
+        predicted: N, the classes that the network predicts for them, on the CPU.
+        seed: of the other images; and of MOST_MISTAKES mistakes, if there are more.
+
+    Returns:
+        h×w float32, on the CPU: by how much the cross-entropy falls on average, in
+        nats, for each window; neighbours overlap by half. Zero if there is no mistake.
+    """
+    labels = split.labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    mistakes = (predicted != labels).nonzero()[:, 0]
+    if len(mistakes) > MOST_MISTAKES:
+        drawn = torch.randperm(len(mistakes), generator=generator)[:MOST_MISTAKES]
+        mistakes = mistakes[drawn]
+    partners = class_partners(labels, generator)[mistakes]
+    rows, columns = map(_windows, split.images.shape[-2:])
+    falls = torch.zeros(len(rows), len(columns))
+    if not len(mistakes):
+        return falls
+    kinds = torch.stack([labels, predicted], 1)[mistakes]
+    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
+    weights = 1 / (len(sizes) * sizes[kind])
+    labels = labels[mistakes]
+    images = split.images[mistakes]
+    others = split.images[partners]
+
+    def losses(images: Tensor) -> Tensor:
+        logits = predict(network, Split(images, labels))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    before = losses(images)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            with_window = images.clone()
+            with_window[..., row, column] = others[..., row, column]
+            falls[i, j] = weights @ (before - losses(with_window))
+    return falls
+
+
+def _windows(side: int) -> list[slice]:
+    """A seventh of a side each; neighbours overlap by half."""
+    size = max(1, side // 7)
+    starts = range(0, side - size + 1, max(1, size // 2))
+    return [slice(start, start + size) for start in starts]
