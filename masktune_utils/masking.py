@@ -315,17 +315,17 @@ class Rule:
         self,
         split: Split,
         maps: Tensor,
-        seed: int = 0,
         earlier: MaskedDataset | None = None,
+        seed: int = 0,
     ) -> MaskedDataset:
         """Hide in every image of a split what its saliency map points at, in one round.
 
         Args:
             split: the images.
             maps: N×h×w, one per image.
-            seed: of the partners of `resample`.
             earlier: a masked dataset of the same split; what its own masks hide stays
                 hidden.
+            seed: of the partners of `resample`.
 
         Raises:
             ValueError: the maps are not N×h×w, one per image.
@@ -364,7 +364,7 @@ def mask_dataset(
         seed: of the partners.
         **options: see `Rule`, by name.
     """
-    return Rule(*rule, **options).mask(split, saliency_map, seed)
+    return Rule(*rule, **options).mask(split, saliency_map, seed=seed)
 
 
 # training images → a new network that is trained on them
@@ -402,7 +402,7 @@ def masktune(
     """
     earlier = None
     for this_round in rule.each_round:
-        masked = this_round.mask(split, maps, seed, earlier)
+        masked = this_round.mask(split, maps, earlier, seed)
         if earlier is None or not torch.equal(masked.own_masks, earlier.own_masks):
             tuned = finetune(copy.deepcopy(network), masked)
             if this_round != rule:

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from masktune_utils import datasets, metrics, models, shortcuts, training
 from masktune_utils.choice import ERM, score
-from masktune_utils.choice.held_out import collect
+from masktune_utils.choice.held_out import Folds
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY, Settings
 
 FILE = REPOSITORY / "results" / "registered.csv"
@@ -230,11 +229,9 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     sets = load(dataset, labels, kind, seed)
     erm = fit(sets.train, seed)
     fit_fold = partial(fit, seed=seed)
-    masks = score.CANDIDATES
-    stages = collect(
-        sets.train, fit_fold, fine_tune, masks, 1, saliency_maps, seed, None
-    )
-    held_out, masked_images = next(stages)
+    folds = Folds(sets.train, fit_fold, fine_tune, seed=seed)
+    stages = folds.try_masks(score.CANDIDATES)
+    held_out = next(stages)
     verdict = score.judge(held_out)
     tried = 0
     for _ in stages:
@@ -242,7 +239,7 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
             verdict = score.judge(held_out)
             tried = len(held_out.tried)
     networks = {ERM: erm}
-    for name, masked in masked_images.items():
+    for name, masked in folds.images.items():
         networks[name] = fine_tune(copy.deepcopy(erm), masked)
     networks[ORACLE] = oracle(dataset, labels, seed)
     worst_groups = {

@@ -7,9 +7,9 @@ with each mask.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import torch
@@ -28,24 +28,16 @@ from masktune_utils.masking import (
     MaskedDataset,
     Rule,
 )
-from masktune_utils.metrics import predict
+from masktune_utils.metrics import is_right, predict
 from masktune_utils.models import NoMapsError
+from masktune_utils.saliency import saliency_maps
 
 ERM = "ERM"
 NULL = f"{NOTHING}"  # ERM, fine-tuned like with a mask, on the images as they are
 FEW = 5  # fewer mistakes do not tell which evidence misleads
 SAMPLE = 1000  # images of each fold that are resampled
-PLACES = (  # ninths of the image, row by row
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "centre",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+ROWS = ("top", "centre", "bottom")
+COLUMNS = ("left", "centre", "right")
 
 
 @dataclass(eq=False)
@@ -58,8 +50,6 @@ class HeldOut:
         labels: N.
         mistake_map: h×w, where ERM's mistakes come from, see `exchange.exchange_map`;
             the mean of both folds.
-        has_maps: False if the network gives no maps, so that masks by saliency are left
-            out.
         predictions: model → N classes; of `ERM`, `NULL` and each mask that was tried.
         explained: mask → N, whether the image is a mistake of ERM that the mask
             explains, see `exchange.explained`.
@@ -67,174 +57,144 @@ class HeldOut:
             another image at random; of ERM alone, unless it makes less than `FEW`
             mistakes.
         hidden: mask → mean share of the image that it hides.
-        place: mask → one of `PLACES`, where it hides most.
+        place: mask → where it hides most, in words.
+        has_maps: False if the network gives no maps, so that masks by saliency are left
+            out.
     """
 
     labels: Tensor
     mistake_map: Tensor
-    has_maps: bool
     predictions: dict[str, Tensor]
-    explained: dict[str, Tensor]
-    resampled: dict[str, dict[str, float]]
-    hidden: dict[str, float]
-    place: dict[str, str]
+    explained: dict[str, Tensor] = field(default_factory=dict)
+    resampled: dict[str, dict[str, float]] = field(default_factory=dict)
+    hidden: dict[str, float] = field(default_factory=dict)
+    place: dict[str, str] = field(default_factory=dict)
+    has_maps: bool = True
 
     def is_right(self, model: str) -> Tensor:
         """N, bool."""
         return self.predictions[model] == self.labels
 
     @property
-    def tried(self) -> list[str]:
-        """The masks that were tried, in order."""
-        return [mask for mask in self.explained if mask in self.predictions]
-
-    @property
     def is_mistake(self) -> Tensor:
         """N, whether ERM is wrong."""
         return ~self.is_right(ERM)
 
+    @property
+    def tried(self) -> list[str]:
+        """The masks that were tried, in order."""
+        return [mask for mask in self.explained if mask in self.predictions]
 
-def collect(
-    train: Split,
-    fit: Fit,
-    finetune: Finetune,
-    candidates: Sequence[Rule],
-    jobs: int,
-    explain: Explain,
-    seed: int,
-    folder: Path | None,
-) -> Iterator[tuple[HeldOut, dict[str, MaskedDataset]]]:
-    """Train the models of both folds, and let them predict what they have not seen.
 
-    Args:
+@dataclass(eq=False)
+class Folds:
+    """Both halves of the training images, and their models.
+
+    A pair has something of each fold: its images; a network that is trained on them; a
+    judge, which is a network that has not seen them.
+
+    Attributes:
         train: see `score.choose`, as for the others.
-
-    Yields:
-        The predictions; and `NULL` and each mask → the training images with the masks.
-        First with the masks of all first rounds, before anything is fine-tuned; then
-        after each mask, first rounds first. Both grow: stop when it is enough.
+        images: `NULL` and mask → all images with it.
+        held_out: what is known.
 
     Raises:
         TypeError: see `score.choose`.
         ValueError: see `score.choose`.
     """
-    _check(train, candidates)
-    folds = _Folds(train, fit, jobs, seed, folder)
-    maps = folds.exchange_maps
-    if not all(rule.exchange for rule in candidates):
-        try:
-            maps = folds.both(partial(_maps, explain), folds.networks, folds.parts)
-        except NoMapsError:
-            folds.held_out.has_maps = False
-            candidates = [rule for rule in candidates if rule.exchange]
-    rounds = [of_round for rule in candidates for of_round in rule.each_round]
-    rounds.sort(key=lambda rule: rule.rounds)
-    for rule in (NOTHING, *rounds):
-        if rule.rounds == 1:
-            folds.hide(rule, folds.exchange_maps if rule.exchange else maps)
-    yield folds.held_out, folds.masked_images
-    folds.tune(NOTHING, finetune)
-    bar = progress.bar(rounds)
-    for rule in bar:
-        bar.set_description(f"{rule}")
-        if rule.rounds > 1:
-            folds.hide_more(rule, explain)
-        if f"{rule}" in folds.masked:
-            folds.tune(rule, finetune)
-            yield folds.held_out, folds.masked_images
-    if folds.held_out.is_mistake.sum() < FEW:
-        folds.resample()
-        yield folds.held_out, folds.masked_images
 
+    train: Split
+    fit: Fit
+    finetune: Finetune
+    explain: Explain = saliency_maps
+    jobs: int = 1
+    seed: int = 0
+    folder: Path | None = None
 
-def _check(train: Split, candidates: Sequence[Rule]) -> None:
-    if not isinstance(train, Split):
-        raise TypeError(
-            f"train is a {type(train).__name__}; allowed: a Split, as "
-            "Split.from_dataset(train) is one."
-        )
-    counts = train.labels.bincount()
-    if len(counts) < 2 or counts.min() < 2:
-        raise ValueError(
-            f"the classes 0, 1, … have {counts.tolist()} images; allowed: 2 classes or "
-            "more, of 2 images or more each."
-        )
-    if not candidates:
-        raise ValueError("there are 0 candidates; allowed: 1 or more.")
-
-
-class _Folds:
-    """Both folds: pairs, of what each fold has; and what is known of all images.
-
-    Attributes:
-        parts: the images of each fold.
-        networks: ERM, trained on each fold.
-        judges: ERM that has not seen the fold: the same networks, the other way round.
-        predicted: what the judges predict for the fold.
-        exchange_maps: where these mistakes come from, for each image.
-        masked: mask → the images of each fold with it.
-        tuned: mask → the networks, fine-tuned on these.
-        masked_images: mask → all images with it.
-        held_out: see `HeldOut`.
-    """
-
-    def __init__(
-        self, train: Split, fit: Fit, jobs: int, seed: int, folder: Path | None
-    ) -> None:
-        self.train = train
-        self.seed = seed
-        self.folder = folder
-        self.run = Parallel(min(jobs, 2))
-        index = data.folds(train.labels, seed)
+    def __post_init__(self) -> None:
+        counts = self.train.labels.bincount()
+        if len(counts) < 2 or counts.min() < 2:
+            raise ValueError(
+                f"the classes 0, 1, … have {counts.tolist()} images; allowed: 2 "
+                "classes or more, of 2 images or more each."
+            )
+        index = data.folds(self.train.labels, self.seed)
         self.order = torch.cat(index).argsort()
-        self.parts = [train[members] for members in index]
-        self.masked = {}
-        self.tuned = {}
-        self.masked_images = {}
-        self.networks = self.kept(ERM, lambda: self.fit(fit))
+        self.parts = [self.train[members] for members in index]
+        self.networks = self.kept(ERM, self.fit_both)
         self.judges = self.networks[::-1]
         self.predicted = self.both(_classes, self.judges, self.parts)
-        falls = self.both(
-            partial(exchange_map, seed=seed), self.judges, self.parts, self.predicted
+        self.falls = self.both(
+            exchange_map, self.judges, self.parts, self.predicted, seed=self.seed
         )
-        self.exchange_maps = [
-            fall.clamp(min=0).expand(len(part), -1, -1)
-            for fall, part in zip(falls, self.parts, strict=True)
-        ]
+        self.masked = {}
+        self.tuned = {}
+        self.images = {}
         self.held_out = HeldOut(
-            labels=train.labels.cpu(),
-            mistake_map=torch.stack(falls).mean(0),
-            has_maps=True,
-            predictions={ERM: self.all_images(self.predicted)},
-            explained={},
-            resampled={},
-            hidden={},
-            place={},
+            labels=self.train.labels.cpu(),
+            mistake_map=torch.stack(self.falls).mean(0),
+            predictions={ERM: self.join(self.predicted)},
         )
 
-    def both(self, step: Callable, *pairs: Sequence) -> list:
-        """A step for each fold, side by side if there are two jobs."""
-        return self.run(delayed(step)(*of_fold) for of_fold in zip(*pairs, strict=True))
-
-    def all_images(self, pair: Sequence[Tensor]) -> Tensor:
-        """What each fold has, in the order of all images."""
-        return torch.cat(list(pair))[self.order]
-
-    def kept(self, name: str, make: Callable, *made_with: Tensor) -> list[nn.Module]:
-        """A pair of networks; saved in the folder, if there is one.
+    def try_masks(self, candidates: Sequence[Rule]) -> Iterator[HeldOut]:
+        """Fine-tune with mask after mask, and predict.
 
         Args:
-            name: of the file.
-            make: returns the pair.
-            *made_with: what it depends on, besides the images and the seed.
+            candidates: see `score.choose`.
+
+        Yields:
+            `held_out`, which grows: with what the masks of all first rounds explain,
+            before anything is fine-tuned; then after each mask, first rounds first.
+            Stop when it is enough.
         """
+        maps = self.exchange_maps = [
+            fall.clamp(min=0).expand(len(part), -1, -1)
+            for fall, part in zip(self.falls, self.parts, strict=True)
+        ]
+        if not all(rule.exchange for rule in candidates):
+            try:
+                maps = self.both(_maps, self.networks, self.parts, explain=self.explain)
+            except NoMapsError:
+                self.held_out.has_maps = False
+                candidates = [rule for rule in candidates if rule.exchange]
+        rounds = [of_round for rule in candidates for of_round in rule.each_round]
+        rounds.sort(key=lambda rule: rule.rounds)
+        self.hide(NOTHING, maps)
+        for rule in rounds:
+            if rule.rounds == 1:
+                self.hide(rule, self.exchange_maps if rule.exchange else maps)
+        yield self.held_out
+        self.tune(NOTHING)
+        bar = progress.bar(rounds)
+        for rule in bar:
+            bar.set_description(f"{rule}")
+            if rule.rounds > 1:
+                self.hide_more(rule)
+            if f"{rule}" in self.masked:
+                self.tune(rule)
+                yield self.held_out
+        if self.held_out.is_mistake.sum() < FEW:
+            self.resample()
+            yield self.held_out
+
+    def both(self, step: Callable, *pairs: Sequence, **options: Any) -> list:
+        """A step for each fold, side by side if there are two jobs."""
+        calls = zip(*pairs, strict=True)
+        run = Parallel(min(self.jobs, 2))
+        return run(delayed(step)(*of_fold, **options) for of_fold in calls)
+
+    def join(self, pair: Sequence[Tensor]) -> Tensor:
+        """What both folds have, in the order of all images."""
+        return torch.cat(list(pair))[self.order]
+
+    def kept(self, name: str, make: Callable, *masks: Tensor) -> list[nn.Module]:
+        """A pair of networks; saved in the folder, if there is one."""
         if self.folder is None:
             return make()
-        tensors = (self.train.images, self.train.labels, *made_with)
-        arrays = [tensor.cpu().numpy() for tensor in tensors]
-        path = Path(self.folder) / f"{name}, {joblib.hash([arrays, self.seed])}.pt"
+        tensors = (self.train.images, self.train.labels, *masks)
+        key = joblib.hash([self.seed, *(tensor.cpu().numpy() for tensor in tensors)])
         saved = store.kept(
-            path,
+            Path(self.folder) / f"{name}, {key}.pt",
             {},
             lambda: {"networks": make()},
             device=self.train.labels.device,
@@ -242,10 +202,10 @@ class _Folds:
         )
         return saved["networks"]
 
-    def fit(self, fit: Fit) -> list[nn.Module]:
-        """Train ERM on each fold."""
+    def fit_both(self) -> list[nn.Module]:
+        """ERM of each fold."""
         classes = len(self.train.labels.bincount())
-        networks = self.both(partial(_fit, fit, classes), self.parts)
+        networks = self.both(_fit, self.parts, fit=self.fit, classes=classes)
         first, second = [set(network.parameters()) for network in networks]
         if first & second:
             raise ValueError(
@@ -259,69 +219,68 @@ class _Folds:
         maps: Sequence[Tensor],
         earlier: Sequence[MaskedDataset | None] = (None, None),
     ) -> None:
-        """Add the masks of a rule, and what is known of them before fine-tuning.
-
-        They are left out if they hide no more than earlier ones.
-        """
-        name = f"{rule}"
-        masked = self.both(partial(_mask, rule, self.seed), self.parts, maps, earlier)
-        pairs = zip(masked, earlier, strict=True)
-        if all(old and torch.equal(new.own_masks, old.own_masks) for new, old in pairs):
+        """Add masks, and what they explain, unless they hide no more than earlier."""
+        masked = self.both(rule.mask, self.parts, maps, earlier, seed=self.seed)
+        masks = [images.own_masks for images in masked]
+        hides_more = [
+            old is None or not torch.equal(new, old.own_masks)
+            for new, old in zip(masks, earlier, strict=True)
+        ]
+        if not any(hides_more):
             return
-        own_masks = self.all_images([images.own_masks for images in masked])
-        self.masked[name] = masked
-        self.masked_images[name] = replace(
-            masked[0], split=self.train, own_masks=own_masks
-        )
+        mask = f"{rule}"
+        self.masked[mask] = masked
+        own_masks = self.join(masks)
+        self.images[mask] = replace(masked[0], split=self.train, own_masks=own_masks)
         if rule == NOTHING:
             return
         is_explained = self.both(
-            partial(_explained, self.seed), self.judges, masked, self.predicted
+            explained, self.judges, self.parts, masks, self.predicted, seed=self.seed
         )
         mean_mask = own_masks.mean(0, dtype=torch.float32)
-        ninths = F.adaptive_avg_pool2d(mean_mask[None], 3)
+        ninth = F.adaptive_avg_pool2d(mean_mask[None], 3).argmax().item()
         held_out = self.held_out
-        held_out.explained[name] = self.all_images(is_explained)
-        held_out.resampled[name] = {ERM: self.accuracy(self.judges, masked)}
-        held_out.hidden[name] = mean_mask.mean().item()
-        held_out.place[name] = PLACES[ninths.argmax()]
+        held_out.explained[mask] = self.join(is_explained)
+        held_out.resampled[mask] = {ERM: self.accuracy(self.judges, masked)}
+        held_out.hidden[mask] = mean_mask.mean().item()
+        held_out.place[mask] = f"{ROWS[ninth // 3]} {COLUMNS[ninth % 3]}"
 
-    def hide_more(self, rule: Rule, explain: Explain) -> None:
-        """Add the masks of a later round, by maps of the fine-tuned networks."""
+    def hide_more(self, rule: Rule) -> None:
+        """Add the masks of a later round, by the networks of the round before."""
         before = f"{replace(rule, rounds=rule.rounds - 1)}"
         if before in self.tuned:
-            earlier = self.masked[before]
-            maps = self.both(partial(_maps, explain), self.tuned[before], earlier)
-            self.hide(rule, maps, earlier)
+            masked = self.masked[before]
+            maps = self.both(_maps, self.tuned[before], masked, explain=self.explain)
+            self.hide(rule, maps, masked)
 
-    def tune(self, rule: Rule, finetune: Finetune) -> None:
-        """Fine-tune with the masks of a rule, and predict."""
-        name = f"{rule}"
-        masked = self.masked[name]
-        networks = self.kept(
-            name,
-            lambda: self.both(partial(_tune, finetune), self.networks, masked),
-            *(images.own_masks for images in masked),
-        )
-        self.tuned[name] = networks
+    def tune(self, rule: Rule) -> None:
+        """Fine-tune on masked images, and predict."""
+        mask = f"{rule}"
+        masked = self.masked[mask]
+
+        def make() -> list[nn.Module]:
+            return self.both(_tune, self.networks, masked, finetune=self.finetune)
+
+        networks = self.kept(mask, make, *(images.own_masks for images in masked))
+        self.tuned[mask] = networks
         classes = self.both(_classes, networks[::-1], self.parts)
-        self.held_out.predictions[name] = self.all_images(classes)
+        self.held_out.predictions[mask] = self.join(classes)
 
     def resample(self) -> None:
         """Let all models predict the images that all masks resample."""
-        for name, accuracies in self.held_out.resampled.items():
+        for mask, accuracies in self.held_out.resampled.items():
             for model, networks in self.tuned.items():
-                accuracies[model] = self.accuracy(networks[::-1], self.masked[name])
+                accuracies[model] = self.accuracy(networks[::-1], self.masked[mask])
 
     def accuracy(
         self, judges: Sequence[nn.Module], masked: Sequence[MaskedDataset]
     ) -> float:
-        """Of judges, on images whose hidden part comes from another one at random."""
-        shares = self.both(partial(_accuracy, self.seed), judges, masked)
+        """Where the hidden part comes from another image at random."""
+        shares = self.both(_resampled_accuracy, judges, masked, seed=self.seed)
         return sum(shares) / 2
 
 
-def _fit(fit: Fit, classes: int, fold: Split) -> nn.Module:
+def _fit(fold: Split, fit: Fit, classes: int) -> nn.Module:
     """A trained network, unless we cannot work with it."""
     network = fit(fold)
     if not isinstance(network, nn.Module):
@@ -329,9 +288,7 @@ def _fit(fit: Fit, classes: int, fold: Split) -> nn.Module:
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     types = {weight.dtype for weight in network.parameters()}
     if types != {torch.float32}:
-        raise TypeError(
-            f"the network of fit has weights of {types}; allowed: torch.float32."
-        )
+        raise TypeError(f"weights are {types}; allowed: torch.float32.")
     logits = predict(network, fold[:2])
     if logits.shape[1] < classes or not logits.isfinite().all():
         raise ValueError(
@@ -341,39 +298,26 @@ def _fit(fit: Fit, classes: int, fold: Split) -> nn.Module:
     return network
 
 
-def _maps(explain: Explain, network: nn.Module, fold: Split | MaskedDataset) -> Tensor:
-    return explain(network, fold.images, fold.labels)
-
-
-def _mask(
-    rule: Rule, seed: int, fold: Split, maps: Tensor, earlier: MaskedDataset | None
-) -> MaskedDataset:
-    return rule.mask(fold, maps, seed, earlier)
-
-
-def _explained(
-    seed: int, judge: nn.Module, masked: MaskedDataset, predicted: Tensor
-) -> Tensor:
-    return explained(judge, masked.split, masked.own_masks, predicted, seed)
-
-
-def _tune(finetune: Finetune, network: nn.Module, masked: MaskedDataset) -> nn.Module:
+def _tune(network: nn.Module, masked: MaskedDataset, finetune: Finetune) -> nn.Module:
     tuned = finetune(copy.deepcopy(network), masked)
     if not isinstance(tuned, nn.Module):
         raise TypeError(f"finetune returned {tuned!r}; allowed: the trained network.")
     return tuned
 
 
-def _classes(network: nn.Module, images: Split | MaskedDataset) -> Tensor:
-    return predict(network, images).argmax(1)
+def _maps(network: nn.Module, fold: Split | MaskedDataset, explain: Explain) -> Tensor:
+    return explain(network, fold.images, fold.labels)
 
 
-def _accuracy(seed: int, judge: nn.Module, masked: MaskedDataset) -> float:
+def _classes(network: nn.Module, fold: Split) -> Tensor:
+    return predict(network, fold).argmax(1)
+
+
+def _resampled_accuracy(judge: nn.Module, masked: MaskedDataset, seed: int) -> float:
     """On at most `SAMPLE` images."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(masked), generator=generator)[:SAMPLE]
     resampled = MaskedDataset(
         masked.split[sample], masked.own_masks[sample], "resample", seed
     )
-    right = predict(judge, resampled).argmax(1) == resampled.labels.cpu()
-    return right.double().mean().item()
+    return is_right(predict(judge, resampled), resampled.labels).double().mean().item()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from masktune_utils import training
-from masktune_utils.choice.held_out import ERM, FEW, NULL, HeldOut, collect
+from masktune_utils.choice.held_out import ERM, FEW, NULL, Folds, HeldOut
 from masktune_utils.data import Split
 from masktune_utils.masking import Explain, Finetune, Fit, MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
@@ -89,11 +89,11 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         is_explained = held_out.explained[mask]
         row = {"score": 0.0, "error": math.inf}
         if is_explained.any():
-            shares = torch.zeros(len(sizes)).index_add(
-                0, kind, is_explained[is_mistake].float()
+            shares = torch.zeros(len(sizes), dtype=torch.float64).index_add(
+                0, kind, is_explained[is_mistake].double()
             )
             weights = (shares / sizes**2)[kind]
-            gains = is_right[is_mistake].float() - null_right[is_mistake].float()
+            gains = is_right[is_mistake].double() - null_right[is_mistake].double()
             row = _weighted_mean(gains, weights)
         rest = _mean_over_classes(is_right[~is_mistake], held_out.labels[~is_mistake])
         row["gain"] = row["score"] - max(0, null_rest - rest) / 2
@@ -332,10 +332,17 @@ def choose(
             or `fit` returns the same network twice, or one that does not predict a
             finite number for each class.
     """
+    if not isinstance(train, Split):
+        raise TypeError(
+            f"train is a {type(train).__name__}; allowed: a Split, as "
+            "Split.from_dataset(train) is one."
+        )
+    if not candidates:
+        raise ValueError("there are 0 candidates; allowed: 1 or more.")
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
-    stages = collect(train, fit, schedule, candidates, jobs, explain, seed, folder)
-    for held_out, masked in stages:
-        choice = Choice(held_out, masked, schedule, judge(held_out))
-        if choice.verdict.is_final:
+    folds = Folds(train, fit, schedule, explain, jobs, seed, folder)
+    for held_out in folds.try_masks(candidates):
+        verdict = judge(held_out)
+        if verdict.is_final:
             break
-    return choice
+    return Choice(held_out, folds.images, schedule, verdict)
