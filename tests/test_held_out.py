@@ -5,37 +5,31 @@ import re
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from masktune_utils import (
-    data,
-    datasets,
-    held_out,
-    models,
-    selection,
-    training,
-)
+from masktune_utils import data, datasets, models, training
+from masktune_utils.choice import ERM, NULL, HeldOut, choose, exchange, held_out, score
+from masktune_utils.choice.held_out import Folds
 from masktune_utils.data import Split
-from masktune_utils.held_out import ERM, NULL, HeldOut
 from masktune_utils.masking import MaskedDataset, Rule, masktune
-from masktune_utils.metrics import exchange_map
-from masktune_utils.metrics import explained as explain
+from masktune_utils.models import NoMapsError
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 
+BY_EXCHANGE = Rule(param=1.0, shared=True, fill="resample", exchange=True)
 RULES = (
     Rule(param=4.0, dilation=3, fill="resample", rounds=2),
     Rule(param=2.0, dilation=1, shared=True, fill="resample"),
 )
-NAMES = [
+NAMES = [  # in the order in which they are tried
     "mean_std 4 dilated by 3, resampled",
-    "mean_std 4 dilated by 3, resampled, 2 rounds",
     "mean_std 2 dilated by 1, shared, resampled",
+    "mean_std 4 dilated by 3, resampled, 2 rounds",
 ]
 SEED = 3
+SAMPLE = 80  # of the 100 images of each fold
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +45,27 @@ def fit(fold: Split) -> nn.Module:
     return network
 
 
-FINETUNE = partial(selection.fine_tune, epochs=2)
-SAMPLE = 80
+FINETUNE = partial(score.fine_tune, epochs=2)
+
+
+def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:
+    return network
+
+
+def all_of(folds: Folds, rules=RULES) -> HeldOut:
+    """What is known once all masks were tried."""
+    *_, known = folds.try_masks(rules)
+    return known
 
 
 @pytest.fixture(scope="module")
-def collected(train) -> tuple[HeldOut, dict[str, MaskedDataset]]:
-    """With a sample of 80 of the 100 images of each fold."""
+def tried(train) -> Folds:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out, "SAMPLE", SAMPLE)
-        patch.setattr(held_out, "LEAST", 10)
-        return held_out.collect(train, fit, FINETUNE, RULES, seed=SEED)
-
-
-@pytest.fixture
-def found(collected) -> HeldOut:
-    return collected[0]
+        patch.setattr(held_out, "FEW", 1000)  # so that all models predict all
+        folds = Folds(train, fit, FINETUNE, seed=SEED)
+        all_of(folds)
+    return folds
 
 
 class Fold(NamedTuple):
@@ -77,10 +76,10 @@ class Fold(NamedTuple):
         images: in [0, 1].
         labels: N.
         networks: model → network.
-        masks: candidate → masks of the images of this fold.
+        masks: mask → of the images of this fold.
     """
 
-    index: np.ndarray
+    index: torch.Tensor
     images: torch.Tensor
     labels: torch.Tensor
     networks: dict[str, nn.Module]
@@ -97,15 +96,17 @@ def make_fold(train: Split, index: torch.Tensor) -> Fold:
     maps = saliency_maps(base, fold.images, fold.labels)
     for rule in RULES:
         for tuned, masked in masktune(base, fold, rule, FINETUNE, maps, seed=SEED):
-            assert tuned is not base
             networks[f"{masked.rule}"] = tuned
             masks[f"{masked.rule}"] = masked.own_masks
-    return Fold(index.numpy(), fold.images / 255, fold.labels, networks, masks)
+    return Fold(index, fold.images / 255, fold.labels, networks, masks)
 
 
 @pytest.fixture(scope="module")
-def folds(train) -> list[Fold]:
-    return [make_fold(train, index) for index in data.folds(train.labels, SEED)]
+def pairs(train) -> list[tuple[Fold, Fold]]:
+    """Each fold, and the one whose models have not seen it."""
+    parts = data.folds(train.labels, SEED)
+    first, second = [make_fold(train, index) for index in parts]
+    return [(first, second), (second, first)]
 
 
 def predict(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -113,139 +114,183 @@ def predict(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return network.eval()(images).argmax(1)
 
 
-def pairs(folds: list[Fold]) -> list[tuple[Fold, Fold]]:
-    """Each fold, and the one whose models have not seen it."""
-    first, second = folds
-    return [(first, second), (second, first)]
-
-
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def exchange(
-    images: torch.Tensor, masks: torch.Tensor, partners: torch.Tensor
-) -> torch.Tensor:
+def exchanged(images, masks, partners) -> torch.Tensor:
     """What the mask of either image hides comes from the partner."""
     hidden = masks | masks[partners]
     return torch.where(hidden[:, None], images[partners], images)
 
 
 def test_each_image_is_predicted_by_the_models_that_have_not_seen_it(
-    found, folds, train
+    tried, pairs, train
 ):
-    predictions = found.predictions
-    assert predictions.columns.tolist() == [ERM, NULL, *NAMES]
-    assert found.labels.tolist() == train.labels.tolist()
-    for fold, other in pairs(folds):
+    known = tried.held_out
+    assert [*known.predictions] == [ERM, NULL, *NAMES]
+    assert known.tried == [*known.hidden] == NAMES
+    assert torch.equal(known.labels, train.labels)
+    for fold, other in pairs:
         for name, network in other.networks.items():
             expected = predict(network, fold.images)
-            assert predictions[name][fold.index].tolist() == expected.tolist()
+            assert torch.equal(known.predictions[name][fold.index], expected)
 
 
-def test_the_masks_of_an_image_are_those_of_the_models_that_have_seen_it(
-    collected, folds
-):
-    _, candidates = collected
-    assert [*candidates] == [NULL, *NAMES]
-    assert not candidates[NULL].own_masks.any()
+def test_the_masks_of_an_image_are_those_of_the_models_that_have_seen_it(tried, pairs):
+    assert [*tried.images] == [NULL, *NAMES]
+    assert not tried.images[NULL].own_masks.any()
     for name in NAMES:
-        masked = candidates[name]
-        assert masked.fill == "resample"
-        assert masked.seed == SEED
-        for fold in folds:
+        masked = tried.images[name]
+        assert (masked.fill, masked.seed) == ("resample", SEED)
+        assert f"{masked.rule}" == name
+        for fold, _ in pairs:
             assert torch.equal(masked.own_masks[fold.index], fold.masks[name])
 
 
-def test_the_worst_class_of_the_images_that_masks_resample(found, folds):
-    resampled = found.resampled
-    assert resampled.columns.tolist() == [ERM, NULL, *NAMES]
+def test_accuracy_where_the_hidden_part_comes_from_another_image(tried, pairs):
+    resampled = tried.held_out.resampled
     sample = torch.randperm(100, generator=generator(SEED))[:SAMPLE]
     # of an epoch that is the first
     partners = torch.randperm(SAMPLE, generator=generator(SEED + 1))
-    labels = torch.cat([fold.labels[sample] for fold in folds])
     for mask in NAMES:
-        for name in resampled:
-            predicted = []
-            for fold, other in pairs(folds):
+        assert [*resampled[mask]] == [ERM, NULL, *NAMES]
+        for name, accuracy in resampled[mask].items():
+            right = []
+            for fold, other in pairs:
                 masks = fold.masks[mask][sample]
-                images = exchange(fold.images[sample], masks, partners)
-                predicted.append(predict(other.networks[name], images))
-            right = torch.cat(predicted) == labels
-            worst = min(right[labels == label].double().mean() for label in (0, 1))
-            assert resampled.loc[mask, name] == pytest.approx(worst.item())
-    assert found.smallest_class == labels.bincount().min()
+                images = exchanged(fold.images[sample], masks, partners)
+                predicted = predict(other.networks[name], images)
+                right.append(predicted == fold.labels[sample])
+            assert accuracy == pytest.approx(torch.cat(right).double().mean().item())
 
 
-def test_of_a_rare_class_as_many_images_are_resampled_as_count(train, monkeypatch):
-    monkeypatch.setattr(held_out, "SAMPLE", 20)
-    monkeypatch.setattr(held_out, "LEAST", 5)
-    of_class = [(train.labels == label).nonzero()[:, 0] for label in (0, 1)]
-    rare = train[torch.cat([of_class[0], of_class[1][:10]])]
-    found, _ = held_out.collect(rare, fit, FINETUNE, RULES[:1], seed=SEED)
-    assert found.smallest_class == 10
-
-
-def test_a_mistake_is_explained_if_it_is_right_with_three_images_of_its_class(
-    found, folds
+def test_a_mistake_is_explained_if_it_is_right_with_other_images_of_its_class(
+    tried, pairs
 ):
-    explained = found.explained
-    assert explained.columns.tolist() == NAMES
-    assert explained.any(axis=None)
-    for fold, other in pairs(folds):
+    explained = tried.held_out.explained
+    assert any(explained[name].any() for name in NAMES)
+    for fold, other in pairs:
         erm = other.networks[ERM]
         is_mistake = predict(erm, fold.images) != fold.labels
         for name in NAMES:
             is_explained = is_mistake.clone()
             random = generator(SEED)
-            for _ in range(3):
-                partners = data.class_partners(fold.labels, random)
-                images = exchange(fold.images, fold.masks[name], partners)
+            for _ in range(exchange.EXCHANGES):
+                partners = exchange.class_partners(fold.labels, random)
+                images = exchanged(fold.images, fold.masks[name], partners)
                 is_explained &= predict(erm, images) == fold.labels
-            assert explained[name][fold.index].tolist() == is_explained.tolist()
-    split = Split(fold.images, fold.labels)
-    assert not explain(erm, split, fold.masks[name], fold.labels).any()  # no mistake
+            assert torch.equal(explained[name][fold.index], is_explained)
 
 
-def test_what_share_is_hidden_and_where_most(found, folds):
+def test_mistakes_are_exchanged_in_batches(train):
+    network = models.new_model(0)
+    sizes = []
+    network.register_forward_hook(
+        lambda _net, inputs, _out: sizes.append(len(inputs[0]))
+    )
+    masks = torch.ones(200, 28, 28, dtype=torch.bool)
+    exchange.explained(network, train, masks, 1 - train.labels)
+    assert max(sizes) == 100
+    assert sum(sizes) == exchange.EXCHANGES * 200
+
+
+def test_what_share_is_hidden_and_where_most(tried, pairs):
     for name in NAMES:
-        masks = torch.cat([fold.masks[name] for fold in folds]).double()
-        assert found.hidden[name] == pytest.approx(masks.mean().item())
+        masks = torch.cat([fold.masks[name] for fold, _ in pairs]).double()
+        assert tried.held_out.hidden[name] == pytest.approx(masks.mean().item())
         # the square is there
-        assert found.place[name] == "top left"
+        assert tried.held_out.place[name] == "top left"
+
+
+def test_before_any_fine_tuning_the_masks_of_first_rounds_are_known(train):
+    def forbidden(*_):
+        raise AssertionError
+
+    folds = Folds(train[::4], fit, forbidden)
+    known = next(folds.try_masks([*RULES, BY_EXCHANGE]))
+    assert [*known.explained] == [*NAMES[:2], f"{BY_EXCHANGE}"]
+    assert [*known.predictions] == [ERM]
+    assert [*known.resampled[NAMES[0]]] == [ERM]
+
+
+def test_masks_are_tried_until_one_is_clear(train, monkeypatch):
+    tuned = []
+
+    def finetune(network, masked):
+        tuned.append(f"{masked.rule}")
+        return network
+
+    def judge(known):
+        verdict = score.Verdict(ERM, NAMES[0], "", len(known.tried) == 1)
+        return verdict
+
+    monkeypatch.setattr(score, "judge", judge)
+    choice = choose(train[::4], fit, finetune, RULES)
+    assert tuned == [NULL, NULL, NAMES[0], NAMES[0]]
+    assert [*choice.candidates] == [NULL, *NAMES[:2]]
 
 
 @pytest.fixture(scope="module")
-def found_in_few(train) -> dict[str, np.ndarray]:
+def found_in_few(train) -> HeldOut:
     """Of a quarter of the images, in one process, without a stop."""
-    found, _ = held_out.collect(train[::4], fit, FINETUNE, RULES)
-    return found.to_arrays()
+    return all_of(Folds(train[::4], fit, FINETUNE))
 
 
-def test_two_processes_find_what_one_finds(train, found_in_few):
-    found, _ = held_out.collect(train[::4], fit, FINETUNE, RULES, jobs=2)
-    for name, array in found.to_arrays().items():
-        np.testing.assert_array_equal(array, found_in_few[name])
+def assert_same(first: HeldOut, second: HeldOut) -> None:
+    torch.testing.assert_close(vars(first), vars(second), rtol=0, atol=0)
 
 
-def test_masks_by_exchange_hide_where_mistakes_on_the_other_fold_come_from(train):
-    rule = Rule(param=1.0, shared=True, fill="resample", exchange=True)
-    # nothing is explained by gradients
-    found, masked = held_out.collect(
-        train, fit, unchanged, [rule], explain=None, seed=SEED
-    )
+def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(
+    train, found_in_few, tmp_path
+):
+    class Wrapped(nn.Module):  # cannot be pickled by name
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            return self.network(images)
+
+    def fit_it(fold):
+        return Wrapped(fit(fold))
+
+    first, second = [
+        all_of(Folds(train[::4], fit_it, FINETUNE, jobs=jobs, folder=tmp_path))
+        for jobs in (2, 1)
+    ]
+    assert_same(first, found_in_few)
+    assert_same(second, found_in_few)
+
+
+def test_masks_by_exchange_hide_where_mistakes_on_the_fold_come_from(train):
+    folds = Folds(train, fit, unchanged, explain=None, seed=SEED)  # no gradients
+    known = all_of(folds, [BY_EXCHANGE])
+    own_masks = folds.images[f"{BY_EXCHANGE}"].own_masks
     parts = data.folds(train.labels, SEED)
     maps = []
     for index, others in (parts, parts[::-1]):
-        fold, other = train[index], train[others]
-        erm = fit(fold)
-        predicted = predict(erm, other.images / 255)
-        falls = exchange_map(erm, other, predicted, SEED)
-        expected = rule.mask(fold, falls.clamp(min=0).expand(100, -1, -1))
+        fold = train[index]
+        judge = fit(train[others])
+        predicted = predict(judge, fold.images / 255)
+        falls = exchange.exchange_map(judge, fold, predicted, SEED)
+        expected = BY_EXCHANGE.mask(fold, falls.clamp(min=0).expand(100, -1, -1))
         assert expected.own_masks.any()
-        assert torch.equal(masked[f"{rule}"].own_masks[index], expected.own_masks)
-        maps.append(falls.numpy())
-    np.testing.assert_allclose(found.mistake_map, (maps[0] + maps[1]) / 2)
+        assert torch.equal(own_masks[index], expected.own_masks)
+        maps.append(falls)
+    torch.testing.assert_close(known.mistake_map, (maps[0] + maps[1]) / 2)
+
+
+def no_maps(*_):
+    raise NoMapsError("tokens")
+
+
+def test_a_network_without_maps_is_masked_by_exchange_alone(train):
+    known = all_of(Folds(train, fit, unchanged, no_maps), [*RULES, BY_EXCHANGE])
+    assert [*known.explained] == [f"{BY_EXCHANGE}"]
+    assert not known.has_maps
+    with pytest.raises(ValueError, match="the network gives no maps; allowed: a cand"):
+        all_of(Folds(train, fit, unchanged, no_maps), RULES)
 
 
 def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(
@@ -263,31 +308,51 @@ def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(
             raise KeyboardInterrupt
         return FINETUNE(network, masked)
 
-    arguments = (train[::4], counted_fit, stopped_once, RULES)
+    def again(**options) -> HeldOut:
+        few = train[::4]
+        return all_of(Folds(few, counted_fit, stopped_once, folder=tmp_path, **options))
+
     with pytest.raises(KeyboardInterrupt):
-        held_out.collect(*arguments, folder=tmp_path)
-    found, _ = held_out.collect(*arguments, folder=tmp_path)
+        again()
+    assert_same(again(), found_in_few)
     assert calls.count("fit") == 2
     assert calls.count("finetune") == 9  # four for each fold, and the one stopped
-    for name, array in found.to_arrays().items():
-        np.testing.assert_array_equal(array, found_in_few[name])
-    assert not [*tmp_path.rglob("*.part")]
-    held_out.collect(*arguments, folder=tmp_path, seed=1)  # of other folds
+    assert all(path.suffix == ".pt" for path in tmp_path.rglob("*"))
+    again(seed=1)  # of other folds
     assert calls.count("fit") == 4
 
 
-def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:
-    return network
+def test_other_maps_make_other_networks_in_the_same_folder(train, tmp_path):
+    def rows(_network, images, _labels):
+        maps = torch.zeros(len(images), 28, 28)
+        maps[:, :3] = 1
+        return maps
+
+    few = train[::4]
+    all_of(Folds(few, fit, FINETUNE, folder=tmp_path), RULES[1:])
+    other = all_of(Folds(few, fit, FINETUNE, rows, folder=tmp_path), RULES[1:])
+    assert_same(other, all_of(Folds(few, fit, FINETUNE, rows), RULES[1:]))
 
 
-def test_a_round_that_hides_nothing_more_is_no_candidate(train):
+def test_a_damaged_network_is_refused_by_the_name_of_its_file(train, tmp_path):
+    few = train[::4]
+    Folds(few, fit, FINETUNE, folder=tmp_path)
+    (path,) = tmp_path.glob("ERM*.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(path.name)):
+        Folds(few, fit, FINETUNE, folder=tmp_path)
+
+
+def test_a_round_that_hides_nothing_more_is_not_tried(train):
     weak = Rule(param=28.0, fill="resample", rounds=3)  # hides nothing
-    found, masked = held_out.collect(train, fit, unchanged, [weak])
-    assert [*masked] == [NULL, "mean_std 28, resampled"]
-    assert [*found.predictions] == [ERM, *masked]
+    folds = Folds(train, fit, unchanged)
+    assert all_of(folds, [weak]).tried == ["mean_std 28, resampled"]
+    assert [*folds.images] == [NULL, "mean_std 28, resampled"]
 
 
-def test_where_the_rounds_of_one_fold_end_its_last_masks_are_taken_again(train):
+def test_a_round_is_tried_if_it_hides_more_in_one_fold(train):
     """Only the second network looks at another row once it is fine-tuned."""
     rows = iter([0, 0, 0, 1])
 
@@ -300,32 +365,67 @@ def test_where_the_rounds_of_one_fold_end_its_last_masks_are_taken_again(train):
         return models.new_model(0)
 
     rule = Rule("threshold", 0.5, "nearest", fill="resample", rounds=2)
-    found, masked = held_out.collect(
-        train, untrained, unchanged, [rule], explain=explain
-    )
-    assert [*found.hidden] == pytest.approx([1 / 28, 1.5 / 28])
+    folds = Folds(train, untrained, unchanged, explain)
+    known = all_of(folds, [rule])
+    assert [*known.hidden.values()] == pytest.approx([1 / 28, 1.5 / 28])
     first, second = data.folds(train.labels, 0)
-    own_masks = masked[f"{rule}"].own_masks
+    own_masks = folds.images[f"{rule}"].own_masks
     assert own_masks[first].sum((1, 2)).eq(28).all()
     assert own_masks[second].sum((1, 2)).eq(56).all()
 
 
-def test_a_fit_or_a_finetune_that_returns_no_new_network_is_refused(train):
-    few = train[::4]
-    network = models.new_model(0)
+def return_none(*_):
+    return None
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_one_network_for_both_folds_is_refused_each_time(train, is_frozen, tmp_path):
+    network = models.new_model(0).requires_grad_(not is_frozen)
 
     def wrap_it(_fold):
         return nn.Sequential(network, nn.Identity())
 
-    def return_none(*_):
-        return None
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fit returned the same network twice"):
+            Folds(train[::4], wrap_it, unchanged, folder=tmp_path)
 
-    with pytest.raises(ValueError, match="fit returned the same network twice"):
-        held_out.collect(few, wrap_it, unchanged, RULES)
-    with pytest.raises(TypeError, match="fit returned None; allowed: the trained"):
-        held_out.collect(few, return_none, unchanged, RULES)
+
+class Tuple(nn.Linear):
+    def forward(self, images):
+        return (super().forward(images.flatten(1)),)
+
+
+BAD_FITS = {
+    "none": (return_none, "fit returned None; allowed: the trained network"),
+    "tuple": (
+        lambda _fold: Tuple(3 * 28 * 28, 2),
+        "the network returns a tuple; allowed: logits",
+    ),
+    "bfloat16": (
+        lambda _fold: models.new_model(0).bfloat16(),
+        "torch.bfloat16.*; allowed: torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FITS)
+def test_a_network_that_we_cannot_work_with_is_refused(train, kind):
+    bad_fit, message = BAD_FITS[kind]
+    with pytest.raises(TypeError, match=message):
+        Folds(train[::4], bad_fit, unchanged)
+
+
+def test_a_finetune_that_returns_no_network_is_refused(train):
     with pytest.raises(TypeError, match="finetune returned None; allowed"):
-        held_out.collect(few, fit, return_none, RULES)
+        all_of(Folds(train[::4], fit, return_none))
+
+
+def test_a_compiled_network_is_worked_with_as_it_was(train):
+    def compiled(fold):
+        return torch.compile(fit(fold))
+
+    folds = Folds(train[::4], compiled, unchanged)
+    assert isinstance(folds.networks[0], models.SmallCNN)
 
 
 @pytest.mark.parametrize("counts", [[100], [100, 1]])
@@ -336,4 +436,4 @@ def test_one_class_or_a_single_image_of_one_is_refused(counts, train):
     ]
     message = f"classes 0, 1, … have {counts} images; allowed: 2 classes or more"
     with pytest.raises(ValueError, match=re.escape(message)):
-        held_out.collect(train[torch.cat(index)], fit, FINETUNE, RULES)
+        Folds(train[torch.cat(index)], fit, FINETUNE)

@@ -157,6 +157,10 @@ class Folds:
             except NoMapsError:
                 self.held_out.has_maps = False
                 candidates = [rule for rule in candidates if rule.exchange]
+                if not candidates:
+                    raise ValueError(
+                        "the network gives no maps; allowed: a candidate by exchange."
+                    ) from None
         rounds = [of_round for rule in candidates for of_round in rule.each_round]
         rounds.sort(key=lambda rule: rule.rounds)
         self.hide(NOTHING, maps)
