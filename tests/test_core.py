@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PixelReader
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,10 +21,10 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms.v2 import Normalize
 
 from masktune_utils import metrics, models
+from masktune_utils.choice import choose
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.selection import choose
 from masktune_utils.settings import REPOSITORY
 
 
@@ -82,14 +81,16 @@ def test_the_lines_of_the_readme_run_as_they_are(capsys):
     (code,) = [block for block in blocks if "choose(" in block]
     namespace = {}
     exec(code, namespace)
-    assert "Of 1,797 training images, " in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(
+        'Chosen: "mean_std 2 dilated by 3, shared'
+    )
     assert isinstance(namespace["tuned"], nn.Module)
 
 
 def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):
     finetune = partial(own_loop, epochs=1, lr=0.001)
     choice = choose(train, fit, finetune, [Rule(param=1.0, fill="resample")])
-    assert "Of 240 training images, " in choice.reason
+    assert '"mean_std 1, resampled" hides ' in choice.reason
     taken = choice.take("mean_std 1, resampled")
     assert isinstance(taken.finetune(small_resnet()), ResNet)
 
@@ -97,6 +98,7 @@ def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):
 IMAGES = {
     "PIL": Image.new("RGB", (5, 4), "red"),
     "grey": Image.new("L", (5, 4), 255),
+    "palette": Image.new("RGB", (5, 4), "red").quantize(2),
     "array": np.full((4, 5, 3), 255, np.uint8),
     "tensor": torch.full((3, 4, 5), 255, dtype=torch.uint8),
     "double": torch.ones(3, 4, 5).double(),
@@ -119,6 +121,7 @@ class Named(list):
     """A data set that names its classes, as ImageFolder does."""
 
     classes = ("cats", "dogs")
+    target_transform = None
 
 
 def test_the_names_of_classes_and_groups_are_kept_for_reports():
@@ -129,6 +132,20 @@ def test_the_names_of_classes_and_groups_are_kept_for_reports():
     assert split[1:].class_names == ("cats", "dogs")
     accuracies = metrics.group_accuracy(torch.eye(2)[[0, 0, 1]], split)
     assert accuracies == {"on land": 1.0, "on water": 0.0}
+
+
+def test_names_are_not_taken_where_labels_are_changed():
+    changed = Named([(IMAGES["PIL"], label) for label in (0, 1)])
+    changed.target_transform = "any"
+    assert Split.from_dataset(changed).class_names == ("class 0", "class 1")
+
+
+def test_a_class_or_a_group_without_a_name_is_refused():
+    pairs = [(IMAGES["PIL"], label) for label in (0, 1, 2)]
+    with pytest.raises(ValueError, match=r"class_names are .*allowed: 3 names"):
+        Split.from_dataset(Named(pairs))
+    with pytest.raises(ValueError, match=r"group_names are .*allowed: 4 names"):
+        Split.from_dataset(pairs, torch.tensor([0, 1, 3]), ("a", "b", "c"))
 
 
 PAIR = (IMAGES["tensor"], 0)
@@ -154,6 +171,8 @@ def test_what_is_no_set_of_pairs_is_refused(kind):
 def test_a_choice_refuses_what_it_cannot_work_with(train):
     with pytest.raises(TypeError, match="train is a list; allowed: a Split, as"):
         choose(patched(10), fit)
+    with pytest.raises(ValueError, match="there are 0 candidates; allowed: 1 or more"):
+        choose(train, fit, candidates=[])
     with pytest.raises(ValueError, match="layer is 'layer9'; allowed: conv1, bn1, re"):
         saliency_maps(small_resnet(), train.images, train.labels, layer="layer9")
 
@@ -181,25 +200,15 @@ def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):
     assert any(torch.equal(first[0], image) for image, _ in train)
 
 
-def to_map(tokens: torch.Tensor) -> torch.Tensor:
-    """N×tokens×C to N×C×14×14, without the first token."""
-    return tokens[:, 1:].mT.unflatten(2, (14, 14))
-
-
-def test_a_transformer_is_refused_unless_its_tokens_are_made_a_map():
-    torch.manual_seed(0)
+def test_a_transformer_has_no_maps():
     network = VisionTransformer(224, 16, 2, 3, 48, 96, num_classes=2)
-    for parameter in network.parameters():  # the last layer starts at zero
-        nn.init.normal_(parameter, std=0.05)
     image = torch.rand(2, 3, 224, 224)
     labels = torch.tensor([0, 1])
-    layer = "encoder.layers.encoder_layer_0"
-    with pytest.raises(TypeError, match=r"layer=, .*make .*map by reshape="):
+    with pytest.raises(models.NoMapsError, match="VisionTransformer computes with tok"):
         saliency_maps(network, image, labels)
     with pytest.raises(TypeError, match="allowed: N×C×h×w, in the proportions"):
+        layer = "encoder.layers.encoder_layer_0"
         saliency_maps(network, image, labels, layer=layer)
-    maps = saliency_maps(network, image, labels, layer=layer, reshape=to_map)
-    assert maps.shape == (2, 14, 14)
 
 
 @pytest.mark.parametrize(("side", "layer"), [(64, "layer2"), (112, "layer3")])
@@ -232,21 +241,6 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     assert maps.any()
     alone = saliency_maps(network, images, labels, batch_size=1, layer=names[layer])
     torch.testing.assert_close(alone, maps, rtol=0, atol=1e-6)
-
-
-def test_a_diagnosis_tells_whether_a_network_relies_on_what_is_hidden(train):
-    network = PixelReader()
-    masks = torch.zeros(240, 32, 32, dtype=torch.bool)
-    masks[::3, :6, :6] = True  # hidden where the mask of either image hides it
-    found = metrics.diagnose(network, train, masks, seed=2)
-    assert found["as it is"] == 0.95
-    assert found["same class"] > 0.9
-    assert found["another class"] < 0.6
-    assert metrics.diagnose(network, train, masks, seed=3) != found
-    with pytest.raises(ValueError, match="the masks hide nothing; allowed"):
-        metrics.diagnose(network, train, masks & False)
-    with pytest.raises(ValueError, match="3 masks; allowed: 240, one per image"):
-        metrics.diagnose(network, train, masks[:3])
 
 
 def test_a_network_may_normalise_by_its_first_module():

@@ -11,7 +11,8 @@ from papermill.parameterize import parameterize_notebook
 from pretended_gpu import GPU, pretended_gpu
 from torch import Tensor, nn
 
-from masktune_utils import metrics, models, selection, training
+from masktune_utils import metrics, models, training
+from masktune_utils.choice import choose
 from masktune_utils.data import Split
 from masktune_utils.masking import Rule
 from masktune_utils.runner import command, stages
@@ -61,12 +62,11 @@ def test_network_and_images_may_be_on_different_devices(
         training.train(network, fold, epochs=3, batch_size=20)
         return network
 
-    choice = selection.choose(images, fit, candidates=[RULE])
-    masked = choice.candidates[choice.verdict.proposed]
+    choice = choose(images, fit, candidates=[RULE])
+    masked = choice.candidates[choice.verdict.best]
     assert masked.images.device == image_device
     tuned = choice.schedule(fit(images), masked)
     assert next(tuned.parameters()).device == network_device
-    metrics.diagnose(tuned, images, masked.own_masks)
 
 
 def test_images_are_sent_as_bytes(train, monkeypatch):
@@ -85,16 +85,21 @@ def test_images_are_sent_as_bytes(train, monkeypatch):
     assert sent == {torch.uint8}
 
 
-def test_predictions_and_maps_are_in_float32(train):
-    allowed = []
+@pytest.mark.parametrize("chosen", ["tf32", "ieee"])
+def test_predictions_and_maps_are_in_float32(train, chosen, monkeypatch):
+    """Also where tf32 is asked for everywhere, by the switch that is newer."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", chosen)
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    precisions = []
     network = models.new_model(0)
     network.register_forward_hook(
-        lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
+        lambda *_: precisions.append(convolutions.fp32_precision)
     )
     metrics.predict(network, train)
     saliency_maps(network, train.images, train.labels)
-    assert allowed == [False, False]
-    assert torch.backends.cudnn.allow_tf32  # as it was
+    assert precisions == ["ieee", "ieee"]
+    assert convolutions.fp32_precision == before
 
 
 def test_one_notebook_at_a_time_runs_on_a_gpu(gpu, tmp_path, monkeypatch):

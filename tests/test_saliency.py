@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import PixelReader
 
 from masktune_utils import data, metrics, saliency
+from masktune_utils.choice import exchange
 from masktune_utils.data import Split
 
 
@@ -74,7 +75,7 @@ def mistake_map(network, images, labels, seed=0):
     """By what the network predicts."""
     split = Split(images, labels)
     predicted = metrics.predict(network, split).argmax(1)
-    return metrics.exchange_map(network, split, predicted, seed)
+    return exchange.exchange_map(network, split, predicted, seed)
 
 
 def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):
@@ -94,7 +95,7 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
     network = PixelReader(5, 9).eval()
     images = misleading.images.repeat(copies, 1, 1, 1)
     labels = misleading.labels.repeat(copies)
-    partners = data.class_partners(labels, torch.Generator().manual_seed(3))
+    partners = exchange.class_partners(labels, torch.Generator().manual_seed(3))
     shares = network(images / 255).softmax(1)[range(len(labels)), labels]
     falls = shares[partners].log() - shares.log()
     by_copy = falls.view(copies, 60)
@@ -105,12 +106,12 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
 
 
 def test_of_many_mistakes_some_are_exchanged(misleading, monkeypatch):
-    monkeypatch.setattr(metrics, "MOST_MISTAKES", 5)
+    monkeypatch.setattr(exchange, "MOST_MISTAKES", 5)
     network = PixelReader(5, 9)
     predicted = metrics.predict(network, misleading).argmax(1)
     counts = []
     network.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
-    metrics.exchange_map(network, misleading, predicted)
+    exchange.exchange_map(network, misleading, predicted)
     assert {*counts} == {5}
 
 
