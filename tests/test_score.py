@@ -16,6 +16,8 @@ from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
 from masktune_utils.masking import MaskedDataset
 
 LATER = "b"  # masks are called a, b, …
+MEAN_MASK = torch.zeros(30, 30)
+MEAN_MASK[:9, :9] = 1
 
 
 def held_out(labels, predictions, explained, resampled=None) -> HeldOut:
@@ -34,8 +36,7 @@ def held_out(labels, predictions, explained, resampled=None) -> HeldOut:
         predictions={name: torch.as_tensor(predictions[name]) for name in predictions},
         explained={mask: torch.as_tensor(explained[mask]) for mask in masks},
         resampled=resampled or {mask: {ERM: 0.5} for mask in masks},
-        hidden=dict.fromkeys(masks, 0.09),
-        place=dict.fromkeys(masks, "top left"),
+        mean_masks=dict.fromkeys(masks, MEAN_MASK),
     )
 
 

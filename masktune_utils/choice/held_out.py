@@ -13,7 +13,6 @@ from typing import Any
 
 import joblib
 import torch
-import torch.nn.functional as F
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
@@ -36,8 +35,6 @@ ERM = "ERM"
 NULL = f"{NOTHING}"  # ERM, fine-tuned like with a mask, on the images as they are
 FEW = 5  # fewer mistakes do not tell which evidence misleads
 SAMPLE = 1000  # images of each fold that are resampled
-ROWS = ("top", "centre", "bottom")
-COLUMNS = ("left", "centre", "right")
 
 
 @dataclass(eq=False)
@@ -56,8 +53,7 @@ class HeldOut:
         resampled: mask → model → accuracy on images whose hidden part comes from
             another image at random; of ERM alone, unless it makes less than `FEW`
             mistakes.
-        hidden: mask → mean share of the image that it hides.
-        place: mask → where it hides most, in words.
+        mean_masks: mask → H×W in [0, 1], in how many images each pixel is hidden.
         has_maps: False if the network gives no maps, so that masks by saliency are left
             out.
     """
@@ -67,8 +63,7 @@ class HeldOut:
     predictions: dict[str, Tensor]
     explained: dict[str, Tensor] = field(default_factory=dict)
     resampled: dict[str, dict[str, float]] = field(default_factory=dict)
-    hidden: dict[str, float] = field(default_factory=dict)
-    place: dict[str, str] = field(default_factory=dict)
+    mean_masks: dict[str, Tensor] = field(default_factory=dict)
     has_maps: bool = True
 
     def is_right(self, model: str) -> Tensor:
@@ -241,13 +236,10 @@ class Folds:
         is_explained = self.both(
             explained, self.judges, self.parts, masks, self.predicted, seed=self.seed
         )
-        mean_mask = own_masks.mean(0, dtype=torch.float32)
-        ninth = F.adaptive_avg_pool2d(mean_mask[None], 3).argmax().item()
         held_out = self.held_out
         held_out.explained[mask] = self.join(is_explained)
         held_out.resampled[mask] = {ERM: self.accuracy(self.judges, masked)}
-        held_out.hidden[mask] = mean_mask.mean().item()
-        held_out.place[mask] = f"{ROWS[ninth // 3]} {COLUMNS[ninth % 3]}"
+        held_out.mean_masks[mask] = own_masks.mean(0, dtype=torch.float32).cpu()
 
     def hide_more(self, rule: Rule) -> None:
         """Add the masks of a later round, by the networks of the round before."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masktune_utils import training
@@ -181,7 +182,7 @@ def _prior(held_out: HeldOut) -> Verdict:
     """Without mistakes: the model that is the most accurate where any mask hides."""
     accuracies = pd.DataFrame(held_out.resampled).mean(axis=1).drop(ERM)
     if NULL not in accuracies:
-        return Verdict(ERM, next(iter(held_out.hidden)), "")
+        return Verdict(ERM, next(iter(held_out.mean_masks)), "")
     gains = accuracies.drop(NULL) - accuracies[NULL]
     best = gains.idxmax()
     few = (
@@ -225,7 +226,10 @@ class Choice:
     @property
     def table(self) -> pd.DataFrame:
         """See `scores`; and the share of the image that is hidden."""
-        return scores(self.held_out).assign(hidden=pd.Series(self.held_out.hidden))
+        hidden = {
+            mask: share.mean() for mask, share in self.held_out.mean_masks.items()
+        }
+        return scores(self.held_out).assign(hidden=pd.Series(hidden, dtype=float))
 
     @property
     def reason(self) -> str:
@@ -238,8 +242,8 @@ class Choice:
         }
         lines = [self.verdict.reason]
         lines.append(
-            f'"{best}" hides {held_out.hidden[best]:.0%} of the image, mostly '
-            f"{held_out.place[best]}."
+            f'"{best}" hides {held_out.mean_masks[best].mean():.0%} of the image, mostly '
+            f"{_place(held_out.mean_masks[best])}."
         )
         if best in accuracy:
             lines.append(
@@ -264,7 +268,7 @@ class Choice:
         Raises:
             ValueError: there is no such mask.
         """
-        names = [ERM, *self.held_out.hidden]
+        names = [ERM, *self.held_out.mean_masks]
         if name not in names:
             raise ValueError(f"name is {name!r}; allowed: {'; '.join(names)}.")
         reason = f'By hand: "{name}". {self.verdict.reason}'
@@ -276,6 +280,14 @@ class Choice:
         """A copy of a network, fine-tuned on the masked images unless ERM is kept."""
         tuned = copy.deepcopy(network)
         return tuned if self.is_kept else self.schedule(tuned, self.masked)
+
+
+def _place(mean_mask: Tensor) -> str:
+    """The ninth of the image where most is hidden, in words."""
+    ninth = F.adaptive_avg_pool2d(mean_mask[None], 3).argmax().item()
+    row = ("top", "middle", "bottom")[ninth // 3]
+    column = ("left", "centre", "right")[ninth % 3]
+    return f"{row} {column}"
 
 
 def fine_tune(network: nn.Module, masked: MaskedDataset, epochs: int) -> nn.Module:
