@@ -138,7 +138,8 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     assert (verdict.chosen, verdict.best) == (ERM, LATER)
     assert verdict.reason == (
         "ERM is kept: no mask clearly corrects what it explains; the best, "
-        f'"{LATER}": 18 of 40, nothing masked 18.'
+        f'"{LATER}": of 40 mistakes that it explains, the mask corrects 18, nothing '
+        "masked 18."
     )
 
 

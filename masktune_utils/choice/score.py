@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -77,48 +76,40 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         and how many of these are right with the mask, `corrects`, and with `nothing`
         masked.
     """
-    is_mistake = held_out.is_mistake
-    kinds = torch.stack([held_out.labels, held_out.predictions[ERM]], 1)[is_mistake]
-    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
-    null_right = held_out.is_right(NULL)
-    null_rest = _mean_over_classes(
-        null_right[~is_mistake], held_out.labels[~is_mistake]
-    )
+    labels = pd.Series(held_out.labels)
+    models = held_out.predictions
+    right = pd.DataFrame({model: held_out.is_right(model).numpy() for model in models})
+    is_mistake = ~right[ERM]
+    rest = right[~is_mistake].groupby(labels[~is_mistake]).mean().mean()
+    kinds = [labels[is_mistake], pd.Series(models[ERM])[is_mistake]]
+    on_mistakes = right[is_mistake].astype(float)
     rows = {}
     for mask in held_out.tried:
-        is_right = held_out.is_right(mask)
-        is_explained = held_out.explained[mask]
-        row = {"score": 0.0, "error": math.inf}
-        if is_explained.any():
-            shares = torch.zeros(len(sizes), dtype=torch.float64).index_add(
-                0, kind, is_explained[is_mistake].double()
-            )
-            weights = (shares / sizes**2)[kind]
-            gains = is_right[is_mistake].double() - null_right[is_mistake].double()
-            row = _weighted_mean(gains, weights)
-        rest = _mean_over_classes(is_right[~is_mistake], held_out.labels[~is_mistake])
-        row["gain"] = row["score"] - max(0, null_rest - rest) / 2
-        row["explains"] = is_explained.sum().item()
-        row["corrects"] = is_right[is_explained].sum().item()
-        row["nothing"] = null_right[is_explained].sum().item()
-        rows[mask] = row
+        is_explained = pd.Series(held_out.explained[mask])
+        by_kind = is_explained[is_mistake].astype(float).groupby(kinds)
+        weights = by_kind.transform("mean") / by_kind.transform("size")
+        mean, error = _weighted_mean(on_mistakes[mask] - on_mistakes[NULL], weights)
+        lost = max(0, rest[NULL] - rest[mask])
+        rows[mask] = {
+            "score": mean,
+            "error": error,
+            "gain": mean - lost / 2,
+            "explains": is_explained.sum(),
+            "corrects": right.loc[is_explained, mask].sum(),
+            "nothing": right.loc[is_explained, NULL].sum(),
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _weighted_mean(gains: Tensor, weights: Tensor) -> dict[str, float]:
-    """The mean, and its error as if there were one more, a full step away."""
+def _weighted_mean(gains: pd.Series, weights: pd.Series) -> tuple[float, float]:
+    """The mean, and its standard error as if there were one more, a full step away."""
+    if not weights.any():
+        return 0.0, math.inf
     weights = weights / weights.sum()
-    count = 1 / weights.square().sum()  # of equal weights that would be as exact
-    mean = weights @ gains
-    variance = weights @ (gains - mean).square()
-    error = ((count * variance + 1) / (count + 1) / count).sqrt()
-    return {"score": mean.item(), "error": error.item()}
-
-
-def _mean_over_classes(is_right: Tensor, labels: Tensor) -> float:
-    """Accuracy, each class that has images counts the same."""
-    shares = [is_right[labels == label].double().mean() for label in labels.unique()]
-    return torch.stack(shares).mean().item() if shares else 0.0
+    count = 1 / (weights**2).sum()  # of equal weights that would be as exact
+    mean = (weights * gains).sum()
+    variance = (weights * (gains - mean) ** 2).sum()
+    return mean, ((count * variance + 1) / (count + 1) / count) ** 0.5
 
 
 def judge(held_out: HeldOut) -> Verdict:
@@ -135,66 +126,58 @@ def judge(held_out: HeldOut) -> Verdict:
     table = scores(held_out)
     gain = table["gain"]
     is_sure = table["score"] >= SURE * table["error"]
-    clear = table.index[is_sure & (gain >= CLEAR)]
-    good = table.index[is_sure & (gain >= ENOUGH)]
-    best = gain[good if len(good) else table.index].idxmax()
+    good = table[is_sure & (gain >= ENOUGH)]
+    clear = good[good["gain"] >= CLEAR]
+    best = gain.idxmax() if good.empty else good["gain"].idxmax()
+    chosen = best
     if len(clear):
-        chosen = clear[0]
+        chosen = clear.index[0]
     elif len(good):
-        limit = gain[best] - BETTER * table.loc[best, "error"]
-        chosen = next(mask for mask in good if gain[mask] >= limit)
-    else:
-        counts = table.loc[best]
-        reason = (
-            "ERM is kept: no mask clearly corrects what it explains; the best, "
-            f'"{best}": {counts["corrects"]:.0f} of {counts["explains"]:.0f}, nothing '
-            f"masked {counts['nothing']:.0f}."
-        )
-        return Verdict(ERM, best, reason)
-    counts = table.loc[chosen]
-    reason = (
-        f'Chosen: "{chosen}": of {counts["explains"]:.0f} mistakes that it explains, '
-        f"the mask corrects {counts['corrects']:.0f}, nothing masked "
-        f"{counts['nothing']:.0f}."
+        near = good["gain"] >= gain[best] - BETTER * table.loc[best, "error"]
+        chosen = near.idxmax()
+    counts = (
+        f'"{chosen}": of {table.loc[chosen, "explains"]} mistakes that it explains, the '
+        f"mask corrects {table.loc[chosen, 'corrects']}, nothing masked "
+        f"{table.loc[chosen, 'nothing']}."
     )
-    return Verdict(chosen, chosen, reason, is_final=len(clear) > 0)
+    if good.empty:
+        reason = f"ERM is kept: no mask clearly corrects what it explains; the best, {counts}"
+        return Verdict(ERM, best, reason)
+    return Verdict(chosen, chosen, f"Chosen: {counts}", is_final=len(clear) > 0)
 
 
 def _outlook(held_out: HeldOut) -> Verdict:
     """Before any fine-tuning: is there a mask that may be chosen?"""
-    accuracy = held_out.is_right(ERM).double().mean().item()
-    explains = {
-        mask: held_out.explained[mask].sum().item() for mask in held_out.explained
-    }
-    is_hopeless = not any(
-        explains[mask] >= HOPE and accuracy - held_out.resampled[mask][ERM] >= ENOUGH
-        for mask in explains
+    accuracy = held_out.is_right(ERM).double().mean()
+    explains = {}
+    hopes = []
+    for mask, is_explained in held_out.explained.items():
+        explains[mask] = is_explained.sum().item()
+        loses = accuracy - held_out.resampled[mask][ERM]
+        hopes.append(explains[mask] >= HOPE and loses >= ENOUGH)
+    reason = (
+        f"ERM is kept: no mask that hides what it relies on explains {HOPE} of its "
+        f"{held_out.is_mistake.sum()} mistakes."
     )
     best = max(explains, key=explains.get)
-    reason = (
-        f"ERM is kept: no mask explains {HOPE} of its {held_out.is_mistake.sum()} "
-        "mistakes and hides what it relies on."
-    )
-    return Verdict(ERM, best, reason, is_hopeless)
+    return Verdict(ERM, best, reason, is_final=not any(hopes))
 
 
 def _prior(held_out: HeldOut) -> Verdict:
     """Without mistakes: the model that is the most accurate where any mask hides."""
-    accuracies = pd.DataFrame(held_out.resampled).mean(axis=1).drop(ERM)
-    if NULL not in accuracies:
-        return Verdict(ERM, next(iter(held_out.mean_masks)), "")
-    gains = accuracies.drop(NULL) - accuracies[NULL]
-    best = gains.idxmax()
-    few = (
+    accuracy = pd.DataFrame(held_out.resampled).mean(axis=1)
+    if NULL not in accuracy:  # not all is known yet
+        return Verdict(ERM, next(iter(held_out.explained)), "")
+    gain = accuracy.drop([ERM, NULL]) - accuracy[NULL]
+    best = gain.idxmax()
+    chosen = best if gain[best] >= ENOUGH else ERM
+    reason = (
         f"ERM makes {held_out.is_mistake.sum()} mistakes on held-out images: they do "
-        "not tell which evidence misleads. By a prior, "
+        f'not tell which evidence misleads. By a prior, chosen: "{chosen}"; where masks '
+        f'hide a part, the model with "{best}" is {100 * gain[best]:.0f} points more '
+        "accurate than that with nothing masked."
     )
-    where = "points more accurate than with nothing masked where masks hide a part."
-    if gains[best] < ENOUGH:
-        reason = f"{few}ERM is kept: no mask is {100 * ENOUGH:.0f} {where}"
-        return Verdict(ERM, best, reason, is_final=True)
-    reason = f'{few}chosen: "{best}", {100 * gains[best]:.0f} {where}'
-    return Verdict(best, best, reason, is_final=True)
+    return Verdict(chosen, best, reason, is_final=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,14 +219,15 @@ class Choice:
         """What was chosen and why, what is hidden, and what it costs."""
         held_out = self.held_out
         best = self.verdict.best
+        mean_mask = held_out.mean_masks[best]
         accuracy = {
-            model: 100 * held_out.is_right(model).double().mean().item()
+            model: 100 * held_out.is_right(model).double().mean()
             for model in held_out.predictions
         }
         lines = [self.verdict.reason]
         lines.append(
-            f'"{best}" hides {held_out.mean_masks[best].mean():.0%} of the image, mostly '
-            f"{_place(held_out.mean_masks[best])}."
+            f'"{best}" hides {mean_mask.mean():.0%} of the image, mostly '
+            f"{_place(mean_mask)}."
         )
         if best in accuracy:
             lines.append(
