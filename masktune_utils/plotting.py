@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from masktune_utils import metrics, store
+from masktune_utils.choice import Choice
 from masktune_utils.data import Split
 from masktune_utils.masking import resize
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.selection import Choice
 from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
 
@@ -51,7 +51,7 @@ def show(
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
     png = print_figure(figure, dpi=160)
-    store.write_bytes(settings.folder("figures") / f"{name}.png", png)
+    store.write(settings.folder("figures") / f"{name}.png", png)
     display(Image(data=png, retina=True, alt=name))
 
 

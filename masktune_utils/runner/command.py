@@ -1,31 +1,47 @@
-"""The command `masktune`: notebooks 01 to 06, sweeps, choices."""
+"""The command `masktune`: a list of notebooks for each setting of a grid."""
 
 import argparse
-import ast
-import contextlib
+import sys
+from functools import cache
 from pathlib import Path
 
-from masktune_utils.settings import REPOSITORY, RUNTIME, Settings
+from joblib import cpu_count, parallel_config
+
+from masktune_utils import datasets, results, store
+from masktune_utils.runner import jobs
+from masktune_utils.runner.grids import read_grid
+from masktune_utils.runner.jobs import ERM, FINETUNE, PLOTS
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings, root
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
+PUBLISHED = REPOSITORY / "sweeps" / "published.yaml"
+CHOICE = "06_choice"
+SWEEP = [ERM, "03_saliency_masks", FINETUNE]
+COMMANDS = {
+    "run": ["01_dataset", *SWEEP, CHOICE, PLOTS],
+    "sweep": SWEEP,  # or the notebook that the grid names
+    "choose": [ERM, CHOICE],
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the command. Bad arguments end it with exit code 2 at once."""
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    if not (REPOSITORY / "notebooks").is_dir():
-        parser.error("there are no notebooks here; allowed: a clone of the repository.")
-    from masktune_utils.runner import stages  # takes seconds, which --help need not
-
-    return stages.run(arguments)
+    """Entry point of the command; returns the exit code."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print("masktune:", *f"{error}".split(), file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    commands = "run: 01 to 06; sweep: 02 to 04, or as GRID says; choose"
-    parser.add_argument("command", choices=("run", "sweep", "choose"), help=commands)
+    notebooks = "; ".join(f"{name}: {', '.join(COMMANDS[name])}" for name in COMMANDS)
+    parser.add_argument("command", choices=COMMANDS, help=notebooks)
     parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
         "--jobs", type=int, choices=range(1, 65), metavar="N", help="notebooks at once"
@@ -36,26 +52,83 @@ def _parser() -> argparse.ArgumentParser:
         help="scheduler of a Dask cluster that shares the files",
     )
     parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the configurations, and run nothing",
+        "--dry-run", action="store_true", help="count the notebooks, and run nothing"
     )
     for name, field in Settings.model_fields.items():
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(
-            *spellings,
-            dest=name,
-            default=argparse.SUPPRESS,
-            nargs=1 if name in RUNTIME else "+",
-            type=str if field.annotation is str else _from_text,
+            *sorted({f"--{name}", f"--{name.replace('_', '-')}"}),
+            nargs="+",
             metavar="VALUE",
             help=f"{field.description} (default: {field.default!r})",
         )
     return parser
 
 
-def _from_text(text: str) -> object:
-    """A number, None, True or False as Python writes it; else the text itself."""
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
-    return text
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the notebooks; print what came out, and last the reasons of choices."""
+    notebook, grid = _read(arguments)
+    device = store.resolve_device(grid[0].device)
+    print(f"{len(grid)} configurations, device: {device}")
+    stems = [notebook] if notebook else COMMANDS[arguments.command]
+    stages = [jobs.make_stage(stem, grid) for stem in stems]
+    if arguments.dry_run:
+        jobs.execute(stages, 0)
+        return 0
+    if arguments.dask:
+        from distributed import Client  # heavy, and seldom wanted
+
+        Client(arguments.dask, timeout=5)
+        parallel_config(backend="dask")
+    # Each kernel on a GPU has a context and the images of its own.
+    count = min(cpu_count(), 8) if device.type == "cpu" else 1
+    errors = jobs.execute(stages, arguments.jobs or count)
+    _print_table(grid)
+    for job, error in errors.items():
+        print(f"failed: {job.copy}: {error}", file=sys.stderr)
+    print(f"{len(errors)} failed or not run")
+    done = [job for stage in stages for job in stage if job not in errors]
+    for job in done:
+        if job.stem in (CHOICE, PLOTS):
+            print(f"page: {jobs.write_page(job)}")
+    for job in done:
+        if job.stem == CHOICE:
+            reason = job.settings.folder("results") / "reason.txt"
+            print(f"\n{reason}\n{reason.read_text()}")
+    return 1 if errors else 0
+
+
+def _read(arguments: argparse.Namespace) -> tuple[str | None, list[Settings]]:
+    """The notebook that the grid names, and all configurations, ready to be run.
+
+    Raises:
+        FileNotFoundError: see `datasets.read`.
+        ValueError: see `read_grid` and `datasets.read`.
+    """
+    given = vars(arguments)
+    options = {name: given[name] for name in DEFAULTS if given[name]}
+    file = arguments.grid
+    if file is None and arguments.command != "choose":
+        file = PUBLISHED
+    notebook, grid = read_grid(file, options)
+    resolve = cache(datasets.resolve_dataset)  # which may read MNIST
+    ready = []
+    for settings in grid:
+        # A Dask worker may have another working directory.
+        directory = str(root(settings.directory).absolute())
+        dataset = resolve(settings.dataset)
+        ready.append(settings.replace(dataset=dataset, directory=directory))
+    datasets.read(ready[0])  # what cannot be read is refused here
+    return notebook, ready
+
+
+def _print_table(grid: list[Settings]) -> None:
+    """Save the table of all results; print that of the grid, and where all files are."""
+    directory = grid[0].directory
+    table = results.collect(directory)
+    results.save_table(table, root(directory) / "results" / "results.csv")
+    print(f"files: {directory}")
+    experiments = {settings.experiment for settings in grid}
+    rows = table[table["experiment"].isin(experiments)]
+    if len(rows):
+        summary = results.worth(results.named(rows))
+        print(f"\nAccuracy in %\n\n{summary.to_string()}\n")

@@ -1,15 +1,21 @@
-"""Kernels that execute notebook after notebook; each forgets one before the next."""
+"""Kernels that execute notebook after notebook; each forgets one before the next.
+
+It forgets names, the random state of PyTorch, NumPy and Python, PyTorch's number of
+threads and default type, the environment, the working directory, and warnings. What
+else a library keeps, such as options of pandas or Matplotlib, stays as it is.
+"""
 
 import atexit
 import contextlib
 import gc
 import os
+import random
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
@@ -19,11 +25,17 @@ ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 PATIENCE = 60  # seconds
 
-# Of a fresh kernel:
-_torch_random = torch.get_rng_state()
-_filters = list(warnings.filters)
-_folder = Path.cwd()
-_threads = torch.get_num_threads()
+# How a kernel is made as it was, and how it was when it was fresh.
+FRESH = [
+    (os.chdir, os.getcwd()),  # noqa: PTH109
+    (os.environ.update, dict(os.environ)),
+    (random.setstate, random.getstate()),
+    (np.random.set_state, np.random.get_state()),
+    (torch.set_rng_state, torch.get_rng_state()),
+    (torch.set_num_threads, torch.get_num_threads()),
+    (torch.set_default_dtype, torch.get_default_dtype()),
+    (warnings.filters.extend, list(warnings.filters)),
+]
 
 
 class Manager(KernelManager):
@@ -35,29 +47,29 @@ class Manager(KernelManager):
         return self.latest
 
 
-# Kernels that are kept for later: number of threads → kernels.
-idle: dict[str, list[Manager]] = defaultdict(list)
+# Kernels that are kept for later: number of cores → kernels.
+idle: dict[int, list[Manager]] = defaultdict(list)
 
 
 @contextlib.contextmanager
-def take(threads: int) -> Iterator[Manager]:
+def take(cores: int) -> Iterator[Manager]:
     """A kernel that has forgotten what it did before; kept, unless its use fails.
 
     Args:
-        threads: with which it computes, unless `OMP_NUM_THREADS` is set.
+        cores: how many it uses; as many threads, unless `OMP_NUM_THREADS` is set.
 
     Raises:
         RuntimeError: it does not start or answer, or cannot forget.
     """
-    environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
-    kept = idle[environment["OMP_NUM_THREADS"]]
     try:
-        manager = kept.pop()
+        manager = idle[cores].pop()
     except IndexError:  # there is none, or another thread was quicker
         manager = Manager(client_class=CLIENT)
     try:
         if not manager.is_alive():
             manager = Manager(client_class=CLIENT)
+            environment = {"OMP_NUM_THREADS": f"{cores}", **os.environ}
+            environment["LOKY_MAX_CPU_COUNT"] = f"{cores}"
             manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
         client = manager.blocking_client()
         client.start_channels()
@@ -71,7 +83,7 @@ def take(threads: int) -> Iterator[Manager]:
     except BaseException:
         manager.shutdown_kernel(now=True)
         raise
-    kept.append(manager)
+    idle[cores].append(manager)
 
 
 @atexit.register
@@ -89,8 +101,7 @@ def reset() -> None:
     gc.collect()  # with the names go models, hooks and images
     gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
-    torch.set_rng_state(_torch_random)
-    torch.set_num_threads(_threads)
-    os.chdir(_folder)
+    os.environ.clear()
     warnings.resetwarnings()  # Python also forgets which were shown already
-    warnings.filters.extend(_filters)
+    for restore, value in FRESH:
+        restore(value)
