@@ -58,7 +58,7 @@ def write(path: Path, content: bytes, is_cache: bool = False) -> None:
         is_cache: of two processes that write it at the same time, the first one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
         unfinished = Path(folder) / path.name
         with unfinished.open("wb") as file:
             file.write(content)

@@ -54,7 +54,7 @@ def outcome(directory: Path) -> dict[str, object]:
     """
     contents = {}
     for path in sorted(directory.rglob("*.*")):
-        if path.name.startswith("."):
+        if path.parent.name.startswith("."):  # was not completed
             continue
         if path.suffix in (".pth", ".png"):
             contents[path.name] = path.read_bytes()
