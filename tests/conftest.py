@@ -68,6 +68,19 @@ def outcome(directory: Path) -> dict[str, object]:
     return contents
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Only with the full MNIST have the notebooks' tables their committed numbers."""
+    if (datasets.data_root() / "MNIST").is_dir():
+        return
+    for item in items:
+        if "06_choice.ipynb" in item.nodeid:  # which would train for minutes
+            item.add_marker(pytest.mark.skip(reason="needs the full MNIST"))
+        elif "full-mnist" in getattr(item, "cell", {}).get("metadata", {}).get(
+            "tags", []
+        ):
+            item.options["check"] = False
+
+
 class PixelReader(torch.nn.Module):
     """Sees nothing but one pixel: its channels are the logits."""
 

@@ -55,12 +55,11 @@ def test_each_table_is_in_one_of_the_texts_and_another_number_is_noticed():
         assert tables.with_tables("\n".join(damaged)).splitlines() == make()
 
 
-def test_the_rule_does_on_the_trials_what_its_table_says(monkeypatch):
-    rule = {"the rule": trials.VARIANTS["the rule"]}
-    monkeypatch.setattr(trials, "VARIANTS", rule)
+@pytest.mark.slow
+def test_the_rule_and_its_variants_do_on_the_trials_what_their_table_says():
     cases = trials.compare()
     made = trials.summarize(cases).round(1)
-    expected = tables.RULES.set_index("rule").loc[made.index]
+    expected = tables.RULES.set_index("rule")
     assert made.to_dict() == expected.to_dict()
     of_rule = cases[cases["rule"] == "the rule"]
     assert sorted(of_rule["group"].unique()) == sorted(trials.GROUPS)
@@ -92,33 +91,15 @@ def study(stem: str) -> pd.DataFrame:
     return results.summarize(table, by, numbers)
 
 
-@pytest.fixture(scope="module")
-def known_numbers() -> set[str]:
+def reference_numbers() -> set[str]:
     """Every mean ± standard deviation of the reference run, by configuration."""
-    hidden = [name for name in tables.RUNS if name.startswith("hidden_")]
-    numbers = set()
-    for runs, chosen in (
-        (tables.RUNS, tables.CHOSEN),
-        (tables.CHOICES_RUN, tables.ONE_TEST),
-    ):
-        rows = pd.concat([runs, chosen.assign(configuration="chosen")])
-        summary = results.summarize(rows, KEY[:2], [*results.ACCURACIES, *hidden])
-        numbers.update(summary.to_numpy().flat)
-    for stem in STUDIES:
-        numbers.update(study(stem).to_numpy().flat)
-    return numbers
-
-
-@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
-def test_every_measured_number_outside_the_tables_is_known(file, known_numbers):
-    text = file.read_text()
-    prose = "\n".join(row for row in text.splitlines() if not row.startswith("|"))
-    assert set(MEASURED.findall(prose)) <= known_numbers
-    assert len(MEASURED.findall(text)) > 15
+    rows = pd.concat([tables.RUNS, tables.CHOSEN.assign(configuration="chosen")])
+    summary = results.summarize(rows, KEY[:2])
+    return set(summary.to_numpy().flat)
 
 
 @pytest.mark.parametrize("stem", STUDIES)
-def test_the_text_of_a_study_has_its_numbers(stem, known_numbers):
+def test_the_text_of_a_study_has_its_numbers(stem):
     notebook = nbformat.read(REPOSITORY / "notebooks" / f"{stem}.ipynb", as_version=4)
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     measured = set(MEASURED.findall("\n".join(texts)))
@@ -126,7 +107,7 @@ def test_the_text_of_a_study_has_its_numbers(stem, known_numbers):
     assert len(measured) > 3
     numbers = set(summary.to_numpy().flat)
     if stem == "09_limits":  # which quotes the reference run as well
-        numbers |= known_numbers
+        numbers |= reference_numbers()
     assert measured <= numbers
     # the full MNIST has three; with no conflicting image, new rivals have one
     least_seeds = {"09_limits": 3, "10_methods": 1}.get(stem, 5)

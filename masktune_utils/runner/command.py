@@ -68,17 +68,17 @@ def _run(arguments: argparse.Namespace) -> int:
     """Run the notebooks; print what came out, and last the reasons of choices."""
     notebook, grid = _read(arguments)
     device = store.resolve_device(grid[0].device)
+    if arguments.dask:
+        from distributed import Client  # heavy, and seldom wanted
+
+        Client(arguments.dask, timeout=5)
+        parallel_config(backend="dask")
     print(f"{len(grid)} configurations, device: {device}")
     stems = [notebook] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, grid) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
-    if arguments.dask:
-        from distributed import Client  # heavy, and seldom wanted
-
-        Client(arguments.dask, timeout=5)
-        parallel_config(backend="dask")
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
     errors = jobs.execute(stages, arguments.jobs or count)
