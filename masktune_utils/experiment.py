@@ -333,17 +333,19 @@ def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
         jobs = min(2, joblib.cpu_count()) if device.type == "cpu" else 1
 
     def make() -> dict[str, Any]:
-        made = score.choose(
-            train,
-            partial(_fit, settings),
-            candidates=score.CANDIDATES,
-            jobs=jobs,
-            seed=settings.seed,
-        )
+        threads = max(1, torch.get_num_threads() // jobs)
+        with joblib.parallel_config("loky", inner_max_num_threads=threads):
+            made = score.choose(
+                train,
+                partial(_fit, settings),
+                candidates=score.CANDIDATES,
+                jobs=jobs,
+                seed=settings.seed,
+            )
         masks = {}
         for name, masked in made.candidates.items():
-            rule = dataclasses.asdict(masked.rule)
-            masks[name] = {"rule": rule, "bits": _packed(masked.own_masks)}
+            bits = np.packbits(masked.own_masks.cpu())
+            masks[name] = (dataclasses.asdict(masked.rule), zlib.compress(bits))
         return {"held_out": vars(made.held_out), "masks": masks}
 
     made_with = {
@@ -353,30 +355,20 @@ def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
     }
     path = settings.folder("checkpoints") / CHOICE
     saved = store.kept(path, made_with, make)
+    shape = train.images[:, 0].shape
     candidates = {}
     with store.reading(path):
         held_out = HeldOut(**saved["held_out"])
-        for name, masks in saved["masks"].items():
-            rule = Rule(**masks["rule"])
-            own_masks = _unpacked(masks["bits"], train.images[:, 0].shape)
+        for name, (fields, packed) in saved["masks"].items():
+            bits = np.frombuffer(zlib.decompress(packed), np.uint8)
+            masks = np.unpackbits(bits, count=shape.numel()).astype(bool)
+            own_masks = torch.from_numpy(masks).view(shape).to(device)
+            rule = Rule(**fields)
             candidates[name] = MaskedDataset(
-                train, own_masks.to(device), rule.fill, settings.seed, rule=rule
+                train, own_masks, rule.fill, settings.seed, rule=rule
             )
     schedule = partial(score.fine_tune, epochs=settings.finetune_epochs)
     return Choice(held_out, candidates, schedule, score.judge(held_out))
-
-
-def _packed(masks: Tensor) -> Tensor:
-    """Masks, N×H×W, as a few bytes."""
-    bits = np.packbits(masks.cpu())
-    return torch.frombuffer(bytearray(zlib.compress(bits)), dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The masks of this shape that were packed."""
-    bits = np.frombuffer(zlib.decompress(packed.numpy()), np.uint8)
-    masks = np.unpackbits(bits, count=shape.numel())
-    return torch.from_numpy(masks).view(shape).bool()
 
 
 def _fit(settings: Settings, fold: Split) -> nn.Module:

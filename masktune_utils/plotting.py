@@ -119,7 +119,7 @@ def grid(
 
 
 def choice_masks(choice: Choice, network: nn.Module) -> Figure:
-    """What a choice hides; if ERM is kept, what explains most of its mistakes.
+    """What a choice hides, or would hide if ERM were not kept.
 
     Of each class, an image that ERM predicts correctly though it has not seen it, and
     one that it does not. The last column, for all images: where mistakes come from.
@@ -129,11 +129,7 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
         network: whose maps are shown, as ERM's.
     """
     held_out = choice.held_out
-    masked = choice.masked
-    if choice.is_kept:
-        explained = held_out.explained
-        most = max(explained, key=lambda name: explained[name].sum())
-        masked = choice.candidates[most]
+    masked = choice.candidates[choice.verdict.best]
     split = masked.split
     names = []
     for name in split.class_names:

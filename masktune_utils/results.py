@@ -32,11 +32,15 @@ def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, float]:
     groups = {}
     for name, split in sets.tests.items():
         logits = metrics.predict(model, split)
-        is_right = logits.argmax(1) == split.labels.cpu()
+        is_right = metrics.is_right(logits, split.labels)
         accuracies[name] = is_right.double().mean().item()
         for group, accuracy in metrics.group_accuracy(logits, split).items():
             groups[f"group {group}"] = accuracy
-    return {**accuracies, "worst_group": min(groups.values()), **groups}
+    return {
+        **accuracies,
+        "worst_group": min(groups.values()),
+        **groups,
+    }
 
 
 def hidden_shares(masked: MaskedDataset) -> dict[str, float]:
@@ -59,11 +63,16 @@ def hidden_shares(masked: MaskedDataset) -> dict[str, float]:
     outside = 1 - inside
     ink = split.images.sum(1, dtype=torch.float32) * outside
     shares = {}
-    for name, area in {"shortcut": inside, "rest": outside, "digit": ink}.items():
-        shares[name] = (hidden * area).sum((1, 2)) / area.sum((1, 2))
+    areas = {"shortcut": inside, "rest": outside, "digit": ink}
+    for name, area in areas.items():
+        hidden_area = (hidden * area).sum((1, 2))
+        shares[name] = hidden_area / area.sum((1, 2))
     shares["shortcut_whole"] = (shares["shortcut"] > 0.99).float()
     # An image without any ink outside the shortcut has no share of it.
-    return {name: values.nanmean().item() for name, values in shares.items()}
+    means = {}
+    for name, values in shares.items():
+        means[name] = values.nanmean().item()
+    return means
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -75,16 +84,19 @@ def read(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     with store.reading(path):
         row = json.loads(content)
-        missing = COLUMNS - {*row}
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if not COLUMNS <= {*row}:
+            raise ValueError(f"it has no {COLUMNS - {*row}}")
     return row
 
 
 def write_json(path: Path, row: dict[str, Any]) -> None:
     """Save a result; NaN, which is no JSON, as null."""
-    strict = json.loads(json.dumps(row), parse_constant=lambda _name: None)
-    store.write(path, json.dumps(strict, indent=1).encode())
+    strict = json.loads(
+        json.dumps(row),
+        parse_constant=lambda _name: None,
+    )
+    text = json.dumps(strict, indent=1)
+    store.write(path, text.encode())
 
 
 def collect(directory: str = "") -> pd.DataFrame:
@@ -102,7 +114,8 @@ def collect(directory: str = "") -> pd.DataFrame:
         CheckpointError: a JSON file there is damaged, or not a result.
     """
     rows = []
-    for folder in sorted((root(directory) / "results").glob("*/seed*")):
+    folders = (root(directory) / "results").glob("*/seed*")
+    for folder in sorted(folders):
         saved = {path.stem: read(path) for path in folder.glob("*.json")}
         base = saved.get("base", {})
         for row in saved.values():
@@ -111,7 +124,9 @@ def collect(directory: str = "") -> pd.DataFrame:
     if not rows:
         return pd.DataFrame(columns=KEY)
     return pd.DataFrame(rows).sort_values(
-        KEY, key=lambda column: column.replace("base", ""), ignore_index=True
+        KEY,
+        key=lambda column: column.replace("base", ""),
+        ignore_index=True,
     )
 
 
@@ -132,7 +147,8 @@ def summarize(
         The `shares`, as text, with blanks for underscores in their names, and `seeds`,
         their number.
     """
-    columns = [name for name in shares if name in table and table[name].notna().any()]
+    known = table.dropna(axis=1, how="all").columns
+    columns = [name for name in shares if name in known]
     groups = table.groupby(list(by), sort=False, dropna=False)
     summary = groups[columns].agg(_mean_and_std)
     summary["seeds"] = groups.size()
@@ -141,12 +157,13 @@ def summarize(
 
 def _mean_and_std(shares: pd.Series) -> str:
     """In %; the standard deviation only of several values."""
-    known = 100 * shares.dropna()
+    known = shares.dropna()
     if known.empty:
         return ""
-    if len(known) == 1:
-        return f"{known.mean():.2f}"
-    return f"{known.mean():.2f} ± {known.std():.2f}"
+    text = f"{100 * known.mean():.2f}"
+    if len(known) > 1:
+        text += f" ± {100 * known.std():.2f}"
+    return text
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -165,11 +182,12 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracies of each model of each experiment, the best one last, as text.
 
     Args:
-        table: see `named`.
+        table: see `collect`.
     """
-    by = ["model"]
-    if table["experiment"].nunique() > 1:
-        by = ["experiment", "model"]
+    table = named(table)
+    by = ["experiment", "model"]
+    if table["experiment"].nunique() == 1:
+        by = ["model"]
     means = table.groupby(by)["worst_group"].transform("mean")
     order = means.sort_values(kind="stable").index
     return summarize(table.loc[order], by)
@@ -177,4 +195,5 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
 
 def save_table(table: pd.DataFrame, path: Path) -> None:
     """Save a table as CSV."""
-    store.write(path, table.to_csv(index=False).encode())
+    text = table.to_csv(index=False)
+    store.write(path, text.encode())

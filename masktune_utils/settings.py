@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 from masktune_utils.masking import Rule
+from masktune_utils.shortcuts import SHORTCUTS
 
 _above = Path(__file__).parents[1]
 # A package that was installed without a repository leaves its files where it is used.
@@ -96,16 +97,7 @@ class BaseSettings(BaseModel):
     """of the shortcut: name of a colour, or #rrggbb"""
     placement: Literal["random", "ordered"] = "random"
     """of the square: random or ordered"""
-    shortcut: Literal[
-        "square",
-        "square_anywhere",
-        "two_squares",
-        "frame",
-        "pixels",
-        "digit_color",
-        "background",
-        "none",
-    ] = "square"
+    shortcut: Literal[*SHORTCUTS, "none"] = "square"
     """in training: square, another of shortcuts.py, or none"""
     conflicting_share: Share = Field(0.01, ge=0, le=1)
     """share of each class against the shortcut"""

@@ -2,12 +2,11 @@
 
 import dis
 import re
-from typing import get_args, get_type_hints
 
 import nbformat
 import pytest
 
-from masktune_utils import experiment, masking, shortcuts
+from masktune_utils import experiment
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 
@@ -86,14 +85,6 @@ def test_the_longest_names_are_names_of_files():
 def test_nothing_is_saved_as_of_a_data_set_that_is_not_known():
     with pytest.raises(ValueError, match=r"^dataset = 'auto': first use "):
         Settings().folder("checkpoints")
-
-
-def test_the_shortcuts_that_are_allowed_are_those_of_the_functions():
-    allowed = get_args(Settings.model_fields["shortcut"].annotation)
-    assert {*allowed} == {*shortcuts.SHORTCUTS, "none"}
-    for name in ("method", "upsample", "fill"):
-        annotation = Settings.model_fields[name].annotation
-        assert annotation == get_type_hints(masking.Rule)[name]
 
 
 @pytest.fixture

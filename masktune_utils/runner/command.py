@@ -3,9 +3,11 @@
 import argparse
 import sys
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from joblib import cpu_count, parallel_config
+from yaml import YAMLError
 
 from masktune_utils import datasets, results, store
 from masktune_utils.runner import jobs
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, YAMLError) as error:
         print("masktune:", *f"{error}".split(), file=sys.stderr)
         return 2
 
@@ -42,10 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
     notebooks = "; ".join(f"{name}: {', '.join(COMMANDS[name])}" for name in COMMANDS)
     parser.add_argument("command", choices=COMMANDS, help=notebooks)
-    parser.add_argument("grid", nargs="?", type=Path, help="YAML file, see sweeps/")
     parser.add_argument(
-        "--jobs", type=int, choices=range(1, 65), metavar="N", help="notebooks at once"
+        "grid",
+        nargs="?",
+        type=Path,
+        default=PUBLISHED,
+        help="YAML file, see sweeps/",
     )
+    parser.add_argument("--jobs", type=int, help="notebooks at once")
     parser.add_argument(
         "--dask",
         metavar="ADDRESS",
@@ -73,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         Client(arguments.dask, timeout=5)
         parallel_config(backend="dask")
-    print(f"{len(grid)} configurations, device: {device}")
+    print(f"device: {device}")
     stems = [notebook] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, grid) for stem in stems]
     if arguments.dry_run:
@@ -85,15 +91,12 @@ def _run(arguments: argparse.Namespace) -> int:
     _print_table(grid)
     for job, error in errors.items():
         print(f"failed: {job.copy}: {error}", file=sys.stderr)
-    print(f"{len(errors)} failed or not run")
-    done = [job for stage in stages for job in stage if job not in errors]
-    for job in done:
-        if job.stem in (CHOICE, PLOTS):
+    for job in reversed(list(chain(*stages))):
+        if job.stem in (CHOICE, PLOTS) and job not in errors:
             print(f"page: {jobs.write_page(job)}")
-    for job in done:
-        if job.stem == CHOICE:
-            reason = job.settings.folder("results") / "reason.txt"
-            print(f"\n{reason}\n{reason.read_text()}")
+            if job.stem == CHOICE:
+                reason = job.settings.folder("results") / "reason.txt"
+                print(reason.read_text())
     return 1 if errors else 0
 
 
@@ -106,10 +109,7 @@ def _read(arguments: argparse.Namespace) -> tuple[str | None, list[Settings]]:
     """
     given = vars(arguments)
     options = {name: given[name] for name in DEFAULTS if given[name]}
-    file = arguments.grid
-    if file is None and arguments.command != "choose":
-        file = PUBLISHED
-    notebook, grid = read_grid(file, options)
+    notebook, grid = read_grid(arguments.grid, options)
     resolve = cache(datasets.resolve_dataset)  # which may read MNIST
     ready = []
     for settings in grid:
@@ -127,8 +127,7 @@ def _print_table(grid: list[Settings]) -> None:
     table = results.collect(directory)
     results.save_table(table, root(directory) / "results" / "results.csv")
     print(f"files: {directory}")
-    experiments = {settings.experiment for settings in grid}
+    experiments = [settings.experiment for settings in grid]
     rows = table[table["experiment"].isin(experiments)]
     if len(rows):
-        summary = results.worth(results.named(rows))
-        print(f"\nAccuracy in %\n\n{summary.to_string()}\n")
+        print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")

@@ -13,12 +13,12 @@ Blocks = TypeAdapter(Annotated[list[dict[str, Any]], Field(min_length=1)])
 
 
 def read_grid(
-    file: Path | None, options: dict[str, list]
+    file: Path, options: dict[str, list]
 ) -> tuple[str | None, list[Settings]]:
     """All configurations of a grid file.
 
     Args:
-        file: None: the defaults alone. YAML; blocks of settings, each with a value or a
+        file: YAML; blocks of settings, each with a value or a
             list of values. A block stands for all their combinations. The first may
             name the `notebook`.
         options: values from the command line, by name, which win over those of the
@@ -28,10 +28,11 @@ def read_grid(
         The name of the notebook, if there is one, and the settings.
 
     Raises:
-        ValueError: the file is no such YAML; or a setting or value is not allowed.
+        ValueError: the file has no such blocks; or a setting or value is not allowed.
         OSError: the file cannot be read.
+        YAMLError: it is no YAML.
     """
-    blocks = [{}] if file is None else _read_blocks(file)
+    blocks = Blocks.validate_python(yaml.safe_load(file.read_bytes()))
     notebook = blocks[0].pop("notebook", None)
     configurations = []
     for block in blocks:
@@ -41,10 +42,3 @@ def read_grid(
         for combination in ParameterGrid(values):
             configurations.append(Settings(**combination))
     return notebook, list(dict.fromkeys(configurations))
-
-
-def _read_blocks(file: Path) -> list[dict[str, Any]]:
-    try:
-        return Blocks.validate_python(yaml.safe_load(file.read_bytes()))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is no list of blocks of settings: {error}") from error

@@ -1,8 +1,8 @@
 """Kernels that execute notebook after notebook; each forgets one before the next.
 
-It forgets names, the random state of PyTorch, NumPy and Python, PyTorch's number of
-threads and default type, the environment, the working directory, and warnings. What
-else a library keeps, such as options of pandas or Matplotlib, stays as it is.
+It forgets names, the random state of PyTorch, NumPy and Python, the number of threads,
+and warnings: what notebooks change. What they do not, stays as it is: the working
+directory, the environment, options of libraries.
 """
 
 import atexit
@@ -22,24 +22,22 @@ from jupyter_client import KernelClient, KernelManager
 
 RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
-CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 PATIENCE = 60  # seconds
 
 # How a kernel is made as it was, and how it was when it was fresh.
 FRESH = [
-    (os.chdir, os.getcwd()),  # noqa: PTH109
-    (os.environ.update, dict(os.environ)),
     (random.setstate, random.getstate()),
     (np.random.set_state, np.random.get_state()),
     (torch.set_rng_state, torch.get_rng_state()),
     (torch.set_num_threads, torch.get_num_threads()),
-    (torch.set_default_dtype, torch.get_default_dtype()),
     (warnings.filters.extend, list(warnings.filters)),
 ]
 
 
 class Manager(KernelManager):
     """A kernel manager that knows the client that papermill takes, and leaves open."""
+
+    client_class = "jupyter_client.asynchronous.AsyncKernelClient"  # for papermill
 
     def client(self, **options: Any) -> KernelClient:
         """See jupyter_client."""
@@ -64,10 +62,10 @@ def take(cores: int) -> Iterator[Manager]:
     try:
         manager = idle[cores].pop()
     except IndexError:  # there is none, or another thread was quicker
-        manager = Manager(client_class=CLIENT)
+        manager = Manager()
     try:
         if not manager.is_alive():
-            manager = Manager(client_class=CLIENT)
+            manager = Manager()
             environment = {"OMP_NUM_THREADS": f"{cores}", **os.environ}
             environment["LOKY_MAX_CPU_COUNT"] = f"{cores}"
             manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
@@ -101,7 +99,6 @@ def reset() -> None:
     gc.collect()  # with the names go models, hooks and images
     gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
-    os.environ.clear()
     warnings.resetwarnings()  # Python also forgets which were shown already
     for restore, value in FRESH:
         restore(value)
