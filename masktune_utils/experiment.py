@@ -177,13 +177,12 @@ def load_or_train(
     )
 
 
-def with_weights(path: str | Path, device: str = "auto") -> nn.Module:
-    """A SmallCNN with the weights of a file, in evaluation mode.
+def with_weights(path: str | Path) -> nn.Module:
+    """A SmallCNN with the weights of a file, in evaluation mode, on the CPU.
 
     Args:
         path: a checkpoint of this project, or a plain state dict, as the published
             ones are.
-        device: see `store.resolve_device`.
 
     Raises:
         CheckpointError: the file is damaged or foreign.
@@ -194,7 +193,7 @@ def with_weights(path: str | Path, device: str = "auto") -> nn.Module:
     with store.reading(path):
         weights = content.get("state_dict", content)
         *_, last_bias = weights.values()
-        network = models.new_model(0, store.resolve_device(device), len(last_bias))
+        network = models.new_model(0, num_classes=len(last_bias))
         network.load_state_dict(weights)
     return network.eval()
 
@@ -210,12 +209,12 @@ def masktune(settings: Settings, base: Trained, train: Split) -> Trained:
     Raises:
         CheckpointError: see `load_or_train`.
     """
-    tuned = None
+    trained = []
 
     def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        nonlocal tuned
         of_round = settings.with_rule(masked.rule)
         tuned = load_or_train(of_round, of_round.configuration, network, masked)
+        trained.append(tuned)
         return tuned.model
 
     maps = training_saliency(settings, base, train)
@@ -223,9 +222,9 @@ def masktune(settings: Settings, base: Trained, train: Split) -> Trained:
         base.model, train, settings.rule, finetune, maps, seed=settings.seed
     )
     *_, (_, masked) = rounds
-    if tuned.configuration != settings.configuration:  # the last rounds hid no more
-        return load_or_train(settings, settings.configuration, base.model, masked)
-    return tuned
+    if trained[-1].settings != settings:  # the last rounds hid nothing more
+        finetune(base.model, masked)
+    return trained[-1]
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:

@@ -84,8 +84,9 @@ def read(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     with store.reading(path):
         row = json.loads(content)
-        if not COLUMNS <= {*row}:
-            raise ValueError(f"it has no {COLUMNS - {*row}}")
+        missing = COLUMNS - {*row}
+        if missing:
+            raise ValueError(f"it has no {missing}")
     return row
 
 

@@ -81,7 +81,7 @@ class BaseSettings(BaseModel):
 
     directory: str = ""
     """where files go; empty: the repository"""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto, cpu, cuda or mps"""
     dataset: Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist"] = "auto"
     """mnist, mnist5k, fashion_mnist, kmnist or auto"""

@@ -47,19 +47,18 @@ BAD_OPTIONS = {
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--limit 5000": "limit = 5000: at most 4000 here",
     "--seed x": "seed = 'x': Input should be a valid integer, ",
-    "--device abacus": "device = 'abacus': ",
-    "--jobs 0": "argument --jobs: invalid choice: ",  # '0' with Python 3.13
+    "--device abacus": "device = 'abacus': Input should be 'auto', ",
+    "--jobs many": "argument --jobs: invalid int value: 'many'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
-NO_BLOCKS = " is no list of blocks of settings: "
 BAD_GRIDS = {
     "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",
     "- seed: [0, -1]": "seed = -1: Input should be greater than or equal to 0",
     "- seed: []": "Parameter grid for parameter 'seed' need to be a non-empty",
-    "seed: 0": NO_BLOCKS,
-    "[]": NO_BLOCKS,
-    "- seed: [0": NO_BLOCKS,
-    "- !!python/object/apply:os.getpid []": NO_BLOCKS,
+    "seed: 0": "Input should be a valid list",
+    "[]": "List should have at least 1 item",
+    "- seed: [0": "while parsing a flow sequence",
+    "- !!python/object/apply:os.getpid []": "could not determine a constructor",
 }
 
 

@@ -143,7 +143,7 @@ def test_a_long_name_can_be_written(tmp_path):
 
 
 def test_the_committed_checkpoints_were_made_with_what_their_names_say():
-    base = experiment.with_weights(COMMITTED[0], "cpu")
+    base = experiment.with_weights(COMMITTED[0])
     base_sha256 = store.sha256(base.state_dict())
     paths = [path for path in COMMITTED if "chosen" not in path.name]
     assert len(paths) == 19
@@ -166,7 +166,7 @@ def test_weights_of_a_plain_state_dict_are_loaded_wherever_they_were_saved(
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda _storage: "cuda:0")
         torch.save(network.state_dict(), path)
-    loaded = experiment.with_weights(str(path), "cpu")
+    loaded = experiment.with_weights(str(path))
     assert not loaded.training
     assert store.sha256(loaded.state_dict()) == store.sha256(network.state_dict())
     convolution = loaded.backbone[3].weight

@@ -122,7 +122,7 @@ def _read(arguments: argparse.Namespace) -> tuple[str | None, list[Settings]]:
 
 
 def _print_table(grid: list[Settings]) -> None:
-    """Save the table of all results; print that of the grid, and where all files are."""
+    """Save the table of all results; print that of the grid, and where files are."""
     directory = grid[0].directory
     table = results.collect(directory)
     results.save_table(table, root(directory) / "results" / "results.csv")

@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether its executed copy exists; 05 shows all that is there, and never is."""
+        """Whether its executed copy exists; 05, which shows all there is, never is."""
         return self.copy.exists() and self.stem != PLOTS
 
     def run(self, together: int) -> str | None:
@@ -90,9 +90,9 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
 
     Args:
         stages: the notebooks.
-        count: how many at once; none if 0. Each has its share of the cores by the size of its
-            whole stage, so that a sweep that goes on after a stop computes with as many
-            threads, to the same bits.
+        count: how many at once; none if 0. Each has its share of the cores by the size
+            of its whole stage, so that a sweep that goes on after a stop computes with
+            as many threads, to the same bits.
 
     Returns:
         The error of each job that failed or could not be run.
