@@ -96,7 +96,6 @@ def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, capsys):
     printed = dry_run(capsys, *options)
     assert times_of_writing(directory) == before
     assert printed.splitlines() == [
-        "device: cpu",
         "02_erm: 0 of 1 to run",
         "03_saliency_masks: 0 of 1 to run",
         "04_finetune_sweep: 1 of 2 to run",

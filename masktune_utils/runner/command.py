@@ -1,4 +1,6 @@
-"""The command `masktune`: a list of notebooks for each setting of a grid."""
+"""Notebooks for each setting of a grid. run: 01 to 06; sweep: 02 to 04, or the one
+that the grid names; choose: 02 and 06.
+"""
 
 import argparse
 import sys
@@ -22,7 +24,7 @@ CHOICE = "06_choice"
 SWEEP = [ERM, "03_saliency_masks", FINETUNE]
 COMMANDS = {
     "run": ["01_dataset", *SWEEP, CHOICE, PLOTS],
-    "sweep": SWEEP,  # or the notebook that the grid names
+    "sweep": SWEEP,
     "choose": [ERM, CHOICE],
 }
 
@@ -42,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    notebooks = "; ".join(f"{name}: {', '.join(COMMANDS[name])}" for name in COMMANDS)
-    parser.add_argument("command", choices=COMMANDS, help=notebooks)
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument(
         "grid",
         nargs="?",
@@ -72,26 +73,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run the notebooks; print what came out, and last the reasons of choices."""
-    notebook, grid = _read(arguments)
-    device = store.resolve_device(grid[0].device)
     if arguments.dask:
         from distributed import Client  # heavy, and seldom wanted
 
         Client(arguments.dask, timeout=5)
         parallel_config(backend="dask")
-    print(f"device: {device}")
-    stems = [notebook] if notebook else COMMANDS[arguments.command]
-    stages = [jobs.make_stage(stem, grid) for stem in stems]
+    stages = _stages(arguments)
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
+    planned = list(chain(*stages))
+    settings = planned[0].settings
+    device = store.resolve_device(settings.device)
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
     errors = jobs.execute(stages, arguments.jobs or count)
-    _print_table(grid)
+    _print_table(settings.directory, [job.settings.experiment for job in planned])
     for job, error in errors.items():
         print(f"failed: {job.copy}: {error}", file=sys.stderr)
-    for job in reversed(list(chain(*stages))):
+    for job in reversed(planned):
         if job.stem in (CHOICE, PLOTS) and job not in errors:
             print(f"page: {jobs.write_page(job)}")
             if job.stem == CHOICE:
@@ -100,8 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def _read(arguments: argparse.Namespace) -> tuple[str | None, list[Settings]]:
-    """The notebook that the grid names, and all configurations, ready to be run.
+def _stages(arguments: argparse.Namespace) -> list[list[jobs.Job]]:
+    """The notebooks of a command, or the one that the grid names, for each setting.
 
     Raises:
         FileNotFoundError: see `datasets.read`.
@@ -118,16 +118,15 @@ def _read(arguments: argparse.Namespace) -> tuple[str | None, list[Settings]]:
         dataset = resolve(settings.dataset)
         ready.append(settings.replace(dataset=dataset, directory=directory))
     datasets.read(ready[0])  # what cannot be read is refused here
-    return notebook, ready
+    stems = [notebook] if notebook else COMMANDS[arguments.command]
+    return [jobs.make_stage(stem, ready) for stem in stems]
 
 
-def _print_table(grid: list[Settings]) -> None:
-    """Save the table of all results; print that of the grid, and where files are."""
-    directory = grid[0].directory
+def _print_table(directory: str, experiments: list[str]) -> None:
+    """Save the table of all results; print that of the experiments."""
     table = results.collect(directory)
     results.save_table(table, root(directory) / "results" / "results.csv")
     print(f"files: {directory}")
-    experiments = [settings.experiment for settings in grid]
     rows = table[table["experiment"].isin(experiments)]
     if len(rows):
         print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")
