@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from masktune_utils import experiment, masking, results, saliency, store, training
+from masktune_utils.choice import score
 from masktune_utils.data import Split
 from masktune_utils.experiment import Trained
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
@@ -78,6 +79,33 @@ def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
     store.kept(path, settings.identity(base=True), lambda: content)
     with pytest.raises(CheckpointError, match=rf"{path.name} is damaged, foreign"):
         experiment.base_model(settings, splits.train)
+
+
+def test_a_choice_is_made_once_judged_anew_and_refused_by_name(
+    base, splits, monkeypatch
+):
+    rules = (Rule(param=2, shared=True, fill="resample"), Rule(param=1, dilation=1))
+    monkeypatch.setattr(score, "CANDIDATES", rules)
+    monkeypatch.setattr(score, "MOST_EPOCHS", 1)
+    first = experiment.choose(base, splits.train, jobs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "choose", Mock(side_effect=AssertionError))
+        again = experiment.choose(base, splits.train)
+    torch.testing.assert_close(vars(again.held_out), vars(first.held_out))
+    assert again.verdict == score.judge(first.held_out)
+    assert again.candidates.keys() == first.candidates.keys()
+    for name, masked in first.candidates.items():
+        assert torch.equal(again.candidates[name].own_masks, masked.own_masks)
+        assert again.candidates[name].rule == masked.rule
+        assert again.candidates[name].fill == masked.fill
+    experiment.save_reason(again, base.settings)
+    folder = base.settings.folder("results")
+    assert (folder / "reason.txt").read_text() == again.reason
+    monkeypatch.setattr(score, "CANDIDATES", rules[:1])
+    with pytest.raises(
+        CheckpointError, match=r"CNN_choice.pth was made with candidate"
+    ):
+        experiment.choose(base, splits.train)
 
 
 def a_choice(masked: MaskedDataset) -> Mock:
