@@ -148,17 +148,17 @@ def test_an_interrupt_ends_the_kernels_too(tmp_path):
 @pytest.mark.slow
 def test_notebooks_are_executed_by_a_dask_cluster(tmp_path):
     distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with (
         distributed.LocalCluster(**options) as cluster,
         distributed.Client(cluster) as client,
     ):
         process = start(tmp_path, "--param", "0.4", "--dask", cluster.scheduler_address)
         _, error = process.communicate()
-        (count,) = client.run(kernels_kept).values()
+        counts = client.run(kernels_kept).values()
     assert process.returncode == 0, error
     assert "top_k_0.4" in checked_results(tmp_path)
-    assert count == 1
+    assert sum(counts) > 0
 
 
 def kernels_kept() -> int:
