@@ -49,7 +49,7 @@ def main() -> None:
             )[0]
     with base_model_alone() as directory:
         notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
-        values = {"directory": directory, "dataset": "mnist", "retrain": True}
+        values = {"directory": directory, "dataset": "mnist"}
         values["device"] = arguments.device
         parameters = [
             word for name, value in values.items() for word in ("-p", name, str(value))

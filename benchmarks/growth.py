@@ -54,8 +54,8 @@ def main() -> None:
         grids = {1: "top_k --param 0.1", 5: "top_k", 15: "threshold top_k mean"}
         for count, grid in grids.items():
             options = [
-                "--retrain",
-                "True",
+                "--directory",
+                f"{directory}/{count}",
                 "--limit",
                 "15000",
                 "--method",

@@ -7,7 +7,7 @@ import torch
 from common import alternate, base_model_alone, gflops, machine, work
 from torchcam.methods import XGradCAM
 
-from masktune_utils import datasets, metrics, saliency, store
+from masktune_utils import datasets, experiment, metrics, saliency
 from masktune_utils.settings import Settings
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     size = arguments.batch_size
     with base_model_alone() as directory:
         path = Settings(dataset="mnist", directory=directory).checkpoint_path("base")
-        model = store.load_checkpoint(path).model
+        model = experiment.with_weights(path)
     split = datasets.load(Settings(dataset="mnist")).train[: arguments.images]
     seconds = alternate(
         {

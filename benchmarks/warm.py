@@ -12,10 +12,12 @@ import nbformat
 import pandas as pd
 import psutil
 from common import alternate, base_model_alone, machine
+from joblib import cpu_count
 
-from masktune_utils import datasets, evaluation, experiment, results
+from masktune_utils import datasets, experiment, results
 from masktune_utils.runner import kernels
-from masktune_utils.runner.jobs import BASE, FINETUNE, make_stage
+from masktune_utils.runner.command import SWEEP
+from masktune_utils.runner.jobs import make_stage
 from masktune_utils.settings import Settings
 
 NOTEBOOKS = 50
@@ -36,7 +38,7 @@ def main() -> None:
             Settings(dataset="mnist", directory=directory, param=p)
             for p in (0.1, 0.3, 0.5)
         ]
-        stages = [job for stem in (*BASE, FINETUNE) for job in make_stage(stem, grid)]
+        stages = [job for stem in SWEEP for job in make_stage(stem, grid)]
         wall = {}
         for job in stages:
             started = time.perf_counter()
@@ -45,9 +47,10 @@ def main() -> None:
             wall[job] = time.perf_counter() - started
         last, sets = stages[-1], datasets.load(grid[-1])
         base = experiment.base_model(grid[-1], sets.train)
-        tests = {"predictions": lambda: evaluation.evaluate(base.model, sets)}
+        tests = {"predictions": lambda: results.evaluate(base.model, sets)}
         predictions = alternate(tests, 3)["predictions"]
-        result = last.settings.folder("results") / f"{last.name}.json"
+        name = last.settings.configuration
+        result = last.settings.folder("results") / f"{name}.json"
         training = results.read(result)["seconds"]
         print(machine())
         print(seconds_by_cell(last.copy).round(2).to_string())
@@ -59,11 +62,12 @@ def main() -> None:
         memory = {}
         for count in range(1, NOTEBOOKS + 1):
             job = stages[-1 - count % 2]
-            again = job.settings.replace(retrain=count % 10 == 0)
-            error = job._replace(settings=again).run(1)
+            if count % 10 == 0:  # trained again
+                job.settings.checkpoint_path(job.settings.configuration).unlink()
+            error = job.run(1)
             assert not error, error
             if count in MOMENTS:
-                pid = kernels.idle["1"][0].provisioner.pid
+                pid = kernels.idle[cpu_count()][0].provisioner.pid
                 memory[f"after {count}"] = psutil.Process(pid).memory_info().rss / 1e9
         print(f"GB of the kernel\n{pd.Series(memory).round(2).to_string()}")
 

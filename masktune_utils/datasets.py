@@ -116,10 +116,7 @@ def _plant(
     images[which] = draw(images[which], color, settings.square_size, generator)
     area = (images != split.images).any(1)
     if which.any() and not area.any():
-        raise ValueError(
-            f"square_color is {color!r}; allowed: one that changes a pixel by the "
-            f"shortcut {name!r}."
-        )
+        raise ValueError(f"square_color = {color!r}: it changes no pixel by {name!r}")
     return dataclasses.replace(split, images=images, shortcut=area)
 
 
@@ -131,9 +128,7 @@ def data_root() -> Path:
     """
     folder = os.environ.get("MASKTUNE_DATA")  # empty counts as unset
     if folder and not Path(folder).is_dir():
-        raise ValueError(
-            f"MASKTUNE_DATA is {folder!r}; allowed: a folder. Correct or unset it."
-        )
+        raise ValueError(f"MASKTUNE_DATA = {folder!r}: no folder. Correct or unset it.")
     return Path(folder or REPOSITORY / "data")
 
 
@@ -153,7 +148,8 @@ def read(settings: BaseSettings) -> tuple[Split, Split]:
 
     Raises:
         FileNotFoundError: the data set is not on disk and cannot be downloaded.
-        ValueError: its files are damaged, or the limit cannot be met; see also
+        CheckpointError: its files are damaged.
+        ValueError: the limit cannot be met; see also
             `data_root`.
     """
     dataset = resolve_dataset(settings.dataset)
@@ -198,7 +194,7 @@ def _draw(train: Split, limit: int, seed: int) -> Split:
     members = [(train.groups == digit).nonzero()[:, 0] for digit in range(10)]
     smallest = min(map(len, members))
     if limit > 10 * smallest:
-        raise ValueError(f"limit is {limit}; allowed: at most {10 * smallest} here.")
+        raise ValueError(f"limit = {limit}: at most {10 * smallest} here")
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for index in members:
@@ -226,7 +222,7 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
     folder = data_root() / kind.__name__
     if not folder.is_dir():
         _download(kind, folder)
-    try:
+    with store.reading(folder):
         if dataset == "mnist":
             files = sorted(folder.glob("raw/*-ubyte"))
             content = b"".join(file.read_bytes() for file in files)
@@ -235,10 +231,6 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
                 raise ValueError("their MD5 is not that of MNIST")
         parts = [kind(folder.parent, train=train) for train in (True, False)]
         return [(part.data, part.targets) for part in parts]
-    except Exception as error:  # torchvision has no class of its own for a damaged file
-        raise ValueError(
-            f"{folder} holds damaged files ({error}). Delete or replace them."
-        ) from error
 
 
 def _download(kind: type, folder: Path) -> None:

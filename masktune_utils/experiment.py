@@ -1,39 +1,37 @@
-"""The models of an experiment, their maps and their results: loaded, or else made."""
+"""The models of an experiment, their maps, choice and results: loaded, or else made."""
 
-import contextlib
 import copy
 import dataclasses
-import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from masktune_utils import (
     datasets,
-    evaluation,
     masking,
     models,
     results,
     saliency,
-    selection,
     store,
     training,
 )
+from masktune_utils.choice import Choice, HeldOut, score
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
-from masktune_utils.held_out import NULL, HeldOut
-from masktune_utils.masking import NOTHING, MaskedDataset
-from masktune_utils.selection import Choice
+from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
 CHOSEN = "chosen"  # configuration of the model with the chosen mask
-CHOICE = "CNN_choice.npz"  # what is saved of a choice
+CHOICE = "CNN_choice.pth"  # the file of a choice, beside the checkpoints
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,14 @@ def from_notebook(
         **derived: settings that the notebook has computed.
 
     Raises:
-        ValueError: see `Settings`; papermill injected an unknown parameter; or the
-            directory cannot be written to.
+        ValueError: see `Settings`; or papermill injected an unknown parameter.
     """
     check_parameters(namespace, {*DEFAULTS, *other_names})
     values = {name: namespace[name] for name in DEFAULTS if name in namespace}
     settings = Settings(**{**values, **derived})
-    store.check_writable(settings.directory)
     settings = settings.replace(dataset=datasets.resolve_dataset(settings.dataset))
-    print(
-        f"Images: {settings.dataset}. Device: {store.resolve_device(settings.device)}."
-    )
+    device = store.resolve_device(settings.device)
+    print(f"Images: {settings.dataset}. Device: {device}.")
     return settings
 
 
@@ -103,23 +98,22 @@ def check_parameters(namespace: dict[str, Any], known: set[str]) -> None:
     cells = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
     for name in re.findall(r"^(\w+) = ", "\n".join(cells), re.MULTILINE):
         if name not in known:
-            allowed = ", ".join(sorted(known))
-            raise ValueError(f"{name} is not a parameter; allowed: {allowed}.")
+            raise ValueError(
+                f"{name} is not a parameter; known: {', '.join(sorted(known))}"
+            )
 
 
-def base_model(settings: Settings, train: Split, retrain: bool = False) -> Trained:
+def base_model(settings: Settings, train: Split) -> Trained:
     """The ERM model.
 
     Args:
         settings: the experiment.
         train: the biased training set.
-        retrain: train and save it again in any case.
 
     Raises:
         CheckpointError: see `load_or_train`.
     """
-    network = _new_network(settings, train)
-    return load_or_train(settings, "base", network, train, retrain)
+    return load_or_train(settings, "base", _new_network(settings, train), train)
 
 
 def _new_network(settings: Settings, images: Split) -> nn.Module:
@@ -133,7 +127,7 @@ def load_or_train(
     configuration: str,
     start: nn.Module,
     images: Split | MaskedDataset,
-    retrain: bool = False,
+    **made_with: str,
 ) -> Trained:
     """The saved model, which is trained first if need be.
 
@@ -142,69 +136,95 @@ def load_or_train(
         configuration: see `Trained`; any but `base` is fine-tuned.
         start: the network at the start of training; it is left as it is.
         images: on which it is trained.
-        retrain: train and save it again in any case.
+        **made_with: what it depends on besides settings and base model.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings
             or from another base model.
     """
-    path = settings.checkpoint_path(configuration)
+    network = copy.deepcopy(start)
     is_base = configuration == "base"
-    identity = settings.identity(base=is_base)
+    identity = {**settings.identity(base=is_base), **made_with}
+    options = settings.training
     if not is_base:
-        identity["base_sha256"] = store.weights_sha256(start.state_dict())
+        identity["base_sha256"] = store.sha256(start.state_dict())
+        options = settings.finetuning
     seconds = None
-    if retrain or not path.exists():
-        network = copy.deepcopy(start)
-        options = settings.training if is_base else settings.finetuning
+
+    def make() -> dict[str, Any]:
+        nonlocal seconds
         history = training.train(network, images, **options)
-        seconds = sum(epoch["seconds"] for epoch in history)
-        store.save_checkpoint(path, network, identity, history)
-    saved = store.load_checkpoint(path, identity, images.labels.device)
-    sha256 = store.weights_sha256(saved.model.state_dict())
+        # The same run writes the same bytes.
+        seconds = sum(epoch.pop("seconds") for epoch in history)
+        weights = network.state_dict()
+        weights = {name: weights[name].cpu().contiguous() for name in weights}
+        return {"state_dict": weights, "history": history}
+
+    path = settings.checkpoint_path(configuration)
+    saved = store.kept(path, identity, make, defaults=DEFAULTS)
+    with store.reading(path):
+        network.load_state_dict(saved["state_dict"])
+    sha256 = store.sha256(network.state_dict())
     return Trained(
-        model=saved.model,
+        model=network.eval(),
         settings=settings,
         configuration=configuration,
         images=images,
-        history=saved.history,
+        history=saved["history"],
         sha256=sha256,
         base_sha256=identity.get("base_sha256", sha256),
         seconds=seconds,
     )
 
 
-def masktune(
-    settings: Settings, base: Trained, train: Split, retrain: bool = False
-) -> Trained:
+def with_weights(path: str | Path) -> nn.Module:
+    """A SmallCNN with the weights of a file, in evaluation mode, on the CPU.
+
+    Args:
+        path: a checkpoint of this project, or a plain state dict, as the published
+            ones are.
+
+    Raises:
+        CheckpointError: the file is damaged or foreign.
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    content = store.read(path)
+    with store.reading(path):
+        weights = content.get("state_dict", content)
+        *_, last_bias = weights.values()
+        network = models.new_model(0, num_classes=len(last_bias))
+        network.load_state_dict(weights)
+    return network.eval()
+
+
+def masktune(settings: Settings, base: Trained, train: Split) -> Trained:
     """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
 
     Args:
         settings: the experiment.
         base: the ERM model; it is left as it is.
         train: the biased training set.
-        retrain: fine-tune and save it again in any case.
 
     Raises:
         CheckpointError: see `load_or_train`.
     """
-    tuned = None
+    trained = []
 
     def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        nonlocal tuned
         of_round = settings.with_rule(masked.rule)
-        name = of_round.configuration
-        tuned = load_or_train(of_round, name, network, masked, retrain)
+        tuned = load_or_train(of_round, of_round.configuration, network, masked)
+        trained.append(tuned)
         return tuned.model
 
     maps = training_saliency(settings, base, train)
-    *_, (_, masked) = masking.masktune(
+    rounds = masking.masktune(
         base.model, train, settings.rule, finetune, maps, seed=settings.seed
     )
-    if masked.rule != settings.rule:  # the rounds ended before
-        name = settings.configuration
-        tuned = load_or_train(settings, name, base.model, masked, retrain)
-    return tuned
+    *_, (_, masked) = rounds
+    if trained[-1].settings != settings:  # the last rounds hid nothing more
+        finetune(base.model, masked)
+    return trained[-1]
 
 
 def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:
@@ -214,15 +234,18 @@ def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor
         settings: the experiment.
         base: the ERM model.
         train: the biased training set.
+
+    Raises:
+        CheckpointError: the saved ones are damaged, or of another base model.
     """
+
+    def make() -> dict[str, Tensor]:
+        maps = saliency.saliency_maps(base.model, train.images, train.labels)
+        return {"maps": maps.cpu()}
+
     path = settings.folder("checkpoints") / "CNN_saliency.pth"
-    with contextlib.suppress(Exception):  # not there, damaged: it is made again
-        saved = store.read_tensors(path)
-        if saved["base_sha256"] == base.sha256:
-            return saved["maps"].to(train.labels.device)
-    maps = saliency.saliency_maps(base.model, train.images, train.labels)
-    store.write_tensors(path, {"maps": maps.cpu(), "base_sha256": base.sha256})
-    return maps
+    made_with = {"base_sha256": base.sha256}
+    return store.kept(path, made_with, make, device=train.labels.device)["maps"]
 
 
 def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
@@ -237,10 +260,9 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         tell it from all others; `rule`, in words; the settings; `sha256` of the weights
         and `base_sha256` of the base model's; `seconds`, `threads`, `device`, `torch`
         of the training that made them (if the model was loaded and no result of it is
-        saved, `seconds` is None, and the others are those of this process); `raw`,
-        `biased`, `worst_group` and `group {name}`, accuracies in [0, 1]; for a
-        fine-tuned model `hidden_{shortcut,shortcut_whole,rest,digit}`, see
-        `hidden_shares`. All of `evaluation.evaluate` is in `metrics`.
+        saved, `seconds` is None, and the others are those of this process); see
+        `results.evaluate`; for a fine-tuned model
+        `hidden_{shortcut,shortcut_whole,rest,digit}`, see `results.hidden_shares`.
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
@@ -249,32 +271,25 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         if saved["sha256"] == trained.sha256:
             return saved
     is_base = trained.sha256 == trained.base_sha256
-    is_chosen = trained.configuration == CHOSEN
-    rule = trained.images.rule if is_chosen and not is_base else settings.rule
     device = sets.train.labels.device
-    report = evaluation.evaluate(trained.model, sets)
+    device_name = device.type
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,
-        "rule": "ERM" if is_base else f"{rule}",
+        "rule": "ERM" if is_base else f"{trained.images.rule}",
         **settings.identity(base=is_base),
         "seconds": trained.seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else device.type,
+        "device": device_name,
         "sha256": trained.sha256,
         "base_sha256": trained.base_sha256,
-        "worst_group": report["worst_group"],
-        "metrics": report,
+        **results.evaluate(trained.model, sets),
     }
-    for test in sets.tests:
-        row[test] = report[test]["accuracy"]
-    for name, share in report["groups"].items():
-        row[f"group {name}"] = share
     if not is_base:
-        for name, share in evaluation.hidden_shares(trained.images).items():
+        for name, share in results.hidden_shares(trained.images).items():
             row[f"hidden_{name}"] = share
     results.write_json(path, row)
     return row
@@ -292,13 +307,13 @@ def choice_settings(settings: BaseSettings, count: int) -> Settings:
         **settings.model_dump(include={*BaseSettings.model_fields}),
         finetune_lr=0.02,
         finetune_schedule="linear",
-        finetune_batch_size=selection.BATCH_SIZE,
-        finetune_epochs=selection.default_epochs(count),
+        finetune_batch_size=score.BATCH_SIZE,
+        finetune_epochs=score.default_epochs(count),
     )
 
 
-def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) -> Choice:
-    """Choose a mask, or keep ERM, by `selection.choose`.
+def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
+    """Choose a mask, or keep ERM, by `choice.choose`.
 
     What the models of both folds predict is saved with the masks; the verdict is made
     anew from it.
@@ -306,92 +321,53 @@ def choose(base: Trained, train: Split, jobs: int = 1, retrain: bool = False) ->
     Args:
         base: the ERM model of all images.
         train: the training images.
-        jobs: how many processes.
-        retrain: train the models of both folds again.
+        jobs: how many processes; by default two, on a CPU.
 
     Raises:
-        CheckpointError: what is saved is damaged, or no choice.
+        CheckpointError: what is saved is damaged, or was made with something else.
     """
-    saved = None if retrain else saved_choice(base, train)
-    if saved is not None:
-        return saved
+    device = train.labels.device
     settings = choice_settings(base.settings, len(train))
-    choice = selection.choose(
-        train,
-        partial(_fit, settings),
-        candidates=selection.CANDIDATES,
-        jobs=jobs,
-        seed=settings.seed,
-    )
-    arrays = choice.held_out.to_arrays()
-    for number, masked in enumerate(choice.candidates.values()):
-        arrays[f"masks_{number}"] = np.packbits(masked.own_masks.cpu(), axis=-1)
-    arrays["made_with"] = _made_with(settings, base)
-    # The model of an earlier choice goes first.
-    settings.checkpoint_path(CHOSEN).unlink(missing_ok=True)
-    store.write_arrays(settings.folder("checkpoints") / CHOICE, arrays)
-    return choice
+    if jobs is None:
+        jobs = min(2, joblib.cpu_count()) if device.type == "cpu" else 1
 
-
-def saved_choice(base: Trained, train: Split) -> Choice | None:
-    """The choice that is saved; None if there is none for this base model.
-
-    Nor is one that was made with other candidates or by another schedule returned.
-
-    Args:
-        base: the ERM model of all images.
-        train: the training images.
-
-    Raises:
-        CheckpointError: it is damaged, or no choice.
-    """
-    settings = choice_settings(base.settings, len(train))
-    path = settings.folder("checkpoints") / CHOICE
-    if not path.exists():
-        return None
-    width = train.images.shape[-1]
-    candidates = {}
-    try:
-        arrays = store.read_arrays(path)
-        if arrays["made_with"] != _made_with(settings, base):
-            return None
-        held_out = HeldOut.from_arrays(arrays)
-        rules = {}
-        for candidate in (NOTHING, *selection.CANDIDATES):
-            rules |= {f"{rule}": rule for rule in candidate.each_round}
-        for number, name in enumerate((NULL, *held_out.hidden.index)):
-            masks = np.unpackbits(arrays[f"masks_{number}"], axis=-1, count=width)
-            own_masks = torch.from_numpy(masks).bool().to(train.labels.device)
-            candidates[name] = MaskedDataset(
-                train, own_masks, rules[name].fill, settings.seed, rule=rules[name]
+    def make() -> dict[str, Any]:
+        threads = max(1, torch.get_num_threads() // jobs)
+        with joblib.parallel_config("loky", inner_max_num_threads=threads):
+            made = score.choose(
+                train,
+                partial(_fit, settings),
+                candidates=score.CANDIDATES,
+                jobs=jobs,
+                seed=settings.seed,
             )
-    except Exception as error:  # NumPy has no class of its own for a damaged file
-        raise store.CheckpointError(
-            f"{path} is damaged or foreign ({error}). Delete it."
-        ) from error
-    schedule = partial(selection.fine_tune, epochs=settings.finetune_epochs)
-    return Choice(held_out, candidates, schedule, selection.judge(held_out))
+        masks = {}
+        for name, masked in made.candidates.items():
+            bits = np.packbits(masked.own_masks.cpu())
+            masks[name] = (dataclasses.asdict(masked.rule), zlib.compress(bits))
+        return {"held_out": vars(made.held_out), "masks": masks}
 
-
-def chosen_model(
-    choice: Choice, base: Trained, train: Split, retrain: bool = False
-) -> Trained:
-    """The model with the chosen mask; or the base model itself, if ERM is kept.
-
-    Args:
-        choice: see `choose`.
-        base: the ERM model.
-        train: the biased training set.
-        retrain: fine-tune it again.
-
-    Raises:
-        CheckpointError: see `load_or_train`; or another mask had been chosen.
-    """
-    if choice.is_kept:
-        return dataclasses.replace(base, configuration=CHOSEN)
-    settings = choice_settings(base.settings, len(train))
-    settings = settings.with_rule(choice.masked.rule)
-    return load_or_train(settings, CHOSEN, base.model, choice.masked, retrain)
+    made_with = {
+        "base_sha256": base.sha256,
+        "candidates": "; ".join(map(str, score.CANDIDATES)),
+        **settings.finetuning,
+    }
+    path = settings.folder("checkpoints") / CHOICE
+    saved = store.kept(path, made_with, make)
+    shape = train.images[:, 0].shape
+    candidates = {}
+    with store.reading(path):
+        held_out = HeldOut(**saved["held_out"])
+        for name, (fields, packed) in saved["masks"].items():
+            bits = np.frombuffer(zlib.decompress(packed), np.uint8)
+            masks = np.unpackbits(bits, count=shape.numel()).astype(bool)
+            own_masks = torch.from_numpy(masks).view(shape).to(device)
+            rule = Rule(**fields)
+            candidates[name] = MaskedDataset(
+                train, own_masks, rule.fill, settings.seed, rule=rule
+            )
+    schedule = partial(score.fine_tune, epochs=settings.finetune_epochs)
+    return Choice(held_out, candidates, schedule, score.judge(held_out))
 
 
 def _fit(settings: Settings, fold: Split) -> nn.Module:
@@ -401,11 +377,32 @@ def _fit(settings: Settings, fold: Split) -> nn.Module:
     return network
 
 
-def _made_with(settings: Settings, base: Trained) -> str:
-    """What a choice depends on, as text."""
-    parts = {
-        "base_sha256": base.sha256,
-        "candidates": [f"{rule}" for rule in selection.CANDIDATES],
-        "schedule": settings.finetuning,
-    }
-    return json.dumps(parts)
+def chosen_model(choice: Choice, base: Trained, train: Split) -> Trained:
+    """The model with the chosen mask; or the base model itself, if ERM is kept.
+
+    Args:
+        choice: see `choose`.
+        base: the ERM model.
+        train: the biased training set.
+
+    Raises:
+        CheckpointError: see `load_or_train`; or another mask had been chosen.
+    """
+    if choice.is_kept:
+        return dataclasses.replace(base, configuration=CHOSEN)
+    masked = choice.masked
+    settings = choice_settings(base.settings, len(train)).with_rule(masked.rule)
+    return load_or_train(
+        settings,
+        CHOSEN,
+        base.model,
+        masked,
+        rule=f"{masked.rule}",
+        masks_sha256=store.sha256({"masks": masked.own_masks}),
+    )
+
+
+def save_reason(choice: Choice, settings: Settings) -> None:
+    """Save why a mask was chosen, or none, as `reason.txt` beside the results."""
+    path = settings.folder("results") / "reason.txt"
+    store.write(path, choice.reason.encode())

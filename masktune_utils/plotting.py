@@ -1,6 +1,7 @@
 """Figures that more than one notebook draws; `show` saves and displays any figure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.style
@@ -12,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from masktune_utils import metrics, store
+from masktune_utils.choice import Choice
 from masktune_utils.data import Split
 from masktune_utils.masking import resize
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.selection import Choice
 from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
 
@@ -34,7 +35,7 @@ def show(
     figure: Figure,
     settings: Settings,
     name: str,
-    seeds: Sequence[int] = (),
+    seeds: Iterable[int] = (),
 ) -> None:
     """Save a figure as PNG, with the name of its images and seeds, and display it.
 
@@ -51,7 +52,7 @@ def show(
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
     png = print_figure(figure, dpi=160)
-    store.write_bytes(settings.folder("figures") / f"{name}.png", png)
+    store.write(settings.folder("figures") / f"{name}.png", png)
     display(Image(data=png, retina=True, alt=name))
 
 
@@ -79,7 +80,7 @@ def heat(maps: Tensor) -> Tensor:
 
 def grid(
     columns: dict[str, Tensor],
-    row_titles: Sequence[str] = (),
+    row_titles: Iterable[str] = (),
     size: float = 1.1,
 ) -> Figure:
     """A table of pictures.
@@ -91,8 +92,9 @@ def grid(
         size: of a picture, in inches.
     """
     num_rows = max(1, *map(len, columns.values()))
-    figsize = (size * len(columns) + 0.6, size * num_rows + 0.6)
-    figure = Figure(figsize, layout="constrained")
+    width = size * len(columns) + 0.6
+    height = size * num_rows + 0.6
+    figure = Figure((width, height), layout="constrained")
     axes = figure.subplots(num_rows, len(columns), squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
@@ -102,10 +104,17 @@ def grid(
             is_mask = picture.ndim == 2
             pixels = picture if is_mask else picture.transpose(1, 2, 0)
             ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
-            ax.set_frame_on(True)  # else a mask that is white at its edge looks cut off
-            ax.spines[:].set(visible=True, color="0.7", linewidth=0.5)
+            # Else a mask that is white at its edge looks cut off.
+            ax.set_frame_on(True)
+            ax.spines[:].set(color="0.7", linewidth=0.5)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+        ax.set_ylabel(
+            title,
+            fontsize=8,
+            rotation=0,
+            ha="right",
+            va="center",
+        )
     return figure
 
 
@@ -113,65 +122,66 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
     """What a choice hides, or would hide if ERM were not kept.
 
     Of each class, an image that ERM predicts correctly though it has not seen it, and
-    one that it does not, both drawn at random. The last column, for all images:
-    where mistakes come from.
+    one that it does not. The last column, for all images: where mistakes come from.
 
     Args:
-        choice: see `selection.choose`.
+        choice: see `choice.choose`.
         network: whose maps are shown, as ERM's.
     """
-    verdict = choice.verdict
-    masked = choice.candidates[verdict.proposed if choice.is_kept else verdict.chosen]
-    kinds = {"label": choice.held_out.labels, "mistake": choice.held_out.is_mistake}
-    drawn = pd.DataFrame(kinds).sample(frac=1, random_state=0).drop_duplicates()
-    first = drawn.sort_values(["label", "mistake"])
-    index = torch.tensor(first.index.tolist())
-    titles = []
-    for label, mistake in first.itertuples(index=False):
-        kind = "a mistake of ERM" if mistake else "predicted correctly"
-        titles.append(f"{masked.split.class_names[label]}\n{kind}")
-    images = masked.split.images[index]
-    maps = saliency_maps(network, images, masked.labels[index])
-    falls = torch.from_numpy(choice.held_out.mistake_map).clamp(min=0)
+    held_out = choice.held_out
+    masked = choice.candidates[choice.verdict.best]
+    split = masked.split
+    names = []
+    for name in split.class_names:
+        names += [f"{name}, predicted correctly", f"{name}, a mistake of ERM"]
+    kinds = 2 * split.labels + held_out.is_mistake.to(split.labels.device)
+    by_kind = replace(split, groups=kinds, group_names=tuple(names))
+    index, titles = examples(by_kind)
+    images = split.images[index]
+    maps = saliency_maps(network, images, split.labels[index])
+    falls = held_out.mistake_map.clamp(min=0)
+    brightest = falls.max().clamp(min=1e-8)
     columns = {
         "image": images,
         "what the\nnetwork looks at": heat(maps),
         "hidden\n(white)": masked.masks(index),
         "filled from\nanother image": masked.batch(index)[0],
-        "where mistakes\ncome from": heat(falls[None] / falls.max().clamp(min=1e-8)),
+        "where mistakes\ncome from": heat(falls[None] / brightest),
     }
     return grid(columns, titles)
 
 
-def predictions(models: dict[str, nn.Module], split: Split) -> Figure:
-    """What models predict for the same images: a row for each model.
+def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:
+    """What networks predict for the same images: a row for each network.
 
     Below an image: the predicted class and its probability, green if it is right, else
     red. Outlined: where the saliency for this class is above half of its maximum.
 
     Args:
-        models: name → network.
+        networks: name → network.
         split: a few images.
     """
     images, labels = split.to(torch.device("cpu")).batch(slice(None))
-    size = (1.05 * len(split) + 0.9, 1.2 * len(models) + 0.1)
-    figure = Figure(size, layout="constrained")
-    axes = figure.subplots(len(models), len(split), squeeze=False)
-    for row, (name, network) in zip(axes, models.items(), strict=True):
-        probabilities = metrics.predict(network, split).softmax(1)
-        shares, predicted = probabilities.max(1)
+    columns = {}
+    for k, image in enumerate(images):
+        columns[f"{k + 1}"] = torch.stack([image] * len(networks))
+    figure = grid(columns, networks)
+    panels = iter(figure.axes)
+    for network in networks.values():
+        logits = metrics.predict(network, split)
+        shares, predicted = logits.softmax(1).max(1)
         maps = saliency_maps(network, images, predicted)
         outlines = resize(maps, tuple(images.shape[-2:]))
-        for k, ax in enumerate(row):
-            ax.imshow(images[k].permute(1, 2, 0).numpy())
-            if outlines[k].any():  # else matplotlib warns
-                ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
-            number = predicted[k].item()
-            label = f"{split.class_names[number]} {shares[k]:.0%}"
-            color = "#009E73" if number == labels[k] else "#D55E00"
-            ax.set_xlabel(label, color=color, fontsize=9)
-            ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        is_right = predicted == labels
+        for k, outline in enumerate(outlines.numpy()):
+            ax = next(panels)
+            if outline.any():  # else matplotlib warns
+                ax.contour(outline, [0.5], colors="#F0E442", linewidths=1.2)
+            ax.set_xlabel(
+                f"{split.class_names[predicted[k]]} {shares[k]:.0%}",
+                color="#009E73" if is_right[k] else "#D55E00",
+                fontsize=9,
+            )
     return figure
 
 

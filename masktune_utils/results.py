@@ -1,4 +1,4 @@
-"""Results: one JSON file per model, gathered into a table; and tables of tables."""
+"""Results: how good a model is, saved as one JSON file each; and tables of them."""
 
 import json
 from collections.abc import Sequence
@@ -6,39 +6,98 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import nn
 
+from masktune_utils import metrics, store
+from masktune_utils.datasets import BiasedSets
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import root
-from masktune_utils.store import write_bytes
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
-RESULT_KEYS = {*KEY, "rule", "sha256", "base_sha256", "seconds"}
-RESULT_KEYS |= {"worst_group", "metrics"}
+COLUMNS = {*KEY, *ACCURACIES, "rule", "sha256", "base_sha256"}  # of every result
 CHOSEN = "chosen, without the test sets"
+
+
+def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, float]:
+    """Accuracies on the test sets, in [0, 1].
+
+    Returns:
+        `raw`, `biased`; `group {name}`, see `metrics.group_accuracy`, over both test
+        sets together, whose low digits are the same; and `worst_group`, the smallest
+        of these.
+    """
+    accuracies = {}
+    groups = {}
+    for name, split in sets.tests.items():
+        logits = metrics.predict(model, split)
+        is_right = metrics.is_right(logits, split.labels)
+        accuracies[name] = is_right.double().mean().item()
+        for group, accuracy in metrics.group_accuracy(logits, split).items():
+            groups[f"group {group}"] = accuracy
+    return {
+        **accuracies,
+        "worst_group": min(groups.values()),
+        **groups,
+    }
+
+
+def hidden_shares(masked: MaskedDataset) -> dict[str, float]:
+    """How much of the shortcut and of the rest is hidden, in images that have one.
+
+    Args:
+        masked: the masked images.
+
+    Returns:
+        `shortcut`: mean share of the shortcut's area that is hidden; `shortcut_whole`:
+        share of the images whose shortcut is hidden to more than 99 %; `rest`: mean
+        share of the area outside; `digit`: mean share of the digit's ink (grey value
+        outside the shortcut). All are NaN if no image has a shortcut. With `resample`,
+        what is hidden is the union with the mask of the partner in the first epoch.
+    """
+    index = masked.split.has_shortcut.nonzero()[:, 0]
+    split = masked.split[index]
+    hidden = masked.masks(index)
+    inside = split.shortcut.float().expand_as(hidden)
+    outside = 1 - inside
+    ink = split.images.sum(1, dtype=torch.float32) * outside
+    shares = {}
+    areas = {"shortcut": inside, "rest": outside, "digit": ink}
+    for name, area in areas.items():
+        hidden_area = (hidden * area).sum((1, 2))
+        shares[name] = hidden_area / area.sum((1, 2))
+    shares["shortcut_whole"] = (shares["shortcut"] > 0.99).float()
+    # An image without any ink outside the shortcut has no share of it.
+    means = {}
+    for name, values in shares.items():
+        means[name] = values.nanmean().item()
+    return means
 
 
 def read(path: Path) -> dict[str, Any]:
     """A saved result, see `experiment.record`.
 
     Raises:
-        ValueError: the file is damaged, or no result.
+        CheckpointError: the file is damaged, or no result.
     """
-    try:
-        content = json.loads(path.read_bytes())
-        missing = RESULT_KEYS - set(content)
+    content = path.read_bytes()
+    with store.reading(path):
+        row = json.loads(content)
+        missing = COLUMNS - {*row}
         if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a result ({error}). Delete it."
-        ) from error
-    return content
+            raise ValueError(f"it has no {missing}")
+    return row
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, row: dict[str, Any]) -> None:
     """Save a result; NaN, which is no JSON, as null."""
-    strict = json.loads(json.dumps(content), parse_constant=lambda _name: None)
-    write_bytes(path, json.dumps(strict, indent=1).encode())
+    strict = json.loads(
+        json.dumps(row),
+        parse_constant=lambda _name: None,
+    )
+    text = json.dumps(strict, indent=1)
+    store.write(path, text.encode())
 
 
 def collect(directory: str = "") -> pd.DataFrame:
@@ -50,28 +109,26 @@ def collect(directory: str = "") -> pd.DataFrame:
         directory: see `Settings.directory`.
 
     Returns:
-        One row per result, sorted by `KEY`, base models first; without `metrics`, what
-        `experiment.record` returns.
+        One row per result, sorted by `KEY`, base models first.
 
     Raises:
-        ValueError: a JSON file there is damaged, or not a result.
+        CheckpointError: a JSON file there is damaged, or not a result.
     """
     rows = []
-    for folder in sorted((root(directory) / "results").glob("*/seed*")):
+    folders = (root(directory) / "results").glob("*/seed*")
+    for folder in sorted(folders):
         saved = {path.stem: read(path) for path in folder.glob("*.json")}
-        sha256 = saved["base"]["sha256"] if "base" in saved else None
-        rows += [row for row in saved.values() if row["base_sha256"] == sha256]
+        base = saved.get("base", {})
+        for row in saved.values():
+            if row["base_sha256"] == base.get("sha256"):
+                rows.append(row)
     if not rows:
         return pd.DataFrame(columns=KEY)
-    table = pd.DataFrame(rows).drop(columns="metrics")
-    return table.sort_values(
-        KEY, key=lambda column: column.replace("base", ""), ignore_index=True
+    return pd.DataFrame(rows).sort_values(
+        KEY,
+        key=lambda column: column.replace("base", ""),
+        ignore_index=True,
     )
-
-
-def finished(directory: str) -> set[tuple]:
-    """All saved results: experiment, configuration, seed."""
-    return set(collect(directory)[KEY].itertuples(index=False, name=None))
 
 
 def summarize(
@@ -91,17 +148,23 @@ def summarize(
         The `shares`, as text, with blanks for underscores in their names, and `seeds`,
         their number.
     """
-    columns = [name for name in shares if name in table and table[name].notna().any()]
+    known = table.dropna(axis=1, how="all").columns
+    columns = [name for name in shares if name in known]
     groups = table.groupby(list(by), sort=False, dropna=False)
-    summary = groups[columns].agg(_mean_and_std).assign(seeds=groups.size())
+    summary = groups[columns].agg(_mean_and_std)
+    summary["seeds"] = groups.size()
     return summary.rename(columns=lambda name: name.replace("_", " "))
 
 
 def _mean_and_std(shares: pd.Series) -> str:
     """In %; the standard deviation only of several values."""
     known = shares.dropna()
-    text = f"{100 * known.mean():.2f}" if len(known) else ""
-    return f"{text} ± {100 * known.std():.2f}" if len(known) > 1 else text
+    if known.empty:
+        return ""
+    text = f"{100 * known.mean():.2f}"
+    if len(known) > 1:
+        text += f" ± {100 * known.std():.2f}"
+    return text
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -120,26 +183,18 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracies of each model of each experiment, the best one last, as text.
 
     Args:
-        table: see `named`.
+        table: see `collect`.
     """
-    by = ["experiment", "model"] if table["experiment"].nunique() > 1 else ["model"]
+    table = named(table)
+    by = ["experiment", "model"]
+    if table["experiment"].nunique() == 1:
+        by = ["model"]
     means = table.groupby(by)["worst_group"].transform("mean")
-    return summarize(table.loc[means.sort_values(kind="stable").index], by)
+    order = means.sort_values(kind="stable").index
+    return summarize(table.loc[order], by)
 
 
 def save_table(table: pd.DataFrame, path: Path) -> None:
     """Save a table as CSV."""
-    write_bytes(path, table.to_csv(index=False).encode())
-
-
-def gather_study(directory: str, name: str) -> None:
-    """Join what a study has saved for each experiment into `results/{name}.csv`.
-
-    Args:
-        directory: see `Settings.directory`.
-        name: of the notebook.
-    """
-    folder = root(directory) / "results"
-    parts = [pd.read_csv(path) for path in sorted(folder.glob(f"*/seed*/{name}.csv"))]
-    if parts:
-        save_table(pd.concat(parts), folder / f"{name}.csv")
+    text = table.to_csv(index=False)
+    store.write(path, text.encode())

@@ -7,57 +7,65 @@ lie
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_base.pth
     checkpoints/{experiment}/seed{seed}/CNN_checkpoint_finetuned_{configuration}.pth
     checkpoints/{experiment}/seed{seed}/CNN_saliency.pth
-    checkpoints/{experiment}/seed{seed}/CNN_choice.npz
+    checkpoints/{experiment}/seed{seed}/CNN_choice.pth
     figures/…/*.png, results/…/*.json, runs/…/*.ipynb, in the same way
 
 `experiment` is the data set and `configuration` is `{method}_{param}`, each with every
 other setting that is not the default, so that models of different settings do not share
-a file; the configuration of the model with the chosen mask is `chosen`.
+a file; the configuration of the model with the chosen mask is `chosen`. So that names
+are not too long, numbers have four digits.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from PIL import ImageColor
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
-if TYPE_CHECKING:
-    from masktune_utils.masking import Rule
+from masktune_utils.masking import Rule
+from masktune_utils.shortcuts import SHORTCUTS
 
 _above = Path(__file__).parents[1]
 # A package that was installed without a repository leaves its files where it is used.
 REPOSITORY = _above if (_above / "pyproject.toml").exists() else Path.cwd()
-# Largest `param` of each method; the smallest is 0. Beyond these, nothing is hidden: no
-# value of an 8×8 map exceeds 64 times the mean, and no one of 28×28 values is 28
-# standard deviations above it.
-PARAM_LIMITS = {"threshold": 1, "top_k": 1, "mean": 64, "mean_std": 28}
-RUNTIME = ("directory", "device", "retrain")  # no result depends on them
+RUNTIME = {"directory", "device"}  # no result depends on them
 # Not listed in names: each has a place of its own in the path.
-NOT_SPELLED_OUT = {*RUNTIME, "dataset", "seed", "method", "param"}
-# Setting → another one, and the values of that with which nothing depends on it.
-IGNORED = {
-    "placement": ("shortcut", ["none"]),
-    "conflicting_share": ("shortcut", ["none"]),
-    "square_size": ("shortcut", ["frame", "pixels", "digit_color", "background"]),
-    "upsample": ("method", ["mean_std"]),
-}
+IN_PATH = {*RUNTIME, "dataset", "seed", "method", "param"}
+OF_RULE = get_type_hints(Rule)
 
-Rate = Annotated[float, Field(ge=1e-8, le=10)]
+
+def _check_color(color: str) -> str:
+    ImageColor.getrgb(color)
+    return color
+
+
+Digits = AfterValidator(lambda number: float(f"{number:.4g}"))
+OrNone = BeforeValidator(lambda value: None if value == "None" else value)
+Share = Annotated[float, Digits]
+Rate = Annotated[float, Field(ge=1e-8, le=10), Digits]
+Color = Annotated[
+    str,
+    Field(pattern="^([A-Za-z]+|#[0-9A-Fa-f]{6})$"),
+    AfterValidator(_check_color),
+]
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
 BatchSize = Annotated[int, Field(ge=2, le=60_000)]
 
 
 class BaseSettings(BaseModel):
     """Where to run (no result depends on it), and what the base model (ERM) depends on.
+
+    Text is converted, as from a command line.
 
     Raises:
         ValueError: an unknown name or a bad value, in one line: the name, the value,
@@ -66,7 +74,6 @@ class BaseSettings(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
-        strict=True,
         extra="forbid",
         allow_inf_nan=False,
         use_attribute_docstrings=True,
@@ -74,38 +81,27 @@ class BaseSettings(BaseModel):
 
     directory: str = ""
     """where files go; empty: the repository"""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto, cpu, cuda or mps"""
-    retrain: bool = False
-    """train again even if a matching checkpoint is saved"""
     dataset: Literal["auto", "mnist", "mnist5k", "fashion_mnist", "kmnist"] = "auto"
     """mnist, mnist5k, fashion_mnist, kmnist or auto"""
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """of every random choice"""
-    limit: int | None = Field(None, ge=20, multiple_of=10)
+    limit: Annotated[int | None, OrNone] = Field(None, ge=20, multiple_of=10)
     """number of training images, drawn by the seed; None: all"""
     labels: Literal["halves", "digits"] = "halves"
     """classes: 0-4 and 5-9, or digits"""
     square_size: int = Field(6, ge=1, le=28)
     """side of the square in pixels"""
-    square_color: str = "blue"
+    square_color: Color = "blue"
     """of the shortcut: name of a colour, or #rrggbb"""
     placement: Literal["random", "ordered"] = "random"
     """of the square: random or ordered"""
-    shortcut: Literal[
-        "square",
-        "square_anywhere",
-        "two_squares",
-        "frame",
-        "pixels",
-        "digit_color",
-        "background",
-        "none",
-    ] = "square"
+    shortcut: Literal[*SHORTCUTS, "none"] = "square"
     """in training: square, another of shortcuts.py, or none"""
-    conflicting_share: float = Field(0.01, ge=0, le=1)
+    conflicting_share: Share = Field(0.01, ge=0, le=1)
     """share of each class against the shortcut"""
-    validation_share: float = Field(0.0, ge=0, le=0.5)
+    validation_share: Share = Field(0.0, ge=0, le=0.5)
     """share of training images held out"""
     epochs: Epochs = 50
     """of the base model"""
@@ -121,104 +117,23 @@ class BaseSettings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             problem = error.errors()[0]
-            name = problem["loc"][0]
-            allowed = problem["msg"].removeprefix("Input should be ")
-            allowed = allowed.removeprefix("Value error, ")
-            message = f"{name} is {problem['input']!r}; allowed: {allowed}."
+            message = f"{problem['loc'][0]} = {problem['input']!r}: {problem['msg']}"
             if problem["type"] == "extra_forbidden":
-                known = ", ".join(type(self).model_fields)
-                message = f"{name} is not a setting; allowed: {known}."
+                message += f"; known: {', '.join(type(self).model_fields)}"
             raise ValueError(message) from None
 
-    @field_validator("square_color")
-    @classmethod
-    def _check_color(cls, color: str) -> str:
-        try:
-            is_seen = any(ImageColor.getrgb(color)[:3])  # black on black is not
-        except ValueError:
-            is_seen = False
-        if not is_seen:
-            raise ValueError("name of a colour, or #rrggbb; not black")
-        return color
-
-    @model_validator(mode="after")
-    def _reset_what_is_ignored(self) -> Self:
-        """What is ignored has its default, so that there is one file."""
-        for name, (other, values) in IGNORED.items():
-            if getattr(self, other, None) in values:
-                vars(self)[name] = DEFAULTS[name]
-        return self
-
     def replace(self, **changes: Any) -> Self:
-        """The same settings with some changed, validated like new ones.
-
-        A value that was ignored before is the default now.
-        """
+        """The same settings with some changed, validated like new ones."""
         return type(self)(**{**dict(self), **changes})
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """The arguments of `training.train` for the base model."""
-        return {
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "lr": self.lr,
-            "lr_decay_epochs": self.lr_decay_epochs,
-            "seed": self.seed,
-        }
-
-
-class Settings(BaseSettings):
-    """What a fine-tuned model depends on: every setting there is."""
-
-    method: Literal[*PARAM_LIMITS] = "top_k"
-    """threshold, top_k, mean or mean_std (paper)"""
-    param: float = Field(0.1, ge=0)
-    """of the method; top_k: larger hides more"""
-    upsample: Literal["bilinear", "nearest", "map"] = "bilinear"
-    """mask to the image: bilinear, nearest, or map (first)"""
-    dilation: int = Field(0, ge=0, le=27)
-    """how far the mask is dilated, in 28ths of the side"""
-    shared: bool = False
-    """one mask for all images, from the mean of their maps"""
-    fill: Literal["zero", "resample"] = "zero"
-    """what hidden pixels become: zero, or resample (another image's)"""
-    rounds: int = Field(1, ge=1, le=100)
-    """of masking; each adds to what is hidden"""
-    finetune_optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd or adam"""
-    finetune_lr: Rate | None = None
-    """None: lr after the base model's last epoch"""
-    finetune_schedule: Literal["constant", "linear"] = "constant"
-    """constant, or linear (to 0)"""
-    finetune_batch_size: BatchSize | None = None
-    """None: batch_size"""
-    finetune_epochs: Epochs = 1
-    """epochs of fine-tuning; the paper has 1"""
-
-    @field_validator("param")
-    @classmethod
-    def _check_param(cls, param: float, others: ValidationInfo) -> float:
-        method = others.data.get("method")
-        if method and param > PARAM_LIMITS[method]:
-            raise ValueError(f"0 to {PARAM_LIMITS[method]} for method {method!r}")
-        return param
 
     @property
     def experiment(self) -> str:
         """Name of the base model: the data set and what is not the default."""
         return self.dataset + self._spelled_out(BaseSettings.model_fields)
 
-    @property
-    def configuration(self) -> str:
-        """Name of the fine-tuned model: method, param, and what is not the default."""
-        rule = f"{self.method}_{self.param}"
-        return rule + self._spelled_out(Settings.__annotations__)
-
     def _spelled_out(self, fields: Iterable[str]) -> str:
         """Those of the fields that are not the default, as a part of a name."""
-        spelled = {*fields} - NOT_SPELLED_OUT
-        unusual = self.model_dump(include=spelled, exclude_defaults=True)
+        unusual = self.model_dump(include={*fields} - IN_PATH, exclude_defaults=True)
         return "".join(f"_{field}={value}" for field, value in unusual.items())
 
     def folder(self, kind: str) -> Path:
@@ -228,17 +143,62 @@ class Settings(BaseSettings):
             ValueError: the data set is `auto`, of which nobody knows later what it was.
         """
         if self.dataset == "auto":
-            raise ValueError(
-                "dataset is 'auto'; allowed: what datasets.resolve_dataset makes of it."
-            )
+            raise ValueError("dataset = 'auto': first use datasets.resolve_dataset")
         return root(self.directory) / kind / self.experiment / f"seed{self.seed}"
 
     def checkpoint_path(self, configuration: str) -> Path:
         """The checkpoint of a `configuration`, or of `base`."""
         prefix = "" if configuration == "base" else "finetuned_"
-        return (
-            self.folder("checkpoints") / f"CNN_checkpoint_{prefix}{configuration}.pth"
-        )
+        name = f"CNN_checkpoint_{prefix}{configuration}.pth"
+        return self.folder("checkpoints") / name
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The arguments of `training.train` for the base model."""
+        names = {"epochs", "batch_size", "lr", "lr_decay_epochs", "seed"}
+        return self.model_dump(include=names)
+
+
+class Settings(BaseSettings):
+    """What a fine-tuned model depends on: every setting there is."""
+
+    method: OF_RULE["method"] = "top_k"
+    """threshold, top_k, mean or mean_std (paper)"""
+    param: Share = Field(0.1, ge=0, le=64)
+    """of the method; top_k: larger hides more"""
+    upsample: OF_RULE["upsample"] = "bilinear"
+    """mask to the image: bilinear, nearest, or map (first)"""
+    dilation: int = Field(0, ge=0, le=27)
+    """how far the mask is dilated, in 28ths of the side"""
+    shared: bool = False
+    """one mask for all images, from the mean of their maps"""
+    fill: OF_RULE["fill"] = "zero"
+    """what hidden pixels become: zero, or resample (another image's)"""
+    rounds: int = Field(1, ge=1, le=100)
+    """of masking; each adds to what is hidden"""
+    finetune_optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd or adam"""
+    finetune_lr: Annotated[Rate | None, OrNone] = None
+    """None: lr after the base model's last epoch"""
+    finetune_schedule: Literal["constant", "linear"] = "constant"
+    """constant, or linear (to 0)"""
+    finetune_batch_size: Annotated[BatchSize | None, OrNone] = None
+    """None: batch_size"""
+    finetune_epochs: Epochs = 1
+    """epochs of fine-tuning; the paper has 1"""
+
+    @field_validator("param")
+    @classmethod
+    def _check_param(cls, param: float, others: ValidationInfo) -> float:
+        if param > 1 and others.data.get("method") == "top_k":
+            raise ValueError("top_k hides a share: at most 1")
+        return param
+
+    @property
+    def configuration(self) -> str:
+        """Name of the fine-tuned model: method, param, and what is not the default."""
+        rule = f"{self.method}_{self.param}"
+        return rule + self._spelled_out(Settings.__annotations__)
 
     def identity(self, *, base: bool) -> dict[str, Any]:
         """What the base model, or the fine-tuned one, depends on, as in files."""
@@ -246,17 +206,14 @@ class Settings(BaseSettings):
         return self.model_dump(include=kind.model_fields.keys() - RUNTIME)
 
     @property
-    def rule(self) -> "Rule":
+    def rule(self) -> Rule:
         """How masks are made, see `masking`."""
-        from masktune_utils.masking import Rule  # PyTorch takes seconds
+        return Rule(**self.model_dump(include={*OF_RULE}))
 
-        return Rule(**self.model_dump(include={*Rule.__annotations__}))
-
-    def with_rule(self, rule: "Rule") -> Self:
-        """The same settings with the rule of a choice, of a round."""
-        known = Settings.model_fields
-        parts = {name: part for name, part in vars(rule).items() if name in known}
-        return self.replace(**parts)
+    def with_rule(self, rule: Rule) -> Self:
+        """The same settings with a rule, as far as settings can tell it."""
+        known = OF_RULE.keys() & Settings.model_fields
+        return self.replace(**{name: getattr(rule, name) for name in known})
 
     @property
     def finetuning(self) -> dict[str, Any]:

@@ -29,7 +29,11 @@ def groups(split: Split) -> dict[str, Tensor]:
 
 
 def add_square(
-    images: Tensor, size: int, color: str, row: int = 0, column: int = 0
+    images: Tensor,
+    size: int,
+    color: str,
+    row: int = 0,
+    column: int = 0,
 ) -> Tensor:
     """A copy of images with a square in each.
 
@@ -52,7 +56,12 @@ def _pixel(color: str) -> Tensor:
     return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
 
 
-def square(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
+def square(
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
+) -> Tensor:
     """In the top left corner.
 
     Args, as of all shortcuts:
@@ -68,7 +77,10 @@ def square(images: Tensor, color: str, size: int, generator: Generator) -> Tenso
 
 
 def square_anywhere(
-    images: Tensor, color: str, size: int, generator: Generator
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
 ) -> Tensor:
     """At a random place in every image."""
     pixels = torch.arange(28)
@@ -78,21 +90,36 @@ def square_anywhere(
     return torch.where(area, _pixel(color), images)
 
 
-def two_squares(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
+def two_squares(
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
+) -> Tensor:
     """In the top left corner, and a red one in the bottom right corner."""
     far = 28 - size
     first = add_square(images, size, color)
     return add_square(first, size, "red", far, far)
 
 
-def frame(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
+def frame(
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
+) -> Tensor:
     """Of two pixels, along the edge."""
     edge = torch.ones(28, 28, dtype=torch.bool)
     edge[2:-2, 2:-2] = False
     return torch.where(edge, _pixel(color), images)
 
 
-def pixels(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
+def pixels(
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
+) -> Tensor:
     """49 scattered pixels, the same in all images."""
     same_places = Generator().manual_seed(0)
     order = torch.randperm(784, generator=same_places)
@@ -100,13 +127,23 @@ def pixels(images: Tensor, color: str, size: int, generator: Generator) -> Tenso
     return torch.where(area, _pixel(color), images)
 
 
-def digit_color(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
+def digit_color(
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
+) -> Tensor:
     """The digit itself is coloured."""
     colored = images * (_pixel(color) / 255)
     return colored.round().to(torch.uint8)
 
 
-def background(images: Tensor, color: str, size: int, generator: Generator) -> Tensor:
+def background(
+    images: Tensor,
+    color: str,
+    size: int,
+    generator: Generator,
+) -> Tensor:
     """A dark tint behind the digit."""
     dark = 0.3 * _pixel(color)
     return torch.maximum(images, dark.to(torch.uint8))
@@ -129,7 +166,10 @@ def halves(labels: Tensor) -> Tensor:
 
 
 def place(
-    split: Split, placement: str, conflicting: float, generator: Generator
+    split: Split,
+    placement: str,
+    conflicting: float,
+    generator: Generator,
 ) -> Tensor:
     """Choose the training images that get the shortcut: most low digits, few high.
 

@@ -1,204 +1,158 @@
-"""Devices and files: atomic writing, weights, and checkpoints, refused by name."""
+"""Devices; files, which are whole or not there; and one cache.
 
+No module of the package is imported here.
+"""
+
+import contextlib
 import hashlib
 import io
 import os
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import cloudpickle
 import torch
-from torch import Tensor, nn
-
-from masktune_utils import models
-from masktune_utils.settings import DEFAULTS, root
+from torch import Tensor
 
 
 class CheckpointError(ValueError):
-    """A file that is damaged, foreign, or was made with other settings."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds.
-
-    Attributes:
-        model: in evaluation mode.
-        settings: what made it, as plain values; none for a plain state dict.
-        history: see `training.train`, without the seconds.
-    """
-
-    model: nn.Module
-    settings: dict[str, Any]
-    history: list[dict[str, float]]
+    """A file that is damaged, foreign, or was made with something else."""
 
 
 def resolve_device(device: str = "auto") -> torch.device:
     """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
 
     Raises:
-        ValueError: PyTorch does not know the name, or this machine does not have the
-            device.
+        RuntimeError: PyTorch does not know the name.
     """
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        allowed = f"auto, cpu, or a device of this machine ({reason})"
-        raise ValueError(f"device is {device!r}; allowed: {allowed}.") from None
     return torch.device(device)
 
 
-def check_writable(directory: str) -> None:
-    """Make the folder of all files, unless it is there; see if it can be written to.
-
-    Args:
-        directory: see `Settings.directory`.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    folder = root(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        allowed = f"a folder to write to, or a new one ({error.strerror})"
-        raise ValueError(f"directory is {directory!r}; allowed: {allowed}.") from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that takes the place of `path` only once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as unfinished:
-        part = Path(unfinished) / "part"
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-
-
-def weights_sha256(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all tensors."""
+def sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of tensors."""
     digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].cpu()
+    for name in sorted(tensors):
+        tensor = tensors[name].cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Save by torch.save, through memory: torch hides that a disk is full."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def read_tensors(path: Path) -> Any:
-    """What `write_tensors` saved. It runs no code; a damaged file raises an error."""
-    file = io.BytesIO(path.read_bytes())
-    if zipfile.is_zipfile(file):
-        damaged = zipfile.ZipFile(file).testzip()
-        if damaged:
-            # torch does not look
-            raise ValueError(f"its part {damaged} has another CRC")
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Save arrays by np.savez_compressed."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` saved. It runs no code; a damaged file raises an error."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def save_checkpoint(
-    path: Path, model: nn.Module, settings: dict, history: list[dict]
-) -> None:
-    """Save a model with its settings and its history.
-
-    The same run on the same machine writes the same bytes.
+def write(path: Path, content: bytes, is_cache: bool = False) -> None:
+    """Write a file that takes its place only once it is complete.
 
     Args:
-        path: the file; it is replaced once the new one is complete.
-        model: the model.
-        settings: what made it, as plain values.
-        history: see `training.train`; saved without the seconds, which differ from run
-            to run.
+        path: the file.
+        content: what is in it.
+        is_cache: of two processes that write it at the same time, the first one wins.
     """
-    state = model.state_dict()
-    weights = {name: state[name].cpu().contiguous() for name in state}
-    rows = [{key: row[key] for key in row if key != "seconds"} for row in history]
-    content = {"state_dict": weights, "settings": settings, "history": rows}
-    write_tensors(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
+        unfinished = Path(folder) / path.name
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if not is_cache:
+            unfinished.replace(path)
+            return
+        try:
+            path.hardlink_to(unfinished)
+        except FileExistsError:  # another process was quicker
+            pass
+        except OSError:  # a file system without links
+            unfinished.replace(path)
 
 
-def load_checkpoint(
-    path: str | Path, settings: dict | None = None, device: str | torch.device = "cpu"
-) -> Checkpoint:
-    """Load a model, and refuse it if anything is wrong. No code in the file is run.
-
-    Args:
-        path: a file of `save_checkpoint`; if `settings` is None, also a plain state
-            dict.
-        settings: what the model must have been made with.
-        device: where to put the model.
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong here is blamed on a file.
 
     Raises:
-        CheckpointError: the file is damaged, foreign, or made with other settings. The
-            message names the file and what is wrong.
-        FileNotFoundError: no such file.
+        CheckpointError: it is damaged or foreign; the message names it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give the path of a checkpoint.")
     try:
-        content = read_tensors(path)
-        if settings is None and "state_dict" not in content:
-            content = {"state_dict": content, "settings": {}, "history": []}
-        checkpoint = _checked(content)
+        yield
     except Exception as error:  # torch has no class of its own for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
-            f"{path} is damaged, foreign or of another version ({reason})."
+            f"{path} is damaged, foreign or of another version ({reason}). Delete it."
         ) from error
-    # A setting that is younger than the file had its default.
-    made_with = {**DEFAULTS, **checkpoint.settings}
-    for name, asked in (settings or {}).items():
-        if made_with.get(name) != asked:
+
+
+def read(
+    path: Path, device: str | torch.device = "cpu", runs_code: bool = False
+) -> Any:
+    """What torch.save has written.
+
+    Args:
+        path: the file.
+        device: where to put the tensors.
+        runs_code: whether code in the file is run, as whole networks need it.
+
+    Raises:
+        CheckpointError: the file is damaged or foreign.
+        FileNotFoundError: there is none.
+    """
+    file = io.BytesIO(path.read_bytes())
+    with reading(path):
+        if zipfile.is_zipfile(file):
+            damaged = zipfile.ZipFile(file).testzip()
+            if damaged:
+                # torch does not look
+                raise ValueError(f"its part {damaged} has another CRC")
+        file.seek(0)
+        return torch.load(file, map_location=device, weights_only=not runs_code)
+
+
+def kept(
+    path: Path,
+    made_with: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
+    *,
+    defaults: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    runs_code: bool = False,
+) -> dict[str, Any]:
+    """What a file holds; it is made first if it is not there, and never replaced.
+
+    The same content gives the same bytes.
+
+    Args:
+        path: the file.
+        made_with: all that the content depends on, by name, as plain values.
+        make: returns the content: tensors and plain values by name.
+        defaults: with what an older file was made that does not tell.
+        device: where to put the tensors.
+        runs_code: whether the content may be whole networks, also of classes that are
+            defined in a notebook. Reading the file then runs code in it.
+
+    Returns:
+        The content, and `settings`: with what it was made.
+
+    Raises:
+        CheckpointError: the file is damaged or foreign, or was made with something
+            else.
+    """
+    if not path.exists():
+        # Through memory: torch hides that a disk is full.
+        buffer = io.BytesIO()
+        content = {**make(), "settings": made_with}
+        torch.save(content, buffer, pickle_module=cloudpickle)
+        write(path, buffer.getvalue(), is_cache=True)
+    content = read(path, device, runs_code)
+    with reading(path):
+        found = {**(defaults or {}), **content["settings"]}
+    for name in {**made_with, **content["settings"]}:
+        wanted = made_with.get(name)
+        if found.get(name) != wanted:
             raise CheckpointError(
-                f"{path} was made with {name} = {made_with.get(name)!r}, not {asked!r}."
-                " Delete it, use retrain = True, or use another directory."
+                f"{path} was made with {name} = {found.get(name)!r}, not {wanted!r}. "
+                "Delete it, or use another directory."
             )
-    checkpoint.model.to(device, memory_format=torch.channels_last).eval()
-    return checkpoint
-
-
-def _checked(content: dict[str, Any]) -> Checkpoint:
-    """What a file holds, unless something is wrong with it; the model is on the CPU."""
-    weights = content["state_dict"]
-    made_with = dict(content["settings"])
-    unknown = made_with.keys() - DEFAULTS - {"base_sha256"}
-    if unknown:
-        raise ValueError(
-            f"another version wrote it, with the setting {', '.join(unknown)}"
-        )
-    *_, last_bias = weights.values()
-    model = models.SmallCNN(len(last_bias))
-    model.load_state_dict(weights)
-    return Checkpoint(model, made_with, list(content["history"]))
+    return content

@@ -4,7 +4,7 @@
 
 writes `figures/film.gif` and its first and last pictures, `figures/film.png`, in two
 minutes, from the saved base model and choice of the full MNIST, seed 0. The steps are
-those of `selection.fine_tune` (one epoch, batches of 32, a rate that falls from 0.02 to
+those of `score.fine_tune` (one epoch, batches of 32, a rate that falls from 0.02 to
 0) in float32, so the weights are not those of the saved model.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn, optim
 
-from masktune_utils import datasets, evaluation, experiment, plotting
+from masktune_utils import datasets, experiment, plotting, results
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.settings import REPOSITORY, Settings
@@ -28,7 +28,7 @@ FIGURES = REPOSITORY / "figures"
 def frame(network: nn.Module, sets: BiasedSets, eight: Split, words: str) -> Image:
     """What the network predicts for the eight images, and its worst group below."""
     network.eval()
-    worst_group = 100 * evaluation.evaluate(network, sets)["worst_group"]
+    worst_group = 100 * results.evaluate(network, sets)["worst_group"]
     figure = plotting.predictions({"": network}, eight)
     figure.set_size_inches(9, 2.0)
     figure.set_layout_engine("constrained", rect=(0, 0.2, 1, 0.8))
@@ -49,7 +49,7 @@ def main() -> None:
     sets = datasets.load(settings)
     eight = datasets.eight(settings)
     base = experiment.base_model(settings, sets.train)
-    masked = experiment.saved_choice(base, sets.train).masked
+    masked = experiment.choose(base, sets.train).masked
     network = copy.deepcopy(base.model)
     optimizer = optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(settings.seed)

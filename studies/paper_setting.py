@@ -22,7 +22,6 @@ from torch.optim import SGD
 
 from masktune_utils import (
     datasets,
-    evaluation,
     masking,
     metrics,
     models,
@@ -67,10 +66,10 @@ def run(seed: int) -> list[dict]:
     rows = []
 
     def add(name: str, model: nn.Module, hidden: float | None = None) -> None:
-        report = evaluation.evaluate(model, sets)
-        row = {"model": name, "seed": seed, "worst_group": report["worst_group"]}
-        row["raw"] = report["raw"]["accuracy"]
-        row["biased"] = report["biased"]["accuracy"]
+        report = results.evaluate(model, sets)
+        row = {"model": name, "seed": seed}
+        for accuracy in ("worst_group", "raw", "biased"):
+            row[accuracy] = report[accuracy]
         rows.append(row | {"hidden_shortcut_whole": hidden})
 
     last = models.new_model(seed)
@@ -97,7 +96,7 @@ def run(seed: int) -> list[dict]:
         masked = masking.mask_dataset(sets.train, maps, "mean_std", 2.0)
         order = torch.Generator().manual_seed(EPOCHS + seed)
         train_epoch(model, optimizer, masked, order)
-        add(name, model, evaluation.hidden_shares(masked)["shortcut_whole"])
+        add(name, model, results.hidden_shares(masked)["shortcut_whole"])
 
     labels = sets.train.labels
     start = (last, sgd)

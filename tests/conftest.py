@@ -54,7 +54,7 @@ def outcome(directory: Path) -> dict[str, object]:
     """
     contents = {}
     for path in sorted(directory.rglob("*.*")):
-        if path.name.startswith("."):
+        if path.parent.name.startswith("."):  # was not completed
             continue
         if path.suffix in (".pth", ".png"):
             contents[path.name] = path.read_bytes()
@@ -66,6 +66,19 @@ def outcome(directory: Path) -> dict[str, object]:
             table = pd.read_csv(path)
             contents[path.name] = table.drop(columns="seconds").to_csv()
     return contents
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Only with the full MNIST have the notebooks' tables their committed numbers."""
+    if (datasets.data_root() / "MNIST").is_dir():
+        return
+    for item in items:
+        if "06_choice.ipynb" in item.nodeid:  # which would train for minutes
+            item.add_marker(pytest.mark.skip(reason="needs the full MNIST"))
+        elif "full-mnist" in getattr(item, "cell", {}).get("metadata", {}).get(
+            "tags", []
+        ):
+            item.options["check"] = False
 
 
 class PixelReader(torch.nn.Module):

@@ -1,6 +1,5 @@
 """Bad input: one message with the value and what is allowed; nothing is written."""
 
-import re
 import socket
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torchvision
 from conftest import write_idx_files
 
 from masktune_utils import datasets
-from masktune_utils.runner import command, grids, jobs
+from masktune_utils.runner import command, jobs
 from masktune_utils.settings import Settings
 
 
@@ -43,42 +42,24 @@ def refused(capsys, tmp_path):
 
 
 BAD_OPTIONS = {
-    "--method foo": "method is 'foo'; allowed: 'threshold', 'top_k', 'mean' or",
-    "--param 7": "param is 7; allowed: 0 to 1 for method 'threshold'.",
-    "--param -0.1": "param is -0.1; allowed: greater than or equal to 0.",
-    "--limit 33": "limit is 33; allowed: a multiple of 10.",
-    "--limit 5000": "limit is 5000; allowed: at most 4000 here.",
-    "--square_color black": "square_color is 'black'; allowed: name of a colour, or #",
-    "--square_color xkcd:blue/green": "square_color is 'xkcd:blue/green'; allowed: name ",
-    "--device abacus": "device is 'abacus'; allowed: auto, cpu, or a device of",
-    "--jobs 0": "argument --jobs: invalid choice: ",  # '0' with Python 3.13
+    "--method foo": "method = 'foo': Input should be 'threshold', 'top_k', 'mean' or",
+    "--param -0.1": "param = '-0.1': Input should be greater than or equal to 0",
+    "--limit 33": "limit = '33': Input should be a multiple of 10",
+    "--limit 5000": "limit = 5000: at most 4000 here",
+    "--seed x": "seed = 'x': Input should be a valid integer, ",
+    "--device abacus": "device = 'abacus': Input should be 'auto', ",
+    "--jobs many": "argument --jobs: invalid int value: 'many'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
-NO_BLOCKS = "allowed: a list of blocks of settings ("
 BAD_GRIDS = {
-    "- sede: 0": ", block 1: sede is not a setting; allowed: directory, device",
-    "- seed: [0, -1]": ", block 1: seed is -1; allowed: greater than or equal to 0.",
-    "- param: 0.1\n- param: much": ", block 2: param is 'much'; allowed: a valid number.",
-    "- seed: []": ", block 1: Parameter grid for parameter 'seed' need to be a non-empty",
-    "- device: [auto, cpu]": ": device has several values; allowed: one.",
-    "seed: 0": f": {NO_BLOCKS}no block in it).",
-    "[]": f": {NO_BLOCKS}no block in it).",
-    "- seed: [0": f": {NO_BLOCKS}while parsing a flow sequence",
-    "- !!python/object/apply:os.getpid []": f": {NO_BLOCKS}could not determine a con",
+    "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",
+    "- seed: [0, -1]": "seed = -1: Input should be greater than or equal to 0",
+    "- seed: []": "Parameter grid for parameter 'seed' need to be a non-empty",
+    "seed: 0": "Input should be a valid list",
+    "[]": "List should have at least 1 item",
+    "- seed: [0": "while parsing a flow sequence",
+    "- !!python/object/apply:os.getpid []": "could not determine a constructor",
 }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [("choose --param 0.3", "param"), ("sweep {grid} --method mean", "method")],
-)
-def test_a_setting_on_which_nothing_depends(arguments, name, capsys, tmp_path):
-    file = tmp_path / "grid.yaml"
-    file.write_text("- notebook: 02_erm")
-    options = arguments.format(grid=file).split()
-    assert command.main([*options, "--dataset=mnist5k"]) == 2
-    message = f"masktune: {name} changes nothing here; leave it out.\n"
-    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize("arguments", BAD_OPTIONS)
@@ -87,46 +68,28 @@ def test_options_of_the_command(arguments, refused):
 
 
 @pytest.mark.parametrize("content", BAD_GRIDS)
-def test_grid_files(content, tmp_path):
+def test_grid_files(content, refused, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(content)
-    message = f"{path}{BAD_GRIDS[content]}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        grids.read_grid(path, {})
-
-
-def test_a_notebook_that_no_grid_names(refused, tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text("- notebook: 08_seeds")
-    message = f"{path}: notebook is '08_seeds'; allowed: ['01_dataset', '02_erm', "
-    refused(message, str(path), "--dataset=mnist5k")
+    refused(BAD_GRIDS[content], str(path))
 
 
 def test_a_grid_file_that_is_not_there(refused, tmp_path):
-    path = str(tmp_path / "grid.yaml")
-    refused(f"{path}: allowed: a list of blocks of settings ([Errno 2] No such", path)
-
-
-def test_a_bad_option_is_not_blamed_on_the_grid_file(refused, tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text("- method: mean\n")
-    message = "masktune: seed is 'x'; allowed: a valid integer."
-    refused(message, str(path), "--dataset=mnist5k", "--seed", "x")
+    refused("No such file or directory", str(tmp_path / "grid.yaml"))
 
 
 def test_a_directory_that_cannot_be_written_to(capsys):
     """Nothing can be made below /proc, not even by root."""
     options = ["--dataset", "mnist5k", "--epochs", "1", "--directory", "/proc/new"]
-    assert command.main(["run", *options]) == 2
-    message = "directory is '/proc/new'; allowed: a folder to write to, or a new one ("
-    assert f"masktune: {message}" in capsys.readouterr().err
+    assert command.main(["sweep", *options]) == 2
+    assert "No such file or directory: '/proc/new" in capsys.readouterr().err
 
 
 def test_an_unknown_parameter_of_a_notebook_under_papermill_alone(tmp_path):
     source = jobs.NOTEBOOKS / "02_erm.ipynb"
     target = tmp_path / "out.ipynb"
     values = {"directory": str(tmp_path), "dataset": "mnist5k", "epoch": 3}
-    message = "epoch is not a parameter; allowed: batch_size, "
+    message = "epoch is not a parameter; known: batch_size, "
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         papermill.execute_notebook(source, target, values, progress_bar=False)
     assert [*tmp_path.iterdir()] == [target]
@@ -150,7 +113,7 @@ def test_masktune_data_is_no_folder(dataset, root, refused, monkeypatch):
     (root / "file").touch()
     for path in (str(root / "none"), str(root / "file")):
         monkeypatch.setenv("MASKTUNE_DATA", path)
-        message = f"MASKTUNE_DATA is {path!r}; allowed: a folder. Correct or unset it."
+        message = f"MASKTUNE_DATA = {path!r}: no folder. Correct or unset it."
         refused(message, f"--dataset={dataset}")
 
 
@@ -164,7 +127,7 @@ def test_masktune_data_is_empty_and_there_is_no_network(dataset, root, refused):
 def test_files_that_are_not_those_of_mnist(root, refused):
     folder = root / "MNIST"
     write_idx_files(folder / "raw", list(range(10)))
-    message = f"{folder} holds damaged files (their MD5 is not that of MNIST). Delete"
+    message = f"{folder} is damaged, foreign or of another version (ValueError: their"
     for dataset in ("auto", "mnist"):
         refused(message, f"--dataset={dataset}")
 
@@ -174,7 +137,7 @@ def test_a_damaged_file_of_another_set(root, refused):
     write_idx_files(folder / "raw", list(range(10)) * 2)
     images = folder / "raw" / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-784])
-    refused(f"{folder} holds damaged files (", "--dataset=kmnist")
+    refused(f"{folder} is damaged, foreign or of another version (", "--dataset=kmnist")
 
 
 def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypatch):

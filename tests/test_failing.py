@@ -4,14 +4,14 @@ import os
 import signal
 import time
 from pathlib import Path
-from unittest.mock import MagicMock, Mock, call
+from unittest.mock import MagicMock, Mock
 
 import psutil
 import pytest
 from tiny_runs import OPTIONS, checked_results, kernels_of, masktune, start, tiny
 
-from masktune_utils import results
-from masktune_utils.runner import command, jobs, stages
+from masktune_utils import experiment, results
+from masktune_utils.runner import command, jobs
 from masktune_utils.settings import BaseSettings
 
 pytest_plugins = ["tiny_runs"]
@@ -33,18 +33,18 @@ def damaged(directory) -> list[Path]:
 def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, capsys):
     arguments = ["--param", "0.6", "0.8", "--seed", "0", "1"]
     assert masktune(directory, *arguments) == 1
-    printed, error = capsys.readouterr()
+    error = capsys.readouterr().err
     tuned, base = damaged
-    experiment = tiny(directory).experiment
+    name = tiny(directory).experiment
     missing = "not run, because its base model is missing"
     for line in (
-        f"seed 0, 04_finetune_sweep_top_k_0.6: CheckpointError: {tuned} is damaged",
-        f"seed 1, 02_erm: CheckpointError: {base} is damaged",
-        f"seed 1, 03_saliency_masks: {missing}",
-        f"seed 1, 04_finetune_sweep_top_k_0.8: {missing}",
+        f"seed0/04_finetune_sweep_top_k_0.6.ipynb: CheckpointError: {tuned} is damaged",
+        f"seed1/02_erm.ipynb: CheckpointError: {base} is damaged",
+        f"seed1/03_saliency_masks.ipynb: {missing}",
+        f"seed1/04_finetune_sweep_top_k_0.8.ipynb: {missing}",
     ):
-        assert f"failed: {experiment}, {line}" in error
-    assert "\n5 failed or not run" in printed
+        assert f"failed: {directory}/runs/{name}/{line}" in error
+    assert error.count("failed: ") == 5
     assert "Traceback" not in error
     copies = sorted(directory.glob("runs/*/*/*_unfinished.ipynb"))
     assert [path.stem[:2] for path in copies] == ["04", "02"]
@@ -61,38 +61,38 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     directory, capsys
 ):
     options = [*OPTIONS, "--directory", str(directory), "--jobs", "1"]
-    path = tiny(directory).folder("checkpoints") / "CNN_choice.npz"
+    settings = tiny(directory)
+    path = settings.folder("checkpoints") / experiment.CHOICE
     path.write_bytes(b"damaged")
+    copy = settings.folder("runs") / "06_choice.ipynb"
+    copy.unlink()
     assert command.main(["choose", *options]) == 1
     error = capsys.readouterr().err
-    assert f"seed 0, choice: CheckpointError: {path} is damaged" in error
+    assert f"failed: {copy}: CheckpointError: {path} is damaged" in error
     assert "Traceback" not in error
-    assert command.main(["choose", *options, "--retrain", "True"]) == 0
+    path.unlink()
+    assert command.main(["choose", *options]) == 0
     printed = capsys.readouterr().out
-    assert "Of 200 training images, " in printed
-    assert "chosen" in checked_results(directory)
+    reason = (settings.folder("results") / "reason.txt").read_text()
+    assert printed.endswith(f"{reason}\n")
     assert results.CHOSEN in printed
 
 
-@pytest.mark.parametrize("name", ["run", "choose", "sweep"])
-def test_without_a_base_model_nothing_is_chosen_and_shown(name, tmp_path, monkeypatch):
-    """The base model of seed 1 fails; to retrain is to train and choose once."""
-    grid = [tiny(tmp_path, seed=seed, retrain=True) for seed in (0, 1)]
-    trained, failing = jobs.make_stage("02_erm", grid)
-    execute = Mock(side_effect=[{failing: "failed"}, {}])
-    choose = Mock()
-    monkeypatch.setattr(stages.jobs, "execute", execute)
-    monkeypatch.setattr(stages.jobs, "write_page", Mock())
-    monkeypatch.setattr(stages, "choose", choose)
-    assert stages.run_stages(name, ["02_erm"], grid, 1) == {failing: "failed"}
-    expected = [call([[trained, failing]], 1)]
-    if name == "run":
-        settings = trained.settings.replace(retrain=False)
-        shown = [jobs.Job(stem, settings) for stem in ("05_plots", "06_choice")]
-        expected.append(call([shown], 1))
-    assert execute.mock_calls == expected
-    choices = [] if name == "sweep" else [call(trained.settings, 1)]
-    assert choose.mock_calls == choices
+def test_without_a_base_model_nothing_that_needs_it_is_run(tmp_path, monkeypatch):
+    grid = [tiny(tmp_path, seed=seed) for seed in (0, 1)]
+    stages = [jobs.make_stage(stem, grid) for stem in ("02_erm", "06_choice")]
+    failing = stages[0][1]
+    executed = []
+
+    def run(job: jobs.Job, **_) -> str | None:
+        executed.append(job)
+        return "failed" if job == failing else None
+
+    monkeypatch.setattr(jobs.Job, "run", lambda job, _: run(job))
+    errors = jobs.execute(stages, 1)
+    assert executed == [*stages[0], stages[1][0]]
+    assert errors[failing] == "failed"
+    assert errors[stages[1][1]].startswith("not run, because its base model is")
 
 
 def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
@@ -120,9 +120,11 @@ def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
     """Else a sweep that goes on after a stop would have other bits."""
     shares = []
     monkeypatch.setattr(jobs.Job, "run", lambda _, together: shares.append(together))
-    monkeypatch.setattr(jobs.Job, "is_done", lambda job, _: job.settings.param < 0.5)
     grid = [tiny(tmp_path, param=param) for param in (0.1, 0.5, 0.9)]
-    jobs.execute([jobs.make_stage("04_finetune_sweep", grid)], count)
+    stage = jobs.make_stage("04_finetune_sweep", grid)
+    stage[0].copy.parent.mkdir(parents=True)
+    stage[0].copy.touch()
+    jobs.execute([stage], count)
     assert shares == [expected, expected]
 
 
@@ -147,8 +149,20 @@ def test_an_interrupt_ends_the_kernels_too(tmp_path):
 def test_notebooks_are_executed_by_a_dask_cluster(tmp_path):
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster:
+    with (
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         process = start(tmp_path, "--param", "0.4", "--dask", cluster.scheduler_address)
         _, error = process.communicate()
+        counts = client.run(kernels_kept).values()
     assert process.returncode == 0, error
     assert "top_k_0.4" in checked_results(tmp_path)
+    assert sum(counts) > 0
+
+
+def kernels_kept() -> int:
+    """How many kernels this process has kept."""
+    from masktune_utils.runner import kernels
+
+    return sum(map(len, kernels.idle.values()))

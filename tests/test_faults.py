@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -47,13 +48,18 @@ def pipeline(directory: Path) -> None:
     plotting.show(plotting.grid({"masked": images}), settings, "picture")
 
 
+def unfinished(name: str) -> str:
+    """Pattern of the path of a file before it is in its place."""
+    return rf"/\.tmp\w+/{re.escape(name)}$"
+
+
 def disturbed(
-    directory: Path, event: str, name: str, fault: Callable[[], None]
+    directory: Path, event: str, pattern: str, fault: Callable[[], None]
 ) -> None:
     """The pipeline, with a fault at an event of Python's audit on a file."""
 
     def watch(current_event: str, arguments: tuple) -> None:
-        if current_event == event and name in str(arguments[0]):
+        if current_event == event and re.search(pattern, f"{arguments[0]}"):
             fault()
 
     sys.addaudithook(watch)
@@ -64,9 +70,9 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop_at_a_thousand_bytes() -> None:
+def stop_at_500_bytes() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
 
 def in_process(target: Callable, *arguments: object) -> int:
@@ -102,10 +108,11 @@ def test_killed_during_each_write(names, undisturbed, tmp_path):
     """One directory, two faults for each write, one after the other."""
     before = {}
     for name in names:
-        half_written = ("open", f"/.{name}.", stop_at_a_thousand_bytes)
+        half_written = ("open", unfinished(name), stop_at_500_bytes)
         assert in_process(disturbed, tmp_path, *half_written) == -signal.SIGXFSZ
         assert outcome(tmp_path) == before
-        not_in_place = ("os.rename", f"/.{name}.", kill)
+        event = "os.link" if name.endswith(".pth") else "os.rename"
+        not_in_place = (event, unfinished(name), kill)
         assert in_process(disturbed, tmp_path, *not_in_place) == -signal.SIGKILL
         assert outcome(tmp_path) == before
         before[name] = undisturbed[name]
@@ -132,8 +139,7 @@ def test_disk_full_during_a_sweep(directory, disk, capfd):
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
     assert masktune(copy, "--param", "0.1") == 1
     error = capfd.readouterr().err
-    message = "seed 0, 04_finetune_sweep_top_k_0.1: OSError: [Errno 28] No space"
-    assert message in error
+    assert "04_finetune_sweep_top_k_0.1.ipynb: OSError: [Errno 28] No space" in error
     assert contents(copy).items() <= contents(directory).items()
     assert {path.name for path in copy.glob("**/.*")} <= {".gitignore"}
     filler.unlink()

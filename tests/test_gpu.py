@@ -15,7 +15,7 @@ from masktune_utils import metrics, models, training
 from masktune_utils.choice import choose
 from masktune_utils.data import Split
 from masktune_utils.masking import Rule
-from masktune_utils.runner import command, stages
+from masktune_utils.runner import command, jobs
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY
 
@@ -103,12 +103,12 @@ def test_predictions_and_maps_are_in_float32(train, chosen, monkeypatch):
 
 
 def test_one_notebook_at_a_time_runs_on_a_gpu(gpu, tmp_path, monkeypatch):
-    run_stages = Mock(return_value={})
-    monkeypatch.setattr(stages, "run_stages", run_stages)
+    execute = Mock(return_value={})
+    monkeypatch.setattr(jobs, "execute", execute)
     options = ["sweep", "--device=cuda", f"--directory={tmp_path}"]
     command.main(options)
     command.main([*options, "--jobs=3"])
-    assert [call.args[-1] for call in run_stages.call_args_list] == [1, 3]
+    assert [call.args[-1] for call in execute.call_args_list] == [1, 3]
 
 
 ENTER = [

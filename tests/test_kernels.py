@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_kernels")
 
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python"}
 LITTER = """
-import os, warnings
+import random, warnings
+import numpy as np
 import torch
 x = 1
 big = torch.ones(10**6)
@@ -29,21 +30,23 @@ layer = torch.nn.Linear(2, 2)
 layer.register_forward_hook(print)
 warnings.simplefilter("error")
 torch.manual_seed(7)
+np.random.seed(7)
+random.seed(7)
 torch.set_num_threads(torch.get_num_threads() + 1)
-os.chdir("/")
 """
 STATE = """
-import gc, os, warnings
+import gc, random, warnings
+import numpy as np
 import torch
 print(sorted(name for name in globals() if not name.startswith("_")))
 print([*filter(None, In)][:-1], Out)
-print(os.getcwd(), torch.get_num_threads())
+print(torch.get_num_threads())
 print(warnings.filters)
 gc.unfreeze()
 left = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
 print([tensor.shape for tensor in left if tensor.numel() > 10**5])
 print([thing for thing in gc.get_objects() if type(thing) is torch.nn.Linear])
-print("random:", torch.rand(1))
+print("random:", torch.rand(1), np.random.rand(), random.random())
 for _ in range(2):
     warnings.warn("is shown once, and in the next notebook again")
 """
@@ -108,7 +111,7 @@ def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
             assert job.run(together=1) is None
             (copy,) = whole_run.directory.glob(f"runs/*/*/{job.copy.name}")
             assert outputs(job.copy) == outputs(copy)
-    assert len(kernels.idle["1"]) == 1
+    assert len(kernels.idle[1]) == 1
     left = contents(tmp_path)
     assert len(left) > 10
     assert left.items() <= contents(whole_run.directory).items()
@@ -117,7 +120,7 @@ def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
 def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
     with pytest.raises(PapermillExecutionError), kernels.take(1) as kernel:
         run(tmp_path, "1 / 0", km=kernel)
-    assert not kernels.idle["1"]
+    assert not kernels.idle[1]
     assert not kernel.is_alive()
 
 
@@ -130,14 +133,14 @@ def test_a_notebook_whose_kernel_dies_has_failed(tmp_path):
         (kernel,) = kernels_of(os.getpid())
         kernel.kill()
     assert re.match("DeadKernelError|RuntimeError: Kernel died", outcome.result())
-    assert not kernels.idle["1"]
+    assert not kernels.idle[1]
 
 
 def test_a_kernel_that_cannot_forget_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "RESET", "1 / 0")
     with pytest.raises(RuntimeError, match="cannot forget"), kernels.take(1):
         pass
-    assert not kernels.idle["1"]
+    assert not kernels.idle[1]
 
 
 def test_a_kernel_that_died_is_replaced(tmp_path):

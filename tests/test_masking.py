@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from masktune_utils import data, evaluation, masking
+from masktune_utils import data, masking, results
 
 SIZE = (20, 28)
 ALL = slice(None)
@@ -104,7 +104,7 @@ def test_shares_tell_what_is_really_hidden():
     split = data.Split(images, torch.tensor([0, 0, 0]), shortcut=shortcut)
     masks = torch.ones(3, 2, 2)
     masks[0] = torch.tensor([[1, 0.5], [0, 0]])
-    found = evaluation.hidden_shares(masking.MaskedDataset(split, masks))
+    found = results.hidden_shares(masking.MaskedDataset(split, masks))
     assert found == pytest.approx(
         {
             "shortcut": (0.5 + 1) / 2,
@@ -114,9 +114,9 @@ def test_shares_tell_what_is_really_hidden():
         }
     )
     resampled = masking.MaskedDataset(split, masks, "resample")
-    assert evaluation.hidden_shares(resampled)["rest"] > found["rest"]
+    assert results.hidden_shares(resampled)["rest"] > found["rest"]
     without = masking.MaskedDataset(split[2:], masks[2:])
-    assert np.isnan([*evaluation.hidden_shares(without).values()]).all()
+    assert np.isnan([*results.hidden_shares(without).values()]).all()
 
 
 @pytest.mark.parametrize("fill", ["zero", "resample"])

@@ -1,69 +1,96 @@
-"""Files: checkpoints, whole or refused by name."""
+"""Files: kept, whole, or refused by name."""
 
+import os
 import pickle
-import tempfile
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from masktune_utils import store
+from masktune_utils import experiment, models, store
 from masktune_utils.settings import REPOSITORY, Settings
-from masktune_utils.store import CheckpointError, weights_sha256
+from masktune_utils.store import CheckpointError
 
-IDENTITY = Settings(dataset="mnist5k").identity(base=True)
+MADE_WITH = {"seed": 0, "lr": 0.1}
 COMMITTED_FOLDER = REPOSITORY / "checkpoints" / "mnist" / "seed0"
 COMMITTED = sorted(COMMITTED_FOLDER.glob("CNN_checkpoint*.pth"))
 
 
 @pytest.fixture
-def saved(tmp_path, model):
-    history = [{"epoch": 1, "loss": 0.5, "seconds": 3}]
-    store.save_checkpoint(tmp_path / "saved.pth", model, IDENTITY, history)
-    return tmp_path / "saved.pth"
+def path(tmp_path) -> Path:
+    return tmp_path / "new" / "kept.pth"
 
 
-def test_checkpoint_round_trip(model, saved):
-    checkpoint = store.load_checkpoint(saved, IDENTITY)
-    sha256 = weights_sha256(model.state_dict())
-    assert weights_sha256(checkpoint.model.state_dict()) == sha256
-    assert not checkpoint.model.training
-    assert checkpoint.settings == IDENTITY
-    assert checkpoint.history == [{"epoch": 1, "loss": 0.5}]
+def keep(path: Path, value: float = 1.0, **options) -> torch.Tensor:
+    """What is kept of a value."""
+    made_with = options.pop("made_with", MADE_WITH)
+    content = {"values": torch.full((50,), value)}
+    return store.kept(path, made_with, lambda: content, **options)["values"]
 
 
-def test_the_committed_checkpoints_were_made_with_what_their_names_say():
-    assert len(COMMITTED) == 20
-    base = store.load_checkpoint(COMMITTED[0]).model
-    base_sha256 = weights_sha256(base.state_dict())
-    for path in COMMITTED:
-        made_with = store.load_checkpoint(path).settings
-        made_from = made_with.pop("base_sha256", None)
-        settings = Settings(**made_with)
-        names = [settings.configuration, "chosen"] if made_from else ["base"]
-        assert path in [settings.checkpoint_path(name) for name in names]
-        assert made_with == settings.identity(base=not made_from)
-        assert made_from in (None, base_sha256)
+def test_what_is_kept_is_made_once_with_the_same_bytes(path, tmp_path):
+    assert keep(path).eq(1).all()
+    assert [*path.parent.iterdir()] == [path]
+    assert keep(path, 2.0).eq(1).all()
+    other = tmp_path / "other" / "kept.pth"
+    keep(other)
+    assert other.read_bytes() == path.read_bytes()
 
 
-def refuse(path, message: str, settings: dict | None = None) -> None:
-    with pytest.raises(CheckpointError, match=rf"{path.name} {message}"):
-        store.load_checkpoint(path, settings)
+@pytest.mark.parametrize(
+    ("made_with", "message"),
+    [
+        ({"seed": 1, "lr": 0.1}, "seed = 0, not 1"),
+        ({"seed": 0, "lr": 0.1, "shared": True}, "shared = None, not True"),
+        ({"seed": 0}, "lr = 0.1, not None"),  # another version made it
+    ],
+)
+def test_what_was_made_with_something_else_is_refused_by_name(path, made_with, message):
+    keep(path)
+    before = path.read_bytes()
+    message = f"kept.pth was made with {message}. Delete it, or use another directory."
+    with pytest.raises(CheckpointError, match=message):
+        keep(path, made_with=made_with)
+    assert path.read_bytes() == before
 
 
-def test_a_damaged_file_is_refused_by_name_with_what_is_wrong(saved):
-    whole = saved.read_bytes()
-    content = store.read_tensors(saved)
-    for length in (0, 100, len(whole) // 2, len(whole) - 5):
-        saved.write_bytes(whole[:length])
-        refuse(saved, "is damaged")
-    bytes_of_weights = content["state_dict"]["linear.0.weight"].numpy().tobytes()
-    saved.write_bytes(whole.replace(bytes_of_weights[:50], bytes(50)))
-    refuse(saved, r"is damaged.* \(ValueError: its part .* has another CRC\)\.$")
-    saved.unlink()
-    message = r"saved\.pth is not a file; give the path of a checkpoint"
-    with pytest.raises(FileNotFoundError, match=message):
-        store.load_checkpoint(saved)
+def test_what_is_older_than_a_setting_was_made_with_its_default(path):
+    keep(path)
+    defaults = {"shared": False}
+    keep(path, made_with={**MADE_WITH, "shared": False}, defaults=defaults)
+    with pytest.raises(CheckpointError, match="with shared = False, not True"):
+        keep(path, made_with={**MADE_WITH, "shared": True}, defaults=defaults)
+
+
+def test_of_two_processes_that_write_at_the_same_time_the_first_one_wins(path):
+    """Else models that were fine-tuned from the first base model would be lost."""
+
+    def make() -> dict:
+        keep(path, 1.0)  # the other process
+        return {"values": torch.zeros(50)}
+
+    assert store.kept(path, MADE_WITH, make)["values"].eq(1).all()
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_file_system_without_links_will_do(path, monkeypatch):
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError("not supported")))
+    assert keep(path).eq(1).all()
+
+
+def test_a_damaged_file_is_refused_by_name_with_what_is_wrong(path):
+    values = keep(path)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in (0, 100, len(whole) - 5)]
+    damaged.append(whole.replace(values.numpy().tobytes(), bytes(200)))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"kept.pth is damaged.*Delete it"):
+            keep(path)
+        assert path.read_bytes() == content
+    with pytest.raises(CheckpointError, match=r"its part .* has another CRC"):
+        keep(path, runs_code=True)
 
 
 class Malicious:
@@ -73,86 +100,84 @@ class Malicious:
         return exec, ("raise SystemExit",)
 
 
-def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(saved):
-    whole = store.read_tensors(saved)
-    contents = [
-        {"state_dict": Malicious()},
-        whole | {"state_dict": {"a": 1}},
-        whole | {"settings": 1},
-        [1, 2],
-        torch.nn.Linear(2, 2).state_dict(),
-    ]
-    message = r"is damaged, foreign or of another version \("
-    for content in contents:
-        torch.save(content, saved)
-        refuse(saved, message)
-    saved.write_bytes(pickle.dumps(contents[0], protocol=2))
-    refuse(saved, message)
+@pytest.mark.parametrize(
+    "content", [Malicious(), {"settings": Malicious()}, {"settings": 1}, [1], {}]
+)
+def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(path, content):
+    path.parent.mkdir()
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"kept.pth is damaged, foreign or"):
+        keep(path)
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(CheckpointError, match=r"kept.pth is damaged, foreign or"):
+        keep(path)
 
 
-def test_a_file_of_another_version_is_refused_by_name(model, tmp_path):
-    path = tmp_path / "new.pth"
-    store.save_checkpoint(path, model, IDENTITY | {"dropout": 0.5}, [])
-    message = r".* another version wrote it, with the setting dropout\)"
-    for asked in (None, IDENTITY):
-        refuse(path, message, asked)
+def test_whole_networks_are_kept_also_of_a_class_that_no_module_has(path):
+    class Own(torch.nn.Linear):
+        pass
+
+    network = Own(2, 3)
+    content = {"networks": [network]}
+    options = {"device": "meta", "runs_code": True}
+    (loaded,) = store.kept(path, {}, lambda: content, **options)["networks"]
+    assert loaded.weight.shape == (3, 2)
+    assert loaded.weight.device.type == "meta"
+    with pytest.raises(CheckpointError, match="is damaged, foreign"):
+        store.read(path)
 
 
-def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(model, tmp_path):
-    path = tmp_path / "old.pth"
-    made_with = dict(IDENTITY)
-    del made_with["validation_share"]
-    store.save_checkpoint(path, model, made_with, [])
-    store.load_checkpoint(path, IDENTITY)
-    hint = r"Delete it, use retrain = True, or use another directory\."
-    message = rf"was made with validation_share = 0\.0, not 0\.1\. {hint}"
-    refuse(path, message, IDENTITY | {"validation_share": 0.1})
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
-    path = tmp_path / "new" / "file"
-    store.write_bytes(path, b"old")
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, path):
+    store.write(path, b"old")
     monkeypatch.setattr("os.fsync", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        store.write_bytes(path, b"new")
+        store.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [*path.parent.iterdir()] == [path]
 
 
-def test_a_file_is_written_beside_its_place(tmp_path, monkeypatch):
-    """And not on another disk, where a rename would fail."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    path = tmp_path / ("a" * 240)
-    store.write_bytes(path, b"content")
-    store.check_writable(str(tmp_path))
+def test_a_long_name_can_be_written(tmp_path):
+    path = tmp_path / ("a" * 255)
+    store.write(path, b"content")
     assert path.read_bytes() == b"content"
 
 
-def test_a_loaded_model_is_put_on_the_device_with_channels_last(saved):
-    model = store.load_checkpoint(saved, device="meta").model
-    assert {weights.device.type for weights in model.parameters()} == {"meta"}
-    convolution = model.backbone[3].weight
-    assert convolution.is_contiguous(memory_format=torch.channels_last)
+def test_the_committed_checkpoints_were_made_with_what_their_names_say():
+    base = experiment.with_weights(COMMITTED[0])
+    base_sha256 = store.sha256(base.state_dict())
+    paths = [path for path in COMMITTED if "chosen" not in path.name]
+    assert len(paths) == 19
+    for path in paths:
+        made_with = store.read(path)["settings"]
+        made_from = made_with.pop("base_sha256", None)
+        settings = Settings(**made_with)
+        assert made_with == settings.identity(base=not made_from)
+        name = settings.configuration if made_from else "base"
+        assert path == settings.checkpoint_path(name)
+        assert made_from in (None, base_sha256)
 
 
-def test_weights_that_were_saved_on_a_gpu_are_loaded_without_one(
-    model, tmp_path, monkeypatch
+@pytest.mark.parametrize("classes", [2, 10])
+def test_weights_of_a_plain_state_dict_are_loaded_wherever_they_were_saved(
+    classes, tmp_path, monkeypatch
 ):
+    network = models.new_model(0, num_classes=classes)
     path = tmp_path / "theirs.pth"
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda _storage: "cuda:0")
-        torch.save(model.state_dict(), path)
-    loaded = store.load_checkpoint(path).model
-    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
+        torch.save(network.state_dict(), path)
+    loaded = experiment.with_weights(str(path))
+    assert not loaded.training
+    assert store.sha256(loaded.state_dict()) == store.sha256(network.state_dict())
+    convolution = loaded.backbone[3].weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_directory_is_made_unless_it_cannot_be_written_to(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    for directory in (file, file / "below", "/proc/new", "/proc"):
-        allowed = r"a folder to write to, or a new one \("
-        message = f"^directory is '{directory}'; allowed: {allowed}"
-        with pytest.raises(ValueError, match=message):
-            store.check_writable(str(directory))
-    store.check_writable(str(tmp_path / "a" / "b"))
-    assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "b"]
+@pytest.mark.parametrize("content", [[1], {"a": 1}, torch.nn.Linear(2, 2).state_dict()])
+def test_what_are_no_weights_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "foreign.pth"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"foreign.pth is damaged, foreign or"):
+        experiment.with_weights(path)
+    with pytest.raises(FileNotFoundError, match=r"none.pth"):
+        experiment.with_weights(tmp_path / "none.pth")

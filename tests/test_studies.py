@@ -1,5 +1,7 @@
 """The studies: each notebook on tiny data."""
 
+import re
+
 import papermill
 import pytest
 from conftest import TINY
@@ -28,8 +30,15 @@ def test_the_studies_run_on_tiny_data(stem, values, tmp_path):
 
 
 @pytest.mark.slow
-def test_notebook_11_makes_its_photographs_and_runs_on_few_of_them(tmp_path):
+def test_notebook_07_makes_its_photographs_and_chooses_on_few_of_them(tmp_path):
     values = {"count": 8, "epochs": 1}
     source = jobs.NOTEBOOKS / "07_your_own.ipynb"
-    target = tmp_path / "copy.ipynb"
-    papermill.execute_notebook(source, target, values, progress_bar=False)
+    options = {"progress_bar": False, "cwd": tmp_path}
+    executed = papermill.execute_notebook(source, None, values, **options)
+    printed = ""
+    for cell in executed.cells:
+        for output in cell.get("outputs", []):
+            printed += output.get("text", "")
+    assert "16 training images, 400 to test" in printed
+    assert re.search("Chosen|ERM is kept", printed)
+    assert not [*tmp_path.iterdir()]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from masktune_utils import masking, models, training
 from masktune_utils.settings import Settings
-from masktune_utils.store import weights_sha256
+from masktune_utils.store import sha256
 
 
 def train(splits, *, seed=0, **options) -> tuple[str, list[dict]]:
@@ -19,7 +19,7 @@ def train(splits, *, seed=0, **options) -> tuple[str, list[dict]]:
     model = nn.Sequential(nn.Dropout(0.1), models.new_model(seed))
     options = {"epochs": 3, "batch_size": 32} | options
     history = training.train(model, splits.train, seed=seed, **options)
-    return weights_sha256(model.state_dict()), history
+    return sha256(model.state_dict()), history
 
 
 def test_same_seed_same_bits_whatever_the_global_generator(splits):

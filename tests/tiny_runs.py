@@ -74,7 +74,7 @@ def contents(directory: Path) -> dict[tuple[Path, str], object]:
 def checked_results(directory: Path) -> dict[str, dict]:
     """The results and the choice of seed 0; all that is saved is whole."""
     for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
-        store.load_checkpoint(path)
+        store.read(path)
     for path in directory.glob("runs/*/*/*.ipynb"):
         nbformat.read(path, as_version=4)
     paths = directory.glob("results/*/seed0/*.json")

@@ -1,63 +1,44 @@
 """Grids: YAML files of settings → all their combinations."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field, TypeAdapter
 from sklearn.model_selection import ParameterGrid
 
-from masktune_utils.settings import REPOSITORY, RUNTIME, Settings
+from masktune_utils.settings import Settings
 
-PUBLISHED = REPOSITORY / "sweeps" / "published.yaml"
-FINETUNE = "04_finetune_sweep"
+Blocks = TypeAdapter(Annotated[list[dict[str, Any]], Field(min_length=1)])
 
 
 def read_grid(
-    file: Path | None, options: dict[str, list]
-) -> tuple[str, list[Settings]]:
+    file: Path, options: dict[str, list]
+) -> tuple[str | None, list[Settings]]:
     """All configurations of a grid file.
 
     Args:
-        file: None: the defaults alone. YAML; blocks of settings, each with a value or a
+        file: YAML; blocks of settings, each with a value or a
             list of values. A block stands for all their combinations. The first may
-            name the `notebook`, by default 04.
+            name the `notebook`.
         options: values from the command line, by name, which win over those of the
             file.
 
     Returns:
-        The name of the notebook, and the settings.
+        The name of the notebook, if there is one, and the settings.
 
     Raises:
-        ValueError: the file is missing or no YAML; or a setting or value is not
-            allowed. The message names the setting, and the file and the block, unless
-            there are options.
+        ValueError: the file has no such blocks; or a setting or value is not allowed.
+        OSError: the file cannot be read.
+        YAMLError: it is no YAML.
     """
-    blocks = [{}] if file is None else _read_blocks(file)
-    notebook = f"{blocks[0].pop('notebook', FINETUNE)}"
+    blocks = Blocks.validate_python(yaml.safe_load(file.read_bytes()))
+    notebook = blocks[0].pop("notebook", None)
     configurations = []
-    for number, block in enumerate(blocks, start=1):
+    for block in blocks:
         values = {}
         for name, value in {**block, **options}.items():
             values[name] = value if isinstance(value, list) else [value]
-        try:
-            for combination in ParameterGrid(values):
-                configurations.append(Settings(**combination))
-        except ValueError as error:
-            where = "" if options or file is None else f"{file}, block {number}: "
-            raise ValueError(f"{where}{error}") from None
-    for name in RUNTIME:
-        if len({getattr(settings, name) for settings in configurations}) > 1:
-            raise ValueError(f"{file}: {name} has several values; allowed: one.")
+        for combination in ParameterGrid(values):
+            configurations.append(Settings(**combination))
     return notebook, list(dict.fromkeys(configurations))
-
-
-def _read_blocks(file: Path) -> list[dict[str, Any]]:
-    try:
-        blocks = yaml.safe_load(file.read_bytes())
-        if not blocks or not all(isinstance(block, dict) for block in blocks):
-            raise ValueError("no block in it")
-        return [{f"{name}": block[name] for name in block} for block in blocks]
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(f"{error}".split())[:150]
-        allowed = "allowed: a list of blocks of settings"
-        raise ValueError(f"{file}: {allowed} ({reason}).") from error

@@ -8,18 +8,16 @@ from typing import NamedTuple
 import papermill
 from joblib import Parallel, cpu_count, delayed
 
-from masktune_utils import progress, results, store
+from masktune_utils import progress, store
 from masktune_utils.runner import kernels
-from masktune_utils.runner.grids import FINETUNE
 from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
 
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
 ERM = "02_erm"
-BASE = (ERM, "03_saliency_masks")
-SHOWN = ("05_plots", "06_choice")
-ALWAYS = ("01_dataset", *SHOWN)  # they are quick, and show what is there
+FINETUNE = "04_finetune_sweep"  # once for each configuration; the others, once
+PLOTS = "05_plots"
 
 
 class Job(NamedTuple):
@@ -27,38 +25,24 @@ class Job(NamedTuple):
 
     Attributes:
         stem: name of the notebook.
-        settings: those that the notebook depends on; the others have their defaults.
+        settings: those that the notebook depends on.
     """
 
     stem: str
-    settings: Settings
-
-    @property
-    def name(self) -> str:
-        """The configuration, or `base`."""
-        return self.settings.configuration if self.stem == FINETUNE else "base"
+    settings: BaseSettings
 
     @property
     def copy(self) -> Path:
         """The executed notebook."""
-        suffix = f"_{self.name}" if self.stem == FINETUNE else ""
-        return self.settings.folder("runs") / f"{self.stem}{suffix}.ipynb"
+        name = self.stem
+        if name == FINETUNE:
+            name += f"_{self.settings.configuration}"
+        return self.settings.folder("runs") / f"{name}.ipynb"
 
-    def is_done(self, finished: set[tuple]) -> bool:
-        """Whether its executed copy, and the result and checkpoint of its model exist.
-
-        A notebook other than 04 has the base model.
-
-        Never with `retrain`, nor for those of `ALWAYS`.
-
-        Args:
-            finished: see `results.finished`.
-        """
-        settings = self.settings
-        key = (settings.experiment, self.name, settings.seed)
-        if settings.retrain or key not in finished or self.stem in ALWAYS:
-            return False
-        return self.copy.exists() and settings.checkpoint_path(self.name).exists()
+    @property
+    def is_done(self) -> bool:
+        """Whether its executed copy exists; 05, which shows all there is, never is."""
+        return self.copy.exists() and self.stem != PLOTS
 
     def run(self, together: int) -> str | None:
         """Execute the notebook; if it fails, what there is of it has another name.
@@ -69,46 +53,33 @@ class Job(NamedTuple):
         Returns:
             The error that ended it, in one line; or None.
         """
-        values = self.settings.model_dump(include=scope(self.stem))
         unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
         # Cells of 04 that do not depend on its parameters run with the default ones.
-        is_default = self.settings.configuration == Settings().configuration
+        is_default = self.copy.stem.endswith(Settings().configuration)
         try:
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             with kernels.take(max(1, cpu_count() // together)) as kernel:
                 papermill.execute_notebook(
                     NOTEBOOKS / f"{self.stem}.ipynb",
                     unfinished,
-                    values,
+                    self.settings.model_dump(),
                     km=kernel,
                     progress_bar=False,
                     skip_cells_with_tag="" if is_default else "from-scratch",
                 )
             unfinished.replace(self.copy)
         except Exception as failure:  # noqa: BLE001 - the others go on
-            return in_one_line(failure)
+            kind = getattr(failure, "ename", type(failure).__name__)  # of a cell
+            message = getattr(failure, "evalue", failure)
+            return f"{kind}: {message}".splitlines()[0]
         return None
 
 
-def in_one_line(failure: Exception) -> str:
-    """Kind and message, those of the cell if a cell failed."""
-    kind = getattr(failure, "ename", type(failure).__name__)
-    message = getattr(failure, "evalue", failure)
-    return f"{kind}: {message}".splitlines()[0]
-
-
-def scope(stem: str) -> set[str]:
-    """Names of the settings that a notebook depends on."""
-    if stem == FINETUNE:
-        return set(Settings.model_fields)
-    own = {"upsample", "dilation"} if stem == "03_saliency_masks" else set()
-    return set(BaseSettings.model_fields) | own
-
-
-def make_stage(stem: str, configurations: list[Settings]) -> list[Job]:
+def make_stage(stem: str, grid: list[BaseSettings]) -> list[Job]:
     """A notebook for each of the settings that differ in what it depends on."""
-    own = [item.model_dump(include=scope(stem)) for item in configurations]
-    return list(dict.fromkeys(Job(stem, Settings(**values)) for values in own))
+    kind = Settings if stem == FINETUNE else BaseSettings
+    values = [settings.model_dump(include={*kind.model_fields}) for settings in grid]
+    return list(dict.fromkeys(Job(stem, kind(**each)) for each in values))
 
 
 def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
@@ -119,29 +90,28 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
 
     Args:
         stages: the notebooks.
-        count: how many at once. Each has its share of the cores by the size of its
-            whole stage, so that a sweep that goes on after a stop computes with as many
-            threads, to the same bits.
+        count: how many at once; none if 0. Each has its share of the cores by the size
+            of its whole stage, so that a sweep that goes on after a stop computes with
+            as many threads, to the same bits.
 
     Returns:
         The error of each job that failed or could not be run.
     """
     errors = {}
-    for stage in filter(None, stages):
-        finished = results.finished(stage[0].settings.directory)
+    for stage in stages:
         todo = []
         for job in stage:
             (base,) = make_stage(ERM, [job.settings])
             if base in errors:
                 errors[job] = "not run, because its base model is missing"
-            elif not job.is_done(finished):
+            elif not job.is_done:
                 todo.append(job)
+        print(f"{stage[0].stem}: {len(todo)} of {len(stage)} to run", flush=True)
+        if not count:
+            continue
         together = min(count, len(stage))
         tasks = [delayed(job.run)(together) for job in todo]
         outcomes = Parallel(together, prefer="threads", return_as="generator")(tasks)
-        if todo:
-            stems = " and ".join(dict.fromkeys(job.stem for job in stage))
-            print(f"{stems}: {len(todo)} of {len(stage)} to run", flush=True)
         bar = progress.bar(outcomes, total=len(todo), unit="notebook")
         for job, error in zip(todo, bar, strict=True):
             if error:
@@ -157,5 +127,5 @@ def write_page(job: Job) -> Path:
     # Scripts would be loaded from the network.
     page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
     path = job.settings.folder("results") / f"{job.stem}.html"
-    store.write_bytes(path, page.encode())
+    store.write(path, page.encode())
     return path

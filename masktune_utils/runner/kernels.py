@@ -1,33 +1,43 @@
-"""Kernels that execute notebook after notebook; each forgets one before the next."""
+"""Kernels that execute notebook after notebook; each forgets one before the next.
+
+It forgets names, the random state of PyTorch, NumPy and Python, the number of threads,
+and warnings: what notebooks change. What they do not, stays as it is: the working
+directory, the environment, options of libraries.
+"""
 
 import atexit
 import contextlib
 import gc
 import os
+import random
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from IPython import get_ipython
 from jupyter_client import KernelClient, KernelManager
 
 RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
-CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"  # what papermill needs
 PATIENCE = 60  # seconds
 
-# Of a fresh kernel:
-_torch_random = torch.get_rng_state()
-_filters = list(warnings.filters)
-_folder = Path.cwd()
-_threads = torch.get_num_threads()
+# How a kernel is made as it was, and how it was when it was fresh.
+FRESH = [
+    (random.setstate, random.getstate()),
+    (np.random.set_state, np.random.get_state()),
+    (torch.set_rng_state, torch.get_rng_state()),
+    (torch.set_num_threads, torch.get_num_threads()),
+    (warnings.filters.extend, list(warnings.filters)),
+]
 
 
 class Manager(KernelManager):
     """A kernel manager that knows the client that papermill takes, and leaves open."""
+
+    client_class = "jupyter_client.asynchronous.AsyncKernelClient"  # for papermill
 
     def client(self, **options: Any) -> KernelClient:
         """See jupyter_client."""
@@ -35,29 +45,29 @@ class Manager(KernelManager):
         return self.latest
 
 
-# Kernels that are kept for later: number of threads → kernels.
-idle: dict[str, list[Manager]] = defaultdict(list)
+# Kernels that are kept for later: number of cores → kernels.
+idle: dict[int, list[Manager]] = defaultdict(list)
 
 
 @contextlib.contextmanager
-def take(threads: int) -> Iterator[Manager]:
+def take(cores: int) -> Iterator[Manager]:
     """A kernel that has forgotten what it did before; kept, unless its use fails.
 
     Args:
-        threads: with which it computes, unless `OMP_NUM_THREADS` is set.
+        cores: how many it uses; as many threads, unless `OMP_NUM_THREADS` is set.
 
     Raises:
         RuntimeError: it does not start or answer, or cannot forget.
     """
-    environment = {"OMP_NUM_THREADS": f"{threads}", **os.environ}
-    kept = idle[environment["OMP_NUM_THREADS"]]
     try:
-        manager = kept.pop()
+        manager = idle[cores].pop()
     except IndexError:  # there is none, or another thread was quicker
-        manager = Manager(client_class=CLIENT)
+        manager = Manager()
     try:
         if not manager.is_alive():
-            manager = Manager(client_class=CLIENT)
+            manager = Manager()
+            environment = {"OMP_NUM_THREADS": f"{cores}", **os.environ}
+            environment["LOKY_MAX_CPU_COUNT"] = f"{cores}"
             manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
         client = manager.blocking_client()
         client.start_channels()
@@ -71,7 +81,7 @@ def take(threads: int) -> Iterator[Manager]:
     except BaseException:
         manager.shutdown_kernel(now=True)
         raise
-    kept.append(manager)
+    idle[cores].append(manager)
 
 
 @atexit.register
@@ -89,8 +99,6 @@ def reset() -> None:
     gc.collect()  # with the names go models, hooks and images
     gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
-    torch.set_rng_state(_torch_random)
-    torch.set_num_threads(_threads)
-    os.chdir(_folder)
     warnings.resetwarnings()  # Python also forgets which were shown already
-    warnings.filters.extend(_filters)
+    for restore, value in FRESH:
+        restore(value)
