@@ -2,7 +2,8 @@
 
     python studies/tables.py
 
-A table is known by its first line. Everything else in the two files is written by hand.
+A table is known by its first line, and is made if a file has that line. Everything else
+in the two files is written by hand.
 """
 
 import numpy as np
@@ -11,22 +12,14 @@ import pandas as pd
 from masktune_utils import results
 from masktune_utils.settings import REPOSITORY
 
+FOLDER = REPOSITORY / "results"
+FILES = (REPOSITORY / "README.md", FOLDER / "README.md")
 LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
 PAPER = "mean_std_2.0_finetune_lr=0.01"
-FILES = (REPOSITORY / "README.md", REPOSITORY / "results" / "README.md")
-RUNS = pd.read_csv(REPOSITORY / "results" / "reference.csv")
-CHOSEN = RUNS[RUNS["chosen"].astype(str).eq("True")]  # by the three tests
-# The same base models, and what the one test chooses for them.
-CHOICES_RUN = pd.read_csv(REPOSITORY / "results" / "reference_choices.csv")
-ONE_TEST = CHOICES_RUN[CHOICES_RUN["configuration"].eq("chosen")]
-RULES = pd.read_csv(REPOSITORY / "results" / "reference_rules.csv")
-AUTHORS = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")
-PHOTOGRAPHS = pd.read_csv(REPOSITORY / "results" / "photographs.csv")
-REGISTERED = pd.read_csv(REPOSITORY / "results" / "registered_second.csv")
-KIND = ["dataset", "labels", "kind"]
-KINDS_OF_A_SEED = 45
-OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # see registered_second.md
-NOT_CANDIDATES = ["ERM", "nothing masked", "oracle"]
+RUN = ["dataset", "labels", "kind", "seed"]
+OUT_OF_REACH = ("pixels", "coloured digit", "tint")  # no mask can hide these
+NOT_MASKS = ["ERM", "nothing masked", "oracle"]
+IN_HINDSIGHT = ["ERM", "chosen", "best"]
 SETS = {  # data set and classes, as in the texts
     ("mnist", "halves"): "MNIST, two classes",
     ("mnist", "digits"): "MNIST, ten classes",
@@ -35,153 +28,138 @@ SETS = {  # data set and classes, as in the texts
     ("animals", "halves"): "animals, two classes",
     ("animals", "digits"): "animals, ten classes",
 }
+RANGES = "runs|ERM|chosen|best in hindsight|"
+MAIN = "|full MNIST|raw|biased|worst group|"
+SHORT = f"|shortcut|{RANGES}"
+BY_SET = f"|a mask can hide it|{RANGES}"
+MEASURES = "|registered test, points|outcome|announced|"
+AUTHORS = "|red 4×4, ordered|raw|biased|worst group|"
+PHOTOGRAPHS = "|photographs|runs|ERM|no-mask control|chosen|trained without it|"
+OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
+    "ERM, last checkpoint": "ERM",
+    "the authors' code": "the authors' code",
+    "maps of the last checkpoint": "with maps of the last checkpoint",
+    "both, momentum from zero": "our setting",
+}
+
+
+def read(name: str) -> pd.DataFrame:
+    """A table of the results."""
+    return pd.read_csv(FOLDER / name)
 
 
 def cells(rows: pd.DataFrame, *names: str) -> list[str]:
-    """Columns of rows, as mean ± standard deviation in %; blank if there are none."""
-    if not len(rows):
-        return [""] * len(names)
+    """Columns of rows, as mean ± standard deviation in %."""
     return results.summarize(rows.assign(all=0), ["all"], names).iloc[0].tolist()[:-1]
-
-
-def of(experiment: str, configuration: str) -> pd.DataFrame:
-    """The rows of a configuration, one for each seed."""
-    is_row = RUNS["experiment"].eq(experiment) & RUNS["configuration"].eq(configuration)
-    return RUNS[is_row]
 
 
 def line(name: str, values: list[str]) -> str:
     """A row of a Markdown table."""
-    return f"| {name} | {' | '.join(values)} |"
-
-
-def table(header: str, lines: list[str]) -> list[str]:
-    """A Markdown table, whose columns of numbers are aligned to the right."""
-    count = header.count("|") - 2
-    return [header, f"|---|{'--:|' * count}", *lines]
+    return f"|{name}|{'|'.join(values)}|"
 
 
 def main_table() -> list[str]:
     """ERM, published, ours and the oracle, on the full MNIST."""
-    of_mnist = ONE_TEST[ONE_TEST["experiment"] == "mnist"]
-    seeds = ", ".join(map(str, sorted(of_mnist["seed"])))
+    runs = read("reference.csv").set_index(["experiment", "configuration"]).sort_index()
+    choices = read("reference_choices.csv")
+    is_choice = choices["experiment"].eq("mnist") & choices["configuration"].eq(
+        "chosen"
+    )
+    by_adam = "top_k_0.1_finetune_optimizer=adam_finetune_lr=0.001"
     rows = {
-        "ERM": of("mnist", "base"),
-        "one more epoch, nothing masked": of("mnist", "threshold_1.0_finetune_lr=0.01"),
-        "published rule: `top_k` 0.1, by Adam (best of fifteen on raw)": of(
-            "mnist", "top_k_0.1_finetune_optimizer=adam_finetune_lr=0.001"
-        ),
-        "published rule: the paper's, `mean_std` 2": of("mnist", PAPER),
-        "ours: `mean_std` 4 dilated by 4, found on this task": of(
+        "ERM": runs.loc["mnist", "base"],
+        "no-mask control": runs.loc["mnist", "threshold_1.0_finetune_lr=0.01"],
+        "published: the paper's `mean_std` 2": runs.loc["mnist", PAPER],
+        "earlier reproduction: `top_k` 0.1, best of fifteen on raw": runs.loc[
+            "mnist", "top_k_0.1"
+        ],
+        "the same, by Adam as there": runs.loc["mnist", by_adam],
+        "ours: `mean_std` 4 dilated by 4, found on this task": runs.loc[
             "mnist", f"mean_std_4.0_dilation=4{LINEAR}"
-        ),
-        f"ours: chosen without group labels (seed {seeds}, of development)": of_mnist,
-        "oracle: ERM of 20 epochs without any square in training": of(
+        ],
+        "ours: chosen without group labels": choices[is_choice],
+        "oracle: no square in training": runs.loc[
             "mnist_shortcut=none_epochs=20", "base"
-        ),
+        ],
     }
-    lines = [line(name, cells(rows[name], *results.ACCURACIES)) for name in rows]
-    return table("| | raw | biased | worst group |", lines)
+    return [line(name, cells(rows[name], *results.ACCURACIES)) for name in rows]
 
 
 def short_table() -> list[str]:
     """The registered test in three lines."""
     runs = registered()
-    can_hide = ~runs["kind"].isin(OUT_OF_REACH)
     is_without = runs["kind"] == "none"
     parts = {
-        "a mask can hide it": runs[can_hide],
-        "colour, tint, scattered pixels": runs[~can_hide & ~is_without],
+        "a mask can hide it": runs[can_hide(runs)],
+        "colour, tint, scattered pixels": runs[~can_hide(runs) & ~is_without],
         "no shortcut": runs[is_without],
     }
-    header = "| shortcut | runs | ERM | chosen | best in hindsight |"
-    return table(header, means_and_ranges(parts))
+    return means_and_ranges(parts, IN_HINDSIGHT)
 
 
-def shortcuts_table() -> list[str]:
+def table_by_set() -> list[str]:
     """The registered test by data set, where a mask can hide the shortcut."""
     runs = registered()
-    can_hide = ~runs["kind"].isin(OUT_OF_REACH)
-    parts = {}
-    for (dataset, labels), name in SETS.items():
-        is_of_set = runs["dataset"].eq(dataset) & runs["labels"].eq(labels)
-        parts[name] = runs[is_of_set & can_hide]
-    header = "| a mask can hide it | runs | ERM | chosen | best in hindsight |"
-    return table(header, means_and_ranges(parts))
+    runs = runs[can_hide(runs)]
+    by_set = runs.groupby(["dataset", "labels"])
+    parts = {SETS[key]: by_set.get_group(key) for key in SETS}
+    return means_and_ranges(parts, IN_HINDSIGHT)
 
 
-def means_and_ranges(parts: dict[str, pd.DataFrame]) -> list[str]:
-    """Number of runs; mean, lowest and highest worst group of three models."""
+def means_and_ranges(parts: dict[str, pd.DataFrame], models: list[str]) -> list[str]:
+    """Number of runs; mean, lowest and highest worst group of models, in points."""
     lines = []
     for name, members in parts.items():
         values = [f"{len(members)}"]
-        for model in ("ERM", "chosen", "best"):
-            low, mean, high = members[model].agg(["min", "mean", "max"])
-            values.append(f"{mean:.0f} ({low:.0f}–{high:.0f})")
+        for model in models:
+            known = members[model].dropna()
+            low, mean, high = known.agg(["min", "mean", "max"])
+            text = f"{mean:.0f} ({low:.0f}–{high:.0f})"
+            values.append(text if len(known) else "")
         lines.append(line(name, values))
     return lines
 
 
-def rules_table() -> list[str]:
-    """The rule, and variants, on the trials."""
-    names = [name.replace("_", " ") for name in RULES]
-    lines = []
-    for name, *values in RULES.itertuples(index=False):
-        lines.append(line(name, [f"{value:g}" for value in values]))
-    return table(f"| {' | '.join(names)} |", lines)
-
-
-def authors_table() -> list[str]:
-    """The setting of the authors' code, and each difference by itself."""
-    lines = []
-    for name, rows in AUTHORS.groupby("model", sort=False):
-        values = cells(rows, *results.ACCURACIES)
-        has_masks = rows["hidden_shortcut_whole"].notna().all()
-        values += cells(rows, "hidden_shortcut_whole") if has_masks else [""]
-        lines.append(line(name, values))
-    header = "| setting of the authors' code | raw | biased | worst group "
-    return table(f"{header}| its squares completely hidden |", lines)
-
-
 def registered() -> pd.DataFrame:
-    """The second registered test: a row for each run of the whole seeds, in points.
+    """The registered test: a row for each run, in points.
 
-    A column for each model that all runs have, for the choice, the best of ERM and the
-    candidates, and the best single candidate; and what registered_second.md measures.
+    A column for each model that all runs have, for the choice, for the best of all but
+    the oracle, and for the best single mask; and what is measured.
     """
-    runs = REGISTERED.assign(points=100 * REGISTERED["worst_group"])
-    counts = runs.drop_duplicates([*KIND, "seed"])["seed"].value_counts()
-    runs = runs[runs["seed"].isin(counts.index[counts == KINDS_OF_A_SEED])]
-    by = [*KIND, "seed"]
-    models = runs.pivot(index=by, columns="model", values="points")
-    candidates = models.drop(columns=NOT_CANDIDATES)
-    chosen = runs[runs["is_chosen"]].set_index(by)
-    table = models[NOT_CANDIDATES].assign(
-        chosen=chosen["points"],
-        best=candidates.max(axis=1).clip(lower=models["ERM"]),
-        single=best_single(candidates),
+    runs = read("registered.csv")
+    runs = runs.assign(points=100 * runs["worst_group"])
+    models = runs.pivot(index=RUN, columns="model", values="points")
+    table = models[NOT_MASKS].assign(
+        chosen=runs[runs["is_chosen"]].set_index(RUN)["points"],
+        best=models.drop(columns="oracle").max(axis=1),
+        single=best_single(models.drop(columns=NOT_MASKS)),
     )
     table["regret"] = table["best"] - table["chosen"]
-    table["gain"] = table["chosen"] - table["single"]
-    table["harm"] = table["ERM"] - table["chosen"]
+    table["ahead"] = table["chosen"] - table["single"]
+    table["gain"] = table["chosen"] - table["ERM"]
     return table.reset_index()
 
 
-def best_single(candidates: pd.DataFrame) -> pd.Series:
-    """The candidate that is best on average where a mask can hide the shortcut.
+def can_hide(runs: pd.DataFrame) -> pd.Series:
+    """Whether there is a shortcut that a mask can hide without the object."""
+    return ~runs["kind"].isin([*OUT_OF_REACH, "none"])
+
+
+def best_single(masks: pd.DataFrame) -> pd.Series:
+    """The mask that is best on average where a mask can hide the shortcut.
 
     If a run has fewer rounds of it, the last of these.
     """
-    rules = candidates.columns.str.replace(r", \d rounds", "", regex=True)
-    parts = [candidates.loc[:, rules == rule].ffill(axis=1) for rule in rules.unique()]
+    rules = masks.columns.str.replace(r", \d rounds", "", regex=True)
+    parts = [masks.loc[:, rules == rule].ffill(axis=1) for rule in rules.unique()]
     filled = pd.concat(parts, axis=1)
-    can_hide = ~filled.index.get_level_values("kind").isin(OUT_OF_REACH)
-    return filled[filled[can_hide].mean().idxmax()]
+    is_hidden = can_hide(filled.reset_index()).to_numpy()
+    return filled[filled[is_hidden].mean().idxmax()]
 
 
-def by_bootstrap(runs: pd.DataFrame, name: str) -> str:
+def with_interval(runs: pd.DataFrame, name: str) -> str:
     """Mean of a measure; and its 95% interval: kinds are drawn, and seeds of each."""
-    values = runs.pivot(index=KIND, columns="seed", values=name).to_numpy()
+    values = runs.pivot(index=RUN[:3], columns="seed", values=name).to_numpy()
     rng = np.random.default_rng(0)
     kinds, seeds = values.shape
     rows = rng.integers(kinds, size=(10_000, kinds, 1))
@@ -190,88 +168,84 @@ def by_bootstrap(runs: pd.DataFrame, name: str) -> str:
     return f"{values.mean():.2f} ({low:.2f} to {high:.2f})"
 
 
-def registered_table() -> list[str]:
-    """The measures of the second registered test, and what was announced."""
+def table_of_measures() -> list[str]:
+    """What the registered test measures, and the limits of registered.md."""
     runs = registered()
-    hidden = runs[~runs["kind"].isin(OUT_OF_REACH)]
+    runs["loss"] = -runs["gain"]
+    hidden = runs[can_hide(runs)]
+    is_of_clothes = hidden["dataset"].eq("fashion_mnist")
+    clothes = hidden[is_of_clothes & hidden["labels"].eq("digits")]
     without = runs[runs["kind"] == "none"]
-    harmed = (runs["harm"] > 1).sum()
+    half_right = runs[runs["ERM"] >= 50]
+    harmed = (half_right["loss"] > 1).sum()
     rows = {
-        "mean regret, a mask can hide the shortcut": [
-            by_bootstrap(hidden, "regret"),
-            "at most 2",
-        ],
-        "the same, without ten classes of clothes": [
-            by_bootstrap(hidden[~is_of_clothes(hidden)], "regret"),
-            "",
-        ],
-        "mean gain over the best single candidate": [
-            by_bootstrap(hidden, "gain"),
+        "mean regret, a mask can hide the shortcut": (
+            with_interval(hidden, "regret"),
+            "at most 2.5",
+        ),
+        "the same, ten classes of clothes": (
+            with_interval(clothes, "regret"),
+            "at most 8",
+        ),
+        "mean gain over the best single mask": (
+            with_interval(hidden, "ahead"),
             "at least 5",
-        ],
-        "mean gain over ERM, all kinds": [
-            by_bootstrap(runs.assign(gain=-runs["harm"]), "gain"),
-            "",
-        ],
-        "harm: more than a point below ERM": [
-            f"{harmed} of {len(runs)}",
-            "1 of 50",
-        ],
-        "below ERM without a shortcut, on average": [
-            by_bootstrap(without, "harm"),
+        ),
+        "mean gain over ERM, all kinds": (with_interval(runs, "gain"), ""),
+        "below ERM without a shortcut, on average": (
+            with_interval(without, "loss"),
             "at most 1",
-        ],
-        "the same, at most": [f"{without['harm'].max():.2f}", "3"],
+        ),
+        "the same, at most": (f"{without['loss'].max():.2f}", "4"),
+        "more than a point below an ERM of at least 50%": (
+            f"{harmed} of {len(half_right)}",
+            "2 of 100",
+        ),
     }
-    lines = [line(name, values) for name, values in rows.items()]
-    return table("| registered test, points | outcome | announced |", lines)
+    return [line(name, [*rows[name]]) for name in rows]
 
 
-def is_of_clothes(runs: pd.DataFrame) -> pd.Series:
-    """Fashion-MNIST with ten classes."""
-    return runs["dataset"].eq("fashion_mnist") & runs["labels"].eq("digits")
+def authors_table() -> list[str]:
+    """The setting of the authors' code, and its differences from ours."""
+    runs = read("reference_paper_setting.csv").set_index("model").sort_index()
+    return [
+        line(name, cells(runs.loc[model], *results.ACCURACIES))
+        for model, name in OF_AUTHORS.items()
+    ]
 
 
 def photographs_table() -> list[str]:
-    """Every run on photographs, the seeds of a kind side by side."""
-    models = ["ERM", "nothing masked", "chosen", "trained anew", "oracle"]
-    kinds = PHOTOGRAPHS.groupby(["images", "shortcut", "network"])
-    lines = []
-    for (images, shortcut, network), rows in kinds:
-        by_seed = rows.pivot_table("worst_group", "seed", "model")
-        short, *_ = network.split(",")
-        seeds = ", ".join(map(str, by_seed.index))
-        cells = []
-        for model in models:
-            shares = 100 * by_seed.get(model, pd.Series(dtype=float))
-            cells.append(", ".join(shares.map("{:.1f}".format)))
-        lines.append(line(f"{images}, {shortcut}: {short}; {seeds}", cells))
-    return table(f"| photographs; seeds | {' | '.join(models)} |", lines)
+    """Photographs by shortcut and network, over seeds."""
+    runs = read("photographs.csv")
+    runs["points"] = 100 * runs["worst_group"]
+    key = ["images", "shortcut", "network", "seed"]
+    models = runs.pivot(index=key, columns="model", values="points")
+    parts = {}
+    for (images, shortcut, network), rows in models.groupby(key[:3]):
+        name, *_ = network.split(",")
+        parts[f"{images}, {shortcut}: {name}"] = rows
+    return means_and_ranges(parts, ["ERM", "nothing masked", "chosen", "oracle"])
 
 
-TABLES = (
-    main_table,
-    registered_table,
-    short_table,
-    shortcuts_table,
-    rules_table,
-    authors_table,
-    photographs_table,
-)
+TABLES = {
+    MAIN: main_table,
+    SHORT: short_table,
+    BY_SET: table_by_set,
+    MEASURES: table_of_measures,
+    AUTHORS: authors_table,
+    PHOTOGRAPHS: photographs_table,
+}
 
 
 def with_tables(text: str) -> str:
     """A text with its tables written anew."""
-    new = {}
-    for make in TABLES:
-        lines = make()
-        new[lines[0]] = lines
     written = []
     is_old = False
     for row in text.split("\n"):
-        if row in new:
-            written += new[row]
-        is_old = row in new or (is_old and row.startswith("|"))
+        if row in TABLES:
+            ruler = f"|---|{'--:|' * (row.count('|') - 2)}"
+            written += [row, ruler, *TABLES[row]()]
+        is_old = row in TABLES or (is_old and row.startswith("|"))
         if not is_old:
             written.append(row)
     return "\n".join(written)

@@ -34,7 +34,7 @@ def held_out(labels, predictions, explained, resampled=None) -> HeldOut:
         labels=torch.as_tensor(labels),
         mistake_map=torch.zeros(13, 13),
         predictions={name: torch.as_tensor(predictions[name]) for name in predictions},
-        explained={mask: torch.as_tensor(explained[mask]) for mask in masks},
+        explained={mask: torch.as_tensor(explained[mask]).float() for mask in masks},
         resampled=resampled or {mask: {ERM: 0.5} for mask in masks},
         mean_masks=dict.fromkeys(masks, MEAN_MASK),
     )
@@ -85,7 +85,7 @@ def test_each_kind_counts_by_the_share_of_it_that_the_mask_explains():
 
 def test_a_mask_that_explains_nothing_has_no_score():
     predicted = toy({NULL: (0, 960), "a": (40, 960)})
-    predicted.explained["a"] &= False
+    predicted.explained["a"] *= 0
     assert score.scores(predicted).loc["a", ["score", "error"]].tolist() == [
         0,
         math.inf,
@@ -151,7 +151,7 @@ def test_before_fine_tuning_erm_is_kept_where_no_mask_can_help(
     explains, accuracy, is_hopeless
 ):
     predicted = toy({}, mistakes=40, resampled={"a": {ERM: accuracy}})
-    predicted.explained["a"] = torch.arange(1000) < explains
+    predicted.explained["a"] = (torch.arange(1000) < explains).float()
     verdict = score.judge(predicted)
     assert (verdict.chosen, verdict.is_final) == (ERM, is_hopeless)
 
@@ -186,9 +186,8 @@ def test_four_images_that_nobody_can_learn_decide_nothing():
 def table_of(held_out: HeldOut) -> tuple[pd.Series, pd.DataFrame, pd.DataFrame]:
     labels = pd.Series(held_out.labels.numpy())
     predictions = pd.DataFrame({k: v.numpy() for k, v in held_out.predictions.items()})
-    explained = pd.DataFrame(
-        {mask: held_out.explained[mask] for mask in held_out.tried}
-    )
+    explained = {mask: held_out.explained[mask].double() for mask in held_out.tried}
+    explained = pd.DataFrame(explained)
     return labels, predictions, explained
 
 
@@ -200,7 +199,7 @@ def reference(held_out: HeldOut) -> tuple[pd.Series, pd.Series, pd.Series]:
     kinds = [labels[is_mistake], predictions.loc[is_mistake, ERM]]
     on_mistakes = right[is_mistake].astype(float)
     gain = on_mistakes[explained.columns].sub(on_mistakes[NULL], axis=0)
-    share = explained[is_mistake].astype(float).groupby(kinds)
+    share = explained[is_mistake].groupby(kinds)
     weight = share.transform("mean") / share.transform("size").to_numpy()[:, None]
     weight = weight / weight.sum().replace(0, np.inf)
     mean = (weight * gain).sum()
@@ -234,7 +233,8 @@ def any_held_out(draw) -> HeldOut:
         noise = random.integers(classes, size=count)
         predictions[model] = np.where(random.random(count) < share, labels, noise)
     is_mistake = predictions[ERM] != labels
-    explained = {mask: is_mistake & (random.random(count) < 0.5) for mask in "ab"}
+    fifths = {mask: random.integers(6, size=count) / 5 for mask in "ab"}
+    explained = {mask: is_mistake * fifths[mask] for mask in "ab"}
     return held_out(labels, predictions, explained)
 
 

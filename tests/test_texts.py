@@ -1,46 +1,180 @@
-"""Texts are short: README, the course, the studies, and the page of results."""
+"""Texts: their length, the words they do without, and where their numbers are from.
+
+A word is what `str.split` gives; code does not count.
+"""
 
 import re
-from collections.abc import Iterable
 
 import nbformat
+import pandas as pd
 import pytest
+import tables
 
+from masktune_utils import results
 from masktune_utils.settings import REPOSITORY
 
-COURSE = ("01", "02", "03", "04", "05")
-STUDIES = ("07", "08", "09", "10", "11")
+MOST_WORDS = {
+    "README.md": 600,
+    "HISTORY.md": 1200,
+    "CONTRIBUTING.md": 450,
+    "results/README.md": 900,
+    "benchmarks/README.md": 700,
+    "tests/README.md": 500,
+}
+MOST_WORDS_IN_NOTEBOOKS = {"07_your_own": 900, "10_methods": 700}
+MOST_WORDS_OF_A_CLOSING = 150
+HISTORY = ("HISTORY.md", "CHANGELOG.md")
+PAGES = [*MOST_WORDS, "figures/LICENSES.md"]
+NOTEBOOKS = sorted(path.stem for path in REPOSITORY.glob("notebooks/*.ipynb"))
+OF_A_DIARY = re.compile(
+    r"\b(since then|at first|in sight|earlier rule|older|so far"
+    r"|20\d\d-\d\d-\d\d|(Jan|Febr)uary|April|June|July|August|(Septem|Octo|Novem|Decem)ber"
+    r"|struck out|strike-outs?|one test|three tests"
+    r"|eighth candidate|registered_(second|third)|reference_rules)\b"
+    r"|`[0-9a-f]{7,40}`",
+    re.IGNORECASE,
+)
+MEASURED = re.compile(
+    r"\d+\.\d\d ± \d+\.\d\d"  # mean ± standard deviation
+    r"|\d+ \(\d+–\d+\)"  # mean (lowest–highest)
+    r"|-?\d+\.\d\d \(-?\d+\.\d\d to -?\d+\.\d\d\)"  # mean (95% interval)
+)
+OF_MODELS = ["experiment", "configuration"]
+BY = {  # table → what tells its rows apart, but for the seed
+    "reference": OF_MODELS,
+    "reference_choices": OF_MODELS,
+    "reference_paper_setting": ["model"],
+    "reference_09_limits": ["experiment", "model"],
+    "reference_10_methods": [
+        "dataset",
+        "placement",
+        "conflicting_share",
+        "referee",
+        "needs",
+        "method",
+    ],
+    "reference_11_abstaining": ["dataset", "labels", "placement", "rule"],
+}
+_SMALL = "mnist5k"
+_LARGE = "mnist5k_square_size=12"
+PROSE = {  # number in results/README.md → its table and row
+    "96.72 ± 0.61": ("reference_09_limits", (_SMALL, "by ERM's maps, zero")),
+    "18.96 ± 8.72": ("reference_09_limits", (_SMALL, "random patches, zero")),
+    "30.56 ± 9.34": ("reference_09_limits", (_SMALL, "nothing, zero")),
+    "18.00 ± 9.82": ("reference_09_limits", (_LARGE, "by ERM's maps, zero")),
+    "25.24 ± 6.97": ("reference_09_limits", (_LARGE, "nothing, zero")),
+    "0.00 ± 0.00": (
+        "reference",
+        ("mnist5k_conflicting_share=0.0", "mean_std_2.0_finetune_lr=0.01"),
+    ),
+}
+OTHER_DIGITS = str.maketrans("0123456789", "1234567890")
+STUDIES = ("09_limits", "10_methods", "11_abstaining")
 
 
-def words(text: str) -> int:
-    """How many of the words have a letter: no rulers, signs or numbers."""
-    return sum(bool(re.search(r"[^\W\d_]", word)) for word in text.split())
+def markdown(notebook: str) -> list[str]:
+    """The cells of text of a notebook."""
+    path = REPOSITORY / "notebooks" / f"{notebook}.ipynb"
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "markdown"]
 
 
-def cells(numbers: Iterable[str], kind: str) -> list[str]:
-    """The cells of one kind of the notebooks with these numbers."""
-    sources = []
-    for number in numbers:
-        (path,) = REPOSITORY.glob(f"notebooks/{number}_*.ipynb")
-        notebook = nbformat.read(path, as_version=4)
-        sources += [cell.source for cell in notebook.cells if cell.cell_type == kind]
-    return sources
+def page(name: str) -> str:
+    """A page, or the text of a notebook."""
+    if name in NOTEBOOKS:
+        return "\n\n".join(markdown(name))
+    return (REPOSITORY / name).read_text()
+
+
+def count_words(text: str) -> int:
+    """Without blocks of code."""
+    return len(
+        re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).split()
+    )
 
 
 @pytest.mark.parametrize(
-    ("numbers", "most"), [(COURSE, 4500), (STUDIES, 6000), (["09"], 1200)]
+    ("name", "most"), [*MOST_WORDS.items(), *MOST_WORDS_IN_NOTEBOOKS.items()]
 )
-def test_notebooks_have_few_words(numbers, most):
-    assert 0 < words("\n".join(cells(numbers, "markdown"))) <= most
+def test_a_text_is_short(name, most):
+    assert 0 < count_words(page(name)) <= most
 
 
-def test_the_course_has_few_lines_of_code():
-    lines = "\n".join(cells(COURSE, "code")).splitlines()
-    assert 0 < sum(bool(line.strip()) for line in lines) <= 500
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_notebook_closes_in_few_words(notebook):
+    _, closing = page(notebook).split("## What we saw")
+    closing, *_ = closing.split("\n## ")
+    assert 0 < count_words(closing) <= MOST_WORDS_OF_A_CLOSING
 
 
-def test_pages_are_short():
-    readme = REPOSITORY / "README.md"
-    assert words(readme.read_text()) <= 700
-    assert readme.stat().st_size <= 6144
-    assert words((REPOSITORY / "results" / "README.md").read_text()) <= 3000
+@pytest.mark.parametrize("name", [*PAGES, *NOTEBOOKS])
+def test_a_text_says_what_is(name):
+    words = [match[0] for match in OF_A_DIARY.finditer(page(name))]
+    assert name in HISTORY or not words
+
+
+@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
+def test_nothing_is_left_to_do(file):
+    assert "TODO" not in file.read_text()
+
+
+def test_each_table_is_in_one_of_the_texts():
+    rows = [row for file in tables.FILES for row in file.read_text().splitlines()]
+    assert {header: rows.count(header) for header in tables.TABLES} == dict.fromkeys(
+        tables.TABLES, 1
+    )
+
+
+@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
+def test_tables_are_those_of_the_csv_files(file):
+    text = file.read_text()
+    assert tables.with_tables(text) == text
+
+
+def summary(table: str) -> pd.DataFrame:
+    """Every number of a table over its seeds, as text."""
+    runs = pd.read_csv(REPOSITORY / "results" / f"{table}.csv")
+    numbers = runs.select_dtypes(float).columns.difference([*BY[table], "seconds"])
+    return results.summarize(runs, BY[table], numbers)
+
+
+@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
+def test_another_digit_in_a_table_is_noticed(file):
+    rows = file.read_text().splitlines()
+    for number, row in enumerate(rows):
+        if row.startswith("|") and MEASURED.search(row):
+            damaged = [*rows]
+            damaged[number] = row.translate(OTHER_DIGITS)
+            assert tables.with_tables("\n".join(damaged)).splitlines() == rows
+
+
+@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
+def test_measured_numbers_outside_the_tables_are_recomputed(file):
+    rows = file.read_text().splitlines()
+    prose = "\n".join(row for row in rows if not row.startswith("|"))
+    is_of_results = file.parent.name == "results"
+    assert set(MEASURED.findall(prose)) == (set(PROSE) if is_of_results else set())
+
+
+@pytest.mark.parametrize("number", PROSE)
+def test_a_number_of_the_prose_is_that_of_its_table(number):
+    table, row = PROSE[number]
+    assert summary(table).loc[row, "worst group"] == number
+
+
+def test_the_differences_from_the_authors_code_are_those_of_their_table():
+    runs = pd.read_csv(REPOSITORY / "results" / "reference_paper_setting.csv")
+    points = 100 * runs.pivot(index="seed", columns="model", values="worst_group")
+    lower = points["the authors' code"] - points["both, momentum from zero"]
+    first, second, third = lower.map("{:.2f}".format)
+    assert f"by {first}, {second} and {third} points" in page("results/README.md")
+
+
+@pytest.mark.parametrize("stem", STUDIES)
+def test_the_text_of_a_study_has_its_numbers(stem):
+    measured = set(MEASURED.findall(page(stem)))
+    assert len(measured) > 3
+    known = set(summary(f"reference_{stem}").to_numpy().flat)
+    if stem == "09_limits":  # which quotes the reference run as well
+        known |= set(summary("reference").to_numpy().flat)
+    assert measured <= known

@@ -1,8 +1,10 @@
 """What becomes of a prediction if a part of the image comes from another one.
 
-Any network, without gradients. A mistake that leaves with a part of the image is
-explained by this part. Counting predictions that change if a part is replaced: SPIRE
-(Plumb et al., 2022); permuting a feature to see what a model needs: Breiman, 2001.
+Any network, without gradients. A mistake that moves with a part of the image is
+explained by this part: cut the part out, and the mistake is gone; paste it into another
+image of the class, and the mistake is there. Counting predictions that change if a part
+is replaced: SPIRE (Plumb et al., 2022); permuting a feature to see what a model needs:
+Breiman, 2001.
 """
 
 import torch
@@ -13,7 +15,7 @@ from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.metrics import predict
 
-EXCHANGES = 3  # other images that are tried for each mistake
+SWAPS = 5  # other images with which each mistake swaps the part
 MOST_MISTAKES = 100  # that are exchanged, window by window
 
 
@@ -60,10 +62,11 @@ def exchanged(
 def explained(
     network: nn.Module, split: Split, masks: Tensor, predicted: Tensor, seed: int = 0
 ) -> Tensor:
-    """Which mistakes of a network are explained by what the masks hide.
+    """How far mistakes of a network are explained by what the masks hide.
 
-    These are right whenever this part comes from another image of the same class;
-    `EXCHANGES` images are tried. What the mask of either image hides is exchanged.
+    A mistake swaps this part with another image of its class. It moves with the part if
+    the image is then right, and the other one is mistaken for what it was. What the
+    mask of either image hides is swapped.
 
     Args:
         network: any network.
@@ -73,18 +76,21 @@ def explained(
         seed: of the other images.
 
     Returns:
-        N, bool, on the CPU.
+        N float32, on the CPU: the share of `SWAPS` swaps by which the mistake moves; 0
+        where the network is right.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = split.labels.cpu()
-    is_explained = predicted != labels
-    mistakes = is_explained.nonzero()[:, 0]
+    mistakes = (predicted != labels).nonzero()[:, 0]
     resampled = MaskedDataset(split, masks, "resample")
-    for _ in range(EXCHANGES):
+    moves = torch.zeros(len(labels))
+    for _ in range(SWAPS):
         partners = class_partners(labels, generator)[mistakes]
-        classes = exchanged(network, resampled, mistakes, partners)
-        is_explained[mistakes] &= classes == labels[mistakes]
-    return is_explained
+        cut_out = exchanged(network, resampled, mistakes, partners)
+        pasted = exchanged(network, resampled, partners, mistakes)
+        is_right = cut_out == labels[mistakes]
+        moves[mistakes] += is_right & (pasted == predicted[mistakes])
+    return moves / SWAPS
 
 
 def exchange_map(

@@ -48,8 +48,8 @@ class HeldOut:
         mistake_map: h×w, where ERM's mistakes come from, see `exchange.exchange_map`;
             the mean of both folds.
         predictions: model → N classes; of `ERM`, `NULL` and each mask that was tried.
-        explained: mask → N, whether the image is a mistake of ERM that the mask
-            explains, see `exchange.explained`.
+        explained: mask → N in [0, 1], how far the mask explains a mistake of ERM, see
+            `exchange.explained`; 0 for other images.
         resampled: mask → model → accuracy on images whose hidden part comes from
             another image at random; of ERM alone, unless it makes less than `FEW`
             mistakes.
@@ -233,11 +233,11 @@ class Folds:
         self.images[mask] = replace(masked[0], split=self.train, own_masks=own_masks)
         if rule == NOTHING:
             return
-        is_explained = self.both(
+        shares = self.both(
             explained, self.judges, self.parts, masks, self.predicted, seed=self.seed
         )
         held_out = self.held_out
-        held_out.explained[mask] = self.join(is_explained)
+        held_out.explained[mask] = self.join(shares)
         held_out.resampled[mask] = {ERM: self.accuracy(self.judges, masked)}
         held_out.mean_masks[mask] = own_masks.mean(0, dtype=torch.float32).cpu()
 

@@ -2,8 +2,8 @@
 
 For each kind of ERM's mistakes on held-out images (class, prediction): how much more
 often is the model with the mask right than the one with nothing masked? The score is
-the mean over kinds, each weighted by the share of its mistakes that the mask explains.
-Only training images and their classes are used.
+the mean over kinds, each weighted by the share of its mistakes that the mask explains
+(`exchange.explained`). Only training images and their classes are used.
 
 Mistakes on held-out images as groups: XRM (Pezeshki et al., 2024); cells of class and
 prediction to choose by: uLA (Tsirigotis et al., 2023). Using them to choose masks is
@@ -72,9 +72,9 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
     Returns:
         A row for each mask that was tried: `score`, in [-1, 1], and its standard
         `error`; `gain`, the score less half of what the mask loses on the images that
-        are no mistakes of ERM (the mean over classes); how many mistakes it `explains`,
-        and how many of these are right with the mask, `corrects`, and with `nothing`
-        masked.
+        are no mistakes of ERM (the mean over classes); how many mistakes it `explains`
+        by half or more, and how many of these are right with the mask, `corrects`, and
+        with `nothing` masked.
     """
     labels = pd.Series(held_out.labels)
     models = held_out.predictions
@@ -85,11 +85,12 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
     on_mistakes = right[is_mistake].astype(float)
     rows = {}
     for mask in held_out.tried:
-        is_explained = pd.Series(held_out.explained[mask])
-        by_kind = is_explained[is_mistake].astype(float).groupby(kinds)
+        shares = pd.Series(held_out.explained[mask])
+        by_kind = shares[is_mistake].groupby(kinds)
         weights = by_kind.transform("mean") / by_kind.transform("size")
         mean, error = _weighted_mean(on_mistakes[mask] - on_mistakes[NULL], weights)
         lost = max(0, rest[NULL] - rest[mask])
+        is_explained = shares >= 0.5
         rows[mask] = {
             "score": mean,
             "error": error,
@@ -151,8 +152,8 @@ def _outlook(held_out: HeldOut) -> Verdict:
     accuracy = held_out.is_right(ERM).double().mean()
     explains = {}
     hopes = []
-    for mask, is_explained in held_out.explained.items():
-        explains[mask] = is_explained.sum().item()
+    for mask, shares in held_out.explained.items():
+        explains[mask] = shares.sum().item()
         loses = accuracy - held_out.resampled[mask][ERM]
         hopes.append(explains[mask] >= HOPE and loses >= ENOUGH)
     reason = (

@@ -1,0 +1,70 @@
+"""What the choice takes on the saved predictions of development seeds; HISTORY.md.
+
+    python studies/replay.py        # in a minute, without any training
+
+Prints the mean and the largest regret where a mask can hide the shortcut, how many runs
+end more than a point below ERM and the largest such loss, in points of the worst group.
+"""
+
+from dataclasses import replace
+
+import pandas as pd
+import trials
+
+from masktune_utils.choice import ERM, NULL, HeldOut
+from masktune_utils.choice.score import Verdict, judge
+
+OUT_OF_REACH = "pixels|coloured-digit|tint|none"  # kinds that no mask can hide
+ORACLE = "oracle"
+
+
+def choose(held_out: HeldOut) -> Verdict:
+    """Judge after each mask, in the order in which they were tried."""
+    known = {name: held_out.predictions[name] for name in (ERM, NULL)}
+    verdict = judge(replace(held_out, predictions=known))
+    for mask in held_out.tried:
+        if verdict.is_final:
+            break
+        known[mask] = held_out.predictions[mask]
+        verdict = judge(replace(held_out, predictions=known))
+    return verdict
+
+
+def main() -> None:
+    rows = []
+    for name in trials.names():
+        if name.startswith("photographs"):
+            continue
+        held_out, shares = trials.read(name)
+        points = 100 * shares.dropna()
+        chosen = choose(held_out).chosen
+        best = points.drop([NULL, ORACLE], errors="ignore").max()
+        rows.append(
+            {
+                "name": name,
+                "seed": int(name.rsplit("_", 1)[1]),
+                "regret": best - points[chosen],
+                "loss": points[ERM] - points[chosen],
+            }
+        )
+    runs = pd.DataFrame(rows)
+    is_within_reach = ~runs["name"].str.contains(OUT_OF_REACH)
+    has_ten_clothes = runs["name"].str.startswith("fashion_mnist_digits")
+    table = {}
+    for title, seeds in {"200 to 202": (200, 202), "203 to 205": (203, 205)}.items():
+        is_of_seeds = runs["seed"].between(*seeds)
+        within_reach = runs[is_of_seeds & is_within_reach]
+        clothes = runs[is_of_seeds & is_within_reach & has_ten_clothes]
+        losses = runs.loc[is_of_seeds, "loss"]
+        table[title] = {
+            "regret": within_reach["regret"].mean(),
+            "largest": within_reach["regret"].max(),
+            "ten classes of clothes": clothes["regret"].mean(),
+            "harmed": (losses > 1).sum(),
+            "largest loss": losses.max(),
+        }
+    print(pd.DataFrame(table).round(1).to_string())
+
+
+if __name__ == "__main__":
+    main()
