@@ -52,7 +52,7 @@ def show(
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
     png = print_figure(figure, dpi=160)
-    store.write(settings.folder("figures") / f"{name}.png", png)
+    store.write_bytes(settings.folder("figures") / f"{name}.png", png)
     display(Image(data=png, retina=True, alt=name))
 
 
