@@ -20,6 +20,7 @@ The shell, which gives the core settings, caching, notebooks and a command:
     results      how good a model is; results read, gathered, summarized
     experiment   models, maps and choices: loaded, or else made
     plotting     figures that more than one notebook draws
+    panels       figures that a reader of JupyterLab plays with
     runner/      the command: grids, kernels, notebooks as jobs
 
 A module imports only from those above it.

@@ -405,4 +405,4 @@ def chosen_model(choice: Choice, base: Trained, train: Split) -> Trained:
 def save_reason(choice: Choice, settings: Settings) -> None:
     """Save why a mask was chosen, or none, as `reason.txt` beside the results."""
     path = settings.folder("results") / "reason.txt"
-    store.write(path, choice.reason.encode())
+    store.write_bytes(path, choice.reason.encode())

@@ -52,7 +52,7 @@ def show(
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
     png = print_figure(figure, dpi=160)
-    store.write(settings.folder("figures") / f"{name}.png", png)
+    store.write_bytes(settings.folder("figures") / f"{name}.png", png)
     display(Image(data=png, retina=True, alt=name))
 
 
@@ -118,7 +118,7 @@ def grid(
     return figure
 
 
-def choice_masks(choice: Choice, network: nn.Module) -> Figure:
+def choice_masks(choice: Choice, network: nn.Module | None = None) -> Figure:
     """What a choice hides, or would hide if ERM were not kept.
 
     Of each class, an image that ERM predicts correctly though it has not seen it, and
@@ -126,28 +126,26 @@ def choice_masks(choice: Choice, network: nn.Module) -> Figure:
 
     Args:
         choice: see `choice.choose`.
-        network: whose maps are shown, as ERM's.
+        network: whose maps are shown, as ERM's; None: no maps.
     """
-    held_out = choice.held_out
     masked = choice.candidates[choice.verdict.best]
     split = masked.split
     names = []
     for name in split.class_names:
         names += [f"{name}, predicted correctly", f"{name}, a mistake of ERM"]
-    kinds = 2 * split.labels + held_out.is_mistake.to(split.labels.device)
+    kinds = 2 * split.labels + choice.held_out.is_mistake.to(split.labels.device)
     by_kind = replace(split, groups=kinds, group_names=tuple(names))
     index, titles = examples(by_kind)
     images = split.images[index]
-    maps = saliency_maps(network, images, split.labels[index])
-    falls = held_out.mistake_map.clamp(min=0)
+    columns = {"image": images}
+    if network is not None:
+        maps = saliency_maps(network, images, split.labels[index])
+        columns["what the\nnetwork looks at"] = heat(maps)
+    columns["hidden\n(white)"] = masked.masks(index)
+    columns["filled from\nanother image"] = masked.batch(index)[0]
+    falls = choice.held_out.mistake_map.clamp(min=0)
     brightest = falls.max().clamp(min=1e-8)
-    columns = {
-        "image": images,
-        "what the\nnetwork looks at": heat(maps),
-        "hidden\n(white)": masked.masks(index),
-        "filled from\nanother image": masked.batch(index)[0],
-        "where mistakes\ncome from": heat(falls[None] / brightest),
-    }
+    columns["where mistakes\ncome from"] = heat(falls[None] / brightest)
     return grid(columns, titles)
 
 

@@ -97,7 +97,7 @@ def write_json(path: Path, row: dict[str, Any]) -> None:
         parse_constant=lambda _name: None,
     )
     text = json.dumps(strict, indent=1)
-    store.write(path, text.encode())
+    store.write_bytes(path, text.encode())
 
 
 def collect(directory: str = "") -> pd.DataFrame:
@@ -197,4 +197,4 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
 def save_table(table: pd.DataFrame, path: Path) -> None:
     """Save a table as CSV."""
     text = table.to_csv(index=False)
-    store.write(path, text.encode())
+    store.write_bytes(path, text.encode())

@@ -43,7 +43,7 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, content: bytes, is_cache: bool = False) -> None:
+def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
     """Write a file that takes its place only once it is complete.
 
     Args:
@@ -144,7 +144,7 @@ def kept(
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
         torch.save(content, buffer, pickle_module=cloudpickle)
-        write(path, buffer.getvalue(), is_cache=True)
+        write_bytes(path, buffer.getvalue(), is_cache=True)
     content = read(path, device, runs_code)
     with reading(path):
         found = {**(defaults or {}), **content["settings"]}

@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "masktune_utils"
 CORE = ["progress", "store", "data", "models", "shortcuts", "training", "saliency"]
 CORE += ["masking", "metrics"]
 CHOICE = ["choice.exchange", "choice.held_out", "choice.score", "choice"]
-SHELL = ["settings", "datasets", "results", "experiment", "plotting"]
+SHELL = ["settings", "datasets", "results", "experiment", "plotting", "panels"]
 RUNNER = ["runner.grids", "runner.kernels", "runner.jobs", "runner.command"]
 ORDER = [*CORE, *CHOICE, *SHELL, *RUNNER]
 

@@ -1,8 +1,11 @@
 """Figures that are saved and displayed."""
 
+from unittest.mock import Mock
+
 import torch
 
 from masktune_utils import datasets, metrics, models, plotting
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
 
 
@@ -39,3 +42,21 @@ def test_predictions_are_shown_right_or_wrong():
         assert ax.get_xlabel() == f"{name} {share.max():.0%}"
         color = "#009E73" if predicted == label else "#D55E00"
         assert ax.xaxis.label.get_color() == color
+
+
+def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(splits):
+    masks = torch.rand(200, 28, 28) > 0.9
+    masked = MaskedDataset(splits.train, masks, "resample")
+    held_out = Mock(is_mistake=torch.arange(200) % 7 == 0)
+    held_out.mistake_map = torch.rand(13, 13)
+    choice = Mock(held_out=held_out, candidates={"a": masked})
+    choice.verdict.best = "a"
+    for network, columns in ((None, 4), (models.new_model(0), 5)):
+        figure = plotting.choice_masks(choice, network)
+        rows = [ax.get_ylabel() for ax in figure.axes[::columns]]
+        assert rows == [
+            "low\npredicted correctly",
+            "low\na mistake of ERM",
+            "high\npredicted correctly",
+            "high\na mistake of ERM",
+        ]

@@ -128,17 +128,17 @@ def test_whole_networks_are_kept_also_of_a_class_that_no_module_has(path):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, path):
-    store.write(path, b"old")
+    store.write_bytes(path, b"old")
     monkeypatch.setattr("os.fsync", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        store.write(path, b"new")
+        store.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [*path.parent.iterdir()] == [path]
 
 
 def test_a_long_name_can_be_written(tmp_path):
     path = tmp_path / ("a" * 255)
-    store.write(path, b"content")
+    store.write_bytes(path, b"content")
     assert path.read_bytes() == b"content"
 
 

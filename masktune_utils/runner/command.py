@@ -65,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             *sorted({f"--{name}", f"--{name.replace('_', '-')}"}),
             nargs="+",
-            metavar="VALUE",
             help=f"{field.description} (default: {field.default!r})",
         )
     return parser

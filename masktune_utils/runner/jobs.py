@@ -127,5 +127,5 @@ def write_page(job: Job) -> Path:
     # Scripts would be loaded from the network.
     page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
     path = job.settings.folder("results") / f"{job.stem}.html"
-    store.write(path, page.encode())
+    store.write_bytes(path, page.encode())
     return path
