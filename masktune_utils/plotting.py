@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from masktune_utils import metrics, store
-from masktune_utils.choice import Choice
+from masktune_utils.choice import Choice, HeldOut, score
 from masktune_utils.data import Split
 from masktune_utils.masking import resize
 from masktune_utils.saliency import saliency_maps
@@ -100,6 +100,8 @@ def grid(
         ax.set(xticks=[], yticks=[], frame_on=False)
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
+        if pictures.dtype == torch.uint8:
+            pictures = pictures / 255
         for ax, picture in zip(column, pictures.cpu().numpy(), strict=False):
             is_mask = picture.ndim == 2
             pixels = picture if is_mask else picture.transpose(1, 2, 0)
@@ -147,6 +149,38 @@ def choice_masks(choice: Choice, network: nn.Module | None = None) -> Figure:
     brightest = falls.max().clamp(min=1e-8)
     columns["where mistakes\ncome from"] = heat(falls[None] / brightest)
     return grid(columns, titles)
+
+
+def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
+    """Do masks correct the mistakes that they explain?
+
+    A row for each mask that was tried: where it hides; and the share of the mistakes
+    explained by it that are right, grey with nothing masked, coloured with the mask.
+
+    Args:
+        held_out: see `choice.held_out`.
+        chosen: the mask that is marked.
+    """
+    table = score.scores(held_out)
+    explains = table["explains"].clip(lower=1)
+    height = 0.55 * len(table) + 0.7
+    figure = Figure((7.5, height), layout="constrained")
+    axes = figure.subplots(len(table), 2, squeeze=False, width_ratios=[1, 9])
+    for (thumbnail, ax), mask in zip(axes, table.index, strict=True):
+        thumbnail.imshow(held_out.mean_masks[mask], cmap="gray", vmin=0, vmax=1)
+        thumbnail.set(xticks=[], yticks=[])
+        row = table.loc[mask]
+        ends = 100 * row[["nothing", "corrects"]] / explains[mask]
+        ax.plot(ends, [0, 0], color="0.75", linewidth=3, zorder=1)
+        colors = ["#777777", "#D55E00"]
+        ax.scatter(ends, [0, 0], s=60, c=colors, zorder=2)
+        words = f"{row['nothing']:.0f} → {row['corrects']:.0f} of {row['explains']:.0f}"
+        weight = "bold" if mask == chosen else "normal"
+        ax.set_title(f"{mask}: {words}", fontsize=8, loc="left", weight=weight, pad=2)
+        ax.set(xlim=(-4, 104), ylim=(-1, 1), yticks=[], xticks=[], frame_on=False)
+    axes[-1, 1].set_xticks([0, 25, 50, 75, 100])
+    axes[-1, 1].set_xlabel("explained mistakes that are right, in %", fontsize=8)
+    return figure
 
 
 def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:

@@ -26,7 +26,7 @@ from masktune_utils.choice.exchange import class_partners, exchanged
 from masktune_utils.choice.held_out import Folds
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY
-from masktune_utils.store import write
+from masktune_utils.store import write_bytes
 
 FOLDER = REPOSITORY / "results" / "swaps"
 SWAPS = 10
@@ -105,7 +105,7 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> None:
         comes=torch.stack(comes, 1).numpy(),
         worst_groups=np.array(worst_groups),
     )
-    write(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from masktune_utils.choice import HeldOut
 from masktune_utils.settings import REPOSITORY
-from masktune_utils.store import write
+from masktune_utils.store import write_bytes
 
 FOLDER = REPOSITORY / "results" / "trials"
 ARCHIVE = REPOSITORY / "results" / "trials.zip"
@@ -36,7 +36,7 @@ def save(name: str, held_out: HeldOut, worst_groups: dict[str, float]) -> None:
     content = {**vars(held_out), "worst_groups": worst_groups}
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write(FOLDER / f"{file_name(name)}.pt", buffer.getvalue())
+    write_bytes(FOLDER / f"{file_name(name)}.pt", buffer.getvalue())
 
 
 def pack() -> None:
