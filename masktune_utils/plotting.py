@@ -72,10 +72,15 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     return torch.cat(chosen), titles
 
 
-def heat(maps: Tensor) -> Tensor:
-    """Maps, B×h×w in [0, 1], as pictures, B×3×h×w: the brighter, the more salient."""
-    rgba = colormaps["magma"](maps.cpu().numpy())
-    return torch.from_numpy(rgba)[..., :3].permute(0, 3, 1, 2)
+def heat(maps: Tensor, colors: str = "magma") -> Tensor:
+    """Maps, …×h×w in [0, 1], as pictures, …×3×h×w.
+
+    Args:
+        maps: the maps.
+        colors: name of a colour map of matplotlib.
+    """
+    rgba = colormaps[colors](maps.cpu().numpy())
+    return torch.from_numpy(rgba)[..., :3].movedim(-1, -3)
 
 
 def grid(
@@ -167,7 +172,7 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
     figure = Figure((7.5, height), layout="constrained")
     axes = figure.subplots(len(table), 2, squeeze=False, width_ratios=[1, 9])
     for (thumbnail, ax), mask in zip(axes, table.index, strict=True):
-        thumbnail.imshow(held_out.mean_masks[mask], cmap="gray", vmin=0, vmax=1)
+        thumbnail.imshow(held_out.mean_masks[mask].numpy(), cmap="gray", vmin=0, vmax=1)
         thumbnail.set(xticks=[], yticks=[])
         row = table.loc[mask]
         ends = 100 * row[["nothing", "corrects"]] / explains[mask]

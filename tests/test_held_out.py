@@ -424,6 +424,7 @@ def test_a_finetune_that_returns_no_network_is_refused(train):
         all_of(Folds(train[::4], fit, return_none))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
 def test_a_compiled_network_is_worked_with_as_it_was(train):
     def compiled(fold):
         return torch.compile(fit(fold))

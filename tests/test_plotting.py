@@ -2,9 +2,11 @@
 
 from unittest.mock import Mock
 
+import pytest
 import torch
 
-from masktune_utils import datasets, metrics, models, plotting
+from masktune_utils import datasets, metrics, models, panels, plotting
+from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
 
@@ -60,3 +62,68 @@ def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(splits):
             "high\npredicted correctly",
             "high\na mistake of ERM",
         ]
+
+
+def test_a_grey_image_is_drawn_grey():
+    grey = torch.full((1, 1, 4, 4), 128, dtype=torch.uint8)
+    (ax,) = plotting.grid({"image": grey}).axes
+    (picture,) = ax.images
+    assert picture.get_cmap().name == "gray"
+    assert picture.norm(picture.get_array()).max() == pytest.approx(128 / 255)
+
+
+def held_out() -> HeldOut:
+    """Two masks: `a` corrects two of two mistakes, `b` none."""
+    is_mistake = torch.arange(200) < 6
+    right = {ERM: ~is_mistake, NULL: ~is_mistake, "a": is_mistake, "b": ~is_mistake}
+    return HeldOut(
+        labels=torch.ones(200, dtype=torch.int64),
+        mistake_map=torch.rand(13, 13),
+        predictions={model: right[model].long() for model in right},
+        explained={mask: is_mistake.float() for mask in "ab"},
+        mean_masks={mask: torch.eye(28) for mask in "ab"},
+    )
+
+
+def test_a_row_of_dumbbells_tells_what_is_right_before_and_after():
+    figure = plotting.dumbbells(held_out(), "a")
+    rows = figure.axes[1::2]
+    titles = [ax.get_title(loc="left") for ax in rows]
+    assert titles == ["a: 0 → 6 of 6", "b: 0 → 0 of 6"]
+    ends = [ax.collections[0].get_offsets()[:, 0].tolist() for ax in rows]
+    assert ends == [[0, 100], [0, 0]]
+    (first, second) = [ax._left_title.get_fontweight() for ax in rows]
+    assert (first, second) == ("bold", "normal")
+
+
+def test_in_the_panel_a_mask_is_looked_at_and_taken_or_erm_is_kept(splits):
+    train = splits.train
+    images = {name: MaskedDataset(train, train.shortcut, "resample") for name in "ab"}
+    images["b"] = MaskedDataset(train, ~train.shortcut, "resample")
+    known = held_out()
+    choice = Choice(known, images, None, score.judge(known))
+    panel = panels.explore(choice)
+    first = panel.picture.value
+    assert (panel.mask.value, panel.choice.verdict.chosen) == ("a", "a")
+    panel.mask.value = "b"
+    assert panel.picture.value != first
+    assert "0 of 6" not in panel.words.value
+    assert panel.choice.verdict.chosen == "a"  # looked at, not taken
+    panel.take.click()
+    assert panel.choice.verdict.chosen == "b"
+    panel.keep.click()
+    assert panel.choice.is_kept
+    assert "Decided: ERM" in panel.words.value
+
+
+def test_the_square_can_be_moved(splits, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(panels, "draw", lambda _picture, figure: drawn.append(figure))
+    panel = panels.move_square({"ERM": models.new_model(0)}, splits.raw[:3])
+    controls, _ = panel.children
+    _, row, *_ = controls.children
+    row.value = 20
+    assert len(drawn) == 2
+    pixels = [figure.axes[0].images[0].get_array() for figure in drawn]
+    assert (pixels[0][:6, :6, 2] == 1).all()
+    assert (pixels[1][20:26, :6, 2] == 1).all()
