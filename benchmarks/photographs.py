@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from common import alternate, machine
-from masktune_utils.selection import choose
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.models import resnet18
 
 from masktune_utils import training
+from masktune_utils.choice import choose
 from masktune_utils.data import Split
 
 COUNT = 3000
