@@ -34,7 +34,6 @@ SHORT = f"|shortcut|{RANGES}"
 BY_SET = f"|a mask can hide it|{RANGES}"
 MEASURES = "|registered test, points|outcome|announced|"
 AUTHORS = "|red 4×4, ordered|raw|biased|worst group|"
-PHOTOGRAPHS = "|photographs|runs|ERM|no-mask control|chosen|trained without it|"
 OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
     "ERM, last checkpoint": "ERM",
     "the authors' code": "the authors' code",
@@ -214,26 +213,12 @@ def authors_table() -> list[str]:
     ]
 
 
-def photographs_table() -> list[str]:
-    """Photographs by shortcut and network, over seeds."""
-    runs = read("photographs.csv")
-    runs["points"] = 100 * runs["worst_group"]
-    key = ["images", "shortcut", "network", "seed"]
-    models = runs.pivot(index=key, columns="model", values="points")
-    parts = {}
-    for (images, shortcut, network), rows in models.groupby(key[:3]):
-        name, *_ = network.split(",")
-        parts[f"{images}, {shortcut}: {name}"] = rows
-    return means_and_ranges(parts, ["ERM", "nothing masked", "chosen", "oracle"])
-
-
 TABLES = {
     MAIN: main_table,
     SHORT: short_table,
     BY_SET: table_by_set,
     MEASURES: table_of_measures,
     AUTHORS: authors_table,
-    PHOTOGRAPHS: photographs_table,
 }
 
 
