@@ -234,7 +234,7 @@ def test_files_that_are_no_images_are_named(tmp_path):
 def test_images_that_do_not_fit_into_memory_are_refused(tmp_path):
     write_photographs(tmp_path, {"goats": 10, "sheep": 10})
     with pytest.raises(
-        ValueError, match=r"20 images take 480000\.0 GB .* smaller size"
+        ValueError, match=r"20 images take 960000\.0 GB .* smaller size"
     ):
         data.Split.from_folder(tmp_path, 1_000_000)
 

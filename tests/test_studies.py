@@ -5,7 +5,9 @@ import re
 import numpy as np
 import papermill
 import pytest
+import torch
 from conftest import TINY, write_photographs
+from torchvision.models import resnet18
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
@@ -30,12 +32,13 @@ def test_the_studies_run_on_tiny_data(stem, values, tmp_path):
     assert saved == {f"{stem}.csv"} - {"10_methods.csv"}  # which saves none
 
 
-def execute_07(tmp_path, **values) -> str:
-    """What notebook 07 prints for a folder of 20 photographs."""
-    write_photographs(tmp_path, {"goats": 10, "sheep": 10})
-    given = {"folder": str(tmp_path), "directory": str(tmp_path / "files"), "epochs": 1}
+def execute_07(folder, **values) -> str:
+    """What notebook 07 prints for a new folder of 20 photographs."""
+    folder.mkdir()
+    write_photographs(folder, {"goats": 10, "sheep": 10})
+    given = {"folder": str(folder), "directory": str(folder.parent), "epochs": 1}
     source = jobs.NOTEBOOKS / "07_your_own.ipynb"
-    options = {"progress_bar": False, "cwd": tmp_path}
+    options = {"progress_bar": False, "cwd": folder}
     executed = papermill.execute_notebook(source, None, given | values, **options)
     printed = ""
     for cell in executed.cells:
@@ -46,12 +49,21 @@ def execute_07(tmp_path, **values) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["small", "resnet18"])
-def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(network, tmp_path):
-    printed = execute_07(tmp_path, network=network, size=32)
+@pytest.mark.parametrize(
+    ("network", "weights"),
+    [("small", ""), ("mobilenet_v3_small", ""), ("resnet18", "default")],
+)
+def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(
+    network, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    on_disk = tmp_path / "torch" / "hub" / "checkpoints"
+    on_disk.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), on_disk / "resnet18-f37072fd.pth")
+    printed = execute_07(tmp_path / "mine", network=network, weights=weights, size=32)
     assert "20 images" in printed
     assert re.search("hosen|ERM is kept", printed)
-    (files,) = (tmp_path / "files").glob("runs/your_own/*")
+    (files,) = (tmp_path / "runs" / "your_own").iterdir()
     names = {path.name for path in files.iterdir()}
     assert names == {"choice", "masks.npz", "erm.pt", "chosen.pt"}
     masks = np.load(files / "masks.npz")["masks"]
@@ -72,4 +84,4 @@ def test_notebook_07_refuses_what_it_does_not_know(
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     with pytest.raises(papermill.PapermillExecutionError, match=words):
-        execute_07(tmp_path, **values)
+        execute_07(tmp_path / "mine", **values)
