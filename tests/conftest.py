@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from masktune_utils import datasets, models, training
 from masktune_utils.settings import Settings
@@ -133,3 +134,13 @@ def disk(tmp_path):
         pytest.skip("needs the right to mount a disk, as root of a container has it")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def write_photographs(folder: Path, counts: dict[str, int]) -> None:
+    """A folder of photographs, all noise, for each class."""
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        (folder / name).mkdir()
+        for k in range(count):
+            pixels = rng.integers(0, 256, (30, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{k:02}.jpg")

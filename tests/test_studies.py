@@ -2,9 +2,12 @@
 
 import re
 
+import numpy as np
 import papermill
 import pytest
-from conftest import TINY
+import torch
+from conftest import TINY, write_photographs
+from torchvision.models import resnet18
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
@@ -29,16 +32,56 @@ def test_the_studies_run_on_tiny_data(stem, values, tmp_path):
     assert saved == {f"{stem}.csv"} - {"10_methods.csv"}  # which saves none
 
 
-@pytest.mark.slow
-def test_notebook_07_makes_its_photographs_and_chooses_on_few_of_them(tmp_path):
-    values = {"count": 8, "epochs": 1}
+def execute_07(folder, **values) -> str:
+    """What notebook 07 prints for a new folder of 20 photographs."""
+    folder.mkdir()
+    write_photographs(folder, {"goats": 10, "sheep": 10})
+    given = {"folder": str(folder), "directory": str(folder.parent), "epochs": 1}
     source = jobs.NOTEBOOKS / "07_your_own.ipynb"
-    options = {"progress_bar": False, "cwd": tmp_path}
-    executed = papermill.execute_notebook(source, None, values, **options)
+    options = {"progress_bar": False, "cwd": folder}
+    executed = papermill.execute_notebook(source, None, given | values, **options)
     printed = ""
     for cell in executed.cells:
         for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr"
             printed += output.get("text", "")
-    assert "16 training images, 400 to test" in printed
-    assert re.search("Chosen|ERM is kept", printed)
-    assert not [*tmp_path.iterdir()]
+    return printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "weights"),
+    [("small", ""), ("mobilenet_v3_small", ""), ("resnet18", "default")],
+)
+def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(
+    network, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    on_disk = tmp_path / "torch" / "hub" / "checkpoints"
+    on_disk.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), on_disk / "resnet18-f37072fd.pth")
+    printed = execute_07(tmp_path / "mine", network=network, weights=weights, size=32)
+    assert "20 images" in printed
+    assert re.search("hosen|ERM is kept", printed)
+    (files,) = (tmp_path / "runs" / "your_own").iterdir()
+    names = {path.name for path in files.iterdir()}
+    assert names == {"choice", "masks.npz", "erm.pt", "chosen.pt"}
+    masks = np.load(files / "masks.npz")["masks"]
+    assert masks.shape == (20, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"network": "resnet"}, "network is 'resnet'; allowed: small, alexnet"),
+        ({"network": "resnet18", "weights": "default"}, "pth is not on disk"),
+        ({"colour": "blue"}, "colour is not a parameter"),
+    ],
+)
+def test_notebook_07_refuses_what_it_does_not_know(
+    values, words, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    with pytest.raises(papermill.PapermillExecutionError, match=words):
+        execute_07(tmp_path / "mine", **values)
