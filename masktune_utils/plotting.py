@@ -170,8 +170,9 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
     explains = table["explains"].clip(lower=1)
     height = 0.55 * len(table) + 0.7
     figure = Figure((7.5, height), layout="constrained")
-    axes = figure.subplots(len(table), 2, squeeze=False, width_ratios=[1, 9])
-    for (thumbnail, ax), mask in zip(axes, table.index, strict=True):
+    num_rows = max(1, len(table))  # none, if no mask was worth a try
+    axes = figure.subplots(num_rows, 2, squeeze=False, width_ratios=[1, 9])
+    for (thumbnail, ax), mask in zip(axes, table.index, strict=False):
         thumbnail.imshow(held_out.mean_masks[mask].numpy(), cmap="gray", vmin=0, vmax=1)
         thumbnail.set(xticks=[], yticks=[])
         row = table.loc[mask]

@@ -127,3 +127,10 @@ def test_the_square_can_be_moved(splits, monkeypatch):
     pixels = [figure.axes[0].images[0].get_array() for figure in drawn]
     assert (pixels[0][:6, :6, 2] == 1).all()
     assert (pixels[1][20:26, :6, 2] == 1).all()
+
+
+def test_where_no_mask_was_tried_there_is_no_row():
+    known = held_out()
+    known.predictions = {ERM: known.predictions[ERM]}
+    figure = plotting.dumbbells(known, ERM)
+    assert not figure.axes[1].get_title(loc="left")

@@ -50,4 +50,4 @@ def test_one_notebook_alone_by_papermill(whole_run, tmp_path):
     values = {**TINY, "param": 0.3, "directory": str(tmp_path)}
     options = {"cwd": tmp_path, "progress_bar": False}
     papermill.execute_notebook(source, None, values, **options)
-    assert count_as_in(whole_run.directory, tmp_path) == 8
+    assert count_as_in(whole_run.directory, tmp_path) == 9

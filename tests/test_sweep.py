@@ -87,6 +87,7 @@ def test_what_has_an_executed_copy_is_done_and_skipped(directory):
         "04_masked.png",
         "04_eight.png",
         "04_fill_top_k_0.1.png",
+        "04_move_top_k_0.1.png",
     }
     assert contents(directory) == saved
 

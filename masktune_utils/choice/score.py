@@ -39,6 +39,7 @@ STEPS = 750
 MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
+COLUMNS = ["score", "error", "gain", "explains", "corrects", "nothing"]
 _RULE = Rule(method="mean_std", fill="resample")
 # In the order in which they are tried; later rounds come last.
 CANDIDATES = (
@@ -99,7 +100,7 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
             "corrects": right.loc[is_explained, mask].sum(),
             "nothing": right.loc[is_explained, NULL].sum(),
         }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=COLUMNS)
 
 
 def _weighted_mean(gains: pd.Series, weights: pd.Series) -> tuple[float, float]:
@@ -171,12 +172,13 @@ def _prior(held_out: HeldOut) -> Verdict:
         return Verdict(ERM, next(iter(held_out.explained)), "")
     gain = accuracy.drop([ERM, NULL]) - accuracy[NULL]
     best = gain.idxmax()
-    chosen = best if gain[best] >= ENOUGH else ERM
+    is_enough = gain[best] >= ENOUGH
+    chosen = best if is_enough else ERM
+    decision = f'Chosen: "{best}"' if is_enough else "ERM is kept"
     reason = (
-        f"ERM makes {held_out.is_mistake.sum()} mistakes on held-out images: they do "
-        f'not tell which evidence misleads. By a prior, chosen: "{chosen}"; where masks '
-        f'hide a part, the model with "{best}" is {100 * gain[best]:.0f} points more '
-        "accurate than that with nothing masked."
+        f"{decision}, by a prior: {held_out.is_mistake.sum()} held-out mistakes do not "
+        f'tell which evidence misleads. Where masks hide a part, "{best}" is '
+        f"{100 * gain[best]:.0f} points more accurate than nothing masked."
     )
     return Verdict(chosen, best, reason, is_final=True)
 
