@@ -115,6 +115,8 @@ def test_settings_of_a_notebook_are_its_names_when_it_asks(shown, expected):
 def test_no_notebook_uses_the_name_of_a_setting_for_something_else():
     """Else it would be read as the setting once its first cells are run again."""
     for path in REPOSITORY.glob("notebooks/*.ipynb"):
+        if path.stem == "07_your_own":  # which reads its parameters itself
+            continue
         for cell in nbformat.read(path, as_version=4).cells:
             is_first = "parameters" in cell.metadata.get("tags", [])
             if cell.cell_type == "code" and not is_first:
