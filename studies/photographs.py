@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.transforms.v2 import Normalize
 
-from masktune_utils import metrics, plotting, training
-from masktune_utils.choice import NULL, Choice, choose
+from masktune_utils import metrics, training
+from masktune_utils.choice import NULL, choose
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY
@@ -126,26 +126,6 @@ def shares(masked: MaskedDataset, objects: Tensor | None) -> dict[str, float]:
     return hidden
 
 
-def draw(shortcut: str, networks: dict[str, nn.Module], choice: Choice) -> None:
-    """Save two figures: what is hidden, and predictions for four pairs of photographs.
-
-    Of each class the first two pairs are shown in which ERM is right about one.
-    """
-    folder = REPOSITORY / "figures" / "photographs"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = plotting.choice_masks(choice, networks["ERM"])
-    figure.savefig(folder / f"{shortcut}_masks.jpg", dpi=120)
-    test = stamps.pairs(shortcut, 50)
-    right = metrics.is_right(metrics.predict(networks["ERM"], test), test.labels)
-    flips = right.view(-1, 2).sum(1) == 1
-    first = [flips[:50].nonzero()[:2, 0], 50 + flips[50:].nonzero()[:2, 0]]
-    index = 2 * torch.cat(first)
-    eight = test[torch.stack([index, index + 1], 1).flatten()]
-    shown = {model: networks[model] for model in ("ERM", "proposed")}
-    figure = plotting.predictions(shown, eight)
-    figure.savefig(folder / f"{shortcut}_eight.jpg", dpi=120)
-
-
 def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
     """All rows of one network, kind of images, shortcut and seed."""
     torch.set_num_threads(1)
@@ -176,8 +156,6 @@ def run(name: str, images: str, shortcut: str, seed: int) -> list[dict]:
     if shortcut in WITHOUT:
         unbiased, _, _ = load(WITHOUT[shortcut], seed)
         networks["oracle"] = fit_anew(unbiased)
-    if images == "cut-outs" and seed == 0 and shortcut != "none":
-        draw(shortcut, networks, choice)
     rows = []
     for model, network in networks.items():
         row = dict(zip(KEY, (name, images, shortcut, seed), strict=True))
