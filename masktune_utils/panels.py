@@ -13,9 +13,12 @@ from masktune_utils.data import Split
 from masktune_utils.shortcuts import add_square
 
 
+LEFT = {"align_self": "flex-start"}  # else a picture is stretched
+
+
 def draw(picture: Image, figure: Figure) -> None:
     """Show a figure in a picture of a panel."""
-    picture.value = print_figure(figure, dpi=110)
+    picture.value = print_figure(figure, dpi=90)
 
 
 def move_square(networks: dict[str, nn.Module], split: Split) -> VBox:
@@ -59,10 +62,10 @@ class Explorer(VBox):
         self.take = Button(description="take it")
         self.keep = Button(description="keep ERM")
         self.words = HTML()
-        self.picture = Image()
-        super().__init__(
-            [HBox([self.mask, self.take, self.keep]), self.words, self.picture]
-        )
+        self.dots = Image(layout=LEFT)
+        self.picture = Image(layout=LEFT)
+        controls = HBox([self.mask, self.take, self.keep])
+        super().__init__([controls, self.words, self.dots, self.picture])
         self.take.on_click(lambda _button: self.decide(self.mask.value))
         self.keep.on_click(lambda _button: self.decide(ERM))
         self.mask.observe(lambda _change: self.look(), "value")
@@ -71,6 +74,7 @@ class Explorer(VBox):
     def look(self) -> None:
         """Show the mask that is picked."""
         picked = self.choice.take(self.mask.value)
+        draw(self.dots, plotting.dumbbells(picked.held_out, self.mask.value))
         draw(self.picture, plotting.choice_masks(picked))
         _, *lines = picked.reason.splitlines()
         decided = f"<b>Decided: {self.choice.verdict.chosen}.</b>"

@@ -162,17 +162,3 @@ def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
     test = Split(of_test, groups // 2, groups, group_names=names)
     train = Split(images, labels, shortcut=area, class_names=classes(shortcut))
     return train, test, objects
-
-
-def pairs(shortcut: str, count: int) -> Split:
-    """Test photographs, `count` of each class: each without the shortcut, then with it.
-
-    A pair differs in nothing else.
-    """
-    labels = torch.arange(2).repeat_interleave(count)
-    nowhere = torch.zeros(2 * count, dtype=torch.bool)
-    without, _, _ = photographs(labels, nowhere, shortcut, True, 1)
-    planted, _, _ = photographs(labels, ~nowhere, shortcut, True, 1)
-    images = torch.stack([without, planted], 1).flatten(0, 1)
-    twice = labels.repeat_interleave(2)
-    return Split(images, twice, class_names=classes(shortcut))
