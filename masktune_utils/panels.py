@@ -12,7 +12,6 @@ from masktune_utils.choice import ERM, Choice
 from masktune_utils.data import Split
 from masktune_utils.shortcuts import add_square
 
-
 LEFT = {"align_self": "flex-start"}  # else a picture is stretched
 
 
