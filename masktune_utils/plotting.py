@@ -167,7 +167,6 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
         chosen: the mask that is marked.
     """
     table = score.scores(held_out)
-    explains = table["explains"].clip(lower=1)
     height = 0.55 * len(table) + 0.7
     figure = Figure((7.5, height), layout="constrained")
     num_rows = max(1, len(table))  # none, if no mask was worth a try
@@ -176,10 +175,11 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
         thumbnail.imshow(held_out.mean_masks[mask].numpy(), cmap="gray", vmin=0, vmax=1)
         thumbnail.set(xticks=[], yticks=[])
         row = table.loc[mask]
-        ends = 100 * row[["nothing", "corrects"]] / explains[mask]
-        ax.plot(ends, [0, 0], color="0.75", linewidth=3, zorder=1)
-        colors = ["#777777", "#D55E00"]
-        ax.scatter(ends, [0, 0], s=60, c=colors, zorder=2)
+        if row["explains"]:
+            ends = 100 * row[["nothing", "corrects"]] / row["explains"]
+            ax.plot(ends, [0, 0], color="0.75", linewidth=3, zorder=1)
+            colors = ["#777777", "#D55E00"]
+            ax.scatter(ends, [0, 0], s=[110, 50], c=colors, zorder=2)
         words = f"{row['nothing']:.0f} → {row['corrects']:.0f} of {row['explains']:.0f}"
         weight = "bold" if mask == chosen else "normal"
         ax.set_title(f"{mask}: {words}", fontsize=8, loc="left", weight=weight, pad=2)

@@ -1,4 +1,4 @@
-"""Choosing a mask without group labels: does it correct the mistakes that it explains?
+"""Choosing a mask without group labels: does it correct what it explains?
 
 For each kind of ERM's mistakes on held-out images (class, prediction): how much more
 often is the model with the mask right than the one with nothing masked? The score is
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def scores(held_out: HeldOut) -> pd.DataFrame:
-    """How many more of the mistakes that it explains a mask corrects than none does.
+    """How many more mistakes of the kinds that it explains a mask corrects than none.
 
     Returns:
         A row for each mask that was tried: `score`, in [-1, 1], and its standard
