@@ -245,7 +245,7 @@ def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor
 
     path = settings.folder("checkpoints") / "CNN_saliency.pth"
     made_with = {"base_sha256": base.sha256}
-    return store.kept(path, made_with, make, device=train.labels.device)["maps"]
+    return store.kept(path, made_with, make)["maps"].to(train.labels.device)
 
 
 def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:

@@ -85,14 +85,11 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read(
-    path: Path, device: str | torch.device = "cpu", runs_code: bool = False
-) -> Any:
+def read(path: Path, runs_code: bool = False) -> Any:
     """What torch.save has written.
 
     Args:
         path: the file.
-        device: where to put the tensors.
         runs_code: whether code in the file is run, as whole networks need it.
 
     Raises:
@@ -107,7 +104,7 @@ def read(
                 # torch does not look
                 raise ValueError(f"its part {damaged} has another CRC")
         file.seek(0)
-        return torch.load(file, map_location=device, weights_only=not runs_code)
+        return torch.load(file, map_location="cpu", weights_only=not runs_code)
 
 
 def kept(
@@ -116,7 +113,6 @@ def kept(
     make: Callable[[], dict[str, Any]],
     *,
     defaults: dict[str, Any] | None = None,
-    device: str | torch.device = "cpu",
     runs_code: bool = False,
 ) -> dict[str, Any]:
     """What a file holds; it is made first if it is not there, and never replaced.
@@ -128,7 +124,6 @@ def kept(
         made_with: all that the content depends on, by name, as plain values.
         make: returns the content: tensors and plain values by name.
         defaults: with what an older file was made that does not tell.
-        device: where to put the tensors.
         runs_code: whether the content may be whole networks, also of classes that are
             defined in a notebook. Reading the file then runs code in it.
 
@@ -145,7 +140,7 @@ def kept(
         content = {**make(), "settings": made_with}
         torch.save(content, buffer, pickle_module=cloudpickle)
         write_bytes(path, buffer.getvalue(), is_cache=True)
-    content = read(path, device, runs_code)
+    content = read(path, runs_code)
     with reading(path):
         found = {**(defaults or {}), **content["settings"]}
     for name in {**made_with, **content["settings"]}:

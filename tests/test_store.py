@@ -119,10 +119,9 @@ def test_whole_networks_are_kept_also_of_a_class_that_no_module_has(path):
 
     network = Own(2, 3)
     content = {"networks": [network]}
-    options = {"device": "meta", "runs_code": True}
-    (loaded,) = store.kept(path, {}, lambda: content, **options)["networks"]
+    kept = store.kept(path, {}, lambda: content, runs_code=True)
+    (loaded,) = kept["networks"]
     assert loaded.weight.shape == (3, 2)
-    assert loaded.weight.device.type == "meta"
     with pytest.raises(CheckpointError, match="is damaged, foreign"):
         store.read(path)
 

@@ -196,10 +196,10 @@ class Folds:
             Path(self.folder) / f"{name}, {key}.pt",
             {},
             lambda: {"networks": make()},
-            device=self.train.labels.device,
             runs_code=True,
         )
-        return saved["networks"]
+        device = self.train.labels.device
+        return [network.to(device) for network in saved["networks"]]
 
     def fit_both(self) -> list[nn.Module]:
         """ERM of each fold."""

@@ -322,8 +322,9 @@ def choose(
         explain: (network, images, labels) → maps N×h×w.
         seed: of every random choice.
         folder: where each pair of networks is saved, so that a second call goes on
-            where the first was stopped. If `fit` or `finetune` changes, delete it.
-            Loading a network runs code: use a folder of your own, and none from others.
+            where the first was stopped, on the device of the images. If `fit` or
+            `finetune` changes, delete it. Loading a network runs code: use a folder of
+            your own, and none from others.
 
     Raises:
         TypeError: `train` is no `Split`, or `fit` or `finetune` returns no network.
