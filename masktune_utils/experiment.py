@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -360,7 +361,7 @@ def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
         held_out = HeldOut(**saved["held_out"])
         for name, (fields, packed) in saved["masks"].items():
             bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-            masks = np.unpackbits(bits, count=shape.numel()).astype(bool)
+            masks = np.unpackbits(bits, count=math.prod(shape)).astype(bool)
             own_masks = torch.from_numpy(masks).view(shape).to(device)
             rule = Rule(**fields)
             candidates[name] = MaskedDataset(
