@@ -119,3 +119,11 @@ def test_without_a_mistake_the_map_of_mistakes_is_zero(misleading):
     told = misleading.images[:, :, 5, 9].argmax(1)
     found = mistake_map(PixelReader(5, 9), misleading.images, told)
     assert torch.equal(found, torch.zeros(13, 13))
+
+
+def test_a_partner_is_another_image_of_the_class_unless_there_is_none():
+    labels = torch.tensor([0, 1, 0, 1, 1, 2, 0])
+    partners = exchange.class_partners(labels, torch.Generator().manual_seed(1))
+    assert torch.equal(labels[partners], labels)
+    assert torch.equal(partners.sort().values, torch.arange(7))
+    assert (partners == torch.arange(7)).tolist() == [False] * 5 + [True, False]
