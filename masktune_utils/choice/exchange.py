@@ -7,6 +7,8 @@ is replaced: SPIRE (Plumb et al., 2022); permuting a feature to see what a model
 Breiman, 2001.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ def exchanged(
     Returns:
         B, on the CPU.
     """
-    classes = [torch.zeros(0, dtype=torch.int64)]
+    classes = []
     for numbers, others in zip(index.split(100), partners.split(100), strict=True):
         images, labels = resampled.batch(numbers, partners=others)
         logits = predict(network, Split(images.clamp(0, 1), labels))
@@ -60,9 +62,9 @@ def exchanged(
 
 
 def explained(
-    network: nn.Module, split: Split, masks: Tensor, predicted: Tensor, seed: int = 0
+    network: nn.Module, masked: MaskedDataset, predicted: Tensor, seed: int = 0
 ) -> Tensor:
-    """How far mistakes of a network are explained by what the masks hide.
+    """How far mistakes of a network are explained by what masks hide.
 
     A mistake swaps this part with another image of its class. It moves with the part if
     the image is then right, and the other one is mistaken for what it was. What the
@@ -70,8 +72,7 @@ def explained(
 
     Args:
         network: any network.
-        split: images that it has not seen.
-        masks: N×H×W, True where the image is hidden.
+        masked: images that it has not seen, with their masks.
         predicted: N, the classes that the network predicts for them, on the CPU.
         seed: of the other images.
 
@@ -80,10 +81,12 @@ def explained(
         where the network is right.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = split.labels.cpu()
+    labels = masked.labels.cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
-    resampled = MaskedDataset(split, masks, "resample")
+    resampled = replace(masked, fill="resample")
     moves = torch.zeros(len(labels))
+    if not len(mistakes):
+        return moves
     for _ in range(SWAPS):
         partners = class_partners(labels, generator)[mistakes]
         cut_out = exchanged(network, resampled, mistakes, partners)
@@ -116,13 +119,9 @@ def exchange_map(
     generator = torch.Generator().manual_seed(seed)
     mistakes = (predicted != labels).nonzero()[:, 0]
     if len(mistakes) > MOST_MISTAKES:
-        drawn = torch.randperm(len(mistakes), generator=generator)[:MOST_MISTAKES]
-        mistakes = mistakes[drawn]
+        drawn = torch.randperm(len(mistakes), generator=generator)
+        mistakes = mistakes[drawn[:MOST_MISTAKES]]
     partners = class_partners(labels, generator)[mistakes]
-    rows, columns = map(_windows, split.images.shape[-2:])
-    falls = torch.zeros(len(rows), len(columns))
-    if not len(mistakes):
-        return falls
     kinds = torch.stack([labels, predicted], 1)[mistakes]
     _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
     weights = 1 / (len(sizes) * sizes[kind])
@@ -130,21 +129,26 @@ def exchange_map(
     images = split.images[mistakes]
     others = split.images[partners]
 
-    def losses(images: Tensor) -> Tensor:
+    def loss(images: Tensor) -> Tensor:
         logits = predict(network, Split(images, labels))
         return F.cross_entropy(logits, labels, reduction="none")
 
-    before = losses(images)
+    rows, columns = map(_windows, images.shape[-2:])
+    falls = torch.zeros(len(rows), len(columns))
+    if not len(mistakes):
+        return falls
+    before = loss(images)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             with_window = images.clone()
             with_window[..., row, column] = others[..., row, column]
-            falls[i, j] = weights @ (before - losses(with_window))
+            falls[i, j] = weights @ (before - loss(with_window))
     return falls
 
 
 def _windows(side: int) -> list[slice]:
     """A seventh of a side each; neighbours overlap by half."""
     size = max(1, side // 7)
-    starts = range(0, side - size + 1, max(1, size // 2))
+    step = max(1, size // 2)
+    starts = range(0, side - size + 1, step)
     return [slice(start, start + size) for start in starts]

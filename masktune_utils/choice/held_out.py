@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import joblib
 import torch
 from joblib import Parallel, delayed
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from masktune_utils.masking import (
     MaskedDataset,
     Rule,
 )
-from masktune_utils.metrics import is_right, predict
+from masktune_utils.metrics import predict
 from masktune_utils.models import NoMapsError
 from masktune_utils.saliency import saliency_maps
 
@@ -47,7 +46,8 @@ class HeldOut:
         labels: N.
         mistake_map: h×w, where ERM's mistakes come from, see `exchange.exchange_map`;
             the mean of both folds.
-        predictions: model → N classes; of `ERM`, `NULL` and each mask that was tried.
+        predictions: model → N classes; of `ERM`, then of `NULL` and each mask that was
+            tried.
         explained: mask → N in [0, 1], how far the mask explains a mistake of ERM, see
             `exchange.explained`; 0 for other images.
         resampled: mask → model → accuracy on images whose hidden part comes from
@@ -78,7 +78,7 @@ class HeldOut:
     @property
     def tried(self) -> list[str]:
         """The masks that were tried, in order."""
-        return [mask for mask in self.explained if mask in self.predictions]
+        return [*self.predictions][2:]
 
 
 @dataclass(eq=False)
@@ -107,16 +107,22 @@ class Folds:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        counts = self.train.labels.bincount()
-        if len(counts) < 2 or counts.min() < 2:
-            raise ValueError(
-                f"the classes 0, 1, … have {counts.tolist()} images; allowed: 2 "
-                "classes or more, of 2 images or more each."
-            )
         index = data.folds(self.train.labels, self.seed)
         self.order = torch.cat(index).argsort()
         self.parts = [self.train[members] for members in index]
-        self.networks = self.kept(ERM, self.fit_both)
+        self.networks = self.kept(
+            ERM,
+            self.order,
+            _fit,
+            self.parts,
+            fit=self.fit,
+            classes=len(self.train.labels.bincount()),
+        )
+        first, second = [set(network.parameters()) for network in self.networks]
+        if first & second:
+            raise ValueError(
+                "fit returned the same network twice; allowed: a new one for each fold."
+            )
         self.judges = self.networks[::-1]
         self.predicted = self.both(_classes, self.judges, self.parts)
         self.falls = self.both(
@@ -141,27 +147,30 @@ class Folds:
             `held_out`, which grows: with what the masks of all first rounds explain,
             before anything is fine-tuned; then after each mask, first rounds first.
             Stop when it is enough.
+
+        Raises:
+            NoMapsError: the network gives no maps, and no candidate is by exchange.
         """
-        maps = self.exchange_maps = [
-            fall.clamp(min=0).expand(len(part), -1, -1)
-            for fall, part in zip(self.falls, self.parts, strict=True)
-        ]
-        if not all(rule.exchange for rule in candidates):
+        by_exchange = [rule for rule in candidates if rule.exchange]
+        maps = None
+        if len(by_exchange) < len(candidates):
             try:
                 maps = self.both(_maps, self.networks, self.parts, explain=self.explain)
             except NoMapsError:
+                if not by_exchange:
+                    raise
                 self.held_out.has_maps = False
-                candidates = [rule for rule in candidates if rule.exchange]
-                if not candidates:
-                    raise ValueError(
-                        "the network gives no maps; allowed: a candidate by exchange."
-                    ) from None
+                candidates = by_exchange
         rounds = [of_round for rule in candidates for of_round in rule.each_round]
         rounds.sort(key=lambda rule: rule.rounds)
-        self.hide(NOTHING, maps)
+        exchange_maps = [
+            fall.clamp(min=0).expand(len(part), -1, -1)
+            for fall, part in zip(self.falls, self.parts, strict=True)
+        ]
+        self.hide(NOTHING, exchange_maps)
         for rule in rounds:
             if rule.rounds == 1:
-                self.hide(rule, self.exchange_maps if rule.exchange else maps)
+                self.hide(rule, exchange_maps if rule.exchange else maps)
         yield self.held_out
         self.tune(NOTHING)
         bar = progress.bar(rounds)
@@ -186,60 +195,53 @@ class Folds:
         """What both folds have, in the order of all images."""
         return torch.cat(list(pair))[self.order]
 
-    def kept(self, name: str, make: Callable, *masks: Tensor) -> list[nn.Module]:
-        """A pair of networks; saved in the folder, if there is one."""
-        if self.folder is None:
-            return make()
-        tensors = (self.train.images, self.train.labels, *masks)
-        key = joblib.hash([self.seed, *(tensor.cpu().numpy() for tensor in tensors)])
-        saved = store.kept(
-            Path(self.folder) / f"{name}, {key}.pt",
-            {},
-            lambda: {"networks": make()},
-            runs_code=True,
-        )
-        device = self.train.labels.device
-        return [network.to(device) for network in saved["networks"]]
+    def kept(
+        self,
+        name: str,
+        made_of: Tensor,
+        step: Callable,
+        *pairs: Sequence,
+        **options: Any,
+    ) -> list[nn.Module]:
+        """A pair of networks, made by a step; saved in the folder, if there is one.
 
-    def fit_both(self) -> list[nn.Module]:
-        """ERM of each fold."""
-        classes = len(self.train.labels.bincount())
-        networks = self.both(_fit, self.parts, fit=self.fit, classes=classes)
-        first, second = [set(network.parameters()) for network in networks]
-        if first & second:
-            raise ValueError(
-                "fit returned the same network twice; allowed: a new one for each fold."
-            )
-        return networks
+        They depend on the training images, the seed, and what they are made of.
+        """
+
+        def make() -> dict[str, list[nn.Module]]:
+            return {"networks": self.both(step, *pairs, **options)}
+
+        if self.folder is None:
+            return make()["networks"]
+        labels = self.train.labels
+        tensors = {"images": self.train.images, "labels": labels, "made of": made_of}
+        key = f"{name}, seed {self.seed}, {store.sha256(tensors)}"
+        path = Path(self.folder) / f"{key}.pt"
+        saved = store.kept(path, {}, make, runs_code=True)
+        return [network.to(labels.device) for network in saved["networks"]]
 
     def hide(
-        self,
-        rule: Rule,
-        maps: Sequence[Tensor],
-        earlier: Sequence[MaskedDataset | None] = (None, None),
+        self, rule: Rule, maps: Sequence[Tensor], earlier: Sequence = (None, None)
     ) -> None:
         """Add masks, and what they explain, unless they hide no more than earlier."""
         masked = self.both(rule.mask, self.parts, maps, earlier, seed=self.seed)
-        masks = [images.own_masks for images in masked]
-        hides_more = [
-            old is None or not torch.equal(new, old.own_masks)
-            for new, old in zip(masks, earlier, strict=True)
-        ]
-        if not any(hides_more):
-            return
+        own_masks = self.join([images.own_masks for images in masked])
+        if None not in earlier:
+            before = self.join([images.own_masks for images in earlier])
+            if torch.equal(own_masks, before):
+                return
         mask = f"{rule}"
         self.masked[mask] = masked
-        own_masks = self.join(masks)
         self.images[mask] = replace(masked[0], split=self.train, own_masks=own_masks)
         if rule == NOTHING:
             return
         shares = self.both(
-            explained, self.judges, self.parts, masks, self.predicted, seed=self.seed
+            explained, self.judges, masked, self.predicted, seed=self.seed
         )
-        held_out = self.held_out
-        held_out.explained[mask] = self.join(shares)
-        held_out.resampled[mask] = {ERM: self.accuracy(self.judges, masked)}
-        held_out.mean_masks[mask] = own_masks.mean(0, dtype=torch.float32).cpu()
+        self.held_out.explained[mask] = self.join(shares)
+        self.held_out.resampled[mask] = {ERM: self.accuracy(self.judges, masked)}
+        mean_mask = own_masks.mean(0, dtype=torch.float32)
+        self.held_out.mean_masks[mask] = mean_mask.cpu()
 
     def hide_more(self, rule: Rule) -> None:
         """Add the masks of a later round, by the networks of the round before."""
@@ -252,15 +254,17 @@ class Folds:
     def tune(self, rule: Rule) -> None:
         """Fine-tune on masked images, and predict."""
         mask = f"{rule}"
-        masked = self.masked[mask]
-
-        def make() -> list[nn.Module]:
-            return self.both(_tune, self.networks, masked, finetune=self.finetune)
-
-        networks = self.kept(mask, make, *(images.own_masks for images in masked))
+        networks = self.kept(
+            mask,
+            self.images[mask].own_masks,
+            _tune,
+            self.networks,
+            self.masked[mask],
+            finetune=self.finetune,
+        )
         self.tuned[mask] = networks
-        classes = self.both(_classes, networks[::-1], self.parts)
-        self.held_out.predictions[mask] = self.join(classes)
+        predicted = self.both(_classes, networks[::-1], self.parts)
+        self.held_out.predictions[mask] = self.join(predicted)
 
     def resample(self) -> None:
         """Let all models predict the images that all masks resample."""
@@ -278,9 +282,7 @@ class Folds:
 
 def _fit(fold: Split, fit: Fit, classes: int) -> nn.Module:
     """A trained network, unless we cannot work with it."""
-    network = fit(fold)
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"fit returned {network!r}; allowed: the trained network.")
+    network = _checked(fit(fold), "fit")
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     types = {weight.dtype for weight in network.parameters()}
     if types != {torch.float32}:
@@ -295,10 +297,13 @@ def _fit(fold: Split, fit: Fit, classes: int) -> nn.Module:
 
 
 def _tune(network: nn.Module, masked: MaskedDataset, finetune: Finetune) -> nn.Module:
-    tuned = finetune(copy.deepcopy(network), masked)
-    if not isinstance(tuned, nn.Module):
-        raise TypeError(f"finetune returned {tuned!r}; allowed: the trained network.")
-    return tuned
+    return _checked(finetune(copy.deepcopy(network), masked), "finetune")
+
+
+def _checked(network: nn.Module, made_by: str) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{made_by} returned {network!r}; allowed: the network.")
+    return network
 
 
 def _maps(network: nn.Module, fold: Split | MaskedDataset, explain: Explain) -> Tensor:
@@ -316,4 +321,5 @@ def _resampled_accuracy(judge: nn.Module, masked: MaskedDataset, seed: int) -> f
     resampled = MaskedDataset(
         masked.split[sample], masked.own_masks[sample], "resample", seed
     )
-    return is_right(predict(judge, resampled), resampled.labels).double().mean().item()
+    is_right = _classes(judge, resampled) == resampled.labels.cpu()
+    return is_right.double().mean().item()

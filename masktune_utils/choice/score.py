@@ -39,7 +39,6 @@ STEPS = 750
 MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
-COLUMNS = ["score", "error", "gain", "explains", "corrects", "nothing"]
 _RULE = Rule(method="mean_std", fill="resample")
 # In the order in which they are tried; later rounds come last.
 CANDIDATES = (
@@ -72,46 +71,46 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
 
     Returns:
         A row for each mask that was tried: `score`, in [-1, 1], and its standard
-        `error`; `gain`, the score less half of what the mask loses on the images that
-        are no mistakes of ERM (the mean over classes); how many mistakes it `explains`
-        by half or more, and how many of these are right with the mask, `corrects`, and
-        with `nothing` masked.
+        `error`, as if there were one mistake more, a full step away; `gain`, the score
+        less half of what the mask loses on the images that are no mistakes of ERM (the
+        mean over classes); how many mistakes it `explains` by half or more, and how
+        many of these are right with the mask, `corrects`, and with `nothing` masked;
+        the share of the image that is `hidden`. Without explained mistakes the score
+        is 0, and has no error.
     """
     labels = pd.Series(held_out.labels)
-    models = held_out.predictions
-    right = pd.DataFrame({model: held_out.is_right(model).numpy() for model in models})
+    predictions = pd.DataFrame(held_out.predictions)
+    right = predictions.eq(labels, axis=0)
     is_mistake = ~right[ERM]
-    rest = right[~is_mistake].groupby(labels[~is_mistake]).mean().mean()
-    kinds = [labels[is_mistake], pd.Series(models[ERM])[is_mistake]]
-    on_mistakes = right[is_mistake].astype(float)
-    rows = {}
-    for mask in held_out.tried:
-        shares = pd.Series(held_out.explained[mask])
-        by_kind = shares[is_mistake].groupby(kinds)
-        weights = by_kind.transform("mean") / by_kind.transform("size")
-        mean, error = _weighted_mean(on_mistakes[mask] - on_mistakes[NULL], weights)
-        lost = max(0, rest[NULL] - rest[mask])
-        is_explained = shares >= 0.5
-        rows[mask] = {
-            "score": mean,
-            "error": error,
-            "gain": mean - lost / 2,
-            "explains": is_explained.sum(),
-            "corrects": right.loc[is_explained, mask].sum(),
-            "nothing": right.loc[is_explained, NULL].sum(),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=COLUMNS)
+    with_mask = right[held_out.tried]
+    shares = pd.DataFrame(held_out.explained)[held_out.tried]
 
-
-def _weighted_mean(gains: pd.Series, weights: pd.Series) -> tuple[float, float]:
-    """The mean, and its standard error as if there were one more, a full step away."""
-    if not weights.any():
-        return 0.0, math.inf
+    kinds = [labels[is_mistake], predictions.loc[is_mistake, ERM]]
+    by_kind = shares[is_mistake].groupby(kinds)
+    weights = by_kind.transform("mean").div(by_kind.transform("size"), axis=0)
     weights = weights / weights.sum()
+    on_mistakes = right[is_mistake].astype(float)
+    gains = on_mistakes[held_out.tried].sub(on_mistakes[NULL], axis=0)
+    score = (weights * gains).sum()
+    variance = (weights * (gains - score) ** 2).sum()
     count = 1 / (weights**2).sum()  # of equal weights that would be as exact
-    mean = (weights * gains).sum()
-    variance = (weights * (gains - mean) ** 2).sum()
-    return mean, ((count * variance + 1) / (count + 1) / count) ** 0.5
+    error = ((count * variance + 1) / (count + 1) / count) ** 0.5
+
+    rest = right[~is_mistake].groupby(labels).mean().mean()
+    lost = (rest[NULL] - rest[held_out.tried]).clip(lower=0)
+    is_explained = shares >= 0.5
+    hidden = {mask: held_out.mean_masks[mask].mean().item() for mask in score.index}
+    return pd.DataFrame(
+        {
+            "score": score,
+            "error": error,
+            "gain": score - lost / 2,
+            "explains": is_explained.sum(),
+            "corrects": (is_explained & with_mask).sum(),
+            "nothing": is_explained[right[NULL]].sum(),
+            "hidden": pd.Series(hidden, dtype=float),
+        }
+    )
 
 
 def judge(held_out: HeldOut) -> Verdict:
@@ -128,41 +127,40 @@ def judge(held_out: HeldOut) -> Verdict:
     table = scores(held_out)
     gain = table["gain"]
     is_sure = table["score"] >= SURE * table["error"]
-    good = table[is_sure & (gain >= ENOUGH)]
-    clear = good[good["gain"] >= CLEAR]
-    best = gain.idxmax() if good.empty else good["gain"].idxmax()
-    chosen = best
+    good = gain[is_sure & (gain >= ENOUGH)]
+    clear = good[good >= CLEAR]
     if len(clear):
-        chosen = clear.index[0]
+        best = clear.index[0]
     elif len(good):
-        near = good["gain"] >= gain[best] - BETTER * table.loc[best, "error"]
-        chosen = near.idxmax()
+        best = good.idxmax()
+        nearly = good[best] - BETTER * table.loc[best, "error"]
+        best = good[good >= nearly].index[0]
+    else:
+        best = gain.idxmax()
+    row = table.loc[best]
     counts = (
-        f'"{chosen}": of {table.loc[chosen, "explains"]} mistakes that it explains, the '
-        f"mask corrects {table.loc[chosen, 'corrects']}, nothing masked "
-        f"{table.loc[chosen, 'nothing']}."
+        f'"{best}": of {row["explains"]:.0f} mistakes that it explains, the mask '
+        f"corrects {row['corrects']:.0f}, nothing masked {row['nothing']:.0f}."
     )
     if good.empty:
-        reason = f"ERM is kept: no mask clearly corrects what it explains; the best, {counts}"
-        return Verdict(ERM, best, reason)
-    return Verdict(chosen, chosen, f"Chosen: {counts}", is_final=len(clear) > 0)
+        kept = "ERM is kept: no mask clearly corrects what it explains; the best,"
+        return Verdict(ERM, best, f"{kept} {counts}")
+    return Verdict(best, best, f"Chosen: {counts}", is_final=len(clear) > 0)
 
 
 def _outlook(held_out: HeldOut) -> Verdict:
     """Before any fine-tuning: is there a mask that may be chosen?"""
+    explains = {mask: shares.sum() for mask, shares in held_out.explained.items()}
     accuracy = held_out.is_right(ERM).double().mean()
-    explains = {}
-    hopes = []
-    for mask, shares in held_out.explained.items():
-        explains[mask] = shares.sum().item()
-        loses = accuracy - held_out.resampled[mask][ERM]
-        hopes.append(explains[mask] >= HOPE and loses >= ENOUGH)
+    is_hopeless = all(
+        explains[mask] < HOPE or accuracy - held_out.resampled[mask][ERM] < ENOUGH
+        for mask in explains
+    )
     reason = (
         f"ERM is kept: no mask that hides what it relies on explains {HOPE} of its "
         f"{held_out.is_mistake.sum()} mistakes."
     )
-    best = max(explains, key=explains.get)
-    return Verdict(ERM, best, reason, is_final=not any(hopes))
+    return Verdict(ERM, max(explains, key=explains.get), reason, is_hopeless)
 
 
 def _prior(held_out: HeldOut) -> Verdict:
@@ -173,14 +171,13 @@ def _prior(held_out: HeldOut) -> Verdict:
     gain = accuracy.drop([ERM, NULL]) - accuracy[NULL]
     best = gain.idxmax()
     is_enough = gain[best] >= ENOUGH
-    chosen = best if is_enough else ERM
     decision = f'Chosen: "{best}"' if is_enough else "ERM is kept"
     reason = (
         f"{decision}, by a prior: {held_out.is_mistake.sum()} held-out mistakes do not "
         f'tell which evidence misleads. Where masks hide a part, "{best}" is '
         f"{100 * gain[best]:.0f} points more accurate than nothing masked."
     )
-    return Verdict(chosen, best, reason, is_final=True)
+    return Verdict(best if is_enough else ERM, best, reason, is_final=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,34 +207,25 @@ class Choice:
         return self.candidates[NULL if self.is_kept else self.verdict.chosen]
 
     @property
-    def table(self) -> pd.DataFrame:
-        """See `scores`; and the share of the image that is hidden."""
-        hidden = {
-            mask: share.mean() for mask, share in self.held_out.mean_masks.items()
-        }
-        return scores(self.held_out).assign(hidden=pd.Series(hidden, dtype=float))
-
-    @property
     def reason(self) -> str:
         """What was chosen and why, what is hidden, and what it costs."""
-        held_out = self.held_out
         best = self.verdict.best
-        mean_mask = held_out.mean_masks[best]
-        accuracy = {
-            model: 100 * held_out.is_right(model).double().mean()
-            for model in held_out.predictions
-        }
+        mean_mask = self.held_out.mean_masks[best]
         lines = [self.verdict.reason]
         lines.append(
             f'"{best}" hides {mean_mask.mean():.0%} of the image, mostly '
             f"{_place(mean_mask)}."
         )
-        if best in accuracy:
+        if best in self.held_out.tried:
+            erm, nothing, mask = [
+                100 * self.held_out.is_right(model).double().mean()
+                for model in (ERM, NULL, best)
+            ]
             lines.append(
-                f"Accuracy on images not seen in training: {accuracy[ERM]:.1f}% (ERM), "
-                f"{accuracy[NULL]:.1f}% (nothing masked), {accuracy[best]:.1f}% (mask)."
+                f"Accuracy on images not seen in training: {erm:.1f}% (ERM), "
+                f"{nothing:.1f}% (nothing masked), {mask:.1f}% (mask)."
             )
-            if accuracy[NULL] - accuracy[ERM] > UNDERTRAINED:
+            if nothing - erm > UNDERTRAINED:
                 lines.append("ERM gains by more training alone: train it longer.")
         if self.is_kept:
             lines.append(f'To take this mask: choice.take("{best}").')
@@ -245,7 +233,7 @@ class Choice:
             lines.append(
                 f'If your classes are about this part, keep ERM: choice.take("{ERM}").'
             )
-        if not held_out.has_maps:
+        if not self.held_out.has_maps:
             lines.append("The network gives no maps: masks are by exchange alone.")
         return "\n".join(lines)
 
@@ -328,9 +316,8 @@ def choose(
 
     Raises:
         TypeError: `train` is no `Split`, or `fit` or `finetune` returns no network.
-        ValueError: there is one class, one with less than two images, or no candidate;
-            or `fit` returns the same network twice, or one that does not predict a
-            finite number for each class.
+        ValueError: there is one class, or no candidate; or `fit` returns the same
+            network twice, or one that does not predict a finite number for each class.
     """
     if not isinstance(train, Split):
         raise TypeError(
@@ -339,6 +326,8 @@ def choose(
         )
     if not candidates:
         raise ValueError("there are 0 candidates; allowed: 1 or more.")
+    if len(train.labels.unique()) < 2:
+        raise ValueError("train has one class; allowed: 2 or more.")
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
     folds = Folds(train, fit, schedule, explain, jobs, seed, folder)
     for held_out in folds.try_masks(candidates):
