@@ -4,10 +4,9 @@ MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden
 """
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -29,8 +28,6 @@ def threshold(maps: Tensor, param: float) -> Tensor:
 
 def top_k(maps: Tensor, param: float) -> Tensor:
     """Hide the share `param` of the pixels: where `s` exceeds a quantile."""
-    if not len(maps):  # quantile refuses an empty batch
-        return maps > 0
     pixels = maps.flatten(-2)
     limit = pixels.quantile(1 - param, dim=-1)
     return maps > limit[..., None, None]
@@ -86,17 +83,12 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tenso
     """
     if maps.shape[-2:] == size:
         return maps.float()
-    batch_shape = maps.shape[:-2]
     flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
     resized = F.interpolate(flat, size=size, mode=mode)
-    return resized.reshape(*batch_shape, *size)
+    return resized.reshape(*maps.shape[:-2], *size)
 
 
-def apply_mask(
-    images: Tensor,
-    mask: Tensor,
-    fill: Tensor | float = 0.0,
-) -> Tensor:
+def apply_mask(images: Tensor, mask: Tensor, fill: Tensor | float = 0.0) -> Tensor:
     """Multiply images by 1 − mask, resized to them, and add mask · fill.
 
     Args:
@@ -108,8 +100,7 @@ def apply_mask(
     Returns:
         The masked images, of the same type.
     """
-    size = tuple(images.shape[-2:])
-    resized = resize(torch.as_tensor(mask), size)
+    resized = resize(mask, images.shape[-2:])
     hidden = resized.unsqueeze(-3)  # the same in all channels
     masked = images * (1 - hidden) + fill * hidden
     if images.is_floating_point():
@@ -179,7 +170,7 @@ class MaskedDataset(Dataset):
 
     def in_epoch(self, epoch: int) -> Self:
         """The same images with the partners of another epoch."""
-        return dataclasses.replace(self, epoch=epoch)
+        return replace(self, epoch=epoch)
 
     def masks(self, index: Tensor | slice, partners: Tensor | None = None) -> Tensor:
         """What is hidden, B×H×W, float32 in [0, 1].
@@ -286,7 +277,7 @@ class Rule:
     def each_round(self) -> "list[Rule]":
         """The same with 1, 2, … rounds."""
         numbers = range(1, self.rounds + 1)
-        return [dataclasses.replace(self, rounds=number) for number in numbers]
+        return [replace(self, rounds=number) for number in numbers]
 
     def image_masks(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Masks of the size of the images, by maps.
@@ -330,7 +321,7 @@ class Rule:
         Raises:
             ValueError: the maps are not N×h×w, one per image.
         """
-        size = tuple(split.images.shape[-2:])
+        size = split.images.shape[-2:]
         maps = torch.as_tensor(maps, device=split.images.device)
         if maps.ndim != 3 or len(split) != len(maps):
             raise ValueError(
@@ -349,11 +340,7 @@ NOTHING = Rule("threshold", math.inf, "nearest")
 
 
 def mask_dataset(
-    split: Split,
-    saliency_map: Tensor,
-    *rule: Any,
-    seed: int = 0,
-    **options: Any,
+    split: Split, saliency_map: Tensor, *rule: Any, seed: int = 0, **options: Any
 ) -> MaskedDataset:
     """Hide what saliency maps point at: `Rule.mask` in one call.
 
