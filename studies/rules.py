@@ -3,7 +3,7 @@
     python studies/rules.py        # → results/rules.csv, in a minute
 
 Regret: points in the worst group behind the best model, where a mask can hide the
-shortcut; harm: behind ERM; *harmed*: by more than a point. `saved`: seeds 200 to 206 in
+shortcut; harm: behind ERM; *harmed*: by more than a point. `saved`: seeds 200 to 205 in
 `trials.zip`, where a mistake counts as explained if it leaves with the hidden part in
 three exchanges of three. `swaps`: seed 206 in `swaps.zip`, kinds that are hard.
 """

@@ -146,6 +146,8 @@ def test_the_masks_of_an_image_are_those_of_the_models_that_have_seen_it(tried, 
         assert f"{masked.rule}" == name
         for fold, _ in pairs:
             assert torch.equal(masked.own_masks[fold.index], fold.masks[name])
+        mean_mask = masked.own_masks.float().mean(0)
+        torch.testing.assert_close(tried.held_out.mean_masks[name], mean_mask)
 
 
 def test_accuracy_where_the_hidden_part_comes_from_another_image(tried, pairs):
@@ -197,13 +199,6 @@ def test_mistakes_are_exchanged_in_batches(train):
     exchange.explained(network, masked, 1 - train.labels)
     assert max(sizes) == 100
     assert sum(sizes) == 2 * exchange.SWAPS * 200
-
-
-def test_in_how_many_images_each_pixel_is_hidden(tried, pairs):
-    for name in NAMES:
-        masks = torch.cat([fold.masks[name] for fold, _ in pairs])
-        expected = masks.float().mean(0)
-        torch.testing.assert_close(tried.held_out.mean_masks[name], expected)
 
 
 def test_before_any_fine_tuning_the_masks_of_first_rounds_are_known(train):
@@ -353,29 +348,6 @@ def test_a_round_that_hides_nothing_more_is_not_tried(train):
     folds = Folds(train, fit, unchanged)
     assert all_of(folds, [weak]).tried == ["mean_std 28, resampled"]
     assert [*folds.images] == [NULL, "mean_std 28, resampled"]
-
-
-def test_a_round_is_tried_if_it_hides_more_in_one_fold(train):
-    """Only the second network looks at another row once it is fine-tuned."""
-    rows = iter([0, 0, 0, 1])
-
-    def explain(_network, images, _labels):
-        maps = torch.zeros(len(images), 28, 28)
-        maps[:, next(rows)] = 1
-        return maps
-
-    def untrained(_fold):
-        return models.new_model(0)
-
-    rule = Rule("threshold", 0.5, "nearest", fill="resample", rounds=2)
-    folds = Folds(train, untrained, unchanged, explain)
-    known = all_of(folds, [rule])
-    shares = [mask.mean().item() for mask in known.mean_masks.values()]
-    assert shares == pytest.approx([1 / 28, 1.5 / 28])
-    first, second = data.folds(train.labels, 0)
-    own_masks = folds.images[f"{rule}"].own_masks
-    assert own_masks[first].sum((1, 2)).eq(28).all()
-    assert own_masks[second].sum((1, 2)).eq(56).all()
 
 
 def return_none(*_):
