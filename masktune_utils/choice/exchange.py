@@ -40,7 +40,10 @@ def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def exchanged(
-    network: nn.Module, resampled: MaskedDataset, index: Tensor, partners: Tensor
+    network: nn.Module,
+    resampled: MaskedDataset,
+    index: Tensor,
+    partners: Tensor,
 ) -> Tensor:
     """The predicted classes of images with the hidden part of their partners.
 
@@ -62,7 +65,10 @@ def exchanged(
 
 
 def explained(
-    network: nn.Module, masked: MaskedDataset, predicted: Tensor, seed: int = 0
+    network: nn.Module,
+    masked: MaskedDataset,
+    predicted: Tensor,
+    seed: int = 0,
 ) -> Tensor:
     """How far mistakes of a network are explained by what masks hide.
 
@@ -97,7 +103,10 @@ def explained(
 
 
 def exchange_map(
-    network: nn.Module, split: Split, predicted: Tensor, seed: int = 0
+    network: nn.Module,
+    split: Split,
+    predicted: Tensor,
+    seed: int = 0,
 ) -> Tensor:
     """Where the mistakes of a network come from.
 
