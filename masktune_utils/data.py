@@ -1,22 +1,16 @@
 """Images with labels, as one set: a `Split`, made from any data set of torch."""
 
-import dataclasses
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from masktune_utils import progress
-
-FEWEST = 10  # images of a class, in a folder
-BYTES = 48  # of memory that a pixel takes in a choice, masks included: measured
+from masktune_utils import progress, store
 
 
 @dataclass(eq=False)
@@ -36,6 +30,7 @@ class Split(Dataset):
         class_names: by default `class 0`, `class 1`, ….
 
     Raises:
+        RuntimeError: a negative label.
         ValueError: another shape, type or range; the message tells what is allowed.
     """
 
@@ -53,148 +48,86 @@ class Split(Dataset):
             self.groups = labels
         if self.shortcut is None:
             self.shortcut = torch.zeros_like(labels, dtype=torch.bool).view(-1, 1, 1)
-        is_image = images.dtype == torch.uint8 or images.is_floating_point()
-        problem = f"{images.dtype}, {tuple(images.shape)}"
-        if images.is_floating_point() and images.numel():
-            lowest, highest = map(float, images.aminmax())
-            is_image = 0 <= lowest <= highest <= 1
-            problem += f", from {lowest:g} to {highest:g}"
+        is_image = images.dtype == torch.uint8
+        if images.is_floating_point():
+            is_image = torch.equal(images, images.clamp(0, 1))
         if images.ndim != 4 or not is_image:
             raise ValueError(
-                f"images are {problem}; allowed: N×C×H×W, uint8 or floating point from "
-                "0 to 1 (normalise them inside the network)."
+                f"images are {images.dtype}, {tuple(images.shape)}; allowed: N×C×H×W, "
+                "uint8 or floating point from 0 to 1 (normalise them inside the "
+                "network)."
             )
-        lengths = [len(images), len(labels), len(self.groups), len(self.shortcut)]
-        if len(set(lengths)) > 1:
+        if not len(images) == len(labels) == len(self.groups):
             raise ValueError(
-                f"images, labels, groups, shortcut: {lengths}; allowed: as many of each."
+                f"there are {len(images)} images, {len(labels)} labels and "
+                f"{len(self.groups)} groups; allowed: as many of each."
             )
-        if labels.dtype != torch.int64 or (labels < 0).any():
-            raise ValueError(
-                f"labels are {labels.dtype}, {labels.unique().tolist()[:10]}; allowed: "
-                "torch.int64, 0, 1, …."
-            )
-        counts = {"class_names": labels, "group_names": self.groups}
-        for name, numbers in counts.items():
-            names = getattr(self, name)
-            needed = int(numbers.max()) + 1 if len(numbers) else 0
-            if names and len(names) < needed:
-                raise ValueError(
-                    f"{name} are {names}; allowed: {needed} names, one for each number."
-                )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels are {labels.dtype}; allowed: torch.int64.")
         if not self.class_names:
             numbers = range(len(labels.bincount()))
             self.class_names = tuple(f"class {number}" for number in numbers)
 
     @classmethod
-    def from_dataset(
-        cls,
-        dataset: Dataset,
-        groups: Tensor | None = None,
-        group_names: tuple[str, ...] = (),
-    ) -> Self:
+    def from_dataset(cls, dataset: Dataset) -> Self:
         """Read all images of a map-style data set into memory.
 
         Args:
             dataset: pairs of an image and a label, 0, 1, …. Images are of one size:
-                PIL images, arrays H×W×C, or tensors C×H×W; uint8, or in [0, 1]. Its
-                `classes`, if it has any, are the names of the classes, unless its
-                `target_transform` changes the labels.
-            groups: see `Split`.
-            group_names: see `Split`.
+                PIL images, arrays H×W×C, or tensors C×H×W; uint8, or floating point
+                in [0, 1], of the type of the network's weights. Its `classes`, if it
+                has any, are the names of the classes.
 
         Raises:
-            ValueError: there is no image; one is not a pair of an image and a label;
-                or they differ in size. See also `Split`.
+            IndexError: there is no image.
+            RuntimeError: images differ in size.
+            TypeError: one is no image.
+            ValueError: an item is no pair; see also `Split`.
         """
         from torchvision.transforms.v2.functional import to_image  # takes seconds
 
-        images = []
-        labels = []
-        numbers = range(len(dataset))
-        for number in progress.bar(numbers, desc="reading images"):
-            try:
-                image, label = dataset[number]
-                if getattr(image, "mode", "") == "P":  # numbers of a palette
-                    image = image.convert("RGB")
-                images.append(to_image(image).as_subclass(Tensor))
-                labels.append(operator.index(label))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"item {number} is no such pair ({error}); allowed: a pair of an "
-                    "image and a label 0, 1, …."
-                ) from error
-        shapes = {tuple(image.shape) for image in images}
-        if len(shapes) != 1:
-            raise ValueError(
-                f"{len(images)} images have the shapes {sorted(shapes)}; allowed: one "
-                "or more images, of one shape, as by torchvision's Resize and RGB."
-            )
-        pixels = torch.stack(images)
-        if pixels.is_floating_point():
-            pixels = pixels.float()
-        class_names = getattr(dataset, "classes", ())
-        if getattr(dataset, "target_transform", None):
-            class_names = ()
-        return cls(
-            pixels,
-            torch.tensor(labels),
-            groups,
-            group_names=group_names,
-            class_names=tuple(class_names),
-        )
+        pairs = []
+        for number in progress.bar(range(len(dataset)), desc="reading images"):
+            image, label = dataset[number]
+            if getattr(image, "mode", "") == "P":  # numbers of a palette
+                image = image.convert("RGB")
+            pairs.append((to_image(image), label))
+        images, labels = default_collate(pairs)
+        class_names = tuple(getattr(dataset, "classes", ()))
+        return cls(images, labels, class_names=class_names)
 
     @classmethod
     def from_folder(cls, folder: str | Path, size: int) -> Self:
         """Read photographs from a folder of folders, one for each class.
 
-        Their order is that of torchvision's `ImageFolder`, without hidden files.
+        They and their order are those of torchvision's `ImageFolder`: files with other
+        names than those of images are left out.
 
         Args:
             folder: where the folders are. Their names are those of the classes.
             size: pixels, to which the shorter side is resized; the longer one is cut.
 
         Raises:
-            FileNotFoundError: there is no such folder, no folder in it, or no file in
+            FileNotFoundError: there is no such folder, no folder in it, or no image in
                 one of these.
-            ValueError: there is one class, a class with less than `FEWEST` files, or a
-                file that is no image; or they do not fit into memory.
+            CheckpointError: an image is damaged.
+            ValueError: there is one class.
         """
         from torchvision.datasets import ImageFolder  # takes seconds
-        from torchvision.transforms.v2.functional import pil_to_tensor
 
-        dataset = ImageFolder(
-            folder, is_valid_file=lambda path: not Path(path).name.startswith(".")
-        )
-        labels = torch.tensor(dataset.targets)
-        counts = labels.bincount().tolist()
-        if len(counts) < 2 or min(counts) < FEWEST:
-            raise ValueError(
-                f"the folders {dataset.classes} have {counts} images; allowed: 2 "
-                f"folders or more, of {FEWEST} images or more each."
-            )
-        needed = BYTES * len(labels) * size**2
-        if needed > psutil.virtual_memory().available:
-            raise ValueError(
-                f"{len(labels)} images take {needed / 1e9:.1f} GB of memory, more than "
-                "is free; allowed: a smaller size, or fewer images."
-            )
-        images = []
-        no_images = []
-        for path, _ in progress.bar(dataset.samples, desc="reading images"):
-            try:
+        def read(path: str) -> Image.Image:
+            with store.reading(Path(path)):
                 image = Image.open(path)
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = ImageOps.exif_transpose(image).convert("RGB")
-                images.append(pil_to_tensor(ImageOps.fit(upright, (size, size))))
-            except (OSError, SyntaxError, ValueError):  # of Pillow
-                no_images.append(path)
-        if no_images:
+                return ImageOps.fit(upright, (size, size))
+
+        dataset = ImageFolder(folder, loader=read)
+        if len(dataset.classes) < 2:
             raise ValueError(
-                f"{len(no_images)} files are no images, as {no_images[:3]}; allowed: "
-                "files that Pillow reads."
+                f"the only folder is {dataset.classes}; allowed: 2 or more."
             )
-        return cls(torch.stack(images), labels, class_names=tuple(dataset.classes))
+        return cls.from_dataset(dataset)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -206,20 +139,17 @@ class Split(Dataset):
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with all tensors changed."""
-        parts = {}
-        for name, part in vars(self).items():
-            if isinstance(part, Tensor):
-                parts[name] = change(part)
-        return dataclasses.replace(self, **parts)
+        tensors = map(change, (self.images, self.labels, self.groups, self.shortcut))
+        return type(self)(*tensors, self.group_names, self.class_names)
 
     def __getitem__(self, index: int | Tensor | slice) -> Any:
         if isinstance(index, Tensor | slice):
-            return self._change(lambda part: part[index])
+            return self._change(lambda tensor: tensor[index])
         return to_float(self.images[index]), self.labels[index].item()
 
     def to(self, device: torch.device) -> Self:
         """The images on another device."""
-        return self._change(lambda part: part.to(device))
+        return self._change(lambda tensor: tensor.to(device))
 
     def in_epoch(self, epoch: int) -> Self:  # noqa: ARG002 - a masked data set needs it
         """The images of an epoch of training: they are the same in each."""

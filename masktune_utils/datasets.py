@@ -57,7 +57,7 @@ def load(settings: BaseSettings) -> BiasedSets:
     """
     train, test = read(settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    which = torch.zeros(len(train), dtype=torch.bool)
+    which = train.has_shortcut  # of none, so far
     if settings.shortcut != "none":
         which = shortcuts.place(
             train, settings.placement, settings.conflicting_share, generator
@@ -66,14 +66,10 @@ def load(settings: BaseSettings) -> BiasedSets:
     # The first ones of a random order.
     is_held_out = torch.randperm(len(train), generator=generator).argsort() < count
     train = _plant(train, which, settings, generator)
-    is_upper = shortcuts.halves(test.labels) == 1
+    is_upper = shortcuts.halves(test.labels).bool()
     biased = _plant(test, is_upper, settings, generator)
-    validation = train[is_held_out]
-    if count:
-        train = train[~is_held_out]
-    device = store.resolve_device(settings.device)
-    splits = (train, test, biased, validation)
-    return BiasedSets(*(split.to(device) for split in splits))
+    raw = test.to(biased.images.device)
+    return BiasedSets(train[~is_held_out], raw, biased, train[is_held_out])
 
 
 def eight(settings: BaseSettings) -> Split:
@@ -91,8 +87,7 @@ def eight(settings: BaseSettings) -> Split:
     twice = test[torch.cat(four).repeat_interleave(2)]
     which = torch.arange(8) % 2 == 1
     generator = torch.Generator().manual_seed(settings.seed)
-    planted = _plant(twice, which, settings, generator)
-    return planted.to(store.resolve_device(settings.device))
+    return _plant(twice, which, settings, generator)
 
 
 def _plant(
@@ -105,19 +100,18 @@ def _plant(
         which: N, bool.
         settings: the experiment.
         generator: source of random choices.
-
-    Raises:
-        ValueError: no pixel changes, so that there is no shortcut.
     """
-    name = "square" if settings.shortcut == "none" else settings.shortcut
-    color = settings.square_color
-    draw = shortcuts.SHORTCUTS[name]
     images = split.images.clone()
-    images[which] = draw(images[which], color, settings.square_size, generator)
+    images[which] = shortcuts.add_shortcut(
+        images[which],
+        settings.shortcut,
+        settings.square_color,
+        settings.square_size,
+        generator,
+    )
     area = (images != split.images).any(1)
-    if which.any() and not area.any():
-        raise ValueError(f"square_color = {color!r}: it changes no pixel by {name!r}")
-    return dataclasses.replace(split, images=images, shortcut=area)
+    planted = dataclasses.replace(split, images=images, shortcut=area)
+    return planted.to(store.resolve_device(settings.device))
 
 
 def data_root() -> Path:
@@ -157,16 +151,23 @@ def read(settings: BaseSettings) -> tuple[Split, Split]:
     splits = []
     for images, digits in parts:
         rgb = torch.stack([images] * 3, -1).permute(0, 3, 1, 2)  # channels last
-        classes = digits
-        names = ()
+        split = Split(rgb, digits)
         if settings.labels == "halves":
-            classes = (digits >= 5).long()
-            names = ("low", "high")
-        splits.append(Split(rgb, classes, digits, class_names=names))
+            split = Split(rgb, digits // 5, digits, class_names=("low", "high"))
+        splits.append(split)
     train, test = splits
-    if settings.limit is not None:
-        train = _draw(train, settings.limit, settings.seed)
-    return train, test
+    if settings.limit is None:
+        return train, test
+    most = 10 * train.groups.bincount().min().item()
+    if settings.limit > most:
+        raise ValueError(f"limit = {settings.limit}: at most {most} here")
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = []
+    for digit in range(10):
+        members = (train.groups == digit).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        drawn.append(members[order[: settings.limit // 10]])
+    return train[torch.cat(drawn)], test
 
 
 def resolve_dataset(dataset: str) -> str:
@@ -187,20 +188,6 @@ def resolve_dataset(dataset: str) -> str:
         )
         return "mnist5k"
     return "mnist"
-
-
-def _draw(train: Split, limit: int, seed: int) -> Split:
-    """Images at random, equally many of each digit."""
-    members = [(train.groups == digit).nonzero()[:, 0] for digit in range(10)]
-    smallest = min(map(len, members))
-    if limit > 10 * smallest:
-        raise ValueError(f"limit = {limit}: at most {10 * smallest} here")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for index in members:
-        order = torch.randperm(len(index), generator=generator)
-        drawn.append(index[order[: limit // 10]])
-    return train[torch.cat(drawn)]
 
 
 @functools.cache  # it takes seconds
@@ -243,12 +230,9 @@ def _download(kind: type, folder: Path) -> None:
             kind(unfinished, download=True)
             (Path(unfinished) / folder.name).rename(folder)
     except (OSError, RuntimeError) as error:
-        if folder.is_dir():  # another process was quicker
-            return
-        reason = " ".join(f"{error}".split())
         raise FileNotFoundError(
             f"{folder} is not there and cannot be downloaded, unlike 'mnist5k' "
-            f"({reason}). {REMEDY}"
+            f"({error}). {REMEDY}"
         ) from error
     finally:
         socket.setdefaulttimeout(patience)

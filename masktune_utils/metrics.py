@@ -1,5 +1,7 @@
 """Predictions, and their accuracy by group."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -10,34 +12,28 @@ from masktune_utils.shortcuts import groups
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Dataset, batch_size: int = 100) -> Tensor:
+def predict(
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int = 100,
+) -> Tensor:
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:
-        model: the modes of its modules are restored.
+        model: is left as it is.
         dataset: a `Split` or a `masking.MaskedDataset`, on the model's device.
         batch_size: images at a time; it changes nothing but the speed.
 
     Raises:
         TypeError: the network returns no tensor.
     """
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    model.eval()
+    evaluated = copy.deepcopy(model).eval()
+    device = next(evaluated.parameters()).device
     logits = []
-    try:
-        with in_float32():
-            for index in torch.arange(len(dataset)).split(batch_size):
-                images, _ = dataset.batch(index, device)
-                logits.append(model(images))
-            if not all(isinstance(part, Tensor) for part in logits[:1]):
-                raise TypeError(
-                    f"the network returns a {type(logits[0]).__name__}; allowed: "
-                    "logits, N×classes."
-                )
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
+    with in_float32():
+        for index in torch.arange(len(dataset)).split(batch_size):
+            images, _ = dataset.batch(index, device)
+            logits.append(evaluated(images))
     return torch.cat(logits).float().cpu()
 
 
@@ -59,4 +55,7 @@ def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
         split: the images.
     """
     right = is_right(logits, split.labels).double()
-    return {name: right[index].mean().item() for name, index in groups(split).items()}
+    accuracies = {}
+    for name, index in groups(split).items():
+        accuracies[name] = right[index].mean().item()
+    return accuracies

@@ -70,17 +70,18 @@ def new_model(
 
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
-    """Where convolutions on a GPU are not computed in TF32, which has 10 bits."""
+    """Where convolutions on a GPU are not computed in TF32, which has 10 bits.
+
+    For the whole process, they are deterministic from then on.
+    """
     cudnn = torch.backends.cudnn
-    precision = cudnn.conv.fp32_precision
-    deterministic = cudnn.deterministic
-    cudnn.conv.fp32_precision = "ieee"
     cudnn.deterministic = True
+    precision = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
     try:
         yield
     finally:
         cudnn.conv.fp32_precision = precision
-        cudnn.deterministic = deterministic
 
 
 def target_layer(
@@ -97,34 +98,36 @@ def target_layer(
             none, the last of those with the finest map.
 
     Raises:
-        ValueError: there is no layer of this name.
+        AttributeError: there is no layer of this name.
         NoMapsError: no layer is named, and there is none, or the network computes with
             tokens.
     """
-    layers = dict(model.named_modules())
     if layer:
-        if layer not in layers:
-            allowed = ", ".join(filter(None, layers))
-            raise ValueError(f"layer is {layer!r}; allowed: {allowed}.")
-        return layers[layer]
+        return model.get_submodule(layer)
     for module in model.modules():  # the network itself, or in a wrapper
         if hasattr(module, "get_grad_cam_target_layer"):
             return module.get_grad_cam_target_layer()
-    kind = type(model).__name__
-    shapes = _output_shapes(model, shape)
-    if any(len(size) == 3 and size[1] > 1 for size in shapes.values()):
-        raise NoMapsError(f"{kind} computes with tokens; allowed: maps N×C×h×w.")
+    shapes = {}  # in the order of computation
+
+    def note(module: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            shapes[module] = output.shape
+
+    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    with register_module_forward_hook(note), torch.no_grad():
+        model(image)
+    has_tokens = any(len(size) == 3 and size[1] > 1 for size in shapes.values())
     cells = {}
-    for part, size in shapes.items():
+    for module, size in shapes.items():
         if is_map(size, shape):
-            cells[part] = min(size[-2:])
-    if not cells:
+            cells[module] = min(size[-2:])
+    if has_tokens or not cells:
         raise NoMapsError(
-            f"no layer of {kind} has a map; name one by layer=, or by a method "
-            "get_grad_cam_target_layer()."
+            f"{type(model).__name__} computes with tokens, or no layer of it has a map "
+            "N×C×h×w; name one by layer=, or by a method get_grad_cam_target_layer()."
         )
     enough = min(FEWEST_CELLS, max(cells.values()))
-    return [part for part, count in cells.items() if count >= enough][-1]
+    return [module for module, count in cells.items() if count >= enough][-1]
 
 
 def is_map(features: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -139,19 +142,3 @@ def is_map(features: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     height, width = features[-2:]
     ratio = height * shape[-1] / (width * shape[-2])
     return max(height, width) > 1 and 0.5 <= ratio <= 2
-
-
-def _output_shapes(
-    model: nn.Module, shape: tuple[int, ...]
-) -> dict[nn.Module, torch.Size]:
-    """Shape of the output of each layer, in the order of computation."""
-    shapes = {}
-
-    def note(layer: nn.Module, _inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor) and layer is not model:
-            shapes[layer] = output.shape
-
-    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
-    with register_module_forward_hook(note), torch.no_grad():
-        model(image)
-    return shapes

@@ -38,7 +38,7 @@ def saliency_maps(
         TypeError: what the layer gives is no map of the image.
     """
     explained = copy.deepcopy(model).eval().requires_grad_(False)
-    target = models.target_layer(explained, tuple(images.shape[1:]), layer)
+    target = models.target_layer(explained, images.shape[1:], layer)
 
     def start_graph(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         """The gradient starts at this layer; those before it need no graph."""
@@ -51,14 +51,14 @@ def saliency_maps(
 
     target.register_forward_hook(start_graph)
     device = next(explained.parameters()).device
-    batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    batches = torch.arange(len(images)).split(batch_size)
     maps = []
     with (
         XGradCAM(explained, target) as extractor,
         torch.enable_grad(),
         models.in_float32(),
     ):
-        for batch, classes in progress.bar(batches, desc="saliency maps"):
-            scores = explained(data.to_float(batch.to(device)))
-            maps += extractor(classes.tolist(), scores)
+        for index in progress.bar(batches, desc="saliency maps"):
+            scores = explained(data.to_float(images[index].to(device)))
+            maps += extractor(labels[index].tolist(), scores)
     return torch.cat(maps).to(images.device)

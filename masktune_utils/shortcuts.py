@@ -6,6 +6,16 @@ from torch import Generator, Tensor
 
 from masktune_utils.data import Split
 
+SHORTCUTS = (
+    "square",
+    "square_anywhere",
+    "two_squares",
+    "frame",
+    "pixels",
+    "digit_color",
+    "background",
+)
+
 
 def groups(split: Split) -> dict[str, Tensor]:
     """Index of the images of each group, on the CPU; empty groups are left out.
@@ -13,6 +23,9 @@ def groups(split: Split) -> dict[str, Tensor]:
     Returns:
         Name of the group → index. The groups are those of `Split.group_names`, else
         class × shortcut.
+
+    Raises:
+        IndexError: a group or class has no name.
     """
     names = split.group_names
     numbers = split.groups
@@ -21,10 +34,8 @@ def groups(split: Split) -> dict[str, Tensor]:
         names = [f"{name}, {word}" for name in split.class_names for word in words]
         numbers = 2 * split.labels + ~split.has_shortcut
     index = {}
-    for number, name in enumerate(names):
-        members = (numbers == number).nonzero()[:, 0]
-        if len(members):
-            index[name] = members.cpu()
+    for number in numbers.unique().tolist():
+        index[names[number]] = (numbers == number).nonzero()[:, 0].cpu()
     return index
 
 
@@ -56,108 +67,52 @@ def _pixel(color: str) -> Tensor:
     return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
 
 
-def square(
+def add_shortcut(
     images: Tensor,
+    shortcut: str,
     color: str,
     size: int,
     generator: Generator,
 ) -> Tensor:
-    """In the top left corner.
+    """A copy of images with a shortcut in each.
 
-    Args, as of all shortcuts:
+    Args:
         images: N×3×28×28, uint8.
+        shortcut: `square`: in the top left corner; also for `none`, of which only the
+            test images have it. `square_anywhere`: at a random place in every image.
+            `two_squares`: in the top left corner, and a red one in the bottom right
+            corner. `frame`: of two pixels, along the edge. `pixels`: 49 scattered ones,
+            the same in all images. `digit_color`: the digit itself is coloured.
+            `background`: a dark tint behind the digit.
         color: name of a colour, see `add_square`.
         size: side of a square in pixels.
         generator: source of random choices.
-
-    Returns:
-        N×3×28×28.
     """
-    return add_square(images, size, color)
-
-
-def square_anywhere(
-    images: Tensor,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """At a random place in every image."""
-    pixels = torch.arange(28)
-    first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
-    rows, columns = (first <= pixels) & (pixels < first + size)
-    area = rows[:, None, :, None] & columns[:, None, None]
-    return torch.where(area, _pixel(color), images)
-
-
-def two_squares(
-    images: Tensor,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """In the top left corner, and a red one in the bottom right corner."""
-    far = 28 - size
-    first = add_square(images, size, color)
-    return add_square(first, size, "red", far, far)
-
-
-def frame(
-    images: Tensor,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """Of two pixels, along the edge."""
-    edge = torch.ones(28, 28, dtype=torch.bool)
-    edge[2:-2, 2:-2] = False
-    return torch.where(edge, _pixel(color), images)
-
-
-def pixels(
-    images: Tensor,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """49 scattered pixels, the same in all images."""
-    same_places = Generator().manual_seed(0)
-    order = torch.randperm(784, generator=same_places)
-    area = (order < 49).view(28, 28)
-    return torch.where(area, _pixel(color), images)
-
-
-def digit_color(
-    images: Tensor,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """The digit itself is coloured."""
-    colored = images * (_pixel(color) / 255)
-    return colored.round().to(torch.uint8)
-
-
-def background(
-    images: Tensor,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """A dark tint behind the digit."""
-    dark = 0.3 * _pixel(color)
-    return torch.maximum(images, dark.to(torch.uint8))
-
-
-SHORTCUTS = {
-    "square": square,
-    "square_anywhere": square_anywhere,
-    "two_squares": two_squares,
-    "frame": frame,
-    "pixels": pixels,
-    "digit_color": digit_color,
-    "background": background,
-}
+    pixel = _pixel(color)
+    match shortcut:
+        case "square" | "none":
+            return add_square(images, size, color)
+        case "two_squares":
+            first = add_square(images, size, color)
+            return add_square(first, size, "red", 28 - size, 28 - size)
+        case "digit_color":
+            colored = images * (pixel / 255)
+            return colored.round().byte()
+        case "background":
+            dark = 0.3 * pixel
+            return torch.maximum(images, dark.byte())
+        case "square_anywhere":
+            places = torch.arange(28)
+            first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
+            rows, columns = (first <= places) & (places < first + size)
+            area = rows[:, None, :, None] & columns[:, None, None]
+        case "frame":
+            area = torch.ones(28, 28, dtype=torch.bool)
+            area[2:-2, 2:-2] = False
+        case "pixels":
+            order = torch.randperm(784, generator=Generator().manual_seed(0))
+            area = (order < 49).view(28, 28)
+    return torch.where(area, pixel, images)
 
 
 def halves(labels: Tensor) -> Tensor:
@@ -188,9 +143,7 @@ def place(
     half = halves(split.labels)
     if placement == "random":
         return torch.rand(len(split), generator=generator) < shares[half]
-    has_shortcut = torch.zeros(len(split), dtype=torch.bool)
-    order = split.groups.argsort(stable=True)
-    for number, share in enumerate(shares.tolist()):
-        members = order[half[order] == number]
-        has_shortcut[members[: round(share * len(members))]] = True
-    return has_shortcut
+    ranks = split.groups.argsort(stable=True).argsort()
+    counts = half.bincount()
+    ranks -= half * counts[0]  # among the images of the same half
+    return ranks < (shares * counts).round()[half]

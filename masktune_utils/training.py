@@ -1,13 +1,11 @@
 """One training loop, for ERM and for MaskTune's fine-tuning."""
 
 import math
-import time
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, optim
+from torch import nn, optim
 from torch.utils.data import Dataset
-from tqdm.std import tqdm
 
 from masktune_utils import progress
 
@@ -16,12 +14,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has bfloat16: recent GPUs, CPUs with AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    # Older PyTorch has no public name for it.
-    return torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
+    # PyTorch 2.9 has no public name for it.
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
 
 
 def train(
@@ -44,7 +38,7 @@ def train(
         model: is left in training mode, on its device.
         dataset: a `data.Split` or a `masking.MaskedDataset`, best on that device.
         epochs: passes over the images.
-        batch_size: images per step. A last batch of one image is left out.
+        batch_size: images per step, 2 or more. A last batch of one image is left out.
         lr: first learning rate.
         lr_decay_epochs: with schedule `constant`, epochs after which the rate is
             halved.
@@ -57,24 +51,25 @@ def train(
 
     Returns:
         One dict per epoch: `epoch` (from 1), `loss` and `accuracy` (means over the
-        training images in training mode), `lr` and `seconds`.
+        training images in training mode), and `lr`.
 
     Raises:
-        ValueError: an unknown optimizer or schedule, or batches of one image.
+        ValueError: an unknown optimizer or schedule; with batch normalisation, batches
+            of one image.
     """
-    if batch_size < 2:  # batch normalisation is undefined for a single image
-        raise ValueError(f"batch_size is {batch_size}; allowed: 2 or more.")
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
     weights = model.parameters()
-    options = {"lr": lr, "weight_decay": 1e-4, "fused": True}
     if optimizer == "sgd":
-        torch_optimizer = optim.SGD(weights, momentum=0.9, **options)
+        torch_optimizer = optim.SGD(
+            weights, lr, momentum=0.9, weight_decay=1e-4, fused=True
+        )
     elif optimizer == "adam":
-        torch_optimizer = optim.Adam(weights, **options)
+        torch_optimizer = optim.Adam(weights, lr, weight_decay=1e-4, fused=True)
     else:
         raise ValueError(f"optimizer is {optimizer!r}; allowed: sgd or adam.")
-    steps = math.ceil((len(dataset) - 1) / batch_size)  # without a last batch of one
+    # Without a last batch of one, for which batch normalisation is undefined.
+    steps = math.ceil((len(dataset) - 1) / batch_size)
     if schedule == "linear":
         scheduler = optim.lr_scheduler.LinearLR(torch_optimizer, 1, 0, epochs * steps)
     elif schedule == "constant":
@@ -85,51 +80,29 @@ def train(
         raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
     generator = torch.Generator().manual_seed(seed)
     history = []
-    total = epochs * len(dataset)
-    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    bar = progress.bar(total=total, unit="image", unit_scale=True, mininterval=0.5)
-    with forked, bar:
+    bfloat16 = has_bfloat16(device)
+    model.train()
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, progress.bar(total=epochs * steps, desc="training") as bar:
         torch.manual_seed(seed)  # of dropout
         for epoch in range(1, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
-            started = time.perf_counter()
+            images_of_epoch = dataset.in_epoch(epoch)
             order = torch.randperm(len(dataset), generator=generator)
-            batches = order.to(dataset.labels.device).split(batch_size)
-            of_epoch = dataset.in_epoch(epoch)
-            means = _train_epoch(model, of_epoch, batches, scheduler, bar)
-            row["loss"], row["accuracy"] = means.tolist()
-            row["seconds"] = time.perf_counter() - started
+            order = order[: steps * batch_size].to(dataset.labels.device)
+            sums = torch.zeros(2, device=device)
+            for index in order.split(batch_size):
+                images, labels = images_of_epoch.batch(index, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels)
+                torch_optimizer.zero_grad()
+                loss.backward()
+                torch_optimizer.step()
+                scheduler.step()
+                correct = (logits.argmax(1) == labels).sum()
+                sums += torch.stack([loss.detach() * len(index), correct])
+                bar.update()
+            row["loss"], row["accuracy"] = (sums / len(order)).tolist()
             history.append(row)
     return history
-
-
-def _train_epoch(
-    model: nn.Module,
-    dataset: Dataset,
-    batches: tuple[Tensor, ...],
-    scheduler: optim.lr_scheduler.LRScheduler,
-    bar: tqdm,
-) -> Tensor:
-    """One pass; returns mean loss and accuracy, which stay on the device."""
-    device = next(model.parameters()).device
-    bfloat16 = has_bfloat16(device)
-    sums = torch.zeros(2, device=device)
-    seen = 0
-    model.train()
-    for index in batches:
-        if len(index) == 1:  # the last one
-            continue
-        images, labels = dataset.batch(index, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        scheduler.optimizer.zero_grad()
-        loss.backward()
-        scheduler.optimizer.step()
-        scheduler.step()
-        seen += len(index)
-        correct = (logits.argmax(1) == labels).sum()
-        sums += torch.stack([loss.detach() * len(index), correct])
-        bar.update(len(index))
-    return sums / seen

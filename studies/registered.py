@@ -96,7 +96,7 @@ def of_package(
     images: Tensor, name: str, color: str, generator: torch.Generator
 ) -> Tensor:
     """One of the package's shortcuts."""
-    return shortcuts.SHORTCUTS[name](images, color, 6, generator)
+    return shortcuts.add_shortcut(images, name, color, 6, generator)
 
 
 TEAL = partial(square, color="teal", size=6, row=22, column=0)

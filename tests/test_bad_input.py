@@ -3,13 +3,12 @@
 import socket
 from pathlib import Path
 
-import papermill
 import pytest
 import torchvision
 from conftest import write_idx_files
 
 from masktune_utils import datasets
-from masktune_utils.runner import command, jobs
+from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
 
@@ -43,11 +42,8 @@ def refused(capsys, tmp_path):
 
 BAD_OPTIONS = {
     "--method foo": "method = 'foo': Input should be 'threshold', 'top_k', 'mean' or",
-    "--param -0.1": "param = '-0.1': Input should be greater than or equal to 0",
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--limit 5000": "limit = 5000: at most 4000 here",
-    "--seed x": "seed = 'x': Input should be a valid integer, ",
-    "--device abacus": "device = 'abacus': Input should be 'auto', ",
     "--jobs many": "argument --jobs: invalid int value: 'many'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
@@ -55,7 +51,6 @@ BAD_GRIDS = {
     "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",
     "- seed: [0, -1]": "seed = -1: Input should be greater than or equal to 0",
     "- seed: []": "Parameter grid for parameter 'seed' need to be a non-empty",
-    "seed: 0": "Input should be a valid list",
     "[]": "List should have at least 1 item",
     "- seed: [0": "while parsing a flow sequence",
     "- !!python/object/apply:os.getpid []": "could not determine a constructor",
@@ -74,28 +69,20 @@ def test_grid_files(content, refused, tmp_path):
     refused(BAD_GRIDS[content], str(path))
 
 
-def test_a_grid_file_that_is_not_there(refused, tmp_path):
-    refused("No such file or directory", str(tmp_path / "grid.yaml"))
+def test_a_grid_file_that_is_not_there(refused):
+    refused("No such file or directory", "missing.yaml")
 
 
 def test_a_directory_that_cannot_be_written_to(capsys):
     """Nothing can be made below /proc, not even by root."""
-    options = ["--dataset", "mnist5k", "--epochs", "1", "--directory", "/proc/new"]
+    options = ["--dataset=mnist5k", "--epochs=1", "--directory=/proc/new"]
     assert command.main(["sweep", *options]) == 2
     assert "No such file or directory: '/proc/new" in capsys.readouterr().err
 
 
-def test_an_unknown_parameter_of_a_notebook_under_papermill_alone(tmp_path):
-    source = jobs.NOTEBOOKS / "02_erm.ipynb"
-    target = tmp_path / "out.ipynb"
-    values = {"directory": str(tmp_path), "dataset": "mnist5k", "epoch": 3}
-    message = "epoch is not a parameter; known: batch_size, "
-    with pytest.raises(papermill.PapermillExecutionError, match=message):
-        papermill.execute_notebook(source, target, values, progress_bar=False)
-    assert [*tmp_path.iterdir()] == [target]
-
-
 # --- images ---
+
+DIGITS = list(range(10))
 
 
 @pytest.fixture
@@ -108,36 +95,28 @@ def root(monkeypatch, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("dataset", ["auto", "mnist", "fashion_mnist"])
+@pytest.mark.parametrize("dataset", ["auto", "fashion_mnist"])
 def test_masktune_data_is_no_folder(dataset, root, refused, monkeypatch):
-    (root / "file").touch()
-    for path in (str(root / "none"), str(root / "file")):
-        monkeypatch.setenv("MASKTUNE_DATA", path)
-        message = f"MASKTUNE_DATA = {path!r}: no folder. Correct or unset it."
-        refused(message, f"--dataset={dataset}")
+    path = root / "file"
+    path.touch()
+    monkeypatch.setenv("MASKTUNE_DATA", str(path))
+    message = f"MASKTUNE_DATA = '{path}': no folder. Correct or unset it."
+    refused(message, f"--dataset={dataset}")
 
 
 @pytest.mark.parametrize("dataset", datasets.TORCHVISION)
 def test_masktune_data_is_empty_and_there_is_no_network(dataset, root, refused):
-    name = datasets.TORCHVISION[dataset]
-    message = f"{root / name} is not there and cannot be downloaded, unlike 'mnist5k'"
+    folder = root / datasets.TORCHVISION[dataset]
+    message = f"{folder} is not there and cannot be downloaded, unlike 'mnist5k'"
     refused(message, f"--dataset={dataset}")
 
 
-def test_files_that_are_not_those_of_mnist(root, refused):
+@pytest.mark.parametrize("dataset", ["auto", "mnist"])
+def test_files_that_are_not_those_of_mnist(dataset, root, refused):
     folder = root / "MNIST"
-    write_idx_files(folder / "raw", list(range(10)))
+    write_idx_files(folder / "raw", DIGITS)
     message = f"{folder} is damaged, foreign or of another version (ValueError: their"
-    for dataset in ("auto", "mnist"):
-        refused(message, f"--dataset={dataset}")
-
-
-def test_a_damaged_file_of_another_set(root, refused):
-    folder = root / "KMNIST"
-    write_idx_files(folder / "raw", list(range(10)) * 2)
-    images = folder / "raw" / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:-784])
-    refused(f"{folder} is damaged, foreign or of another version (", "--dataset=kmnist")
+    refused(message, f"--dataset={dataset}")
 
 
 def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypatch):
@@ -158,16 +137,19 @@ def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypa
 
 def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch):
     problems = ["File not found or corrupted."]
+    images = []
 
     def download(dataset: torchvision.datasets.KMNIST) -> None:
-        write_idx_files(Path(dataset.raw_folder), list(range(10)) * 2)
+        images[:] = write_idx_files(Path(dataset.raw_folder), DIGITS)
         if problems:
             raise RuntimeError(problems.pop())
 
     monkeypatch.setattr(torchvision.datasets.KMNIST, "download", download)
+    settings = Settings(dataset="kmnist")
     with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
-        datasets.read(Settings(dataset="kmnist"))
+        datasets.read(settings)
     assert not list(root.iterdir())
-    train, _ = datasets.read(Settings(dataset="kmnist"))
-    assert len(train) == 20
+    train, _ = datasets.read(settings)
+    assert train.groups.tolist() == DIGITS
+    assert (train.images[:, 0].numpy() == images).all()
     assert [path.name for path in root.iterdir()] == ["KMNIST"]
