@@ -12,7 +12,7 @@ from masktune_utils import experiment, masking, results, saliency, store, traini
 from masktune_utils.choice import score
 from masktune_utils.data import Split
 from masktune_utils.experiment import Trained
-from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
@@ -31,7 +31,7 @@ def base(settings, model, splits) -> Trained:
 
 def as_base(model: torch.nn.Module, settings: Settings, train: Split) -> Trained:
     weights = sha256(model)
-    return Trained(model, settings, "base", train, [], weights, weights, None)
+    return Trained(model, settings.base, "base", train, [], weights, weights, None)
 
 
 def sha256(model: torch.nn.Module) -> str:
@@ -52,7 +52,7 @@ def test_base_model_is_trained_once(settings, splits):
     assert first.sha256 == first.base_sha256 == sha256(first.model)
     assert first.seconds > 0
     assert not first.model.training
-    assert store.read(path)["settings"] == settings.identity(base=True)
+    assert store.read(path)["settings"] == settings.base.identity
     written = path.stat().st_mtime_ns
     second = experiment.base_model(settings, splits.train)
     assert second.seconds is None
@@ -63,20 +63,20 @@ def test_base_model_is_trained_once(settings, splits):
 
 def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, masked):
     before = sha256(base.model)
-    start = (settings, settings.configuration)
-    first = experiment.load_or_train(*start, base.model, masked)
+    start = (settings, settings.configuration, masked)
+    first = experiment.load_or_train(*start, base)
     assert sha256(base.model) == before
     assert first.base_sha256 == before != first.sha256
     assert first.sha256 == sha256(first.model)
     with pytest.raises(CheckpointError, match="was made with base_sha256 = "):
-        experiment.load_or_train(*start, changed(base).model, masked)
+        experiment.load_or_train(*start, changed(base))
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
     path = settings.checkpoint_path("base")
     weights = torch.nn.Linear(2, 2).state_dict()
     content = {"state_dict": weights, "history": []}
-    store.kept(path, settings.identity(base=True), lambda: content)
+    store.kept(path, settings.base.identity, lambda: content)
     with pytest.raises(CheckpointError, match=rf"{path.name} is damaged, foreign"):
         experiment.base_model(settings, splits.train)
 
@@ -84,13 +84,10 @@ def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
 def test_a_choice_is_made_once_judged_anew_and_refused_by_name(
     base, splits, monkeypatch
 ):
-    rules = (Rule(param=2, shared=True, fill="resample"), Rule(param=1, dilation=1))
-    monkeypatch.setattr(score, "CANDIDATES", rules)
     monkeypatch.setattr(score, "MOST_EPOCHS", 1)
-    first = experiment.choose(base, splits.train, jobs=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(score, "choose", Mock(side_effect=AssertionError))
-        again = experiment.choose(base, splits.train)
+    first = experiment.choose(base, splits.train)
+    monkeypatch.setattr(score, "choose", Mock(side_effect=AssertionError))
+    again = experiment.choose(base, splits.train)
     torch.testing.assert_close(vars(again.held_out), vars(first.held_out))
     assert again.verdict == score.judge(first.held_out)
     assert again.candidates.keys() == first.candidates.keys()
@@ -98,10 +95,7 @@ def test_a_choice_is_made_once_judged_anew_and_refused_by_name(
         assert torch.equal(again.candidates[name].own_masks, masked.own_masks)
         assert again.candidates[name].rule == masked.rule
         assert again.candidates[name].fill == masked.fill
-    experiment.save_reason(again, base.settings)
-    folder = base.settings.folder("results")
-    assert (folder / "reason.txt").read_text() == again.reason
-    monkeypatch.setattr(score, "CANDIDATES", rules[:1])
+    monkeypatch.setattr(score, "CANDIDATES", score.CANDIDATES[:1])
     with pytest.raises(
         CheckpointError, match=r"CNN_choice.pth was made with candidate"
     ):
@@ -132,10 +126,10 @@ def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
 
 
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told():
-    finetuning = Settings(epochs=50).finetuning
+    finetuning = Settings(epochs=50).training
     assert finetuning["epochs"] == 1
     assert finetuning["lr"] == 0.0025
-    finetuning = Settings(finetune_lr=0.01, finetune_epochs=3).finetuning
+    finetuning = Settings(finetune_lr=0.01, finetune_epochs=3).training
     assert finetuning["epochs"] == 3
     assert finetuning["lr"] == 0.01
 
@@ -206,12 +200,10 @@ def test_a_result_tells_what_made_a_model_how_good_it_is_and_what_was_hidden(
 ):
     base = experiment.base_model(settings, splits.train)
     experiment.record(base, splits)
-    tuned = experiment.load_or_train(
-        settings, settings.configuration, base.model, masked
-    )
+    tuned = experiment.load_or_train(settings, settings.configuration, masked, base)
     row = experiment.record(tuned, splits)
     expected = {
-        **settings.identity(base=False),
+        **settings.identity,
         "experiment": "mnist5k_limit=200_epochs=2_batch_size=20",
         "rule": "top_k 0.1",
         "sha256": sha256(tuned.model),
@@ -231,7 +223,7 @@ def test_a_result_tells_what_made_a_model_how_good_it_is_and_what_was_hidden(
 
 
 def test_a_result_is_made_anew_for_other_weights(splits, base):
-    trained = dataclasses.replace(base, seconds=2.5)
+    trained = base._replace(seconds=2.5)
     assert experiment.record(trained, splits)["seconds"] == 2.5
     assert experiment.record(base, splits)["seconds"] == 2.5
     row = experiment.record(changed(base), splits)

@@ -92,6 +92,7 @@ def table() -> pd.DataFrame:
     rows = {
         "configuration": ["base", "base", "top_k_0.1"],
         "raw": [0.5, 0.7, 0.9],
+        "biased": [0.5, 0.5, 0.5],
         "worst_group": [0.1, 0.1, math.nan],
     }
     return pd.DataFrame(rows).assign(experiment="mnist")
@@ -99,9 +100,10 @@ def table() -> pd.DataFrame:
 
 def test_summary_is_mean_and_sample_standard_deviation_in_per_cent(table):
     summary = results.summarize(table)
-    assert [*summary.columns] == ["raw", "worst group", "seeds"]
-    assert summary.loc["base"].tolist() == ["60.00 ± 14.14", "10.00 ± 0.00", 2]
-    assert summary.loc["top_k_0.1"].tolist() == ["90.00", "", 1]
+    assert [*summary.columns] == ["raw", "biased", "worst group", "seeds"]
+    of_base = ["60.00 ± 14.14", "50.00 ± 0.00", "10.00 ± 0.00", 2]
+    assert summary.loc["base"].tolist() == of_base
+    assert summary.loc["top_k_0.1"].tolist() == ["90.00", "50.00", "", 1]
 
 
 def test_what_each_model_is_worth_and_what_was_chosen():
@@ -114,8 +116,8 @@ def test_what_each_model_is_worth_and_what_was_chosen():
         ("top_k_0.1_epochs=2", "top_k 0.1", 0.2),
     ]
     table = pd.DataFrame(rows, columns=["configuration", "rule", "worst_group"])
-    table["experiment"] = "mnist"
-    worth = results.worth(results.named(table))
+    table = table.assign(experiment="mnist", raw=1.0, biased=1.0)
+    worth = results.worth(table)
     assert [*worth["worst group"].items()] == [
         ("top_k_0.1", "10.00"),
         ("top_k_0.1_epochs=2", "20.00"),
@@ -123,5 +125,5 @@ def test_what_each_model_is_worth_and_what_was_chosen():
         (results.CHOSEN, "70.00 ± 28.28"),  # the best one last
     ]
     table["experiment"] = ["other", *table["experiment"][1:]]
-    worth = results.worth(results.named(table))
+    worth = results.worth(table)
     assert worth.loc[("other", "ERM"), "worst group"] == "30.00"
