@@ -30,16 +30,11 @@ def main() -> None:
         parameters = f"-p directory {directory} -p dataset mnist -p epochs 1 -p method top_k -p param 0.3".split()
         images = {}
         for count in (4_000, 15_000, 60_000):
-            limit = "None" if count == 60_000 else str(count)
-            makes_base = [
-                *sweep,
-                "--method",
-                "top_k",
-                "--param",
-                "0.1",
-                "--limit",
-                limit,
-            ]
+            makes_base = [*sweep, "--method", "top_k", "--param", "0.1"]
+            limit = "None"
+            if count < 60_000:
+                limit = str(count)
+                makes_base += ["--limit", limit]
             measure(makes_base)
             command = [
                 BIN / "papermill",

@@ -1,16 +1,13 @@
 """The models of an experiment, their maps, choice and results: loaded, or else made."""
 
 import copy
-import dataclasses
-import math
 import re
 import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import joblib
 import numpy as np
@@ -28,7 +25,6 @@ from masktune_utils import (
 )
 from masktune_utils.choice import Choice, HeldOut, score
 from masktune_utils.data import Split
-from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
@@ -36,13 +32,12 @@ CHOSEN = "chosen"  # configuration of the model with the chosen mask
 CHOICE = "CNN_choice.pth"  # the file of a choice, beside the checkpoints
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """A saved model of an experiment, and what made it.
 
     Attributes:
         model: in evaluation mode.
-        settings: of the experiment.
+        settings: what it depends on; of the base model, `BaseSettings`.
         configuration: `base`, `chosen`, or the name of the fine-tuned model.
         images: on which it was trained, or fine-tuned.
         history: see `training.train`.
@@ -52,7 +47,7 @@ class Trained:
     """
 
     model: nn.Module
-    settings: Settings
+    settings: BaseSettings
     configuration: str
     images: Split | MaskedDataset
     history: list[dict[str, float]]
@@ -61,9 +56,7 @@ class Trained:
     seconds: float | None
 
 
-def from_notebook(
-    namespace: dict[str, Any], other_names: Sequence[str] = (), **derived: Any
-) -> Settings:
+def from_notebook(namespace: dict, *other_names: str, **derived: object) -> Settings:
     """Make a notebook's parameters into settings: the names as they are when called.
 
     The first cell shows the parameters that its reader plays with; papermill can inject
@@ -71,7 +64,7 @@ def from_notebook(
 
     Args:
         namespace: the notebook's `globals()`.
-        other_names: parameters of this notebook that are no settings.
+        *other_names: parameters of this notebook that are no settings.
         **derived: settings that the notebook has computed.
 
     Raises:
@@ -86,7 +79,7 @@ def from_notebook(
     return settings
 
 
-def check_parameters(namespace: dict[str, Any], known: set[str]) -> None:
+def check_parameters(namespace: dict, known: set[str]) -> None:
     """Refuse names in the cell that papermill adds which are no parameters.
 
     Args:
@@ -115,55 +108,56 @@ def base_model(settings: Settings, train: Split) -> Trained:
     Raises:
         CheckpointError: see `load_or_train`.
     """
-    return load_or_train(settings, "base", _new_network(settings, train), train)
+    return load_or_train(settings.base, "base", train)
 
 
-def _new_network(settings: Settings, images: Split) -> nn.Module:
+def _new_network(settings: BaseSettings, images: Split) -> nn.Module:
     """The network at the start of training on images."""
     labels = images.labels
     return models.new_model(settings.seed, labels.device, len(labels.unique()))
 
 
 def load_or_train(
-    settings: Settings,
+    settings: BaseSettings,
     configuration: str,
-    start: nn.Module,
     images: Split | MaskedDataset,
+    base: Trained | None = None,
     **made_with: str,
 ) -> Trained:
     """The saved model, which is trained first if need be.
 
     Args:
-        settings: the experiment.
-        configuration: see `Trained`; any but `base` is fine-tuned.
-        start: the network at the start of training; it is left as it is.
+        settings: see `Trained`, as for `configuration`.
+        configuration: its name.
         images: on which it is trained.
-        **made_with: what it depends on besides settings and base model.
+        base: the model that is fine-tuned, which is left as it is; None: a new network
+            is trained.
+        **made_with: what it depends on besides these.
 
     Raises:
         CheckpointError: the saved one is damaged, foreign, or made with other settings
             or from another base model.
     """
-    network = copy.deepcopy(start)
-    is_base = configuration == "base"
-    identity = {**settings.identity(base=is_base), **made_with}
-    options = settings.training
-    if not is_base:
-        identity["base_sha256"] = store.sha256(start.state_dict())
-        options = settings.finetuning
+    if base is None:
+        network = _new_network(settings, images)
+    else:
+        network = copy.deepcopy(base.model)
+        made_with["base_sha256"] = base.sha256
     seconds = None
 
-    def make() -> dict[str, Any]:
+    def make() -> dict:
         nonlocal seconds
         started = time.perf_counter()
-        history = training.train(network, images, **options)
+        history = training.train(network, images, **settings.training)
         seconds = time.perf_counter() - started
-        weights = network.state_dict()
-        weights = {name: weights[name].cpu().contiguous() for name in weights}
+        weights = {}
+        for name, weight in network.state_dict().items():
+            weights[name] = weight.cpu().contiguous()
         return {"state_dict": weights, "history": history}
 
     path = settings.checkpoint_path(configuration)
-    saved = store.kept(path, identity, make, defaults=DEFAULTS)
+    made_with = {**settings.identity, **made_with}
+    saved = store.kept(path, made_with, make)
     with store.reading(path):
         network.load_state_dict(saved["state_dict"])
     sha256 = store.sha256(network.state_dict())
@@ -174,7 +168,7 @@ def load_or_train(
         images=images,
         history=saved["history"],
         sha256=sha256,
-        base_sha256=identity.get("base_sha256", sha256),
+        base_sha256=made_with.get("base_sha256", sha256),
         seconds=seconds,
     )
 
@@ -190,12 +184,10 @@ def with_weights(path: str | Path) -> nn.Module:
         CheckpointError: the file is damaged or foreign.
         FileNotFoundError: there is none.
     """
-    path = Path(path)
-    content = store.read(path)
+    content = store.read(Path(path))
     with store.reading(path):
         weights = content.get("state_dict", content)
-        *_, last_bias = weights.values()
-        network = models.new_model(0, num_classes=len(last_bias))
+        network = models.new_model(0, num_classes=len(weights["linear.3.bias"]))
         network.load_state_dict(weights)
     return network.eval()
 
@@ -213,9 +205,9 @@ def masktune(settings: Settings, base: Trained, train: Split) -> Trained:
     """
     trained = []
 
-    def finetune(network: nn.Module, masked: MaskedDataset) -> nn.Module:
-        of_round = settings.with_rule(masked.rule)
-        tuned = load_or_train(of_round, of_round.configuration, network, masked)
+    def finetune(_copy: nn.Module, masked: MaskedDataset) -> nn.Module:
+        of_round = settings.replace(rounds=masked.rule.rounds)
+        tuned = load_or_train(of_round, of_round.configuration, masked, base)
         trained.append(tuned)
         return tuned.model
 
@@ -241,16 +233,16 @@ def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor
         CheckpointError: the saved ones are damaged, or of another base model.
     """
 
-    def make() -> dict[str, Tensor]:
+    def make() -> dict:
         maps = saliency.saliency_maps(base.model, train.images, train.labels)
         return {"maps": maps.cpu()}
 
     path = settings.folder("checkpoints") / "CNN_saliency.pth"
-    made_with = {"base_sha256": base.sha256}
-    return store.kept(path, made_with, make)["maps"].to(train.labels.device)
+    saved = store.kept(path, {"base_sha256": base.sha256}, make)
+    return saved["maps"].to(train.labels.device)
 
 
-def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
+def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
     """Evaluate a model and save the result; or return what is saved of it.
 
     Args:
@@ -268,11 +260,10 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     """
     settings = trained.settings
     path = settings.folder("results") / f"{trained.configuration}.json"
-    if trained.seconds is None and path.exists():
+    if path.exists():
         saved = results.read(path)
         if saved["sha256"] == trained.sha256:
             return saved
-    is_base = trained.sha256 == trained.base_sha256
     device = sets.train.labels.device
     device_name = device.type
     if device.type == "cuda":
@@ -280,8 +271,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
     row = {
         "experiment": settings.experiment,
         "configuration": trained.configuration,
-        "rule": "ERM" if is_base else f"{trained.images.rule}",
-        **settings.identity(base=is_base),
+        "rule": "ERM",
+        **settings.identity,
         "seconds": trained.seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -290,7 +281,8 @@ def record(trained: Trained, sets: BiasedSets) -> dict[str, Any]:
         "base_sha256": trained.base_sha256,
         **results.evaluate(trained.model, sets),
     }
-    if not is_base:
+    if trained.sha256 != trained.base_sha256:
+        row["rule"] = f"{trained.images.rule}"
         for name, share in results.hidden_shares(trained.images).items():
             row[f"hidden_{name}"] = share
     results.write_json(path, row)
@@ -306,7 +298,7 @@ def choice_settings(settings: BaseSettings, count: int) -> Settings:
             epochs.
     """
     return Settings(
-        **settings.model_dump(include={*BaseSettings.model_fields}),
+        **dict(settings),
         finetune_lr=0.02,
         finetune_schedule="linear",
         finetune_batch_size=score.BATCH_SIZE,
@@ -314,8 +306,8 @@ def choice_settings(settings: BaseSettings, count: int) -> Settings:
     )
 
 
-def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
-    """Choose a mask, or keep ERM, by `choice.choose`.
+def choose(base: Trained, train: Split) -> Choice:
+    """Choose a mask, or keep ERM, by `choice.choose`; on a CPU, in two processes.
 
     What the models of both folds predict is saved with the masks; the verdict is made
     anew from it.
@@ -323,47 +315,43 @@ def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
     Args:
         base: the ERM model of all images.
         train: the training images.
-        jobs: how many processes; by default two, on a CPU.
 
     Raises:
         CheckpointError: what is saved is damaged, or was made with something else.
     """
-    device = train.labels.device
     settings = choice_settings(base.settings, len(train))
-    if jobs is None:
-        jobs = min(2, joblib.cpu_count()) if device.type == "cpu" else 1
+    jobs = min(2, joblib.cpu_count()) if train.labels.is_cpu else 1
 
-    def make() -> dict[str, Any]:
+    def make() -> dict:
         threads = max(1, torch.get_num_threads() // jobs)
         with joblib.parallel_config("loky", inner_max_num_threads=threads):
             made = score.choose(
                 train,
-                partial(_fit, settings),
-                candidates=score.CANDIDATES,
+                partial(_fit, base.settings),
                 jobs=jobs,
                 seed=settings.seed,
             )
         masks = {}
         for name, masked in made.candidates.items():
             bits = np.packbits(masked.own_masks.cpu())
-            masks[name] = (dataclasses.asdict(masked.rule), zlib.compress(bits))
+            masks[name] = (vars(masked.rule), zlib.compress(bits))
         return {"held_out": vars(made.held_out), "masks": masks}
 
     made_with = {
         "base_sha256": base.sha256,
         "candidates": "; ".join(map(str, score.CANDIDATES)),
-        **settings.finetuning,
+        **settings.training,
     }
     path = settings.folder("checkpoints") / CHOICE
     saved = store.kept(path, made_with, make)
-    shape = train.images[:, 0].shape
+    pixels = train.images[:, 0]
     candidates = {}
     with store.reading(path):
         held_out = HeldOut(**saved["held_out"])
         for name, (fields, packed) in saved["masks"].items():
-            bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-            masks = np.unpackbits(bits, count=math.prod(shape)).astype(bool)
-            own_masks = torch.from_numpy(masks).view(shape).to(device)
+            packed_bits = np.frombuffer(zlib.decompress(packed), np.uint8)
+            bits = np.unpackbits(packed_bits, count=pixels.numel())
+            own_masks = pixels.new_tensor(bits, dtype=torch.bool).view(pixels.shape)
             rule = Rule(**fields)
             candidates[name] = MaskedDataset(
                 train, own_masks, rule.fill, settings.seed, rule=rule
@@ -372,7 +360,7 @@ def choose(base: Trained, train: Split, jobs: int | None = None) -> Choice:
     return Choice(held_out, candidates, schedule, score.judge(held_out))
 
 
-def _fit(settings: Settings, fold: Split) -> nn.Module:
+def _fit(settings: BaseSettings, fold: Split) -> nn.Module:
     """The base model of a fold."""
     network = _new_network(settings, fold)
     training.train(network, fold, **settings.training)
@@ -391,20 +379,16 @@ def chosen_model(choice: Choice, base: Trained, train: Split) -> Trained:
         CheckpointError: see `load_or_train`; or another mask had been chosen.
     """
     if choice.is_kept:
-        return dataclasses.replace(base, configuration=CHOSEN)
+        return base._replace(configuration=CHOSEN)
     masked = choice.masked
-    settings = choice_settings(base.settings, len(train)).with_rule(masked.rule)
+    rule = asdict(masked.rule)
+    del rule["exchange"]  # which is no setting
+    settings = choice_settings(base.settings, len(train)).replace(**rule)
     return load_or_train(
         settings,
         CHOSEN,
-        base.model,
         masked,
+        base,
         rule=f"{masked.rule}",
         masks_sha256=store.sha256({"masks": masked.own_masks}),
     )
-
-
-def save_reason(choice: Choice, settings: Settings) -> None:
-    """Save why a mask was chosen, or none, as `reason.txt` beside the results."""
-    path = settings.folder("results") / "reason.txt"
-    store.write_bytes(path, choice.reason.encode())

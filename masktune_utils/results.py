@@ -1,26 +1,29 @@
 """Results: how good a model is, saved as one JSON file each; and tables of them."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from masktune_utils import metrics, store
-from masktune_utils.datasets import BiasedSets
+from masktune_utils import datasets, metrics, store
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import root
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
-COLUMNS = {*KEY, *ACCURACIES, "rule", "sha256", "base_sha256"}  # of every result
+COLUMNS = {  # of every result
+    *KEY,
+    *ACCURACIES,
+    "rule",
+    "sha256",
+    "base_sha256",
+}
 CHOSEN = "chosen, without the test sets"
 
 
-def evaluate(model: nn.Module, sets: BiasedSets) -> dict[str, float]:
+def evaluate(model: nn.Module, sets: datasets.BiasedSets) -> dict[str, float]:
     """Accuracies on the test sets, in [0, 1].
 
     Returns:
@@ -59,44 +62,40 @@ def hidden_shares(masked: MaskedDataset) -> dict[str, float]:
     index = masked.split.has_shortcut.nonzero()[:, 0]
     split = masked.split[index]
     hidden = masked.masks(index)
-    inside = split.shortcut.float().expand_as(hidden)
+    inside = split.shortcut.float()
     outside = 1 - inside
     ink = split.images.sum(1, dtype=torch.float32) * outside
+    areas = {
+        "shortcut": inside,
+        "rest": outside,
+        "digit": ink,
+    }
     shares = {}
-    areas = {"shortcut": inside, "rest": outside, "digit": ink}
     for name, area in areas.items():
         hidden_area = (hidden * area).sum((1, 2))
         shares[name] = hidden_area / area.sum((1, 2))
     shares["shortcut_whole"] = (shares["shortcut"] > 0.99).float()
     # An image without any ink outside the shortcut has no share of it.
-    means = {}
-    for name, values in shares.items():
-        means[name] = values.nanmean().item()
-    return means
+    return {name: values.nanmean().item() for name, values in shares.items()}
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict:
     """A saved result, see `experiment.record`.
 
     Raises:
         CheckpointError: the file is damaged, or no result.
     """
-    content = path.read_bytes()
     with store.reading(path):
-        row = json.loads(content)
-        missing = COLUMNS - {*row}
-        if missing:
-            raise ValueError(f"it has no {missing}")
+        row = json.loads(path.read_bytes())
+        if not row.keys() >= COLUMNS:
+            raise ValueError("it is no result")
     return row
 
 
-def write_json(path: Path, row: dict[str, Any]) -> None:
+def write_json(path: Path, row: dict) -> None:
     """Save a result; NaN, which is no JSON, as null."""
-    strict = json.loads(
-        json.dumps(row),
-        parse_constant=lambda _name: None,
-    )
-    text = json.dumps(strict, indent=1)
+    text = json.dumps(row, indent=1)
+    text = text.replace(": NaN", ": null")
     store.write_bytes(path, text.encode())
 
 
@@ -114,57 +113,43 @@ def collect(directory: str = "") -> pd.DataFrame:
     Raises:
         CheckpointError: a JSON file there is damaged, or not a result.
     """
-    rows = []
-    folders = (root(directory) / "results").glob("*/seed*")
-    for folder in sorted(folders):
-        saved = {path.stem: read(path) for path in folder.glob("*.json")}
-        base = saved.get("base", {})
-        for row in saved.values():
-            if row["base_sha256"] == base.get("sha256"):
-                rows.append(row)
+    paths = root(directory).glob("results/*/seed*/*.json")
+    rows = [read(path) for path in sorted(paths)]
     if not rows:
         return pd.DataFrame(columns=KEY)
-    return pd.DataFrame(rows).sort_values(
-        KEY,
-        key=lambda column: column.replace("base", ""),
-        ignore_index=True,
-    )
+    table = pd.DataFrame(rows)
+    bases = table[table["configuration"] == "base"]
+    is_current = table["base_sha256"].isin(bases["sha256"])
+    return table[is_current].sort_values(KEY, ignore_index=True)
 
 
 def summarize(
     table: pd.DataFrame,
-    by: Sequence[str] = ("configuration",),
-    shares: Sequence[str] = ACCURACIES,
+    by: str | list[str] = "configuration",
+    shares: list[str] = ACCURACIES,
 ) -> pd.DataFrame:
     """Shares in %, one row per group of rows: mean ± sample standard deviation.
 
     Args:
         table: see `collect`.
         by: columns that tell the rows apart.
-        shares: names of the columns that are summarized, where there is anything in
-            them.
+        shares: names of the columns that are summarized.
 
     Returns:
         The `shares`, as text, with blanks for underscores in their names, and `seeds`,
         their number.
     """
-    known = table.dropna(axis=1, how="all").columns
-    columns = [name for name in shares if name in known]
-    groups = table.groupby(list(by), sort=False, dropna=False)
-    summary = groups[columns].agg(_mean_and_std)
+    groups = table.groupby(by, sort=False, dropna=False)
+    summary = groups[list(shares)].agg(_mean_and_std)
     summary["seeds"] = groups.size()
     return summary.rename(columns=lambda name: name.replace("_", " "))
 
 
 def _mean_and_std(shares: pd.Series) -> str:
     """In %; the standard deviation only of several values."""
-    known = shares.dropna()
-    if known.empty:
-        return ""
-    text = f"{100 * known.mean():.2f}"
-    if len(known) > 1:
-        text += f" ± {100 * known.std():.2f}"
-    return text
+    text = f"{100 * shares.mean():.2f} ± {100 * shares.std():.2f}"
+    text = text.removesuffix(" ± nan")
+    return text.removeprefix("nan")
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,10 +158,11 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: see `collect`.
     """
-    rule = table["rule"].mask(table["configuration"] == "chosen", CHOSEN)
-    configurations = table.groupby(["experiment", rule])["configuration"]
-    is_unique = configurations.transform("nunique") == 1
-    return table.assign(model=rule.where(is_unique, table["configuration"]))
+    configuration = table["configuration"]
+    rule = table["rule"].mask(configuration == "chosen", CHOSEN)
+    counts = configuration.groupby(rule).transform("nunique")
+    model = rule.where(counts == 1, configuration)
+    return table.assign(model=model)
 
 
 def worth(table: pd.DataFrame) -> pd.DataFrame:
@@ -186,12 +172,12 @@ def worth(table: pd.DataFrame) -> pd.DataFrame:
         table: see `collect`.
     """
     table = named(table)
-    by = ["experiment", "model"]
-    if table["experiment"].nunique() == 1:
-        by = ["model"]
-    means = table.groupby(by)["worst_group"].transform("mean")
-    order = means.sort_values(kind="stable").index
-    return summarize(table.loc[order], by)
+    by = ["model"]
+    if table["experiment"].nunique() > 1:
+        by = ["experiment", "model"]
+    means = table.groupby(by)["worst_group"].mean()
+    order = means.sort_values().index
+    return summarize(table, by).loc[order]
 
 
 def save_table(table: pd.DataFrame, path: Path) -> None:

@@ -16,17 +16,15 @@ a file; the configuration of the model with the chosen mask is `chosen`. So that
 are not too long, numbers have four digits.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
-from PIL import ImageColor
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -41,25 +39,13 @@ REPOSITORY = _above if (_above / "pyproject.toml").exists() else Path.cwd()
 RUNTIME = {"directory", "device"}  # no result depends on them
 # Not listed in names: each has a place of its own in the path.
 IN_PATH = {*RUNTIME, "dataset", "seed", "method", "param"}
-OF_RULE = get_type_hints(Rule)
-
-
-def _check_color(color: str) -> str:
-    ImageColor.getrgb(color)
-    return color
+OF_RULE = Rule.__annotations__
 
 
 Digits = AfterValidator(lambda number: float(f"{number:.4g}"))
-OrNone = BeforeValidator(lambda value: None if value == "None" else value)
 Share = Annotated[float, Digits]
-Rate = Annotated[float, Field(ge=1e-8, le=10), Digits]
-Color = Annotated[
-    str,
-    Field(pattern="^([A-Za-z]+|#[0-9A-Fa-f]{6})$"),
-    AfterValidator(_check_color),
-]
-Epochs = Annotated[int, Field(ge=1, le=10_000)]
-BatchSize = Annotated[int, Field(ge=2, le=60_000)]
+Rate = Annotated[float, Field(gt=0), Digits]
+BatchSize = Annotated[int, Field(ge=2)]
 
 
 class BaseSettings(BaseModel):
@@ -87,13 +73,13 @@ class BaseSettings(BaseModel):
     """mnist, mnist5k, fashion_mnist, kmnist or auto"""
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """of every random choice"""
-    limit: Annotated[int | None, OrNone] = Field(None, ge=20, multiple_of=10)
+    limit: int | None = Field(None, ge=20, multiple_of=10)
     """number of training images, drawn by the seed; None: all"""
     labels: Literal["halves", "digits"] = "halves"
     """classes: 0-4 and 5-9, or digits"""
     square_size: int = Field(6, ge=1, le=28)
     """side of the square in pixels"""
-    square_color: Color = "blue"
+    square_color: str = Field("blue", pattern="^([A-Za-z]+|#[0-9A-Fa-f]{6})$")
     """of the shortcut: name of a colour, or #rrggbb"""
     placement: Literal["random", "ordered"] = "random"
     """of the square: random or ordered"""
@@ -103,13 +89,13 @@ class BaseSettings(BaseModel):
     """share of each class against the shortcut"""
     validation_share: Share = Field(0.0, ge=0, le=0.5)
     """share of training images held out"""
-    epochs: Epochs = 50
+    epochs: PositiveInt = 50
     """of the base model"""
     batch_size: BatchSize = 128
     """images per step"""
     lr: Rate = 0.01
     """first learning rate of the base model"""
-    lr_decay_epochs: Epochs = 25
+    lr_decay_epochs: PositiveInt = 25
     """epochs between two halvings of lr"""
 
     def __init__(self, **values: Any) -> None:
@@ -131,9 +117,11 @@ class BaseSettings(BaseModel):
         """Name of the base model: the data set and what is not the default."""
         return self.dataset + self._spelled_out(BaseSettings.model_fields)
 
-    def _spelled_out(self, fields: Iterable[str]) -> str:
+    def _spelled_out(self, fields: dict) -> str:
         """Those of the fields that are not the default, as a part of a name."""
-        unusual = self.model_dump(include={*fields} - IN_PATH, exclude_defaults=True)
+        unusual = self.model_dump(
+            include=fields.keys() - IN_PATH, exclude_defaults=True
+        )
         return "".join(f"_{field}={value}" for field, value in unusual.items())
 
     def folder(self, kind: str) -> Path:
@@ -153,7 +141,17 @@ class BaseSettings(BaseModel):
         return self.folder("checkpoints") / name
 
     @property
-    def training(self) -> dict[str, Any]:
+    def base(self) -> "BaseSettings":
+        """Those that the base model depends on, and where to run."""
+        return BaseSettings(**self.model_dump(include={*BaseSettings.model_fields}))
+
+    @property
+    def identity(self) -> dict:
+        """What the model depends on, by name, as in files."""
+        return self.model_dump(exclude=RUNTIME)
+
+    @property
+    def training(self) -> dict:
         """The arguments of `training.train` for the base model."""
         names = {"epochs", "batch_size", "lr", "lr_decay_epochs", "seed"}
         return self.model_dump(include=names)
@@ -168,23 +166,23 @@ class Settings(BaseSettings):
     """of the method; top_k: larger hides more"""
     upsample: OF_RULE["upsample"] = "bilinear"
     """mask to the image: bilinear, nearest, or map (first)"""
-    dilation: int = Field(0, ge=0, le=27)
+    dilation: OF_RULE["dilation"] = 0
     """how far the mask is dilated, in 28ths of the side"""
     shared: bool = False
     """one mask for all images, from the mean of their maps"""
     fill: OF_RULE["fill"] = "zero"
     """what hidden pixels become: zero, or resample (another image's)"""
-    rounds: int = Field(1, ge=1, le=100)
+    rounds: OF_RULE["rounds"] = 1
     """of masking; each adds to what is hidden"""
     finetune_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd or adam"""
-    finetune_lr: Annotated[Rate | None, OrNone] = None
+    finetune_lr: Rate | None = None
     """None: lr after the base model's last epoch"""
     finetune_schedule: Literal["constant", "linear"] = "constant"
     """constant, or linear (to 0)"""
-    finetune_batch_size: Annotated[BatchSize | None, OrNone] = None
+    finetune_batch_size: BatchSize | None = None
     """None: batch_size"""
-    finetune_epochs: Epochs = 1
+    finetune_epochs: PositiveInt = 1
     """epochs of fine-tuning; the paper has 1"""
 
     @field_validator("param")
@@ -200,33 +198,22 @@ class Settings(BaseSettings):
         rule = f"{self.method}_{self.param}"
         return rule + self._spelled_out(Settings.__annotations__)
 
-    def identity(self, *, base: bool) -> dict[str, Any]:
-        """What the base model, or the fine-tuned one, depends on, as in files."""
-        kind = BaseSettings if base else Settings
-        return self.model_dump(include=kind.model_fields.keys() - RUNTIME)
-
     @property
     def rule(self) -> Rule:
         """How masks are made, see `masking`."""
         return Rule(**self.model_dump(include={*OF_RULE}))
 
-    def with_rule(self, rule: Rule) -> Self:
-        """The same settings with a rule, as far as settings can tell it."""
-        known = OF_RULE.keys() & Settings.model_fields
-        return self.replace(**{name: getattr(rule, name) for name in known})
-
     @property
-    def finetuning(self) -> dict[str, Any]:
+    def training(self) -> dict:
         """The arguments of `training.train` for fine-tuning.
 
         The rate is `finetune_lr`, or what the base model's schedule ended with.
         """
         decays = self.epochs // self.lr_decay_epochs
-        last_lr = self.lr * 0.5**decays
         return {
-            **self.training,
+            **super().training,
             "epochs": self.finetune_epochs,
-            "lr": self.finetune_lr or last_lr,
+            "lr": self.finetune_lr or self.lr * 0.5**decays,
             "batch_size": self.finetune_batch_size or self.batch_size,
             "optimizer": self.finetune_optimizer,
             "schedule": self.finetune_schedule,

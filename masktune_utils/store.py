@@ -6,7 +6,6 @@ No module of the package is imported here.
 import contextlib
 import hashlib
 import io
-import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -36,37 +35,19 @@ def resolve_device(device: str = "auto") -> torch.device:
 def sha256(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over the names, types, shapes and bytes of tensors."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].cpu()
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
-    """Write a file that takes its place only once it is complete.
-
-    Args:
-        path: the file.
-        content: what is in it.
-        is_cache: of two processes that write it at the same time, the first one wins.
-    """
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that takes its place only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
         unfinished = Path(folder) / path.name
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if not is_cache:
-            unfinished.replace(path)
-            return
-        try:
-            path.hardlink_to(unfinished)
-        except FileExistsError:  # another process was quicker
-            pass
-        except OSError:  # a file system without links
-            unfinished.replace(path)
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
 
 
 @contextlib.contextmanager
@@ -96,12 +77,10 @@ def read(path: Path, runs_code: bool = False) -> Any:
         CheckpointError: the file is damaged or foreign.
         FileNotFoundError: there is none.
     """
-    file = io.BytesIO(path.read_bytes())
-    with reading(path):
+    with path.open("rb") as file, reading(path):
         if zipfile.is_zipfile(file):
             damaged = zipfile.ZipFile(file).testzip()
-            if damaged:
-                # torch does not look
+            if damaged:  # torch does not look
                 raise ValueError(f"its part {damaged} has another CRC")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=not runs_code)
@@ -109,12 +88,10 @@ def read(path: Path, runs_code: bool = False) -> Any:
 
 def kept(
     path: Path,
-    made_with: dict[str, Any],
-    make: Callable[[], dict[str, Any]],
-    *,
-    defaults: dict[str, Any] | None = None,
+    made_with: dict,
+    make: Callable[[], dict],
     runs_code: bool = False,
-) -> dict[str, Any]:
+) -> dict:
     """What a file holds; it is made first if it is not there, and never replaced.
 
     The same content gives the same bytes.
@@ -123,7 +100,6 @@ def kept(
         path: the file.
         made_with: all that the content depends on, by name, as plain values.
         make: returns the content: tensors and plain values by name.
-        defaults: with what an older file was made that does not tell.
         runs_code: whether the content may be whole networks, also of classes that are
             defined in a notebook. Reading the file then runs code in it.
 
@@ -139,15 +115,18 @@ def kept(
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
         torch.save(content, buffer, pickle_module=cloudpickle)
-        write_bytes(path, buffer.getvalue(), is_cache=True)
+        if not path.exists():  # else another process was quicker
+            write_bytes(path, buffer.getvalue())
     content = read(path, runs_code)
     with reading(path):
-        found = {**(defaults or {}), **content["settings"]}
-    for name in {**made_with, **content["settings"]}:
+        settings = content["settings"]
+        names = {**settings, **made_with}
+    for name in names:
+        value = settings.get(name)
         wanted = made_with.get(name)
-        if found.get(name) != wanted:
+        if value != wanted:
             raise CheckpointError(
-                f"{path} was made with {name} = {found.get(name)!r}, not {wanted!r}. "
+                f"{path} was made with {name} = {value!r}, not {wanted!r}. "
                 "Delete it, or use another directory."
             )
     return content

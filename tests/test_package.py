@@ -60,23 +60,21 @@ def test_no_module_imports_one_that_comes_after_it(name):
     assert imported(path_of(name)) <= {*ORDER[: ORDER.index(name)]}
 
 
-LAYOUT = [tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT]
-LAYOUT += [tokenize.DEDENT, tokenize.ENDMARKER]
+LAYOUT = [tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER]
+SKIPPED = [tokenize.COMMENT, tokenize.NL]
 
 
 def count_tokens(name: str) -> int:
     """Of a module, without comments and docstrings."""
-    source = path_of(name).read_text()
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    skipped = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            docstring = node.body[0]
-            skipped.update(range(docstring.lineno, docstring.end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return sum(
-        token.type not in LAYOUT and token.start[0] not in skipped for token in tokens
-    )
+    source = io.StringIO(path_of(name).read_text())
+    types = [token.type for token in tokenize.generate_tokens(source.readline)]
+    types = [kind for kind in types if kind not in SKIPPED]
+    count = 0
+    for before, kind in zip([tokenize.NEWLINE, *types], types, strict=False):
+        is_docstring = kind == tokenize.STRING and before in LAYOUT
+        if kind not in LAYOUT and not is_docstring:
+            count += 1
+    return count
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")
