@@ -1,7 +1,7 @@
 """Panels for JupyterLab: move the square; look at masks, and decide."""
 
 from IPython.core.pylabtools import print_figure
-from IPython.display import Image, display
+from IPython.display import Image, clear_output, display
 from ipywidgets import interactive
 from matplotlib.figure import Figure
 from torch import nn
@@ -34,7 +34,9 @@ def move_square(networks: dict[str, nn.Module], split: Split) -> interactive:
     ) -> None:
         image = split[digit : digit + 1]
         image.images = add_square(image.images, size, color, row, column)
-        draw(plotting.predictions(networks, image))
+        figure = plotting.predictions(networks, image)
+        clear_output(wait=True)  # of the progress bar
+        draw(figure)
 
     return interactive(
         look,
