@@ -7,7 +7,8 @@ import plain
 from common import BIN, base_model_alone, machine, measure
 
 from masktune_utils import datasets
-from masktune_utils.runner.grids import PUBLISHED, read_grid
+from masktune_utils.runner.command import PUBLISHED
+from masktune_utils.runner.grids import read_grid
 from masktune_utils.settings import Settings
 
 

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from masktune_utils import progress, store
+from masktune_utils import progress
+
+FEWEST = 10  # images of a class, in a folder
+BYTES = 48  # of memory that a pixel takes in a choice, masks included: measured
 
 
 @dataclass(eq=False)
@@ -76,7 +80,8 @@ class Split(Dataset):
             dataset: pairs of an image and a label, 0, 1, …. Images are of one size:
                 PIL images, arrays H×W×C, or tensors C×H×W; uint8, or floating point
                 in [0, 1], of the type of the network's weights. Its `classes`, if it
-                has any, are the names of the classes.
+                has any, are the names of the classes, unless its `target_transform`
+                changes the labels.
 
         Raises:
             IndexError: there is no image.
@@ -93,41 +98,62 @@ class Split(Dataset):
                 image = image.convert("RGB")
             pairs.append((to_image(image), label))
         images, labels = default_collate(pairs)
-        class_names = tuple(getattr(dataset, "classes", ()))
-        return cls(images, labels, class_names=class_names)
+        class_names = getattr(dataset, "classes", ())
+        if getattr(dataset, "target_transform", None):
+            class_names = ()
+        return cls(images, labels, class_names=tuple(class_names))
 
     @classmethod
     def from_folder(cls, folder: str | Path, size: int) -> Self:
         """Read photographs from a folder of folders, one for each class.
 
-        They and their order are those of torchvision's `ImageFolder`: files with other
-        names than those of images are left out.
+        Their order is that of torchvision's `ImageFolder`, without hidden files.
 
         Args:
             folder: where the folders are. Their names are those of the classes.
             size: pixels, to which the shorter side is resized; the longer one is cut.
 
         Raises:
-            FileNotFoundError: there is no such folder, no folder in it, or no image in
+            FileNotFoundError: there is no such folder, no folder in it, or no file in
                 one of these.
-            CheckpointError: an image is damaged.
-            ValueError: there is one class.
+            ValueError: there is one class, a class with less than `FEWEST` files, or a
+                file that is no image; or they do not fit into memory.
         """
         from torchvision.datasets import ImageFolder  # takes seconds
+        from torchvision.transforms.v2.functional import pil_to_tensor
 
-        def read(path: str) -> Image.Image:
-            with store.reading(Path(path)):
+        dataset = ImageFolder(
+            folder, is_valid_file=lambda path: not Path(path).name.startswith(".")
+        )
+        labels = torch.tensor(dataset.targets)
+        counts = labels.bincount().tolist()
+        if len(counts) < 2 or min(counts) < FEWEST:
+            raise ValueError(
+                f"the folders {dataset.classes} have {counts} images; allowed: 2 "
+                f"folders or more, of {FEWEST} images or more each."
+            )
+        needed = BYTES * len(labels) * size**2
+        if needed > psutil.virtual_memory().available:
+            raise ValueError(
+                f"{len(labels)} images take {needed / 1e9:.1f} GB of memory, more than "
+                "is free; allowed: a smaller size, or fewer images."
+            )
+        images = []
+        no_images = []
+        for path, _ in progress.bar(dataset.samples, desc="reading images"):
+            try:
                 image = Image.open(path)
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = ImageOps.exif_transpose(image).convert("RGB")
-                return ImageOps.fit(upright, (size, size))
-
-        dataset = ImageFolder(folder, loader=read)
-        if len(dataset.classes) < 2:
+                images.append(pil_to_tensor(ImageOps.fit(upright, (size, size))))
+            except (OSError, SyntaxError, ValueError):  # of Pillow
+                no_images.append(path)
+        if no_images:
             raise ValueError(
-                f"the only folder is {dataset.classes}; allowed: 2 or more."
+                f"{len(no_images)} files are no images, as {no_images[:3]}; allowed: "
+                "files that Pillow reads."
             )
-        return cls.from_dataset(dataset)
+        return cls(torch.stack(images), labels, class_names=tuple(dataset.classes))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -100,6 +100,9 @@ def _plant(
         which: N, bool.
         settings: the experiment.
         generator: source of random choices.
+
+    Raises:
+        ValueError: no pixel changes, so that there is no shortcut.
     """
     images = split.images.clone()
     images[which] = shortcuts.add_shortcut(
@@ -110,6 +113,8 @@ def _plant(
         generator,
     )
     area = (images != split.images).any(1)
+    if which.any() and not area.any():
+        raise ValueError(f"{settings.square_color!r} changes no pixel of any image")
     planted = dataclasses.replace(split, images=images, shortcut=area)
     return planted.to(store.resolve_device(settings.device))
 

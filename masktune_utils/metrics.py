@@ -34,6 +34,9 @@ def predict(
         for index in torch.arange(len(dataset)).split(batch_size):
             images, _ = dataset.batch(index, device)
             logits.append(evaluated(images))
+    if not isinstance(logits[0], Tensor):
+        kind = type(logits[0]).__name__
+        raise TypeError(f"the network returns a {kind}; allowed: logits, N×classes.")
     return torch.cat(logits).float().cpu()
 
 

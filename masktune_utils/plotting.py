@@ -1,12 +1,14 @@
 """Figures that more than one notebook draws; `show` saves and displays any figure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.style
 import pandas as pd
 import torch
+from IPython.core.pylabtools import print_figure
+from IPython.display import Image, display
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from masktune_utils import metrics, store
 from masktune_utils.choice import Choice, HeldOut, score
-from masktune_utils.data import Split
+from masktune_utils.data import Split, to_float
 from masktune_utils.masking import resize
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
@@ -35,7 +37,7 @@ def show(
     figure: Figure,
     settings: Settings,
     name: str,
-    seeds: Iterable[int] = (),
+    seeds: Sequence[int] = (),
 ) -> None:
     """Save a figure as PNG, with the name of its images and seeds, and display it.
 
@@ -45,15 +47,12 @@ def show(
         name: name of the file, without its suffix.
         seeds: the seeds shown, if not that of the experiment alone.
     """
-    from IPython.core.pylabtools import print_figure
-    from IPython.display import Image, display  # all else here needs no notebook
-
     numbers = ", ".join(map(str, sorted(seeds) or [settings.seed]))
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
     png = print_figure(figure, dpi=160)
     store.write_bytes(settings.folder("figures") / f"{name}.png", png)
-    display(Image(data=png, retina=True, alt=name))
+    display(Image(png, retina=True, alt=name))
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
@@ -85,31 +84,32 @@ def heat(maps: Tensor, colors: str = "magma") -> Tensor:
 
 def grid(
     columns: dict[str, Tensor],
-    row_titles: Iterable[str] = (),
+    row_titles: Sequence[str] = (),
     size: float = 1.1,
 ) -> Figure:
     """A table of pictures.
 
     Args:
         columns: title → B×3×H×W images, uint8 or in [0, 1]; or B×H×W masks (white:
-            hidden).
+            hidden), in [0, 1].
         row_titles: B titles.
         size: of a picture, in inches.
     """
     num_rows = max(1, *map(len, columns.values()))
     width = size * len(columns) + 0.6
     height = size * num_rows + 0.6
-    figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(num_rows, len(columns), squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
+    figure = Figure((width, height))
+    axes = figure.subplots(
+        num_rows,
+        len(columns),
+        squeeze=False,
+        subplot_kw={"xticks": [], "yticks": [], "frame_on": False},
+    )
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(title, fontsize=9)
-        if pictures.dtype == torch.uint8:
-            pictures = pictures / 255
-        for ax, picture in zip(column, pictures.cpu().numpy(), strict=False):
-            is_mask = picture.ndim == 2
-            pixels = picture if is_mask else picture.transpose(1, 2, 0)
+        column[0].set_title(title)
+        if pictures.ndim == 4:
+            pictures = pictures.movedim(1, -1)
+        for ax, pixels in zip(column, to_float(pictures).cpu().numpy(), strict=False):
             ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
             # Else a mask that is white at its edge looks cut off.
             ax.set_frame_on(True)
@@ -125,7 +125,7 @@ def grid(
     return figure
 
 
-def choice_masks(choice: Choice, network: nn.Module | None = None) -> Figure:
+def choice_masks(choice: Choice) -> Figure:
     """What a choice hides, or would hide if ERM were not kept.
 
     Of each class, an image that ERM predicts correctly though it has not seen it, and
@@ -133,26 +133,23 @@ def choice_masks(choice: Choice, network: nn.Module | None = None) -> Figure:
 
     Args:
         choice: see `choice.choose`.
-        network: whose maps are shown, as ERM's; None: no maps.
     """
+    held_out = choice.held_out
     masked = choice.candidates[choice.verdict.best]
     split = masked.split
     names = []
     for name in split.class_names:
         names += [f"{name}, predicted correctly", f"{name}, a mistake of ERM"]
-    kinds = 2 * split.labels + choice.held_out.is_mistake.to(split.labels.device)
+    kinds = 2 * split.labels + held_out.is_mistake.to(split.labels.device)
     by_kind = replace(split, groups=kinds, group_names=tuple(names))
     index, titles = examples(by_kind)
-    images = split.images[index]
-    columns = {"image": images}
-    if network is not None:
-        maps = saliency_maps(network, images, split.labels[index])
-        columns["what the\nnetwork looks at"] = heat(maps)
-    columns["hidden\n(white)"] = masked.masks(index)
-    columns["filled from\nanother image"] = masked.batch(index)[0]
-    falls = choice.held_out.mistake_map.clamp(min=0)
-    brightest = falls.max().clamp(min=1e-8)
-    columns["where mistakes\ncome from"] = heat(falls[None] / brightest)
+    falls = held_out.mistake_map.clamp(min=0)
+    columns = {
+        "image": split.images[index],
+        "hidden\n(white)": masked.masks(index),
+        "filled from\nanother image": masked.batch(index)[0],
+        "where mistakes\ncome from": heat(falls[None] / falls.max()),
+    }
     return grid(columns, titles)
 
 
@@ -167,26 +164,28 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
         chosen: the mask that is marked.
     """
     table = score.scores(held_out)
-    height = 0.55 * len(table) + 0.7
-    figure = Figure((7.5, height), layout="constrained")
-    num_rows = max(1, len(table))  # none, if no mask was worth a try
-    axes = figure.subplots(num_rows, 2, squeeze=False, width_ratios=[1, 9])
-    for (thumbnail, ax), mask in zip(axes, table.index, strict=False):
-        thumbnail.imshow(held_out.mean_masks[mask].numpy(), cmap="gray", vmin=0, vmax=1)
-        thumbnail.set(xticks=[], yticks=[])
-        row = table.loc[mask]
-        if row["explains"]:
-            ends = 100 * row[["nothing", "corrects"]] / row["explains"]
-            ax.plot(ends, [0, 0], color="0.75", linewidth=3, zorder=1)
-            colors = ["#777777", "#D55E00"]
-            ax.scatter(ends, [0, 0], s=[110, 50], c=colors, zorder=2)
+    ax = Figure((7.5, 0.57 * len(table) + 0.55)).subplots()
+    for k, (mask, row) in enumerate(table.iterrows()):
+        thumbnail = (-10, -3, k + 0.4, k - 0.4)  # left, right, bottom, top
+        mean_mask = held_out.mean_masks[mask].numpy()
+        # Not quite white, which would look cut off.
+        ax.imshow(mean_mask, extent=thumbnail, cmap="gray", vmin=0, vmax=1.2)
+        # NaN, which is not drawn, if it explains none.
+        ends = 100 * row[["nothing", "corrects"]] / row["explains"]
+        ax.plot(ends, [k, k], color="0.75", linewidth=3, zorder=0)
+        ax.scatter(ends, [k, k], s=[110, 50], c=["#777777", "#D55E00"])
         words = f"{row['nothing']:.0f} → {row['corrects']:.0f} of {row['explains']:.0f}"
         weight = "bold" if mask == chosen else "normal"
-        ax.set_title(f"{mask}: {words}", fontsize=8, loc="left", weight=weight, pad=2)
-        ax.set(xlim=(-4, 104), ylim=(-1, 1), yticks=[], xticks=[], frame_on=False)
-    axes[-1, 1].set_xticks([0, 25, 50, 75, 100])
-    axes[-1, 1].set_xlabel("explained mistakes that are right, in %", fontsize=8)
-    return figure
+        ax.text(0, k - 0.25, f"{mask}: {words}", fontsize=8, weight=weight)
+    ax.set(
+        xlabel="explained mistakes that are right, in %",
+        xlim=(-10, 104),
+        ylim=(len(table) - 0.5, -0.6),
+        yticks=[],
+        aspect="auto",
+        frame_on=False,
+    )
+    return ax.figure
 
 
 def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:
@@ -199,26 +198,23 @@ def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:
         networks: name → network.
         split: a few images.
     """
-    images, labels = split.to(torch.device("cpu")).batch(slice(None))
+    images, labels = split.batch(slice(None), torch.device("cpu"))
     columns = {}
-    for k, image in enumerate(images):
-        columns[f"{k + 1}"] = torch.stack([image] * len(networks))
+    for number, image in enumerate(images, 1):
+        columns[f"{number}"] = image.repeat(len(networks), 1, 1, 1)
     figure = grid(columns, networks)
-    panels = iter(figure.axes)
+    axes = iter(figure.axes)
     for network in networks.values():
-        logits = metrics.predict(network, split)
-        shares, predicted = logits.softmax(1).max(1)
-        maps = saliency_maps(network, images, predicted)
-        outlines = resize(maps, tuple(images.shape[-2:]))
-        is_right = predicted == labels
-        for k, outline in enumerate(outlines.numpy()):
-            ax = next(panels)
-            if outline.any():  # else matplotlib warns
-                ax.contour(outline, [0.5], colors="#F0E442", linewidths=1.2)
+        probabilities, classes = metrics.predict(network, split).softmax(1).max(1)
+        maps = saliency_maps(network, images, classes)
+        outlines = resize(maps, images.shape[-2:]).numpy()
+        for k, predicted in enumerate(classes):
+            ax = next(axes)
+            if outlines[k].any():  # else matplotlib warns
+                ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
             ax.set_xlabel(
-                f"{split.class_names[predicted[k]]} {shares[k]:.0%}",
-                color="#009E73" if is_right[k] else "#D55E00",
-                fontsize=9,
+                f"{split.class_names[predicted]} {probabilities[k]:.0%}",
+                color="#009E73" if predicted == labels[k] else "#D55E00",
             )
     return figure
 

@@ -1,6 +1,7 @@
 """Progress bars, for people who look on."""
 
 import sys
+from multiprocessing import current_process
 from typing import Any
 
 from tqdm import auto
@@ -22,11 +23,12 @@ def bar(*args: Any, **options: Any) -> auto.tqdm:
     """A tqdm progress bar: a widget in JupyterLab, a line in a terminal.
 
     It goes away when it is done. A notebook that runs headless has none, nor has a
-    process whose messages go to a file.
+    process that works for another, or one whose messages go to a file.
 
     Args:
         *args: see tqdm.
         **options: see tqdm.
     """
+    is_worker = current_process().name != "MainProcess"
     is_seen = is_live() or sys.stderr.isatty()
-    return auto.tqdm(*args, leave=False, disable=not is_seen, **options)
+    return auto.tqdm(*args, leave=False, disable=is_worker or not is_seen, **options)

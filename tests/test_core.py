@@ -131,6 +131,7 @@ class Named(list):
     """A data set that names its classes, as ImageFolder does."""
 
     classes = ("cats", "dogs")
+    target_transform = None
 
 
 def test_the_names_of_classes_and_groups_are_kept_for_reports():
@@ -147,6 +148,9 @@ def test_the_names_of_classes_and_groups_are_kept_for_reports():
     split.group_names = ("on land",)
     with pytest.raises(IndexError):
         metrics.group_accuracy(logits, split)
+    changed = Named(pairs)
+    changed.target_transform = "any"  # so that names are those of other labels
+    assert Split.from_dataset(changed).class_names == unnamed.class_names
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ def test_shortcuts_have_their_size_and_all_but_one_the_same_place(
     assert areas.any(0).sum() == all_pixels
 
 
+def test_a_shortcut_that_nobody_sees_is_refused():
+    with pytest.raises(ValueError, match="'black' changes no pixel of any image"):
+        load(square_color="black")
+
+
 def test_the_digit_is_coloured_or_what_is_behind_it(full):
     ink = full.raw.images[500:].any(1)
     colored = load(shortcut="digit_color").biased
@@ -160,16 +165,16 @@ def test_images_of_your_own_of_another_shape_type_or_range_are_refused(
 @pytest.fixture
 def photographs(tmp_path):
     """A folder of photographs of two classes."""
-    write_photographs(tmp_path, {"sheep": 2, "goats": 3})
+    write_photographs(tmp_path, {"sheep": 10, "goats": 12})
     return tmp_path
 
 
 def test_a_folder_of_folders_is_read_as_squares(photographs):
     (photographs / "goats" / ".hidden").touch()
     split = data.Split.from_folder(photographs, 16)
-    assert split.images.shape == (5, 3, 16, 16)
+    assert split.images.shape == (22, 3, 16, 16)
     assert split.class_names == ("goats", "sheep")
-    assert split.labels.tolist() == [0, 0, 0, 1, 1]
+    assert split.labels.bincount().tolist() == [12, 10]
 
 
 def test_a_photograph_is_read_upright_and_cut_at_both_ends(photographs):
@@ -191,21 +196,31 @@ def test_a_photograph_is_read_upright_and_cut_at_both_ends(photographs):
     ("counts", "message"),
     [
         ({}, "find any class folder"),
-        ({"goats": 1}, r"the only folder is \['goats'\]; allowed: 2 or more"),
-        ({"goats": 1, "sheep": 0}, "no valid file for the classes sheep"),
+        ({"goats": 10}, r"\['goats'\] have \[10\] images; allowed: 2 folders"),
+        ({"goats": 10, "sheep": 9}, r"\[10, 9\] images; .* of 10 images or more"),
+        ({"goats": 10, "sheep": 0}, "no valid file for the classes sheep"),
     ],
 )
-def test_a_folder_without_two_classes_is_refused(counts, message, tmp_path):
+def test_a_folder_without_enough_images_is_refused(counts, message, tmp_path):
     write_photographs(tmp_path, counts)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         data.Split.from_folder(tmp_path, 16)
 
 
-def test_a_damaged_photograph_is_named(photographs):
+def test_files_that_are_no_images_are_named(photographs):
+    for name in ("a.txt", "b.jpg", "c.png"):
+        (photographs / "goats" / name).write_text("no image")
     path = photographs / "goats" / "00.jpg"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{path} is damaged"):
+    message = r"4 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
+    with pytest.raises(ValueError, match=message):
         data.Split.from_folder(photographs, 16)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(photographs):
+    message = r"22 images take 1056000\.0 GB .* smaller size"
+    with pytest.raises(ValueError, match=message):
+        data.Split.from_folder(photographs, 1_000_000)
 
 
 def test_groups_are_class_times_shortcut_without_the_empty_ones():

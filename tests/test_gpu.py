@@ -9,7 +9,7 @@ import torch
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
 from pretended_gpu import GPU, pretended_gpu
-from torch import Tensor, nn
+from torch import nn
 
 from masktune_utils import metrics, models, training
 from masktune_utils.choice import choose
@@ -36,12 +36,10 @@ def train(splits) -> Split:
 
 
 def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
-    on_gpu = torch.arange(3.0).to(gpu)
-    assert on_gpu.device == GPU
+    on_gpu = torch.arange(3.0, device="cuda")
     assert (on_gpu * torch.tensor(2)).device == GPU
     assert on_gpu[torch.tensor([1])].device == GPU
     assert on_gpu.cpu().device == CPU
-    assert torch.zeros(2, device="cuda").device == GPU
     with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
         on_gpu + torch.ones(3)
     with pytest.raises(RuntimeError, match="at least two devices"):
@@ -69,22 +67,6 @@ def test_network_and_images_may_be_on_different_devices(
     assert next(tuned.parameters()).device == network_device
 
 
-def test_images_are_sent_as_bytes(train, monkeypatch):
-    network = models.new_model(0)
-    sent = set()
-    to = Tensor.to
-
-    def noted(tensor, *target):
-        if tensor.dim() == 4:
-            sent.add(tensor.dtype)
-        return to(tensor, *target)
-
-    monkeypatch.setattr(Tensor, "to", noted)
-    metrics.predict(network, train)
-    training.train(network, train, epochs=1, batch_size=50)
-    assert sent == {torch.uint8}
-
-
 @pytest.mark.parametrize("chosen", ["tf32", "ieee"])
 def test_predictions_and_maps_are_in_float32(train, chosen, monkeypatch):
     """Also where tf32 is asked for everywhere, by the switch that is newer."""
@@ -105,10 +87,8 @@ def test_predictions_and_maps_are_in_float32(train, chosen, monkeypatch):
 def test_one_notebook_at_a_time_runs_on_a_gpu(gpu, tmp_path, monkeypatch):
     execute = Mock(return_value={})
     monkeypatch.setattr(jobs, "execute", execute)
-    options = ["sweep", "--device=cuda", f"--directory={tmp_path}"]
-    command.main(options)
-    command.main([*options, "--jobs=3"])
-    assert [call.args[-1] for call in execute.call_args_list] == [1, 3]
+    command.main(["sweep", "--device=cuda", f"--directory={tmp_path}"])
+    assert execute.call_args.args[-1] == 1
 
 
 ENTER = [

@@ -375,7 +375,7 @@ BAD_FITS = {
     "none": (return_none, "fit returned None; allowed: the network"),
     "tuple": (
         lambda _fold: Tuple(3 * 28 * 28, 2),
-        "expected Tensor as element 0 in argument 0, but got tuple",
+        "the network returns a tuple; allowed: logits",
     ),
     "bfloat16": (
         lambda _fold: models.new_model(0).bfloat16(),

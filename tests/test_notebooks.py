@@ -49,15 +49,8 @@ def notebook(request) -> nbformat.NotebookNode:
     return content
 
 
-def test_there_are_eleven_in_an_order():
-    assert [path.stem[:3] for path in PATHS] == [f"{n:02}_" for n in range(1, 12)]
-
-
-def test_the_first_cell_of_code_has_the_parameters_and_no_other_has(notebook):
-    tags = [cell.metadata.get("tags", []) for cell in notebook.code]
-    assert tags[0] == ["parameters"]
-    for others in tags[1:]:
-        assert "parameters" not in others
+def test_the_first_cell_of_code_has_the_parameters(notebook):
+    assert notebook.code[0].metadata["tags"] == ["parameters"]
 
 
 def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):

@@ -1,4 +1,4 @@
-"""Figures that are saved and displayed."""
+"""Figures that are saved and displayed; the panels, without JupyterLab."""
 
 from unittest.mock import Mock
 
@@ -7,130 +7,147 @@ import torch
 
 from masktune_utils import datasets, metrics, models, panels, plotting
 from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
+from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return datasets.eight(Settings(dataset="mnist5k", device="cpu"))
+
+
+def choice_of_two(train: Split) -> Choice:
+    """Two masks: `a` corrects all of six mistakes, `b` none."""
+    is_mistake = torch.arange(len(train)) < 6
+    held_out = HeldOut(
+        labels=torch.ones(len(train), dtype=torch.int64),
+        mistake_map=torch.rand(13, 13),
+        predictions={
+            ERM: (~is_mistake).long(),
+            NULL: (~is_mistake).long(),
+            "a": is_mistake.long(),
+            "b": (~is_mistake).long(),
+        },
+        explained={mask: is_mistake.float() for mask in "ab"},
+        mean_masks={mask: torch.eye(28) for mask in "ab"},
+    )
+    masked = {
+        "a": MaskedDataset(train, train.shortcut, "resample"),
+        "b": MaskedDataset(train, ~train.shortcut, "resample"),
+    }
+    return Choice(held_out, masked, None, score.judge(held_out))
+
+
+@pytest.fixture
+def choice(splits) -> Choice:
+    return choice_of_two(splits.train)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that a panel has drawn."""
+    figures = []
+    monkeypatch.setattr(panels, "draw", figures.append)
+    return figures
+
+
+def titles_of_rows(figure) -> list[str]:
+    titles = [ax.get_ylabel() for ax in figure.axes]
+    return [title for title in titles if title]
 
 
 def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
     monkeypatch, tmp_path
 ):
-    displayed = []
-    monkeypatch.setattr("IPython.display.display", displayed.append)
+    display = Mock()
+    monkeypatch.setattr(plotting, "display", display)
     settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, epochs=2)
-    images = torch.rand(2, 3, 28, 28)
-    figure = plotting.grid({"image": images}, ["first", "second"])
+    figure = plotting.grid({"image": torch.rand(2, 3, 28, 28)})
     plotting.show(figure, settings, "picture", seeds=[2, 1])
     path = tmp_path / "figures" / "mnist5k_epochs=2" / "seed3" / "picture.png"
-    assert displayed[0].data == path.read_bytes()
+    (displayed,) = display.call_args.args
+    assert displayed.data == path.read_bytes()
     assert figure.texts[0].get_text() == "mnist5k_epochs=2, seed 1, 2"
-    assert [ax.get_ylabel() for ax in figure.axes] == ["first", "second"]
 
 
-def test_the_same_eight_images_are_shown_without_the_square_and_with_it():
-    eight = datasets.eight(Settings(dataset="mnist5k", device="cpu"))
+def test_a_grid_shows_images_and_masks_with_their_titles():
+    grey = torch.full((1, 1, 4, 4), 128, dtype=torch.uint8)
+    figure = plotting.grid({"grey": grey, "mask": torch.eye(4)[None]}, ["first"])
+    left, right = figure.axes
+    assert titles_of_rows(figure) == ["first"]
+    assert [left.get_title(), right.get_title()] == ["grey", "mask"]
+    for ax, brightest in ((left, 128 / 255), (right, 1)):
+        (picture,) = ax.images
+        assert picture.get_cmap().name == "gray"
+        assert picture.norm(picture.get_array()).max() == pytest.approx(brightest)
+
+
+def test_the_same_eight_images_are_shown_without_the_square_and_with_it(eight):
     assert eight.groups.tolist() == [0, 0, 4, 4, 7, 7, 9, 9]
     assert eight.has_shortcut.tolist() == [False, True] * 4
 
 
-def test_predictions_are_shown_right_or_wrong():
-    eight = datasets.eight(Settings(dataset="mnist5k", device="cpu"))
+def test_predictions_are_shown_right_or_wrong(eight):
     network = models.new_model(0)
     figure = plotting.predictions({"a": network, "b": network}, eight)
-    assert len(figure.axes) == 16
-    probabilities = metrics.predict(network, eight).softmax(1)
-    for ax, share, label in zip(figure.axes, probabilities, eight.labels, strict=False):
-        predicted = share.argmax()
-        name = ["low", "high"][predicted]
-        assert ax.get_xlabel() == f"{name} {share.max():.0%}"
+    assert titles_of_rows(figure) == ["a", "b"]
+    probabilities, classes = metrics.predict(network, eight).softmax(1).max(1)
+    texts = []
+    for share, predicted, label in zip(
+        probabilities, classes, eight.labels, strict=True
+    ):
         color = "#009E73" if predicted == label else "#D55E00"
-        assert ax.xaxis.label.get_color() == color
+        texts.append((f"{eight.class_names[predicted]} {share:.0%}", color))
+    labels = [ax.xaxis.label for ax in figure.axes]
+    assert [(label.get_text(), label.get_color()) for label in labels] == 2 * texts
 
 
-def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(splits):
-    masks = torch.rand(200, 28, 28) > 0.9
-    masked = MaskedDataset(splits.train, masks, "resample")
-    held_out = Mock(is_mistake=torch.arange(200) % 7 == 0)
-    held_out.mistake_map = torch.rand(13, 13)
-    choice = Mock(held_out=held_out, candidates={"a": masked})
-    choice.verdict.best = "a"
-    for network, columns in ((None, 4), (models.new_model(0), 5)):
-        figure = plotting.choice_masks(choice, network)
-        rows = [ax.get_ylabel() for ax in figure.axes[::columns]]
-        assert rows == [
-            "low\npredicted correctly",
-            "low\na mistake of ERM",
-            "high\npredicted correctly",
-            "high\na mistake of ERM",
-        ]
+def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
+    held_out = choice.held_out
+    held_out.labels = choice.masked.split.labels
+    held_out.predictions[ERM] = (torch.arange(200) % 7 > 0).long()
+    assert titles_of_rows(plotting.choice_masks(choice)) == [
+        "low\npredicted correctly",
+        "low\na mistake of ERM",
+        "high\npredicted correctly",
+        "high\na mistake of ERM",
+    ]
 
 
-def test_a_grey_image_is_drawn_grey():
-    grey = torch.full((1, 1, 4, 4), 128, dtype=torch.uint8)
-    (ax,) = plotting.grid({"image": grey}).axes
-    (picture,) = ax.images
-    assert picture.get_cmap().name == "gray"
-    assert picture.norm(picture.get_array()).max() == pytest.approx(128 / 255)
+def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
+    (ax,) = plotting.dumbbells(choice.held_out, "a").axes
+    first, second = ax.texts
+    assert [first.get_text(), first.get_fontweight()] == ["a: 0 → 6 of 6", "bold"]
+    assert [second.get_text(), second.get_fontweight()] == ["b: 0 → 0 of 6", "normal"]
+    ends = [dots.get_offsets().tolist() for dots in ax.collections]
+    assert ends == [[[0, 0], [100, 0]], [[0, 1], [0, 1]]]
+    assert len(ax.images) == 2
 
 
-def held_out() -> HeldOut:
-    """Two masks: `a` corrects two of two mistakes, `b` none."""
-    is_mistake = torch.arange(200) < 6
-    right = {ERM: ~is_mistake, NULL: ~is_mistake, "a": is_mistake, "b": ~is_mistake}
-    return HeldOut(
-        labels=torch.ones(200, dtype=torch.int64),
-        mistake_map=torch.rand(13, 13),
-        predictions={model: right[model].long() for model in right},
-        explained={mask: is_mistake.float() for mask in "ab"},
-        mean_masks={mask: torch.eye(28) for mask in "ab"},
-    )
+def test_where_no_mask_was_tried_there_is_no_row(choice):
+    held_out = choice.held_out
+    held_out.predictions = {ERM: held_out.predictions[ERM]}
+    (ax,) = plotting.dumbbells(held_out, ERM).axes
+    assert not ax.texts
 
 
-def test_a_row_of_dumbbells_tells_what_is_right_before_and_after():
-    figure = plotting.dumbbells(held_out(), "a")
-    rows = figure.axes[1::2]
-    titles = [ax.get_title(loc="left") for ax in rows]
-    assert titles == ["a: 0 → 6 of 6", "b: 0 → 0 of 6"]
-    ends = [ax.collections[0].get_offsets()[:, 0].tolist() for ax in rows]
-    assert ends == [[0, 100], [0, 0]]
-    (first, second) = [ax._left_title.get_fontweight() for ax in rows]
-    assert (first, second) == ("bold", "normal")
-
-
-def test_in_the_panel_a_mask_is_looked_at_and_taken_or_erm_is_kept(splits):
-    train = splits.train
-    images = {name: MaskedDataset(train, train.shortcut, "resample") for name in "ab"}
-    images["b"] = MaskedDataset(train, ~train.shortcut, "resample")
-    known = held_out()
-    choice = Choice(known, images, None, score.judge(known))
+def test_in_the_panel_a_mask_is_taken_or_erm_is_kept(choice, drawn, capsys):
     panel = panels.explore(choice)
-    first = panel.picture.value
-    assert (panel.mask.value, panel.choice.verdict.chosen) == ("a", "a")
-    panel.mask.value = "b"
-    assert panel.picture.value != first
-    assert "0 of 6" not in panel.words.value
-    assert panel.choice.verdict.chosen == "a"  # looked at, not taken
-    panel.take.click()
-    assert panel.choice.verdict.chosen == "b"
-    panel.keep.click()
-    assert panel.choice.is_kept
-    assert "Decided: ERM" in panel.words.value
+    take, _ = panel.children
+    assert panel.result is choice
+    for name in ("b", ERM, "a"):
+        take.value = name
+        assert panel.result.verdict.chosen == name
+        assert capsys.readouterr().out.endswith(f"{panel.result.reason}\n")
+    assert panel.result is choice
+    assert len(drawn) == 8
 
 
-def test_the_square_can_be_moved(splits, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(panels, "draw", lambda _picture, figure: drawn.append(figure))
+def test_the_square_can_be_moved(splits, drawn):
     panel = panels.move_square({"ERM": models.new_model(0)}, splits.raw[:3])
-    controls, _ = panel.children
-    _, row, *_ = controls.children
+    _, row, *_ = panel.children
     row.value = 20
-    assert len(drawn) == 2
-    pixels = [figure.axes[0].images[0].get_array() for figure in drawn]
-    assert (pixels[0][:6, :6, 2] == 1).all()
-    assert (pixels[1][20:26, :6, 2] == 1).all()
-
-
-def test_where_no_mask_was_tried_there_is_no_row():
-    known = held_out()
-    known.predictions = {ERM: known.predictions[ERM]}
-    figure = plotting.dumbbells(known, ERM)
-    assert not figure.axes[1].get_title(loc="left")
+    first, second = [figure.axes[0].images[0].get_array() for figure in drawn]
+    assert (first[:6, :6, 2] == 1).all()
+    assert (second[20:26, :6, 2] == 1).all()

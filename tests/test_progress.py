@@ -27,9 +27,13 @@ def test_a_notebook_has_a_bar_only_where_a_person_looks_on(metadata, capsys):
 
 
 def test_a_terminal_gets_one_line_that_goes_away(capsys, monkeypatch):
+    """A process that works for another has none."""
     stderr = SimpleNamespace(isatty=lambda: True)
     terminal = SimpleNamespace(stderr=stderr, modules={})
     monkeypatch.setattr(progress, "sys", terminal)
     assert list(progress.bar(range(3), desc="maps")) == [0, 1, 2]
     printed = capsys.readouterr().err
     assert re.fullmatch(r"\rmaps:   0%.*\r +\r", printed)
+    worker = SimpleNamespace(name="LokyProcess-1")
+    monkeypatch.setattr(progress, "current_process", lambda: worker)
+    assert progress.bar(range(3)).disable

@@ -163,6 +163,12 @@ def test_without_mistakes_the_model_is_taken_that_is_best_where_masks_resample(
     assert not score.judge(known_so_far).is_final
 
 
+def test_there_is_no_score_before_a_mask_is_tried():
+    table = score.scores(toy({}))
+    assert table.empty
+    assert [*table.columns] == score.COLUMNS
+
+
 def test_four_images_that_nobody_can_learn_decide_nothing():
     predicted = toy({NULL: (0, 960), "a": (30, 960)})
     predicted.labels[-4:] = 2  # of a class that no model predicts

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import nbformat
 import pytest
-from tiny_runs import OPTIONS, contents, masktune, tiny
+from tiny_runs import OPTIONS, masktune, tiny
 
 from masktune_utils import results
 from masktune_utils.choice import score
@@ -24,19 +24,27 @@ def times_of_writing(directory: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def dry_run(capsys, *arguments: str) -> str:
-    assert command.main(["sweep", *arguments, "--dry-run"]) == 0
-    return capsys.readouterr().out
-
-
 @pytest.fixture
-def choice(whole_run) -> dict:
-    """What that run chose."""
-    folder = tiny(whole_run.directory).folder("results")
-    return results.read(folder / "chosen.json")
+def dry_run(capsys):
+    """Runs `masktune sweep --dry-run`; returns what it prints."""
+
+    def run(*arguments: str) -> str:
+        assert command.main(["sweep", *arguments, "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_a_run_executes_every_notebook_and_chooses_one_of_all(whole_run, choice):
+def chosen_rule(directory: Path) -> str:
+    """The rule that a run chose."""
+    return results.read(tiny(directory).folder("results") / "chosen.json")["rule"]
+
+
+def reason(directory: Path) -> str:
+    return (tiny(directory).folder("results") / "reason.txt").read_text()
+
+
+def test_a_run_executes_every_notebook_and_chooses_one_of_all(whole_run):
     assert whole_run.code == 0, whole_run.error
     directory = whole_run.directory
     copies = sorted(directory.glob("runs/*/*/*.ipynb"))
@@ -47,7 +55,7 @@ def test_a_run_executes_every_notebook_and_chooses_one_of_all(whole_run, choice)
     configurations = ["base", "chosen", "top_k_0.1", "top_k_0.3"]
     assert table["configuration"].tolist() == configurations
     rounds = [part for rule in score.CANDIDATES for part in rule.each_round]
-    assert choice["rule"] in ["ERM", *map(str, rounds)]
+    assert chosen_rule(directory) in ["ERM", *map(str, rounds)]
 
 
 def test_of_a_sweep_the_default_alone_runs_the_part_from_scratch(whole_run):
@@ -61,58 +69,41 @@ def test_of_a_sweep_the_default_alone_runs_the_part_from_scratch(whole_run):
 
 def test_a_run_prints_what_each_model_is_worth_and_last_why_one_is_chosen(whole_run):
     directory = whole_run.directory
-    table = results.collect(str(directory))
-    worth = results.worth(results.named(table)).to_string()
+    worth = results.worth(results.collect(str(directory))).to_string()
+    assert f"files: {directory}\n" in whole_run.printed
     assert f"Accuracy in %\n\n{worth}\n" in whole_run.printed
     assert max(map(len, worth.splitlines())) <= 80
-    assert f"files: {directory}\n" in whole_run.printed
-    reason = (tiny(directory).folder("results") / "reason.txt").read_text()
-    assert whole_run.printed.endswith(f"{reason}\n")
+    assert whole_run.printed.endswith(f"{reason(directory)}\n")
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_what_has_an_executed_copy_is_done_and_skipped(directory):
     before = times_of_writing(directory)
-    saved = contents(directory)
     assert masktune(directory, "--param", "0.1", "0.3") == 0
     assert times_of_writing(directory) == before
     (copy,) = directory.glob("runs/*/*/04_finetune_sweep_top_k_0.1.ipynb")
     copy.unlink()
     assert masktune(directory, "--param", "0.1") == 0
     after = times_of_writing(directory)
-    assert before.keys() == after.keys()
-    again = {path.name for path in before if before[path] != after[path]}
-    assert again == {
-        copy.name,
-        "04_masked.png",
-        "04_eight.png",
-        "04_fill_top_k_0.1.png",
-        "04_move_top_k_0.1.png",
-    }
-    assert contents(directory) == saved
+    again = {path.stem for path in before if before[path] != after[path]}
+    figures = {"04_masked", "04_eight", "04_fill_top_k_0.1", "04_move_top_k_0.1"}
+    assert again == {copy.stem, *figures}
 
 
-def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, capsys):
+def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, dry_run):
     before = times_of_writing(directory)
     options = [*OPTIONS, "--directory", str(directory), "--param", "0.3", "0.5"]
-    printed = dry_run(capsys, *options)
-    assert times_of_writing(directory) == before
-    assert printed.splitlines() == [
+    assert dry_run(*options).splitlines() == [
         "02_erm: 0 of 1 to run",
         "03_saliency_masks: 0 of 1 to run",
         "04_finetune_sweep: 1 of 2 to run",
     ]
-
-
-TWO_BLOCKS = """
-- {method: [mean, top_k, mean], param: 0.5, epochs: 7}
-- {dilation: 2, epochs: 9}
-"""
+    assert times_of_writing(directory) == before
 
 
 def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
     file = tmp_path / "grid.yaml"
-    file.write_text(TWO_BLOCKS)
+    file.write_text("- {method: [mean, top_k, mean], epochs: 7}\n- {dilation: 2}")
     _, grid = grids.read_grid(file, {"epochs": [3], "param": [0.1, 0.3]})
     assert {settings.epochs for settings in grid} == {3}
     assert [settings.configuration for settings in grid] == [
@@ -125,24 +116,21 @@ def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
     ]
 
 
-def test_a_grid_may_name_its_notebook(tmp_path, capsys):
+def test_a_grid_may_name_its_notebook(tmp_path, dry_run):
     file = tmp_path / "grid.yaml"
     file.write_text("- {notebook: 01_dataset, seed: [0, 1]}\n")
     options = [str(file), "--dataset", "mnist5k", "--directory", str(tmp_path)]
-    assert "01_dataset: 2 of 2 to run\n" in dry_run(capsys, *options)
+    assert "01_dataset: 2 of 2 to run\n" in dry_run(*options)
     assert command.main(["sweep", *options, "--seed", "1"]) == 0
     (copy,) = tmp_path.glob("runs/*/*/*.ipynb")
     assert copy.parts[-2:] == ("seed1", "01_dataset.ipynb")
-    assert "01_dataset: 1 of 2 to run\n" in dry_run(capsys, *options)
+    assert "01_dataset: 1 of 2 to run\n" in dry_run(*options)
 
 
-def test_the_grids_of_the_repository_are_valid():
-    counts = {}
-    for path in REPOSITORY.glob("sweeps/*.yaml"):
-        _, grid = grids.read_grid(path, {})
-        counts[path.stem] = len(grid)
-    assert counts["published"] == 15
-    assert counts["paper"] == 1
+def test_the_grids_of_the_papers_are_whole():
+    for name, count in (("published", 15), ("paper", 1)):
+        _, grid = grids.read_grid(REPOSITORY / "sweeps" / f"{name}.yaml", {})
+        assert len(grid) == count
 
 
 def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):
@@ -155,19 +143,23 @@ def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):
 
 
 def test_a_relative_directory_becomes_absolute(tmp_path, monkeypatch):
-    """Since a Dask worker may be elsewhere."""
+    """Since a Dask worker may be elsewhere; with - in the name of an option, too."""
     monkeypatch.chdir(tmp_path)
     execute = Mock(return_value={})
     monkeypatch.setattr(jobs, "execute", execute)
-    assert command.main(["sweep", *OPTIONS, "--directory", "here"]) == 0
+    options = [*OPTIONS, "--directory", "here", "--square-size", "5"]
+    assert command.main(["sweep", *options]) == 0
     stages, _ = execute.call_args.args
-    directories = {job.settings.directory for stage in stages for job in stage}
-    assert directories == {str(tmp_path / "here")}
+    for stage in stages:
+        (job,) = stage
+        assert job.settings.directory == str(tmp_path / "here")
+        assert job.settings.square_size == 5
 
 
 @pytest.mark.parametrize("name", ["05_plots", "06_choice"])
-def test_a_page_needs_no_other_file_no_network_and_no_script(name, whole_run, choice):
-    path = tiny(whole_run.directory).folder("results") / f"{name}.html"
+def test_a_page_needs_no_other_file_no_network_and_no_script(name, whole_run):
+    directory = whole_run.directory
+    path = tiny(directory).folder("results") / f"{name}.html"
     assert f"page: {path}\n" in whole_run.printed
     page = path.read_text()
     assert "experiment.from_notebook" not in page  # no code
@@ -175,10 +167,8 @@ def test_a_page_needs_no_other_file_no_network_and_no_script(name, whole_run, ch
     sources = re.findall('src="(.*?)[,"]', page)
     assert {*sources} == {"data:image/png;base64"}
     assert not re.findall(r'<link [^>]*href="http|@import|url\(.?http', page)
-    reason = (path.parent / "reason.txt").read_text()
-    shown = {
-        "05_plots": ["top_k 0.1", "top_k 0.3", choice["rule"]],
-        "06_choice": [reason],
-    }
-    for text in shown[name]:
+    texts = [reason(directory)]
+    if name == "05_plots":
+        texts = ["top_k 0.1", "top_k 0.3", chosen_rule(directory)]
+    for text in texts:
         assert text in html.unescape(page)

@@ -39,6 +39,7 @@ STEPS = 750
 MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
+COLUMNS = ["score", "error", "gain", "explains", "corrects", "nothing"]
 _RULE = Rule(method="mean_std", fill="resample")
 # In the order in which they are tried; later rounds come last.
 CANDIDATES = (
@@ -74,10 +75,11 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         `error`, as if there were one mistake more, a full step away; `gain`, the score
         less half of what the mask loses on the images that are no mistakes of ERM (the
         mean over classes); how many mistakes it `explains` by half or more, and how
-        many of these are right with the mask, `corrects`, and with `nothing` masked;
-        the share of the image that is `hidden`. Without explained mistakes the score
-        is 0, and has no error.
+        many of these are right with the mask, `corrects`, and with `nothing` masked.
+        Without explained mistakes the score is 0, and has no error.
     """
+    if not held_out.tried:
+        return pd.DataFrame(columns=COLUMNS)
     labels = pd.Series(held_out.labels)
     predictions = pd.DataFrame(held_out.predictions)
     right = predictions.eq(labels, axis=0)
@@ -99,18 +101,15 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
     rest = right[~is_mistake].groupby(labels).mean().mean()
     lost = (rest[NULL] - rest[held_out.tried]).clip(lower=0)
     is_explained = shares >= 0.5
-    hidden = {mask: held_out.mean_masks[mask].mean().item() for mask in score.index}
-    return pd.DataFrame(
-        {
-            "score": score,
-            "error": error,
-            "gain": score - lost / 2,
-            "explains": is_explained.sum(),
-            "corrects": (is_explained & with_mask).sum(),
-            "nothing": is_explained[right[NULL]].sum(),
-            "hidden": pd.Series(hidden, dtype=float),
-        }
-    )
+    columns = {
+        "score": score,
+        "error": error,
+        "gain": score - lost / 2,
+        "explains": is_explained.sum(),
+        "corrects": (is_explained & with_mask).sum(),
+        "nothing": is_explained[right[NULL]].sum(),
+    }
+    return pd.DataFrame(columns)
 
 
 def judge(held_out: HeldOut) -> Verdict:

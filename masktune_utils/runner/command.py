@@ -2,10 +2,9 @@
 that the grid names; choose: 02 and 06.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 from joblib import cpu_count, parallel_config
@@ -14,18 +13,17 @@ from yaml import YAMLError
 from masktune_utils import datasets, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
-from masktune_utils.runner.jobs import ERM, FINETUNE, PLOTS
 from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings, root
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
 PUBLISHED = REPOSITORY / "sweeps" / "published.yaml"
+SWEEP = ["02_erm", "03_saliency_masks", "04_finetune_sweep"]
 CHOICE = "06_choice"
-SWEEP = [ERM, "03_saliency_masks", FINETUNE]
 COMMANDS = {
-    "run": ["01_dataset", *SWEEP, CHOICE, PLOTS],
+    "run": ["01_dataset", *SWEEP, CHOICE, "05_plots"],
     "sweep": SWEEP,
-    "choose": [ERM, CHOICE],
+    "choose": ["02_erm", CHOICE],
 }
 
 
@@ -42,27 +40,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument(
-        "grid",
-        nargs="?",
-        type=Path,
-        default=PUBLISHED,
-        help="YAML file, see sweeps/",
-    )
-    parser.add_argument("--jobs", type=int, help="notebooks at once")
-    parser.add_argument(
-        "--dask",
-        metavar="ADDRESS",
-        help="scheduler of a Dask cluster that shares the files",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="count the notebooks, and run nothing"
-    )
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
+    add = parser.add_argument
+    add("command", choices=COMMANDS)
+    add("grid", nargs="?", type=Path, default=PUBLISHED, help="YAML file, see sweeps/")
+    add("--jobs", type=int, help="notebooks at once")
+    add("--dask", help="address of a Dask scheduler whose cluster shares the files")
+    add("--dry-run", action="store_true", help="count the notebooks, and run nothing")
     for name, field in Settings.model_fields.items():
-        parser.add_argument(
+        add(
             *sorted({f"--{name}", f"--{name.replace('_', '-')}"}),
             nargs="+",
             help=f"{field.description} (default: {field.default!r})",
@@ -70,61 +57,56 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    """Run the notebooks; print what came out, and last the reasons of choices."""
-    if arguments.dask:
-        from distributed import Client  # heavy, and seldom wanted
-
-        Client(arguments.dask, timeout=5)
-        parallel_config(backend="dask")
-    stages = _stages(arguments)
-    if arguments.dry_run:
-        jobs.execute(stages, 0)
-        return 0
-    planned = list(chain(*stages))
-    settings = planned[0].settings
-    device = store.resolve_device(settings.device)
-    # Each kernel on a GPU has a context and the images of its own.
-    count = min(cpu_count(), 8) if device.type == "cpu" else 1
-    errors = jobs.execute(stages, arguments.jobs or count)
-    _print_table(settings.directory, [job.settings.experiment for job in planned])
-    for job, error in errors.items():
-        print(f"failed: {job.copy}: {error}", file=sys.stderr)
-    for job in reversed(planned):
-        if job.stem in (CHOICE, PLOTS) and job not in errors:
-            print(f"page: {jobs.write_page(job)}")
-            if job.stem == CHOICE:
-                reason = job.settings.folder("results") / "reason.txt"
-                print(reason.read_text())
-    return 1 if errors else 0
-
-
-def _stages(arguments: argparse.Namespace) -> list[list[jobs.Job]]:
-    """The notebooks of a command, or the one that the grid names, for each setting.
+def _run(arguments: Namespace) -> int:
+    """Run the notebooks; print what came out, and last the reasons of choices.
 
     Raises:
         FileNotFoundError: see `datasets.read`.
         ValueError: see `read_grid` and `datasets.read`.
     """
+    if arguments.dask:
+        from distributed import Client  # heavy, and seldom wanted
+
+        Client(arguments.dask, timeout=5)
+        parallel_config(backend="dask")
     given = vars(arguments)
     options = {name: given[name] for name in DEFAULTS if given[name]}
     notebook, grid = read_grid(arguments.grid, options)
     resolve = cache(datasets.resolve_dataset)  # which may read MNIST
-    ready = []
+    resolved = []
     for settings in grid:
         # A Dask worker may have another working directory.
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
-        ready.append(settings.replace(dataset=dataset, directory=directory))
-    datasets.read(ready[0])  # what cannot be read is refused here
+        resolved.append(settings.replace(dataset=dataset, directory=directory))
+    settings = resolved[0]
+    datasets.read(settings)  # what cannot be read is refused here
     stems = [notebook] if notebook else COMMANDS[arguments.command]
-    return [jobs.make_stage(stem, ready) for stem in stems]
+    stages = [jobs.make_stage(stem, resolved) for stem in stems]
+    if arguments.dry_run:
+        jobs.execute(stages, 0)
+        return 0
+    device = store.resolve_device(settings.device)
+    # Each kernel on a GPU has a context and the images of its own.
+    count = min(cpu_count(), 8) if device.type == "cpu" else 1
+    errors = jobs.execute(stages, arguments.jobs or count)
+    _print_table(settings.directory, {settings.experiment for settings in resolved})
+    for stage in reversed(stages):
+        for job in stage:
+            if job in errors:
+                print(f"failed: {job.copy}: {errors[job]}", file=sys.stderr)
+            elif job.stem in (CHOICE, jobs.PLOTS):
+                page = jobs.write_page(job)
+                print(f"page: {page}")
+                if job.stem == CHOICE:
+                    print(page.with_name("reason.txt").read_text())
+    return 1 if errors else 0
 
 
-def _print_table(directory: str, experiments: list[str]) -> None:
+def _print_table(directory: str, experiments: set[str]) -> None:
     """Save the table of all results; print that of the experiments."""
     table = results.collect(directory)
-    results.save_table(table, root(directory) / "results" / "results.csv")
+    results.save_table(table, Path(directory, "results", "results.csv"))
     print(f"files: {directory}")
     rows = table[table["experiment"].isin(experiments)]
     if len(rows):

@@ -1,15 +1,14 @@
 """Grids: YAML files of settings → all their combinations."""
 
 from pathlib import Path
-from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter, conlist
 from sklearn.model_selection import ParameterGrid
 
 from masktune_utils.settings import Settings
 
-Blocks = TypeAdapter(Annotated[list[dict[str, Any]], Field(min_length=1)])
+Blocks = TypeAdapter(conlist(dict[str, object], min_length=1))
 
 
 def read_grid(
@@ -32,13 +31,13 @@ def read_grid(
         OSError: the file cannot be read.
         YAMLError: it is no YAML.
     """
-    blocks = Blocks.validate_python(yaml.safe_load(file.read_bytes()))
+    with file.open("rb") as stream:  # by its name, YAML's errors tell the file
+        blocks = Blocks.validate_python(yaml.safe_load(stream))
     notebook = blocks[0].pop("notebook", None)
     configurations = []
     for block in blocks:
         values = {}
         for name, value in {**block, **options}.items():
             values[name] = value if isinstance(value, list) else [value]
-        for combination in ParameterGrid(values):
-            configurations.append(Settings(**combination))
+        configurations += [Settings(**each) for each in ParameterGrid(values)]
     return notebook, list(dict.fromkeys(configurations))

@@ -15,7 +15,6 @@ from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
-ERM = "02_erm"
 FINETUNE = "04_finetune_sweep"  # once for each configuration; the others, once
 PLOTS = "05_plots"
 
@@ -38,11 +37,6 @@ class Job(NamedTuple):
         if name == FINETUNE:
             name += f"_{self.settings.configuration}"
         return self.settings.folder("runs") / f"{name}.ipynb"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether its executed copy exists; 05, which shows all there is, never is."""
-        return self.copy.exists() and self.stem != PLOTS
 
     def run(self, together: int) -> str | None:
         """Execute the notebook; if it fails, what there is of it has another name.
@@ -68,18 +62,19 @@ class Job(NamedTuple):
                     skip_cells_with_tag="" if is_default else "from-scratch",
                 )
             unfinished.replace(self.copy)
+        except papermill.PapermillExecutionError as failure:
+            return f"{failure.ename}: {failure.evalue}".splitlines()[0]
         except Exception as failure:  # noqa: BLE001 - the others go on
-            kind = getattr(failure, "ename", type(failure).__name__)  # of a cell
-            message = getattr(failure, "evalue", failure)
-            return f"{kind}: {message}".splitlines()[0]
+            return f"{type(failure).__name__}: {failure}".splitlines()[0]
         return None
 
 
 def make_stage(stem: str, grid: list[BaseSettings]) -> list[Job]:
     """A notebook for each of the settings that differ in what it depends on."""
     kind = Settings if stem == FINETUNE else BaseSettings
-    values = [settings.model_dump(include={*kind.model_fields}) for settings in grid]
-    return list(dict.fromkeys(Job(stem, kind(**each)) for each in values))
+    names = {*kind.model_fields}
+    stage = [Job(stem, kind(**each.model_dump(include=names))) for each in grid]
+    return list(dict.fromkeys(stage))
 
 
 def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
@@ -101,10 +96,10 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
     for stage in stages:
         todo = []
         for job in stage:
-            (base,) = make_stage(ERM, [job.settings])
+            (base,) = make_stage("02_erm", [job.settings])
             if base in errors:
                 errors[job] = "not run, because its base model is missing"
-            elif not job.is_done:
+            elif not job.copy.exists() or job.stem == PLOTS:  # which shows all there is
                 todo.append(job)
         print(f"{stage[0].stem}: {len(todo)} of {len(stage)} to run", flush=True)
         if not count:
@@ -112,7 +107,7 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
         together = min(count, len(stage))
         tasks = [delayed(job.run)(together) for job in todo]
         outcomes = Parallel(together, prefer="threads", return_as="generator")(tasks)
-        bar = progress.bar(outcomes, total=len(todo), unit="notebook")
+        bar = progress.bar(outcomes, total=len(todo))
         for job, error in zip(todo, bar, strict=True):
             if error:
                 errors[job] = error
@@ -123,7 +118,7 @@ def write_page(job: Job) -> Path:
     """Write an executed notebook without its code, as one file to be read offline."""
     from nbconvert import HTMLExporter  # heavy, and seldom wanted
 
-    page, _ = HTMLExporter(exclude_input=True).from_filename(str(job.copy))
+    page, _ = HTMLExporter(exclude_input=True).from_filename(job.copy)
     # Scripts would be loaded from the network.
     page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
     path = job.settings.folder("results") / f"{job.stem}.html"

@@ -13,7 +13,6 @@ import random
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from jupyter_client import KernelClient, KernelManager
 
 RESET = "from masktune_utils.runner import kernels; kernels.reset()"
 ARGUMENTS = ["--log-level=50", "--HistoryManager.hist_file=:memory:"]
-PATIENCE = 60  # seconds
 
 # How a kernel is made as it was, and how it was when it was fresh.
 FRESH = [
@@ -39,14 +37,14 @@ class Manager(KernelManager):
 
     client_class = "jupyter_client.asynchronous.AsyncKernelClient"  # for papermill
 
-    def client(self, **options: Any) -> KernelClient:
+    def client(self, **options: object) -> KernelClient:
         """See jupyter_client."""
         self.latest = super().client(**options)
         return self.latest
 
 
 # Kernels that are kept for later: number of cores → kernels.
-idle: dict[int, list[Manager]] = defaultdict(list)
+idle = defaultdict(list)
 
 
 @contextlib.contextmanager
@@ -57,7 +55,8 @@ def take(cores: int) -> Iterator[Manager]:
         cores: how many it uses; as many threads, unless `OMP_NUM_THREADS` is set.
 
     Raises:
-        RuntimeError: it does not start or answer, or cannot forget.
+        RuntimeError: it cannot forget.
+        TimeoutError: it does not start or answer.
     """
     try:
         manager = idle[cores].pop()
@@ -65,14 +64,18 @@ def take(cores: int) -> Iterator[Manager]:
         manager = Manager()
     try:
         if not manager.is_alive():
-            manager = Manager()
-            environment = {"OMP_NUM_THREADS": f"{cores}", **os.environ}
-            environment["LOKY_MAX_CPU_COUNT"] = f"{cores}"
-            manager.start_kernel(extra_arguments=ARGUMENTS, env=environment)
+            manager.start_kernel(
+                extra_arguments=ARGUMENTS,
+                env={
+                    "OMP_NUM_THREADS": f"{cores}",
+                    **os.environ,
+                    "LOKY_MAX_CPU_COUNT": f"{cores}",
+                },
+            )
         client = manager.blocking_client()
         client.start_channels()
-        client.wait_for_ready(timeout=PATIENCE)
-        reply = client.execute(RESET, store_history=False, reply=True, timeout=PATIENCE)
+        # In this time a new kernel starts, and imports PyTorch.
+        reply = client.execute(RESET, store_history=False, reply=True, timeout=120)
         client.stop_channels()
         if reply["content"]["status"] != "ok":
             raise RuntimeError(f"a kernel cannot forget: {reply['content']}")
