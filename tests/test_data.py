@@ -73,8 +73,8 @@ def test_shortcuts_have_their_size_and_all_but_one_the_same_place(
 
 
 def test_a_shortcut_that_nobody_sees_is_refused():
-    with pytest.raises(ValueError, match="'black' changes no pixel of any image"):
-        load(square_color="black")
+    with pytest.raises(ValueError, match="'white' changes no pixel of any image"):
+        load(shortcut="digit_color", square_color="white")
 
 
 def test_the_digit_is_coloured_or_what_is_behind_it(full):

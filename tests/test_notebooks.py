@@ -61,8 +61,8 @@ def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
             assert "\r" not in output.get("text", "")  # a progress bar
-            if "image/png" in output.get("data", {}):
-                image = output.metadata["image/png"]
+            for kind in {"image/png", "image/jpeg"} & output.get("data", {}).keys():
+                image = output.metadata[kind]
                 assert {"alt", "width", "height"} <= image.keys()
     assert not re.search("/(work|tmp|root|home)/", notebook.path.read_text())
     assert notebook.path.stat().st_size < 1_000_000
