@@ -87,6 +87,18 @@ def test_a_grid_shows_images_and_masks_with_their_titles():
         assert shown.max() == pytest.approx(brightest[ax.get_title()])
 
 
+def test_examples_are_spread_over_each_group():
+    split = Split(torch.zeros(20, 3, 4, 4), torch.arange(20) % 2)
+    index, titles = plotting.examples(split, 2)
+    assert index.tolist() == [0, 10, 1, 11]
+    assert titles == [
+        "class 0\nno shortcut",
+        "class 0\nno shortcut",
+        "class 1\nno shortcut",
+        "class 1\nno shortcut",
+    ]
+
+
 def test_the_same_eight_images_are_shown_without_the_square_and_with_it(eight):
     assert eight.groups.tolist() == [0, 0, 4, 4, 7, 7, 9, 9]
     assert eight.has_shortcut.tolist() == [False, True] * 4
@@ -106,15 +118,27 @@ def test_predictions_are_shown_right_or_wrong(eight):
 
 
 def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
-    held_out = choice.held_out
-    held_out.labels = choice.masked.split.labels
-    held_out.predictions[ERM] = (torch.arange(200) % 7 > 0).long()
-    assert titles_of_rows(plotting.choice_masks(choice)) == [
+    split = choice.masked.split
+    labels = split.labels.tolist()
+    mistakes = [
+        labels.index(0),
+        labels.index(1),
+    ]
+    predicted = split.labels.clone()
+    predicted[mistakes] = torch.tensor([1, 0])
+    choice.held_out.labels = split.labels
+    choice.held_out.predictions[ERM] = predicted
+    figure = plotting.choice_masks(choice)
+    assert titles_of_rows(figure) == [
         "low\npredicted correctly",
         "low\na mistake of ERM",
         "high\npredicted correctly",
         "high\na mistake of ERM",
     ]
+    images = figure.axes[::4]
+    for ax, index in zip(images[1::2], mistakes, strict=True):
+        image, _ = split[index]
+        assert (ax.images[0].get_array() == image.movedim(0, 2).numpy()).all()
 
 
 def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
