@@ -49,7 +49,15 @@ def show(
     """
     numbers = ", ".join(map(str, sorted(seeds) or [settings.seed]))
     mark = f"{settings.experiment}, seed {numbers}"
-    figure.text(0, 0, mark, va="top", fontsize=7, color="0.45", wrap=True)
+    figure.text(
+        0,
+        0,
+        mark,
+        va="top",
+        fontsize=7,
+        color="0.45",
+        wrap=True,
+    )
     png = print_figure(figure, dpi=160)
     store.write_bytes(settings.folder("figures") / f"{name}.png", png)
     display(Image(png, retina=True, alt=name))

@@ -19,18 +19,18 @@ def eight():
 
 def choice_of_two(train: Split) -> Choice:
     """Two masks: `a` corrects all of six mistakes, `b` none."""
-    is_mistake = torch.arange(len(train)) < 6
+    is_right = (torch.arange(len(train)) >= 6).long()
     held_out = HeldOut(
-        labels=torch.ones(len(train), dtype=torch.int64),
+        labels=torch.ones_like(is_right),
         mistake_map=torch.rand(13, 13),
         predictions={
-            ERM: (~is_mistake).long(),
-            NULL: (~is_mistake).long(),
-            "a": is_mistake.long(),
-            "b": (~is_mistake).long(),
+            ERM: is_right,
+            NULL: is_right,
+            "a": 1 - is_right,
+            "b": is_right,
         },
-        explained={mask: is_mistake.float() for mask in "ab"},
-        mean_masks={mask: torch.eye(28) for mask in "ab"},
+        explained=dict.fromkeys("ab", 1 - is_right),
+        mean_masks=dict.fromkeys("ab", torch.eye(28)),
     )
     masked = {
         "a": MaskedDataset(train, train.shortcut, "resample"),
@@ -53,8 +53,7 @@ def drawn(monkeypatch) -> list:
 
 
 def titles_of_rows(figure) -> list[str]:
-    titles = [ax.get_ylabel() for ax in figure.axes]
-    return [title for title in titles if title]
+    return [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
 
 
 def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
@@ -62,25 +61,42 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
 ):
     display = Mock()
     monkeypatch.setattr(plotting, "display", display)
-    settings = Settings(directory=str(tmp_path), dataset="mnist5k", seed=3, epochs=2)
+    settings = Settings(
+        directory=str(tmp_path),
+        dataset="mnist5k",
+        seed=3,
+        epochs=2,
+    )
     figure = plotting.grid({"image": torch.rand(2, 3, 28, 28)})
     plotting.show(figure, settings, "picture", seeds=[2, 1])
-    path = tmp_path / "figures" / "mnist5k_epochs=2" / "seed3" / "picture.png"
     (displayed,) = display.call_args.args
+    (path,) = tmp_path.glob("figures/mnist5k_epochs=2/seed3/picture.png")
     assert displayed.data == path.read_bytes()
     assert figure.texts[0].get_text() == "mnist5k_epochs=2, seed 1, 2"
 
 
 def test_a_grid_shows_images_and_masks_with_their_titles():
     grey = torch.full((1, 1, 4, 4), 128, dtype=torch.uint8)
-    figure = plotting.grid({"grey": grey, "mask": torch.eye(4)[None]}, ["first"])
-    left, right = figure.axes
+    mask = torch.eye(4)[None]
+    figure = plotting.grid({"grey": grey, "mask": mask}, ["first"])
     assert titles_of_rows(figure) == ["first"]
-    assert [left.get_title(), right.get_title()] == ["grey", "mask"]
-    for ax, brightest in ((left, 128 / 255), (right, 1)):
+    brightest = {"grey": 128 / 255, "mask": 1}
+    for ax in figure.axes:
         (picture,) = ax.images
-        assert picture.get_cmap().name == "gray"
-        assert picture.norm(picture.get_array()).max() == pytest.approx(brightest)
+        shown = picture.norm(picture.get_array())
+        assert shown.max() == pytest.approx(brightest[ax.get_title()])
+
+
+def test_examples_are_spread_over_each_group():
+    split = Split(torch.zeros(20, 3, 4, 4), torch.arange(20) % 2)
+    index, titles = plotting.examples(split, 2)
+    assert index.tolist() == [0, 10, 1, 11]
+    assert titles == [
+        "class 0\nno shortcut",
+        "class 0\nno shortcut",
+        "class 1\nno shortcut",
+        "class 1\nno shortcut",
+    ]
 
 
 def test_the_same_eight_images_are_shown_without_the_square_and_with_it(eight):
@@ -92,37 +108,49 @@ def test_predictions_are_shown_right_or_wrong(eight):
     network = models.new_model(0)
     figure = plotting.predictions({"a": network, "b": network}, eight)
     assert titles_of_rows(figure) == ["a", "b"]
-    probabilities, classes = metrics.predict(network, eight).softmax(1).max(1)
-    texts = []
-    for share, predicted, label in zip(
-        probabilities, classes, eight.labels, strict=True
-    ):
+    probabilities = metrics.predict(network, eight).softmax(1)
+    for ax, share, label in zip(figure.axes, probabilities, eight.labels, strict=False):
+        predicted = share.argmax()
+        name = eight.class_names[predicted]
+        assert ax.get_xlabel() == f"{name} {share.max():.0%}"
         color = "#009E73" if predicted == label else "#D55E00"
-        texts.append((f"{eight.class_names[predicted]} {share:.0%}", color))
-    labels = [ax.xaxis.label for ax in figure.axes]
-    assert [(label.get_text(), label.get_color()) for label in labels] == 2 * texts
+        assert ax.xaxis.label.get_color() == color
 
 
 def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
-    held_out = choice.held_out
-    held_out.labels = choice.masked.split.labels
-    held_out.predictions[ERM] = (torch.arange(200) % 7 > 0).long()
-    assert titles_of_rows(plotting.choice_masks(choice)) == [
+    split = choice.masked.split
+    labels = split.labels.tolist()
+    mistakes = [
+        labels.index(0),
+        labels.index(1),
+    ]
+    predicted = split.labels.clone()
+    predicted[mistakes] = torch.tensor([1, 0])
+    choice.held_out.labels = split.labels
+    choice.held_out.predictions[ERM] = predicted
+    figure = plotting.choice_masks(choice)
+    assert titles_of_rows(figure) == [
         "low\npredicted correctly",
         "low\na mistake of ERM",
         "high\npredicted correctly",
         "high\na mistake of ERM",
     ]
+    images = figure.axes[::4]
+    for ax, index in zip(images[1::2], mistakes, strict=True):
+        image, _ = split[index]
+        assert (ax.images[0].get_array() == image.movedim(0, 2).numpy()).all()
 
 
 def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
     (ax,) = plotting.dumbbells(choice.held_out, "a").axes
-    first, second = ax.texts
-    assert [first.get_text(), first.get_fontweight()] == ["a: 0 → 6 of 6", "bold"]
-    assert [second.get_text(), second.get_fontweight()] == ["b: 0 → 0 of 6", "normal"]
-    ends = [dots.get_offsets().tolist() for dots in ax.collections]
-    assert ends == [[[0, 0], [100, 0]], [[0, 1], [0, 1]]]
-    assert len(ax.images) == 2
+    texts = {text.get_text(): text.get_fontweight() for text in ax.texts}
+    assert texts == {
+        "a: 0 → 6 of 6": "bold",
+        "b: 0 → 0 of 6": "normal",
+    }
+    first, second = ax.collections
+    assert first.get_offsets().tolist() == [[0, 0], [100, 0]]
+    assert second.get_offsets().tolist() == [[0, 1], [0, 1]]
 
 
 def test_where_no_mask_was_tried_there_is_no_row(choice):
@@ -136,18 +164,21 @@ def test_in_the_panel_a_mask_is_taken_or_erm_is_kept(choice, drawn, capsys):
     panel = panels.explore(choice)
     take, _ = panel.children
     assert panel.result is choice
-    for name in ("b", ERM, "a"):
+    for count, name in enumerate(("b", ERM, "a"), 2):
         take.value = name
         assert panel.result.verdict.chosen == name
-        assert capsys.readouterr().out.endswith(f"{panel.result.reason}\n")
+        assert len(drawn) == 2 * count
     assert panel.result is choice
-    assert len(drawn) == 8
+    assert capsys.readouterr().out.endswith(f"{choice.reason}\n")
 
 
 def test_the_square_can_be_moved(splits, drawn):
-    panel = panels.move_square({"ERM": models.new_model(0)}, splits.raw[:3])
+    network = models.new_model(0)
+    panel = panels.move_square({"ERM": network}, splits.raw[:3])
     _, row, *_ = panel.children
     row.value = 20
-    first, second = [figure.axes[0].images[0].get_array() for figure in drawn]
-    assert (first[:6, :6, 2] == 1).all()
-    assert (second[20:26, :6, 2] == 1).all()
+    assert len(drawn) == 2
+    for figure, top in zip(drawn, (0, 20), strict=True):
+        (picture,) = figure.axes[0].images
+        square = picture.get_array()[top : top + 6, :6, 2]
+        assert (square == 1).all()

@@ -150,8 +150,7 @@ def test_a_relative_directory_becomes_absolute(tmp_path, monkeypatch):
     options = [*OPTIONS, "--directory", "here", "--square-size", "5"]
     assert command.main(["sweep", *options]) == 0
     stages, _ = execute.call_args.args
-    for stage in stages:
-        (job,) = stage
+    for job, *_ in stages:
         assert job.settings.directory == str(tmp_path / "here")
         assert job.settings.square_size == 5
 

@@ -57,9 +57,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen:
 def kernels_of(pid: int) -> list[psutil.Process]:
     """The kernels that a process has started."""
     family = psutil.Process(pid).children(recursive=True)
-    return [
-        child for child in family if "ipykernel_launcher" in " ".join(child.cmdline())
-    ]
+    return [child for child in family if "ipykernel_launcher" in child.cmdline()]
 
 
 def contents(directory: Path) -> dict[tuple[Path, str], object]:

@@ -39,5 +39,6 @@ def read_grid(
         values = {}
         for name, value in {**block, **options}.items():
             values[name] = value if isinstance(value, list) else [value]
-        configurations += [Settings(**each) for each in ParameterGrid(values)]
+        for combination in ParameterGrid(values):
+            configurations.append(Settings(**combination))
     return notebook, list(dict.fromkeys(configurations))
