@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from unittest.mock import Mock
 
 import pytest
@@ -19,7 +18,7 @@ from masktune_utils.store import CheckpointError
 
 @pytest.fixture
 def masked(splits) -> MaskedDataset:
-    maps = torch.rand(200, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps = torch.arange(200 * 64).sin().view(200, 8, 8)
     return masking.mask_dataset(splits.train, maps, "top_k", 0.1)
 
 
@@ -31,7 +30,16 @@ def base(settings, model, splits) -> Trained:
 
 def as_base(model: torch.nn.Module, settings: Settings, train: Split) -> Trained:
     weights = sha256(model)
-    return Trained(model, settings.base, "base", train, [], weights, weights, None)
+    return Trained(
+        model=model,
+        settings=settings.base,
+        configuration="base",
+        images=train,
+        history=[],
+        sha256=weights,
+        base_sha256=weights,
+        seconds=None,
+    )
 
 
 def sha256(model: torch.nn.Module) -> str:
@@ -53,12 +61,10 @@ def test_base_model_is_trained_once(settings, splits):
     assert first.seconds > 0
     assert not first.model.training
     assert store.read(path)["settings"] == settings.base.identity
-    written = path.stat().st_mtime_ns
     second = experiment.base_model(settings, splits.train)
     assert second.seconds is None
     assert second.history == first.history
     assert second.history[0].keys() == {"epoch", "lr", "loss", "accuracy"}
-    assert path.stat().st_mtime_ns == written
 
 
 def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, masked):
@@ -66,7 +72,7 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
     start = (settings, settings.configuration, masked)
     first = experiment.load_or_train(*start, base)
     assert sha256(base.model) == before
-    assert first.base_sha256 == before != first.sha256
+    assert first.base_sha256 == before
     assert first.sha256 == sha256(first.model)
     with pytest.raises(CheckpointError, match="was made with base_sha256 = "):
         experiment.load_or_train(*start, changed(base))
@@ -89,30 +95,27 @@ def test_a_choice_is_made_once_judged_anew_and_refused_by_name(
     again = experiment.choose(base, splits.train)
     torch.testing.assert_close(vars(again.held_out), vars(first.held_out))
     assert again.verdict == score.judge(first.held_out)
-    assert again.candidates.keys() == first.candidates.keys()
-    for name, masked in first.candidates.items():
-        loaded = again.candidates[name]
-        assert torch.equal(loaded.own_masks, masked.own_masks)
-        assert (loaded.rule, loaded.fill) == (masked.rule, masked.fill)
+    for name, mean_mask in first.held_out.mean_masks.items():
+        masked = again.candidates[name]
+        assert torch.equal(masked.own_masks.float().mean(0), mean_mask)
+        assert f"{masked.rule}" == name
+        assert masked.fill == masked.rule.fill
     monkeypatch.setattr(score, "CANDIDATES", score.CANDIDATES[:1])
     with pytest.raises(CheckpointError, match=r"CNN_choice.* with candidates"):
         experiment.choose(base, splits.train)
 
 
-def a_choice(masked: MaskedDataset) -> Mock:
-    """A choice of these masks."""
-    return Mock(is_kept=False, masked=masked)
-
-
 def test_a_chosen_model_is_refused_if_other_masks_are_chosen(base, masked, splits):
     """Also if the rule is the same: two choices may mask differently by one rule."""
-    first = experiment.chosen_model(a_choice(masked), base, splits.train)
-    again = experiment.chosen_model(a_choice(masked), base, splits.train)
+    choice = Mock(is_kept=False, masked=masked)
+    first = experiment.chosen_model(choice, base, splits.train)
+    again = experiment.chosen_model(choice, base, splits.train)
     assert again.sha256 == first.sha256
     assert again.seconds is None
-    other = dataclasses.replace(masked, own_masks=masked.own_masks.flip(2))
+    flipped = masked.own_masks.flip(2)
+    choice.masked = dataclasses.replace(masked, own_masks=flipped)
     with pytest.raises(CheckpointError, match="was made with masks_sha256 = "):
-        experiment.chosen_model(a_choice(other), base, splits.train)
+        experiment.chosen_model(choice, base, splits.train)
 
 
 def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
@@ -124,9 +127,9 @@ def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
 
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told():
     finetuning = Settings(epochs=50).training
-    assert (finetuning["epochs"], finetuning["lr"]) == (1, 0.0025)
-    finetuning = Settings(finetune_lr=0.1, finetune_epochs=3).training
-    assert (finetuning["epochs"], finetuning["lr"]) == (3, 0.1)
+    assert finetuning["epochs"] == 1
+    assert finetuning["lr"] == 0.0025
+    assert Settings(finetune_lr=0.1).training["lr"] == 0.1
 
 
 MASKTUNE = {
@@ -199,23 +202,22 @@ def test_a_result_tells_what_made_a_model_how_good_it_is_and_what_was_hidden(
     experiment.record(base, splits)
     tuned = experiment.load_or_train(settings, settings.configuration, masked, base)
     row = experiment.record(tuned, splits)
+    hidden = results.hidden_shares(tuned.images)
     expected = {
         **settings.identity,
         "experiment": "mnist5k_limit=200_epochs=2_batch_size=20",
-        "rule": "top_k 0.1",
+        "configuration": "top_k_0.1",
         "sha256": sha256(tuned.model),
         "base_sha256": base.sha256,
         "seconds": tuned.seconds,
         "device": "cpu",
         **results.evaluate(tuned.model, splits),
+        "hidden_digit": hidden["digit"],
     }
-    for name, share in results.hidden_shares(tuned.images).items():
-        expected[f"hidden_{name}"] = share
     assert row.items() >= expected.items()
     path = settings.folder("results") / "top_k_0.1.json"
-    assert json.loads(path.read_text()) == row
+    assert results.read(path) == row
     table = results.collect(settings.directory)
-    assert table["configuration"].tolist() == ["base", "top_k_0.1"]
     assert table["rule"].tolist() == ["ERM", "top_k 0.1"]
 
 
@@ -235,7 +237,4 @@ def test_rounds_end_when_they_hide_nothing_more(settings, splits, monkeypatch):
     weak = settings.replace(method="mean_std", param=28.0, rounds=4)
     tuned = experiment.masktune(weak, base, splits.train)
     assert train.call_count == 2  # the first round, and the last by its own name
-    assert tuned.configuration == weak.configuration
-    first = settings.checkpoint_path(weak.replace(rounds=1).configuration)
-    assert sha256(experiment.with_weights(first)) == tuned.sha256
-    assert not settings.checkpoint_path(weak.replace(rounds=2).configuration).exists()
+    assert tuned.settings == weak

@@ -14,8 +14,6 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
     settings = Settings(directory=str(tmp_path), dataset="mnist")
     folder = tmp_path / "checkpoints/mnist/seed0"
     assert settings.checkpoint_path("base") == folder / "CNN_checkpoint_base.pth"
-    path = settings.checkpoint_path(settings.configuration)
-    assert path == folder / "CNN_checkpoint_finetuned_top_k_0.1.pth"
     of_base = {"dataset": "mnist5k", "limit": 200, "epochs": 1, "seed": 2}
     settings = Settings(**of_base, method="mean", dilation=1)
     folder = REPOSITORY / "runs/mnist5k_limit=200_epochs=1/seed2"
