@@ -41,13 +41,27 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that takes its place only once it is complete."""
+def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
+    """Write a file that takes its place only once it is complete.
+
+    Args:
+        path: the file.
+        content: what is in it.
+        is_cache: of two processes that write it at the same time, the first one wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
         unfinished = Path(folder) / path.name
         unfinished.write_bytes(content)
-        unfinished.replace(path)
+        if not is_cache:
+            unfinished.replace(path)
+            return
+        try:
+            path.hardlink_to(unfinished)
+        except FileExistsError:  # another process was quicker
+            pass
+        except OSError:  # a file system without links
+            unfinished.replace(path)
 
 
 @contextlib.contextmanager
@@ -115,8 +129,7 @@ def kept(
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
         torch.save(content, buffer, pickle_module=cloudpickle)
-        if not path.exists():  # else another process was quicker
-            write_bytes(path, buffer.getvalue())
+        write_bytes(path, buffer.getvalue(), is_cache=True)
     content = read(path, runs_code)
     with reading(path):
         settings = content["settings"]
