@@ -1,4 +1,4 @@
-"""How quick is all of it on a GPU? ERM, saliency, one 04, and the sweep of fifteen."""
+"""How quick is all of it on a GPU? ERM, saliency, a choice, one 04, fifteen of them."""
 
 import argparse
 import time
@@ -47,6 +47,9 @@ def main() -> None:
             rows[f"sweep of 15, {jobs} at once"] = measure(
                 [*sweep, "--jobs", str(jobs)]
             )[0]
+    with base_model_alone() as directory:
+        choose = [BIN / "masktune", "choose", *options, "--directory", directory]
+        rows["choice, base model saved"] = measure(choose)[0]
     with base_model_alone() as directory:
         notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
         values = {"directory": directory, "dataset": "mnist"}
