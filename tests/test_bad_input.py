@@ -73,13 +73,6 @@ def test_a_grid_file_that_is_not_there(refused):
     refused("No such file or directory", "missing.yaml")
 
 
-def test_a_directory_that_cannot_be_written_to(capsys):
-    """Nothing can be made below /proc, not even by root."""
-    options = ["--dataset=mnist5k", "--epochs=1", "--directory=/proc/new"]
-    assert command.main(["sweep", *options]) == 2
-    assert "No such file or directory: '/proc/new" in capsys.readouterr().err
-
-
 # --- images ---
 
 DIGITS = list(range(10))

@@ -78,23 +78,6 @@ def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
     assert results.CHOSEN in printed
 
 
-def test_without_a_base_model_nothing_that_needs_it_is_run(tmp_path, monkeypatch):
-    grid = [tiny(tmp_path, seed=seed) for seed in (0, 1)]
-    stages = [jobs.make_stage(stem, grid) for stem in ("02_erm", "06_choice")]
-    failing = stages[0][1]
-    executed = []
-
-    def run(job: jobs.Job, **_) -> str | None:
-        executed.append(job)
-        return "failed" if job == failing else None
-
-    monkeypatch.setattr(jobs.Job, "run", lambda job, _: run(job))
-    errors = jobs.execute(stages, 1)
-    assert executed == [*stages[0], stages[1][0]]
-    assert errors[failing] == "failed"
-    assert errors[stages[1][1]].startswith("not run, because its base model is")
-
-
 def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
     tmp_path, monkeypatch
 ):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -116,14 +115,6 @@ def test_killed_during_each_write(names, undisturbed, tmp_path):
         assert outcome(tmp_path) == before
         before[name] = undisturbed[name]
     assert in_process(pipeline, tmp_path) == 0
-    assert outcome(tmp_path) == undisturbed
-
-
-@pytest.mark.slow
-def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
-    with ThreadPoolExecutor(2) as threads:
-        codes = threads.map(in_process, [pipeline, pipeline], [tmp_path, tmp_path])
-    assert [*codes] == [0, 0]
     assert outcome(tmp_path) == undisturbed
 
 

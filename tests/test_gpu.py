@@ -36,14 +36,9 @@ def train(splits) -> Split:
 
 
 def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
-    on_gpu = torch.arange(3.0, device="cuda")
-    assert (on_gpu * torch.tensor(2)).device == GPU
-    assert on_gpu[torch.tensor([1])].device == GPU
-    assert on_gpu.cpu().device == CPU
+    on_gpu = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
         on_gpu + torch.ones(3)
-    with pytest.raises(RuntimeError, match="at least two devices"):
-        torch.ones(3)[torch.tensor([1]).to(gpu)]
     with pytest.raises(TypeError, match="can't convert cuda:0"):
         on_gpu.numpy()
 

@@ -61,20 +61,18 @@ def test_no_module_imports_one_that_comes_after_it(name):
 
 
 LAYOUT = [tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER]
-SKIPPED = [tokenize.COMMENT, tokenize.NL]
 
 
 def count_tokens(name: str) -> int:
     """Of a module, without comments and docstrings."""
-    source = io.StringIO(path_of(name).read_text())
-    types = [token.type for token in tokenize.generate_tokens(source.readline)]
-    types = [kind for kind in types if kind not in SKIPPED]
-    count = 0
-    for before, kind in zip([tokenize.NEWLINE, *types], types, strict=False):
-        is_docstring = kind == tokenize.STRING and before in LAYOUT
-        if kind not in LAYOUT and not is_docstring:
-            count += 1
-    return count
+    tree = ast.parse(path_of(name).read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            del node.body[0]
+    source = io.StringIO(ast.unparse(tree))
+    tokens = tokenize.generate_tokens(source.readline)
+    return sum(token.type not in [*LAYOUT, tokenize.NL] for token in tokens)
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")

@@ -124,6 +124,7 @@ def test_before_fine_tuning_erm_is_kept_where_no_mask_can_help(
     predicted = toy()
     predicted.resampled["a"][ERM] = accuracy
     predicted.explained["a"][explains:] = 0
+    predicted.explained["b"] = torch.zeros(1000)
     assert score.scores(predicted).empty
     verdict = score.judge(predicted)
     assert verdict.chosen == ERM

@@ -98,19 +98,6 @@ def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(path, content
         keep(path)
 
 
-def test_whole_networks_are_kept_also_of_a_class_that_no_module_has(path):
-    class Own(torch.nn.Linear):
-        pass
-
-    network = Own(2, 3)
-    content = {"networks": [network]}
-    kept = store.kept(path, {}, lambda: content, runs_code=True)
-    (loaded,) = kept["networks"]
-    assert loaded.weight.shape == (3, 2)
-    with pytest.raises(CheckpointError, match="is damaged, foreign"):
-        store.read(path)
-
-
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, path):
     store.write_bytes(path, b"old")
     monkeypatch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))
