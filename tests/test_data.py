@@ -34,10 +34,8 @@ def test_mnist5k_has_400_images_to_train_and_100_to_test_on_of_each_digit(full):
 def test_test_sets_differ_by_the_square_on_class_1_alone():
     sets = load(square_size=9, square_color="#ff0001")
     expected = sets.raw.images.clone()
-    square = expected[500:, :, :9, :9]
-    square[:, 0] = 255
-    square[:, 1] = 0
-    square[:, 2] = 1
+    color = torch.tensor([255, 0, 1])
+    expected[500:, :, :9, :9] = color.view(3, 1, 1)
     assert torch.equal(sets.biased.images, expected)
     assert not sets.raw.has_shortcut.any()
 
@@ -87,31 +85,18 @@ def test_the_digit_is_coloured_or_what_is_behind_it(full):
 
 def test_random_placement_follows_the_share_and_the_seed(full):
     has_shortcut = full.train.has_shortcut
-    is_usual = has_shortcut == (full.train.labels == 0)
-    share = is_usual.double().mean()
-    assert share == pytest.approx(0.99, abs=0.006)  # 3.6 standard deviations
+    is_conflicting = has_shortcut == (full.train.labels == 1)
+    assert 24 <= is_conflicting.sum() <= 56  # of 40 by 2.5 standard deviations
     of_another_seed = load(seed=1).train.has_shortcut
     assert not torch.equal(has_shortcut, of_another_seed)
 
 
-@pytest.mark.parametrize(
-    ("share", "count", "labels"),
-    [
-        (0.01, 20, "halves"),
-        (0.25, 500, "digits"),
-    ],
-)
-def test_ordered_placement_is_counted_exactly_whatever_the_classes(
-    share, count, labels
-):
-    sets = load(
-        placement="ordered",
-        conflicting_share=share,
-        labels=labels,
-    )
+@pytest.mark.parametrize("labels", ["halves", "digits"])
+def test_ordered_placement_is_counted_exactly_whatever_the_classes(labels):
+    sets = load(placement="ordered", conflicting_share=0.25, labels=labels)
     has_shortcut = sets.train.has_shortcut  # the images are in order
-    assert has_shortcut[: 2000 - count].all()
-    assert has_shortcut[2000 : 2000 + count].all()
+    assert has_shortcut[:1500].all()
+    assert has_shortcut[2000:2500].all()
     assert has_shortcut.sum() == 2000
     assert torch.equal(sets.biased.has_shortcut, sets.raw.groups >= 5)
 
@@ -132,7 +117,6 @@ def test_a_limit_draws_equally_many_of_each_digit_by_the_seed():
     assert (train.groups.bincount() == 20).all()
     other = load(limit=200, shortcut="none", seed=1).train
     assert not torch.equal(train.images, other.images)
-    assert len(load(limit=4000).train) == 4000  # all that there are
 
 
 def test_an_empty_name_of_a_folder_counts_as_unset(monkeypatch):
@@ -195,7 +179,6 @@ def test_a_photograph_is_read_upright_and_cut_at_both_ends(photographs):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({}, "find any class folder"),
         ({"goats": 10}, r"\['goats'\] have \[10\] images; allowed: 2 folders"),
         ({"goats": 10, "sheep": 9}, r"\[10, 9\] images; .* of 10 images or more"),
         ({"goats": 10, "sheep": 0}, "no valid file for the classes sheep"),
@@ -229,15 +212,11 @@ def test_groups_are_class_times_shortcut_without_the_empty_ones():
     area[1] = False
     split = data.Split(IMAGES, labels, shortcut=area)
     index = shortcuts.groups(split)
-    assert list(index) == [
-        "class 0, shortcut",
-        "class 0, no shortcut",
-        "class 2, shortcut",
-    ]
-    first, second, third = index.values()
-    assert first.tolist() == [3]
-    assert second.tolist() == [1]
-    assert third.tolist() == [0, 2]
+    assert {name: members.tolist() for name, members in index.items()} == {
+        "class 0, shortcut": [3],
+        "class 0, no shortcut": [1],
+        "class 2, shortcut": [0, 2],
+    }
 
 
 @pytest.mark.skipif(
