@@ -21,20 +21,13 @@ def refused(capsys, tmp_path):
 
     def run(message: str, *arguments: str) -> None:
         before = written()
-        usage = []
-        try:
-            code = command.main(["sweep", *arguments, f"--directory={tmp_path}/new"])
-        except SystemExit as stop:  # argparse's own
-            code = stop.code
-            usage = f"usage: {command.USAGE}".splitlines()
+        options = [*arguments, f"--directory={tmp_path}/new"]
+        assert command.main(["sweep", *options]) == 2
         printed = capsys.readouterr()
-        after_progress_bar = printed.err.split("\r")[-1]
-        *first, last = after_progress_bar.splitlines()
-        assert code == 2
+        (line,) = printed.err.split("\r")[-1].splitlines()  # after a progress bar
         assert printed.out == ""
-        assert first == usage
-        assert last.startswith("masktune: ")
-        assert message in last
+        assert line.startswith("masktune: ")
+        assert message in line
         assert written() == before
 
     return run
@@ -44,7 +37,6 @@ BAD_OPTIONS = {
     "--method foo": "method = 'foo': Input should be 'threshold', 'top_k', 'mean' or",
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--limit 5000": "limit = 5000: at most 4000 here",
-    "--jobs many": "argument --jobs: invalid int value: 'many'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
 BAD_GRIDS = {
@@ -65,12 +57,9 @@ def test_options_of_the_command(arguments, refused):
 @pytest.mark.parametrize("content", BAD_GRIDS)
 def test_grid_files(content, refused, tmp_path):
     path = tmp_path / "grid.yaml"
+    refused("No such file or directory", str(path))
     path.write_text(content)
     refused(BAD_GRIDS[content], str(path))
-
-
-def test_a_grid_file_that_is_not_there(refused):
-    refused("No such file or directory", "missing.yaml")
 
 
 # --- images ---

@@ -140,18 +140,11 @@ def test_the_names_of_classes_and_groups_are_kept_for_reports():
     assert Split.from_dataset(dataset).class_names == ("class 0", "class 1")
 
 
-@pytest.mark.parametrize(
-    ("pair", "error", "message"),
-    [
-        ((RED.resize((9, 9)), 1), RuntimeError, "to be equal size"),
-        ((RED, 1.0), ValueError, "labels are torch.float"),
-        ((RED, -1), RuntimeError, "non-negative"),
-        (("a.png", 0), TypeError, "Input can either be .* a PIL image"),
-    ],
-)
-def test_what_is_no_set_of_pairs_is_refused(pair, error, message):
-    with pytest.raises(error, match=message):
-        Split.from_dataset([(RED, 0), pair])
+def test_what_is_no_set_of_pairs_is_refused():
+    with pytest.raises(RuntimeError, match="to be equal size"):
+        Split.from_dataset([(RED, 0), (RED.resize((9, 9)), 1)])
+    with pytest.raises(RuntimeError, match="non-negative"):
+        Split.from_dataset([(RED, -1)])
 
 
 def test_a_choice_refuses_what_it_cannot_work_with(train):

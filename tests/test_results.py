@@ -83,19 +83,15 @@ def test_json_knows_no_nan(tmp_path):
     assert json.loads(path.read_text()) == {"hidden_digit": None}
 
 
-@pytest.fixture
-def table() -> pd.DataFrame:
-    """Two seeds of ERM, and one of a configuration."""
+def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
+    """Of two seeds of ERM, and one of a configuration."""
     rows = {
         "configuration": ["base", "base", "top_k_0.1"],
         "raw": [0.5, 0.7, 0.9],
         "biased": [0.5, 0.5, 0.5],
         "worst_group": [0.1, 0.1, math.nan],
     }
-    return pd.DataFrame(rows).assign(experiment="mnist")
-
-
-def test_summary_is_mean_and_sample_standard_deviation_in_per_cent(table):
+    table = pd.DataFrame(rows).assign(experiment="mnist")
     summary = results.summarize(table)
     assert [*summary.columns] == ["raw", "biased", "worst group", "seeds"]
     of_base = ["60.00 ± 14.14", "50.00 ± 0.00", "10.00 ± 0.00", 2]
