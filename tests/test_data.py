@@ -12,7 +12,7 @@ from masktune_utils import data, datasets, shortcuts
 from masktune_utils.settings import REPOSITORY, Settings
 
 
-def load(dataset="mnist5k", **settings) -> datasets.BiasedSets:
+def load(dataset="mnist5k", **settings):
     return datasets.load(Settings(dataset=dataset, **settings))
 
 

@@ -9,7 +9,6 @@ import torch
 
 from masktune_utils import experiment, masking, results, saliency, store, training
 from masktune_utils.choice import score
-from masktune_utils.data import Split
 from masktune_utils.experiment import (
     Trained,
     base_model,
@@ -35,16 +34,16 @@ def base(settings, model, splits) -> Trained:
     return as_base(model, settings, splits.train)
 
 
-def as_base(model: torch.nn.Module, settings: Settings, train: Split) -> Trained:
+def as_base(model, settings, train):
     weights = sha256(model)
     return Trained(model, settings.base, "base", train, [], weights, weights, None)
 
 
-def sha256(model: torch.nn.Module) -> str:
+def sha256(model):
     return store.sha256(model.state_dict())
 
 
-def changed(base: Trained) -> Trained:
+def changed(base):
     """Another base model, which always predicts class 0."""
     model = copy.deepcopy(base.model)
     model.linear[3].bias.data[0] = 1e6

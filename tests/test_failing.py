@@ -141,7 +141,7 @@ def test_notebooks_are_executed_by_a_dask_cluster(tmp_path):
     assert sum(counts) > 0
 
 
-def kernels_kept() -> int:
+def kernels_kept():
     """How many kernels this process has kept."""
     from masktune_utils.runner import kernels
 

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -33,7 +32,7 @@ WRITES = [  # in their order
 ]
 
 
-def pipeline(directory: Path) -> None:
+def pipeline(directory):
     """What the notebooks write, in their order."""
     torch.set_num_threads(1)
     settings = Settings(**SMALLEST, directory=str(directory))
@@ -47,17 +46,15 @@ def pipeline(directory: Path) -> None:
     plotting.show(plotting.grid({"masked": images}), settings, "picture")
 
 
-def unfinished(name: str) -> str:
+def unfinished(name):
     """Pattern of the path of a file before it is in its place."""
     return rf"/\.tmp\w+/{re.escape(name)}$"
 
 
-def disturbed(
-    directory: Path, event: str, pattern: str, fault: Callable[[], None]
-) -> None:
+def disturbed(directory, event, pattern, fault):
     """The pipeline, with a fault at an event of Python's audit on a file."""
 
-    def watch(current_event: str, arguments: tuple) -> None:
+    def watch(current_event, arguments):
         if current_event == event and re.search(pattern, f"{arguments[0]}"):
             fault()
 
@@ -65,16 +62,16 @@ def disturbed(
     pipeline(directory)
 
 
-def kill() -> None:
+def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop_at_500_bytes() -> None:
+def stop_at_500_bytes():
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
 
-def in_process(target: Callable, *arguments: object) -> int:
+def in_process(target, *arguments):
     """Exit code of a process of its own."""
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()

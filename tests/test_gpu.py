@@ -9,7 +9,6 @@ import torch
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
 from pretended_gpu import GPU, pretended_gpu
-from torch import nn
 
 from masktune_utils import metrics, models, training
 from masktune_utils.choice import choose
@@ -50,7 +49,7 @@ def test_network_and_images_may_be_on_different_devices(
 ):
     images = train.to(image_device)
 
-    def fit(fold: Split) -> nn.Module:
+    def fit(fold):
         network = models.new_model(0, network_device)
         training.train(network, fold, epochs=3, batch_size=20)
         return network

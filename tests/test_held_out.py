@@ -3,12 +3,12 @@
 import copy
 import re
 from functools import partial
-from typing import NamedTuple
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from masktune_utils import data, datasets, models, training
 from masktune_utils.choice import ERM, NULL, HeldOut, choose, exchange, held_out, score
@@ -46,7 +46,7 @@ def few(train) -> Split:
     return train[::4]
 
 
-def fit(fold: Split) -> nn.Module:
+def fit(fold):
     network = models.new_model(0)
     training.train(network, fold, epochs=6, batch_size=10)
     return network
@@ -55,11 +55,11 @@ def fit(fold: Split) -> nn.Module:
 FINETUNE = partial(score.fine_tune, epochs=2)
 
 
-def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:
+def unchanged(network, _masked):
     return network
 
 
-def all_of(folds: Folds, rules=RULES) -> HeldOut:
+def all_of(folds, rules=RULES):
     """What is known once all masks were tried."""
     *_, known = folds.try_masks(rules)
     return known
@@ -75,8 +75,8 @@ def tried(train) -> Folds:
     return folds
 
 
-class Fold(NamedTuple):
-    """A fold of the training images, and what is trained on it.
+def make_fold(train, index):
+    """A fold of the training images, and all models that are trained on it, one by one.
 
     Attributes:
         index: of the images in the training set.
@@ -85,16 +85,6 @@ class Fold(NamedTuple):
         networks: model → network.
         masks: mask → of the images of this fold.
     """
-
-    index: Tensor
-    images: Tensor
-    labels: Tensor
-    networks: dict
-    masks: dict
-
-
-def make_fold(train: Split, index: Tensor) -> Fold:
-    """Train all models of a fold, one by one."""
     fold = train[index]
     base = fit(fold)
     nothing = torch.zeros(100, 28, 28)
@@ -104,33 +94,40 @@ def make_fold(train: Split, index: Tensor) -> Fold:
         NULL: FINETUNE(copy.deepcopy(base), as_they_are),
     }
     masks = {}
-    maps = saliency_maps(base, *fold.batch(slice(None)))
+    maps = saliency_maps(base, fold.images, fold.labels)
     for rule in RULES:
         for tuned, masked in masktune(base, fold, rule, FINETUNE, maps, seed=SEED):
             name = f"{masked.rule}"
             networks[name] = tuned
             masks[name] = masked.own_masks
-    return Fold(index, fold.images / 255, fold.labels, networks, masks)
+    images, labels = fold.batch(slice(None))
+    return SimpleNamespace(
+        index=index,
+        images=images,
+        labels=labels,
+        networks=networks,
+        masks=masks,
+    )
 
 
 @pytest.fixture(scope="module")
-def pairs(train) -> list[tuple[Fold, Fold]]:
+def pairs(train) -> list[tuple]:
     """Each fold, and the one whose models have not seen it."""
     parts = data.folds(train.labels, SEED)
     first, second = [make_fold(train, index) for index in parts]
     return [(first, second), (second, first)]
 
 
-def predict(network: nn.Module, images: Tensor) -> Tensor:
+def predict(network, images):
     with torch.no_grad():
         return network.eval()(images).argmax(1)
 
 
-def generator(seed: int) -> torch.Generator:
+def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def exchanged(images, masks, partners) -> Tensor:
+def exchanged(images, masks, partners):
     """What the mask of either image hides comes from the partner."""
     hidden = masks | masks[partners]
     return torch.where(hidden[:, None], images[partners], images)
@@ -249,7 +246,7 @@ def found_in_few(few) -> HeldOut:
     return all_of(Folds(few, fit, FINETUNE))
 
 
-def assert_same(first: HeldOut, second: HeldOut) -> None:
+def assert_same(first, second):
     torch.testing.assert_close(vars(first), vars(second), rtol=0, atol=0)
 
 
@@ -313,7 +310,7 @@ def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(
             raise KeyboardInterrupt
         return FINETUNE(network, masked)
 
-    def again(seed=0) -> HeldOut:
+    def again(seed=0):
         folds = Folds(few, counted_fit, stopped_once, folder=tmp_path, seed=seed)
         return all_of(folds)
 
@@ -333,7 +330,7 @@ def test_other_maps_make_other_networks_in_the_same_folder(few, tmp_path):
         maps[:, :3] = 1
         return maps
 
-    def found(*explain, folder=None) -> HeldOut:
+    def found(*explain, folder=None):
         folds = Folds(few, fit, FINETUNE, *explain, folder=folder)
         return all_of(folds, RULES[1:])
 

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import interpolate
 
 from masktune_utils import results
@@ -28,7 +27,7 @@ EACH_MAP = {
 }
 
 
-def resized(masks: Tensor, mode: str = "bilinear") -> Tensor:
+def resized(masks, mode="bilinear"):
     """Masks or maps of the size of the images."""
     one_channel = masks[:, None].float()
     return interpolate(one_channel, size=SIZE, mode=mode)[:, 0]
@@ -43,7 +42,7 @@ LABELS = torch.arange(200) % 2
 TRAIN = Split(IMAGES.byte(), LABELS)
 
 
-def limit(maps: np.ndarray, method: str, param: float) -> np.ndarray | float:
+def limit(maps, method, param):
     """What a map must exceed to be hidden."""
     if method == "threshold":
         return param

@@ -17,7 +17,7 @@ def eight():
     return datasets.eight(Settings(dataset="mnist5k", device="cpu"))
 
 
-def choice_of_two(train: Split) -> Choice:
+def choice_of_two(train):
     """Two masks: `a` corrects all of six mistakes, `b` none."""
     is_right = (torch.arange(len(train)) >= 6).long()
     predictions = {
@@ -53,7 +53,7 @@ def drawn(monkeypatch) -> list:
     return figures
 
 
-def titles_of_rows(figure) -> list[str]:
+def titles_of_rows(figure):
     return [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
 
 

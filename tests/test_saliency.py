@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PixelReader
-from torch import Tensor, nn
+from torch import nn
 
 from masktune_utils import data, metrics, saliency
 from masktune_utils.choice import exchange
@@ -83,7 +83,7 @@ def misleading() -> Split:
     return Split(images.byte(), labels)
 
 
-def mistake_map(split: Split) -> Tensor:
+def mistake_map(split):
     """By what the network predicts that sees the pixel alone."""
     network = PixelReader(5, 9)
     logits = metrics.predict(network, split)
@@ -128,7 +128,7 @@ def test_of_many_mistakes_some_are_exchanged(misleading, monkeypatch):
     network = PixelReader(5, 9)
     counts = set()
 
-    def note(_network, _inputs, logits: Tensor) -> None:
+    def note(_network, _inputs, logits):
         counts.add(len(logits))
 
     network.register_forward_hook(note)

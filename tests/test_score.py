@@ -15,10 +15,10 @@ MEAN_MASK[:9, :9] = 1
 
 
 def toy(
-    mistakes: int = 40,
-    nothing: tuple[int, int] | None = None,
-    **masks: tuple[int, int],
-) -> HeldOut:
+    mistakes=40,
+    nothing=None,
+    **masks,
+):
     """A thousand images of two classes, in turns; ERM is wrong on the first ones.
 
     Args:
@@ -163,7 +163,7 @@ def test_four_images_that_nobody_can_learn_decide_nothing():
 # The rule, written a second time.
 
 
-def reference(held_out: HeldOut, mask: str) -> tuple[float, float, float]:
+def reference(held_out, mask):
     """Score, error and gain of a mask, kind by kind and class by class."""
     labels = held_out.labels.numpy()
     predicted = held_out.predictions[ERM].numpy()
@@ -188,7 +188,7 @@ def reference(held_out: HeldOut, mask: str) -> tuple[float, float, float]:
     return mean, error, mean - max(0, np.mean(lost)) / 2
 
 
-def reference_choice(held_out: HeldOut) -> str:
+def reference_choice(held_out):
     good = {}
     for mask in held_out.tried:
         if not held_out.explained[mask].any():
@@ -217,7 +217,7 @@ def test_saved_predictions_are_judged_as_by_the_second_writing(name):
     assert score.judge(predicted).chosen == reference_choice(predicted)
 
 
-def choice_of(predicted: HeldOut) -> Choice:
+def choice_of(predicted):
     images = {NULL: None} | dict.fromkeys(predicted.explained)
     return Choice(predicted, images, None, score.judge(predicted))
 
@@ -253,7 +253,7 @@ def test_a_choice_can_be_changed_by_hand():
 
 
 def test_the_chosen_images_are_fine_tuned_on_by_a_copy():
-    def schedule(network: nn.Module, masked: str) -> nn.Module:
+    def schedule(network, masked):
         network.masked = masked
         return network
 

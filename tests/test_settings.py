@@ -60,7 +60,7 @@ def expected(tmp_path) -> Settings:
     return Settings(directory=str(tmp_path), dataset="mnist5k")
 
 
-def run(*cells: str) -> dict:
+def run(*cells):
     """The names of a notebook after some cells."""
     namespace = {"In": ["", *cells]}
     exec("\n".join(cells), namespace)
@@ -89,7 +89,7 @@ def test_no_notebook_uses_the_name_of_a_setting_for_something_else():
                 assert not names_assigned(cell.source) & DEFAULTS.keys(), path
 
 
-def names_assigned(source: str) -> set[str]:
+def names_assigned(source):
     """Global names that a cell assigns."""
     instructions = dis.get_instructions(compile(source, "cell", "exec"))
     return {step.argval for step in instructions if step.opname == "STORE_NAME"}

@@ -21,7 +21,7 @@ def path(tmp_path) -> Path:
     return tmp_path / "new" / "kept.pth"
 
 
-def keep(path: Path, value: float = 1.0, made_with: dict = MADE_WITH) -> torch.Tensor:
+def keep(path, value=1.0, made_with=MADE_WITH):
     """What is kept of a value."""
     content = {"values": torch.full((50,), value)}
     return store.kept(path, made_with, lambda: content)["values"]
@@ -56,7 +56,7 @@ def test_what_was_made_with_something_else_is_refused_by_name(path, made_with, m
 def test_of_two_processes_that_write_at_the_same_time_the_first_one_wins(path):
     """Else models that were fine-tuned from the first base model would be lost."""
 
-    def make() -> dict:
+    def make():
         keep(path, 1.0)  # the other process
         return {"values": torch.zeros(50)}
 

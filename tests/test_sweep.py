@@ -2,7 +2,6 @@
 
 import html
 import re
-from pathlib import Path
 from unittest.mock import Mock
 
 import nbformat
@@ -18,7 +17,7 @@ pytest_plugins = ["tiny_runs"]
 NOTEBOOKS_OF_A_RUN = ["01", "02", "03", "04", "04", "05", "06"]
 
 
-def times_of_writing(directory: Path) -> dict[Path, int]:
+def times_of_writing(directory):
     """Of each file, but for the table that every run writes."""
     files = [path for path in directory.rglob("*.*") if path.name != "results.csv"]
     return {path: path.stat().st_mtime_ns for path in files}
@@ -28,19 +27,19 @@ def times_of_writing(directory: Path) -> dict[Path, int]:
 def dry_run(capsys):
     """Runs `masktune sweep --dry-run`; returns what it prints."""
 
-    def run(*arguments: str) -> str:
+    def run(*arguments):
         assert command.main(["sweep", *arguments, "--dry-run"]) == 0
         return capsys.readouterr().out
 
     return run
 
 
-def chosen_rule(directory: Path) -> str:
+def chosen_rule(directory):
     """The rule that a run chose."""
     return results.read(tiny(directory).folder("results") / "chosen.json")["rule"]
 
 
-def reason(directory: Path) -> str:
+def reason(directory):
     return (tiny(directory).folder("results") / "reason.txt").read_text()
 
 

@@ -13,7 +13,7 @@ from masktune_utils.settings import Settings
 from masktune_utils.store import sha256
 
 
-def train(splits, *, seed=0, **options) -> tuple[str, list]:
+def train(splits, *, seed=0, **options):
     """SHA-256 of the weights, and the history."""
     options.setdefault("epochs", 3)
     options.setdefault("batch_size", 32)
