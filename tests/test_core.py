@@ -19,11 +19,11 @@ from torchvision.models import (
 )
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from masktune_utils import metrics, models
+from masktune_utils import metrics
 from masktune_utils.choice import choose
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset, Rule
-from masktune_utils.models import NoMapsError
+from masktune_utils.models import NoMapsError, target_layer
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY
 
@@ -133,8 +133,9 @@ def test_the_names_of_classes_and_groups_are_kept_for_reports():
 
 
 def test_what_is_no_set_of_pairs_is_refused():
+    smaller = RED.resize((3, 3))
     with pytest.raises(RuntimeError, match="to be equal size"):
-        Split.from_dataset([(RED, 0), (RED.resize((9, 9)), 1)])
+        Split.from_dataset([(RED, 0), (smaller, 1)])
     with pytest.raises(RuntimeError, match="non-negative"):
         Split.from_dataset([(RED, -1)])
 
@@ -146,7 +147,13 @@ def test_a_choice_refuses_what_it_cannot_work_with(train):
         choose(train, fit, candidates=[])
 
 
-@pytest.mark.parametrize(("classes", "bias"), [(1, 0.0), (2, torch.nan)])
+@pytest.mark.parametrize(
+    ("classes", "bias"),
+    [
+        (1, 0.0),
+        (2, torch.nan),
+    ],
+)
 def test_a_choice_refuses_a_network_without_a_number_for_each_class(
     classes, bias, train
 ):
@@ -183,9 +190,9 @@ def test_a_transformer_has_no_maps():
 
 
 def test_the_last_layer_with_six_cells_or_more_is_explained():
-    network = resnet18(num_classes=2).eval()
-    assert models.target_layer(network, (3, 64, 64)) is network.layer2
-    assert models.target_layer(network, (3, 112, 112)) is network.layer3
+    network = resnet18().eval()
+    assert target_layer(network, (3, 64, 64)) is network.layer2
+    assert target_layer(network, (3, 112, 112)) is network.layer3
 
 
 def test_where_all_maps_are_coarse_the_last_of_the_finest_is_explained():
@@ -197,9 +204,10 @@ def test_where_all_maps_are_coarse_the_last_of_the_finest_is_explained():
         nn.Flatten(),
         nn.Linear(16, 2),
     )
-    assert models.target_layer(network, (3, 32, 32)) is network[2]
+    shape = (3, 32, 32)
+    assert target_layer(network, shape) is network[2]
     network[5].get_grad_cam_target_layer = lambda: network[0]  # in a wrapper, too
-    assert models.target_layer(network, (3, 32, 32)) is network[0]
+    assert target_layer(network, shape) is network[0]
 
 
 @pytest.mark.parametrize("make", [shufflenet_v2_x0_5, squeezenet1_1, swin_t])
@@ -207,11 +215,10 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     """In float64, since a small network's map may amplify the rounding of float32."""
     torch.manual_seed(0)
     network = make(num_classes=3).eval()
-    target = models.target_layer(network, (3, 96, 96))
-    layers = dict(network.named_modules())
-    (layer,) = [name for name, module in layers.items() if module is target]
+    target = target_layer(network, (3, 96, 96))
+    names = {module: name for name, module in network.named_modules()}
     images = torch.rand(4, 3, 96, 96).double()
-    explain = partial(saliency_maps, network.double(), images, layer=layer)
+    explain = partial(saliency_maps, network.double(), images, layer=names[target])
     labels = torch.arange(4) % 3
     maps = explain(labels)
     assert min(maps.shape[1:]) >= 2

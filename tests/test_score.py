@@ -8,7 +8,8 @@ import torch
 import trials
 from torch import nn
 
-from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
+from masktune_utils.choice import ERM, NULL, Choice, HeldOut
+from masktune_utils.choice.score import default_epochs, judge, scores
 
 MEAN_MASK = torch.zeros(30, 30)
 MEAN_MASK[:9, :9] = 1
@@ -51,10 +52,10 @@ def toy(
 def test_a_mask_that_explains_nothing_has_no_score():
     predicted = toy(a=(40, 960))
     predicted.explained["a"].zero_()
-    row = score.scores(predicted).loc["a"]
+    row = scores(predicted).loc["a"]
     assert row["score"] == 0
     assert np.isnan(row["error"])
-    assert score.judge(predicted).chosen == ERM
+    assert judge(predicted).chosen == ERM
 
 
 @pytest.mark.parametrize(
@@ -68,16 +69,16 @@ def test_a_mask_that_explains_nothing_has_no_score():
 def test_a_good_mask_gains_ten_points_less_half_of_what_the_rest_costs(
     mistakes, of_mask, chosen
 ):
-    verdict = score.judge(toy(mistakes, a=of_mask))
+    verdict = judge(toy(mistakes, a=of_mask))
     assert verdict.chosen == chosen
     assert not verdict.is_final
 
 
 def test_a_good_mask_gains_beyond_doubt():
     few = toy(mistakes=5, a=(1, 995))
-    assert score.scores(few).loc["a", "gain"] == pytest.approx(1 / 6)
-    assert score.judge(few).chosen == ERM
-    assert score.judge(toy(a=(7, 960))).chosen == "a"
+    assert scores(few).loc["a", "gain"] == pytest.approx(1 / 6)
+    assert judge(few).chosen == ERM
+    assert judge(toy(a=(7, 960))).chosen == "a"
 
 
 def test_the_first_mask_that_gains_forty_points_is_taken_and_no_other_tried():
@@ -85,7 +86,7 @@ def test_the_first_mask_that_gains_forty_points_is_taken_and_no_other_tried():
     predicted = toy(a=(17, 960), b=(40, 960))
     predicted.explained["a"][:4] = 0.4
     predicted.explained["a"][4:] *= 0.5
-    clear = score.judge(predicted)
+    clear = judge(predicted)
     assert clear.chosen == "a"
     assert clear.is_final
     assert clear.reason == (
@@ -97,12 +98,12 @@ def test_the_first_mask_that_gains_forty_points_is_taken_and_no_other_tried():
 @pytest.mark.parametrize(("later", "chosen"), [(13, "a"), (14, "b")])
 def test_a_later_mask_must_gain_half_a_standard_error_more(later, chosen):
     predicted = toy(a=(12, 960), b=(later, 960))
-    assert score.judge(predicted).chosen == chosen
+    assert judge(predicted).chosen == chosen
 
 
 def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     nothing = (18, 960)
-    verdict = score.judge(toy(nothing=nothing, a=(17, 960), b=nothing))
+    verdict = judge(toy(nothing=nothing, a=(17, 960), b=nothing))
     assert (verdict.chosen, verdict.best) == (ERM, "b")
     assert verdict.reason == (
         "ERM is kept: no mask clearly corrects what it explains; the best, "
@@ -125,8 +126,8 @@ def test_before_fine_tuning_erm_is_kept_where_no_mask_can_help(
     predicted.resampled["a"][ERM] = accuracy
     predicted.explained["a"][explains:] = 0
     predicted.explained["b"] = torch.zeros(1000)
-    assert score.scores(predicted).empty
-    verdict = score.judge(predicted)
+    assert scores(predicted).empty
+    verdict = judge(predicted)
     assert verdict.chosen == ERM
     assert verdict.is_final == is_hopeless
 
@@ -142,13 +143,13 @@ def test_without_mistakes_the_model_is_taken_that_is_best_where_masks_resample(
     of_mask, chosen, decision
 ):
     predicted = toy(mistakes=4, a=(0, 996), b=(0, 996))
-    verdict = score.judge(predicted)
+    verdict = judge(predicted)
     assert not verdict.is_final  # not all is known yet
     predicted.resampled = {
         "a": {ERM: 0.5, NULL: 0.4, "a": of_mask, "b": 0.1},
         "b": {ERM: 0.5, NULL: 0.8, "a": 0.7, "b": 0.9},
     }
-    verdict = score.judge(predicted)
+    verdict = judge(predicted)
     assert verdict.chosen == chosen
     assert verdict.is_final
     assert verdict.reason.startswith(f"{decision}, by a prior: 4 held-out mistakes")
@@ -157,7 +158,7 @@ def test_without_mistakes_the_model_is_taken_that_is_best_where_masks_resample(
 def test_four_images_that_nobody_can_learn_decide_nothing():
     predicted = toy(a=(30, 960))
     predicted.labels[-4:] = 2  # of a class that no model predicts
-    assert score.judge(predicted).chosen == "a"
+    assert judge(predicted).chosen == "a"
 
 
 # The rule, written a second time.
@@ -209,17 +210,17 @@ def test_saved_predictions_are_judged_as_by_the_second_writing(name):
     predicted, _ = trials.read(name)
     if predicted.is_mistake.sum() < 5:
         return
-    table = score.scores(predicted)[["score", "error", "gain"]]
+    table = scores(predicted)[["score", "error", "gain"]]
     for mask in predicted.tried:
         if predicted.explained[mask].any():
             expected = reference(predicted, mask)
             np.testing.assert_allclose(table.loc[mask], expected, atol=1e-5)
-    assert score.judge(predicted).chosen == reference_choice(predicted)
+    assert judge(predicted).chosen == reference_choice(predicted)
 
 
 def choice_of(predicted):
     images = {NULL: None} | dict.fromkeys(predicted.explained)
-    return Choice(predicted, images, None, score.judge(predicted))
+    return Choice(predicted, images, None, judge(predicted))
 
 
 def test_the_reason_tells_what_is_hidden_and_what_it_costs():
@@ -259,7 +260,7 @@ def test_the_chosen_images_are_fine_tuned_on_by_a_copy():
 
     predicted = toy(a=(30, 960))
     images = {NULL: "as they are", "a": "of a"}
-    choice = Choice(predicted, images, schedule, score.judge(predicted))
+    choice = Choice(predicted, images, schedule, judge(predicted))
     network = nn.Linear(1, 1)
     tuned = choice.finetune(network)
     assert tuned.masked == choice.masked == "of a"
@@ -270,5 +271,5 @@ def test_the_chosen_images_are_fine_tuned_on_by_a_copy():
 
 
 def test_a_small_set_is_fine_tuned_for_more_epochs():
-    assert score.default_epochs(10_000) == 3
-    assert score.default_epochs(1000) == 6
+    assert default_epochs(10_000) == 3
+    assert default_epochs(1000) == 6

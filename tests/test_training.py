@@ -91,7 +91,11 @@ def test_an_epoch_never_waits_for_the_device(splits):
     lengths = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = models.SmallCNN()
-        model.register_forward_hook(lambda *output: lengths.append(len(output[-1])))
+
+        def note(_model, _inputs, logits):
+            lengths.append(len(logits))
+
+        model.register_forward_hook(note)
         with pytest.raises(DataDependentOutputException):
             training.train(model, masked, epochs=1)
     assert lengths == [128, 72]
@@ -104,7 +108,8 @@ def test_loss_and_accuracy_are_means_over_all_batches(splits):
     nn.init.zeros_(linear.weight)
     linear.bias.data = torch.tensor([1.0, 0.0])  # always class 0
     network = nn.Sequential(nn.Flatten(), linear)
-    for epoch in training.train(network, few, epochs=2, lr=0.0):
+    history = training.train(network, few, epochs=2, lr=0.0)
+    for epoch in history:
         assert epoch["accuracy"] == pytest.approx(1 - share)
         assert epoch["loss"] == pytest.approx(0.3132617 + share)  # log(1 + 1/e)
 
@@ -164,7 +169,8 @@ def test_the_order_of_the_images_depends_on_no_dropout(splits):
     few = splits.train[::5]
     seen = []
     for layer in (nn.Identity(), nn.Dropout()):
-        network = nn.Sequential(models.new_model(0), layer).eval()
+        network = nn.Sequential(models.new_model(0), layer)
+        network.eval()
         network.register_forward_pre_hook(lambda _, inputs: seen.append(*inputs))
         training.train(network, few, epochs=2, batch_size=20)
         assert network.training
