@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PixelReader
 from torch import nn
 
 from masktune_utils import data, metrics, saliency
@@ -63,6 +62,18 @@ def test_a_model_without_a_layer_to_explain_is_refused(few):
 PIXEL = (..., 5, 9)
 
 
+class PixelReader(nn.Module):
+    """Sees nothing but one pixel: its channels are the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(4.0))
+        self.dropout = nn.Dropout(0.9)
+
+    def forward(self, images):
+        return self.dropout(self.scale * images[PIXEL])
+
+
 @pytest.fixture
 def misleading() -> Split:
     """Images of 14×42, of three classes; the pixel misleads in twelve of them.
@@ -85,7 +96,7 @@ def misleading() -> Split:
 
 def mistake_map(split):
     """By what the network predicts that sees the pixel alone."""
-    network = PixelReader(5, 9)
+    network = PixelReader()
     logits = metrics.predict(network, split)
     predicted = logits.argmax(1)
     return exchange.exchange_map(network, split, predicted, seed=3)
@@ -110,7 +121,7 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
     split = misleading[index]
     generator = torch.Generator().manual_seed(3)
     partners = exchange.class_partners(split.labels, generator)
-    logits = metrics.predict(PixelReader(5, 9), split)
+    logits = metrics.predict(PixelReader(), split)
     losses = F.cross_entropy(logits, split.labels, reduction="none")
     falls = (losses - losses[partners]).view(copies, 60)
     kinds = [
@@ -125,7 +136,7 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
 
 def test_of_many_mistakes_some_are_exchanged(misleading, monkeypatch):
     monkeypatch.setattr(exchange, "MOST_MISTAKES", 5)
-    network = PixelReader(5, 9)
+    network = PixelReader()
     counts = set()
 
     def note(_network, _inputs, logits):

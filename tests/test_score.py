@@ -219,8 +219,7 @@ def test_saved_predictions_are_judged_as_by_the_second_writing(name):
 
 
 def choice_of(predicted):
-    images = {NULL: None} | dict.fromkeys(predicted.explained)
-    return Choice(predicted, images, None, judge(predicted))
+    return Choice(predicted, {}, None, judge(predicted))
 
 
 def test_the_reason_tells_what_is_hidden_and_what_it_costs():

@@ -95,18 +95,9 @@ def names_assigned(source):
     return {step.argval for step in instructions if step.opname == "STORE_NAME"}
 
 
-@pytest.mark.parametrize(
-    ("injected", "message"),
-    [
-        ("x = 3\nmodel = 'a'", "x is not a parameter; known: batch_size, "),
-        ("seed = -1", "seed = -1: Input should be greater than or equal to 0"),
-    ],
-)
-def test_unknown_parameters_are_refused_with_those_that_are_known(
-    injected, message, shown
-):
-    namespace = run(shown, f"# Parameters\n{injected}\n")
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+def test_unknown_parameters_are_refused_with_those_that_are_known(shown):
+    namespace = run(shown, "# Parameters\nseed = 1\nx = 3\n")
+    with pytest.raises(ValueError, match="x is not a parameter; known: batch_size, "):
         experiment.from_notebook(namespace)
 
 

@@ -103,15 +103,12 @@ def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, dry_run):
 def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("- {method: [mean, top_k, mean], epochs: 7}\n- {dilation: 2}")
-    _, grid = grids.read_grid(file, {"epochs": [3], "param": [0.1, 0.3]})
+    _, grid = grids.read_grid(file, {"epochs": [3]})
     assert {settings.epochs for settings in grid} == {3}
     assert [settings.configuration for settings in grid] == [
         "mean_0.1",
-        "mean_0.3",
         "top_k_0.1",
-        "top_k_0.3",
         "top_k_0.1_dilation=2",
-        "top_k_0.3_dilation=2",
     ]
 
 
@@ -123,7 +120,6 @@ def test_a_grid_may_name_its_notebook(tmp_path, dry_run):
     assert command.main(["sweep", *options, "--seed", "1"]) == 0
     (copy,) = tmp_path.glob("runs/*/*/*.ipynb")
     assert copy.parts[-2:] == ("seed1", "01_dataset.ipynb")
-    assert "01_dataset: 1 of 2 to run\n" in dry_run(*options)
 
 
 def test_the_grids_of_the_papers_are_whole():
