@@ -221,7 +221,6 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     explain = partial(saliency_maps, network.double(), images, layer=names[target])
     labels = torch.arange(4) % 3
     maps = explain(labels)
-    assert min(maps.shape[1:]) >= 2
     assert maps.any()
     alone = explain(labels, batch_size=1)
     torch.testing.assert_close(alone, maps, rtol=0, atol=1e-6)

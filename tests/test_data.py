@@ -124,6 +124,7 @@ def test_a_limit_draws_equally_many_of_each_digit_by_the_seed():
     assert (train.groups.bincount() == 20).all()
     other = load(**few, seed=1).train
     assert not torch.equal(train.images, other.images)
+    assert len(load(limit=4000).train) == 4000  # all that there are
 
 
 def test_an_empty_name_of_a_folder_counts_as_unset(monkeypatch):

@@ -145,8 +145,9 @@ def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
         "a: 0 → 6 of 6": "bold",
         "b: 0 → 0 of 6": "normal",
     }
-    line, _ = ax.collections
-    assert line.get_offsets().tolist() == [[0, 0], [100, 0]]
+    first, second = ax.collections
+    assert first.get_offsets().tolist() == [[0, 0], [100, 0]]
+    assert second.get_offsets().tolist() == [[0, 1], [0, 1]]
 
 
 def test_where_no_mask_was_tried_there_is_no_row(choice):
