@@ -15,7 +15,6 @@ os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command s
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from masktune_utils import datasets, models, training
@@ -27,7 +26,7 @@ TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
 TINY["device"] = "cpu"  # where there is a GPU, too
 
 
-def write_idx_files(folder: Path, labels: list[int]) -> np.ndarray:
+def write_idx_files(folder, labels):
     """A data set in torchvision's layout, of random images: training is testing.
 
     Args:
@@ -48,7 +47,7 @@ def write_idx_files(folder: Path, labels: list[int]) -> np.ndarray:
     return images
 
 
-def outcome(directory: Path) -> dict[str, object]:
+def outcome(directory):
     """What a run leaves, by name of the file.
 
     Checkpoints, maps and pictures as bytes; results without their seconds.
@@ -69,7 +68,7 @@ def outcome(directory: Path) -> dict[str, object]:
     return contents
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """Only with the full MNIST have the notebooks' tables their committed numbers."""
     if (datasets.data_root() / "MNIST").is_dir():
         return
@@ -80,19 +79,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "tags", []
         ):
             item.options["check"] = False
-
-
-class PixelReader(torch.nn.Module):
-    """Sees nothing but one pixel: its channels are the logits."""
-
-    def __init__(self, row: int = 0, column: int = 0) -> None:
-        super().__init__()
-        self.pixel = (..., row, column)
-        self.scale = torch.nn.Parameter(torch.tensor(4.0))
-        self.dropout = torch.nn.Dropout(0.9)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.scale * images[self.pixel])
 
 
 @pytest.fixture
@@ -136,7 +122,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def write_photographs(folder: Path, counts: dict[str, int]) -> None:
+def write_photographs(folder, counts):
     """A folder of photographs, all noise, for each class."""
     rng = np.random.default_rng(0)
     for name, count in counts.items():

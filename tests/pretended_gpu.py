@@ -5,8 +5,6 @@ unless it is an index, and they have no NumPy array. The numerics are those of t
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -24,19 +22,19 @@ class OnGPU(Tensor):
     """A tensor of the pretended GPU."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return GPU
 
     @property
-    def is_cuda(self) -> bool:
+    def is_cuda(self):
         return True
 
-    def numpy(self, *_: Any, **__: Any) -> None:
+    def numpy(self, *_, **__):
         raise TypeError("can't convert cuda:0 device type tensor to numpy.")
 
     __array__ = numpy
 
-    def __deepcopy__(self, memo: dict) -> Tensor:
+    def __deepcopy__(self, memo):
         copied = self.detach().clone().requires_grad_(self.requires_grad)
         if isinstance(self, torch.nn.Parameter):
             copied._is_param = True
@@ -48,11 +46,11 @@ class OnGPU(Tensor):
         raise AssertionError("the mode is not active")
 
 
-def put(value: Any, device: torch.device) -> Any:
+def put(value, device):
     """All tensors in a value, seen as tensors of a device."""
     kind = OnGPU if device.type == "cuda" else Tensor
 
-    def seen(leaf: Any) -> Any:
+    def seen(leaf):
         if not isinstance(leaf, Tensor) or type(leaf) is kind:
             return leaf
         is_parameter = isinstance(leaf, torch.nn.Parameter)
@@ -65,7 +63,7 @@ def put(value: Any, device: torch.device) -> Any:
     return tree_map(seen, value)
 
 
-def on_cpu(leaf: Any) -> Any:
+def on_cpu(leaf):
     """The CPU in place of the GPU."""
     is_device = isinstance(leaf, str | torch.device)
     return CPU if is_device and f"{leaf}".startswith("cuda") else leaf
@@ -115,7 +113,7 @@ class Mode(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[torch.device]:
+def pretended_gpu():
     """A machine with one GPU."""
     functions = {
         "is_available": lambda: True,

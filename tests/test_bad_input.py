@@ -16,25 +16,18 @@ from masktune_utils.settings import Settings
 def refused(capsys, tmp_path):
     """Runs `masktune sweep`, which must end with a message and write nothing."""
 
-    def written() -> dict[Path, int]:
+    def written():
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
 
-    def run(message: str, *arguments: str) -> None:
+    def run(message, *arguments):
         before = written()
-        usage = []
-        try:
-            code = command.main(["sweep", *arguments, f"--directory={tmp_path}/new"])
-        except SystemExit as stop:  # argparse's own
-            code = stop.code
-            usage = f"usage: {command.USAGE}".splitlines()
+        options = [*arguments, f"--directory={tmp_path}/new"]
+        assert command.main(["sweep", *options]) == 2
         printed = capsys.readouterr()
-        after_progress_bar = printed.err.split("\r")[-1]
-        *first, last = after_progress_bar.splitlines()
-        assert code == 2
+        (line,) = printed.err.split("\r")[-1].splitlines()  # after a progress bar
         assert printed.out == ""
-        assert first == usage
-        assert last.startswith("masktune: ")
-        assert message in last
+        assert line.startswith("masktune: ")
+        assert message in line
         assert written() == before
 
     return run
@@ -44,7 +37,6 @@ BAD_OPTIONS = {
     "--method foo": "method = 'foo': Input should be 'threshold', 'top_k', 'mean' or",
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--limit 5000": "limit = 5000: at most 4000 here",
-    "--jobs many": "argument --jobs: invalid int value: 'many'",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
 BAD_GRIDS = {
@@ -65,19 +57,9 @@ def test_options_of_the_command(arguments, refused):
 @pytest.mark.parametrize("content", BAD_GRIDS)
 def test_grid_files(content, refused, tmp_path):
     path = tmp_path / "grid.yaml"
+    refused("No such file or directory", str(path))
     path.write_text(content)
     refused(BAD_GRIDS[content], str(path))
-
-
-def test_a_grid_file_that_is_not_there(refused):
-    refused("No such file or directory", "missing.yaml")
-
-
-def test_a_directory_that_cannot_be_written_to(capsys):
-    """Nothing can be made below /proc, not even by root."""
-    options = ["--dataset=mnist5k", "--epochs=1", "--directory=/proc/new"]
-    assert command.main(["sweep", *options]) == 2
-    assert "No such file or directory: '/proc/new" in capsys.readouterr().err
 
 
 # --- images ---
@@ -95,13 +77,11 @@ def root(monkeypatch, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("dataset", ["auto", "fashion_mnist"])
-def test_masktune_data_is_no_folder(dataset, root, refused, monkeypatch):
+def test_masktune_data_is_no_folder(root, refused, monkeypatch):
     path = root / "file"
     path.touch()
     monkeypatch.setenv("MASKTUNE_DATA", str(path))
-    message = f"MASKTUNE_DATA = '{path}': no folder. Correct or unset it."
-    refused(message, f"--dataset={dataset}")
+    refused(f"MASKTUNE_DATA = '{path}': no folder. Correct or unset it.")
 
 
 @pytest.mark.parametrize("dataset", datasets.TORCHVISION)
@@ -111,12 +91,10 @@ def test_masktune_data_is_empty_and_there_is_no_network(dataset, root, refused):
     refused(message, f"--dataset={dataset}")
 
 
-@pytest.mark.parametrize("dataset", ["auto", "mnist"])
-def test_files_that_are_not_those_of_mnist(dataset, root, refused):
+def test_files_that_are_not_those_of_mnist(root, refused):
     folder = root / "MNIST"
     write_idx_files(folder / "raw", DIGITS)
-    message = f"{folder} is damaged, foreign or of another version (ValueError: their"
-    refused(message, f"--dataset={dataset}")
+    refused(f"{folder} is damaged, foreign or of another version (ValueError: their")
 
 
 def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypatch):
@@ -139,7 +117,7 @@ def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch):
     problems = ["File not found or corrupted."]
     images = []
 
-    def download(dataset: torchvision.datasets.KMNIST) -> None:
+    def download(dataset):
         images[:] = write_idx_files(Path(dataset.raw_folder), DIGITS)
         if problems:
             raise RuntimeError(problems.pop())

@@ -89,10 +89,10 @@ def test_the_square_is_moved_and_a_mask_is_taken(address, browser):
     not_yet = [WebDriverException, IndexError]
     wait = WebDriverWait(browser, 120, ignored_exceptions=not_yet)
 
-    def cell(number: int):
+    def cell(number):
         return browser.find_elements(By.CLASS_NAME, "jp-CodeCell")[number]
 
-    def picture(number: int) -> str:
+    def picture(number):
         images = cell(number).find_elements(By.TAG_NAME, "img")
         return images[-1].get_attribute("src")
 

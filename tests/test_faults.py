@@ -7,8 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -34,7 +32,7 @@ WRITES = [  # in their order
 ]
 
 
-def pipeline(directory: Path) -> None:
+def pipeline(directory):
     """What the notebooks write, in their order."""
     torch.set_num_threads(1)
     settings = Settings(**SMALLEST, directory=str(directory))
@@ -48,17 +46,15 @@ def pipeline(directory: Path) -> None:
     plotting.show(plotting.grid({"masked": images}), settings, "picture")
 
 
-def unfinished(name: str) -> str:
+def unfinished(name):
     """Pattern of the path of a file before it is in its place."""
     return rf"/\.tmp\w+/{re.escape(name)}$"
 
 
-def disturbed(
-    directory: Path, event: str, pattern: str, fault: Callable[[], None]
-) -> None:
+def disturbed(directory, event, pattern, fault):
     """The pipeline, with a fault at an event of Python's audit on a file."""
 
-    def watch(current_event: str, arguments: tuple) -> None:
+    def watch(current_event, arguments):
         if current_event == event and re.search(pattern, f"{arguments[0]}"):
             fault()
 
@@ -66,16 +62,16 @@ def disturbed(
     pipeline(directory)
 
 
-def kill() -> None:
+def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop_at_500_bytes() -> None:
+def stop_at_500_bytes():
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
 
-def in_process(target: Callable, *arguments: object) -> int:
+def in_process(target, *arguments):
     """Exit code of a process of its own."""
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()
@@ -117,14 +113,6 @@ def test_killed_during_each_write(names, undisturbed, tmp_path):
         assert outcome(tmp_path) == before
         before[name] = undisturbed[name]
     assert in_process(pipeline, tmp_path) == 0
-    assert outcome(tmp_path) == undisturbed
-
-
-@pytest.mark.slow
-def test_two_runs_at_once_in_one_directory(undisturbed, tmp_path):
-    with ThreadPoolExecutor(2) as threads:
-        codes = threads.map(in_process, [pipeline, pipeline], [tmp_path, tmp_path])
-    assert [*codes] == [0, 0]
     assert outcome(tmp_path) == undisturbed
 
 

@@ -1,7 +1,5 @@
 """A property that holds for whatever comes: 200 examples, the same in every run."""
 
-from pathlib import Path
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,9 +59,9 @@ def test_two_settings_share_a_file_only_if_they_are_the_same(first, other, name)
         assert max(map(len, tuned_path(second).parts)) <= 220
 
 
-def base_path(settings: Settings) -> Path:
+def base_path(settings):
     return settings.checkpoint_path("base")
 
 
-def tuned_path(settings: Settings) -> Path:
+def tuned_path(settings):
     return settings.checkpoint_path(settings.configuration)

@@ -9,7 +9,6 @@ import torch
 from nbclient import NotebookClient
 from papermill.parameterize import parameterize_notebook
 from pretended_gpu import GPU, pretended_gpu
-from torch import nn
 
 from masktune_utils import metrics, models, training
 from masktune_utils.choice import choose
@@ -36,14 +35,9 @@ def train(splits) -> Split:
 
 
 def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
-    on_gpu = torch.arange(3.0, device="cuda")
-    assert (on_gpu * torch.tensor(2)).device == GPU
-    assert on_gpu[torch.tensor([1])].device == GPU
-    assert on_gpu.cpu().device == CPU
+    on_gpu = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
         on_gpu + torch.ones(3)
-    with pytest.raises(RuntimeError, match="at least two devices"):
-        torch.ones(3)[torch.tensor([1]).to(gpu)]
     with pytest.raises(TypeError, match="can't convert cuda:0"):
         on_gpu.numpy()
 
@@ -55,7 +49,7 @@ def test_network_and_images_may_be_on_different_devices(
 ):
     images = train.to(image_device)
 
-    def fit(fold: Split) -> nn.Module:
+    def fit(fold):
         network = models.new_model(0, network_device)
         training.train(network, fold, epochs=3, batch_size=20)
         return network

@@ -3,7 +3,8 @@
 import copy
 import re
 from functools import partial
-from typing import NamedTuple
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from masktune_utils import data, datasets, models, training
 from masktune_utils.choice import ERM, NULL, HeldOut, choose, exchange, held_out, score
+from masktune_utils.choice.exchange import SWAPS, class_partners, exchange_map
 from masktune_utils.choice.held_out import Folds
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset, Rule, masktune
@@ -39,7 +41,13 @@ def train() -> Split:
     return datasets.load(settings).train
 
 
-def fit(fold: Split) -> nn.Module:
+@pytest.fixture(scope="module")
+def few(train) -> Split:
+    """A quarter of them."""
+    return train[::4]
+
+
+def fit(fold):
     network = models.new_model(0)
     training.train(network, fold, epochs=6, batch_size=10)
     return network
@@ -48,11 +56,11 @@ def fit(fold: Split) -> nn.Module:
 FINETUNE = partial(score.fine_tune, epochs=2)
 
 
-def unchanged(network: nn.Module, _masked: MaskedDataset) -> nn.Module:
+def unchanged(network, _masked):
     return network
 
 
-def all_of(folds: Folds, rules=RULES) -> HeldOut:
+def all_of(folds, rules=RULES):
     """What is known once all masks were tried."""
     *_, known = folds.try_masks(rules)
     return known
@@ -68,8 +76,8 @@ def tried(train) -> Folds:
     return folds
 
 
-class Fold(NamedTuple):
-    """A fold of the training images, and what is trained on it.
+def make_fold(train, index):
+    """A fold of the training images, and all models that are trained on it, one by one.
 
     Attributes:
         index: of the images in the training set.
@@ -78,47 +86,49 @@ class Fold(NamedTuple):
         networks: model → network.
         masks: mask → of the images of this fold.
     """
-
-    index: torch.Tensor
-    images: torch.Tensor
-    labels: torch.Tensor
-    networks: dict[str, nn.Module]
-    masks: dict[str, torch.Tensor]
-
-
-def make_fold(train: Split, index: torch.Tensor) -> Fold:
-    """Train all models of a fold, one by one."""
     fold = train[index]
     base = fit(fold)
-    as_they_are = MaskedDataset(fold, torch.zeros(100, 28, 28), seed=SEED)
-    networks = {ERM: base, NULL: FINETUNE(copy.deepcopy(base), as_they_are)}
+    nothing = torch.zeros(100, 28, 28)
+    as_they_are = MaskedDataset(fold, nothing, seed=SEED)
+    networks = {
+        ERM: base,
+        NULL: FINETUNE(copy.deepcopy(base), as_they_are),
+    }
     masks = {}
     maps = saliency_maps(base, fold.images, fold.labels)
     for rule in RULES:
         for tuned, masked in masktune(base, fold, rule, FINETUNE, maps, seed=SEED):
-            networks[f"{masked.rule}"] = tuned
-            masks[f"{masked.rule}"] = masked.own_masks
-    return Fold(index, fold.images / 255, fold.labels, networks, masks)
+            name = f"{masked.rule}"
+            networks[name] = tuned
+            masks[name] = masked.own_masks
+    images, labels = fold.batch(slice(None))
+    return SimpleNamespace(
+        index=index,
+        images=images,
+        labels=labels,
+        networks=networks,
+        masks=masks,
+    )
 
 
 @pytest.fixture(scope="module")
-def pairs(train) -> list[tuple[Fold, Fold]]:
+def pairs(train) -> list[tuple]:
     """Each fold, and the one whose models have not seen it."""
     parts = data.folds(train.labels, SEED)
     first, second = [make_fold(train, index) for index in parts]
     return [(first, second), (second, first)]
 
 
-def predict(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def predict(network, images):
     with torch.no_grad():
         return network.eval()(images).argmax(1)
 
 
-def generator(seed: int) -> torch.Generator:
+def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def exchanged(images, masks, partners) -> torch.Tensor:
+def exchanged(images, masks, partners):
     """What the mask of either image hides comes from the partner."""
     hidden = masks | masks[partners]
     return torch.where(hidden[:, None], images[partners], images)
@@ -133,8 +143,8 @@ def test_each_image_is_predicted_by_the_models_that_have_not_seen_it(
     assert torch.equal(known.labels, train.labels)
     for fold, other in pairs:
         for name, network in other.networks.items():
-            expected = predict(network, fold.images)
-            assert torch.equal(known.predictions[name][fold.index], expected)
+            predicted = known.predictions[name][fold.index]
+            assert torch.equal(predicted, predict(network, fold.images))
 
 
 def test_the_masks_of_an_image_are_those_of_the_models_that_have_seen_it(tried, pairs):
@@ -142,77 +152,80 @@ def test_the_masks_of_an_image_are_those_of_the_models_that_have_seen_it(tried, 
     assert not tried.images[NULL].own_masks.any()
     for name in NAMES:
         masked = tried.images[name]
-        assert (masked.fill, masked.seed) == ("resample", SEED)
+        own_masks = masked.own_masks
+        assert masked.fill == "resample"
+        assert masked.seed == SEED
         assert f"{masked.rule}" == name
         for fold, _ in pairs:
-            assert torch.equal(masked.own_masks[fold.index], fold.masks[name])
-        mean_mask = masked.own_masks.float().mean(0)
-        torch.testing.assert_close(tried.held_out.mean_masks[name], mean_mask)
+            assert torch.equal(own_masks[fold.index], fold.masks[name])
+        mean_mask = tried.held_out.mean_masks[name]
+        torch.testing.assert_close(mean_mask, own_masks.float().mean(0))
 
 
 def test_accuracy_where_the_hidden_part_comes_from_another_image(tried, pairs):
     resampled = tried.held_out.resampled
-    sample = torch.randperm(100, generator=generator(SEED))[:SAMPLE]
+    order = torch.randperm(100, generator=generator(SEED))
+    sample = order[:SAMPLE]
     # of an epoch that is the first
     partners = torch.randperm(SAMPLE, generator=generator(SEED + 1))
     for mask in NAMES:
         assert [*resampled[mask]] == [ERM, NULL, *NAMES]
         for name, accuracy in resampled[mask].items():
-            right = []
+            right = 0
             for fold, other in pairs:
                 masks = fold.masks[mask][sample]
                 images = exchanged(fold.images[sample], masks, partners)
                 predicted = predict(other.networks[name], images)
-                right.append(predicted == fold.labels[sample])
-            assert accuracy == pytest.approx(torch.cat(right).double().mean().item())
+                right += (predicted == fold.labels[sample]).sum().item()
+            assert accuracy == pytest.approx(right / (2 * SAMPLE))
 
 
 def test_a_mistake_is_explained_by_the_share_of_swaps_with_which_it_moves(tried, pairs):
     explained = tried.held_out.explained
-    assert any(explained[name].any() for name in NAMES)
+    assert explained[NAMES[0]].any()
     for fold, other in pairs:
         erm = other.networks[ERM]
+        labels = fold.labels
         predicted = predict(erm, fold.images)
-        mistakes = (predicted != fold.labels).nonzero()[:, 0].tolist()
         for name in NAMES:
             moves = torch.zeros(100)
             random = generator(SEED)
-            for _ in range(exchange.SWAPS):
-                partners = exchange.class_partners(fold.labels, random)
-                for index in mistakes:
-                    pair = torch.tensor([index, partners[index]])
+            for _ in range(SWAPS):
+                partners = class_partners(labels, random)
+                for index in (predicted != labels).nonzero()[:, 0]:
+                    pair = torch.stack([index, partners[index]])
                     masks = fold.masks[name][pair]
                     swapped = exchanged(fold.images[pair], masks, [1, 0])
                     cut_out, pasted = predict(erm, swapped)
-                    if cut_out == fold.labels[index] and pasted == predicted[index]:
-                        moves[index] += 1
-            assert torch.equal(explained[name][fold.index], moves / exchange.SWAPS)
+                    is_right = cut_out == labels[index]
+                    moves[index] += is_right & (pasted == predicted[index])
+            shares = explained[name][fold.index]
+            assert torch.equal(shares, moves / SWAPS)
 
 
 def test_mistakes_are_exchanged_in_batches(train):
     network = models.new_model(0)
-    sizes = []
-    network.register_forward_hook(
-        lambda _net, inputs, _out: sizes.append(len(inputs[0]))
-    )
-    masked = MaskedDataset(train, torch.ones(200, 28, 28, dtype=torch.bool))
-    exchange.explained(network, masked, 1 - train.labels)
-    assert max(sizes) == 100
-    assert sum(sizes) == 2 * exchange.SWAPS * 200
+    masked = BY_EXCHANGE.mask(train, torch.ones(200, 1, 1))
+    as_it_is = MaskedDataset.batch
+    with patch.object(MaskedDataset, "batch", autospec=True) as batch:
+        batch.side_effect = as_it_is
+        exchange.explained(network, masked, 1 - train.labels)
+    sizes = [len(call.args[1]) for call in batch.call_args_list]
+    assert sizes == [100] * (2 * 2 * SWAPS)
 
 
-def test_before_any_fine_tuning_the_masks_of_first_rounds_are_known(train):
+def test_before_any_fine_tuning_the_masks_of_first_rounds_are_known(few):
     def forbidden(*_):
         raise AssertionError
 
-    folds = Folds(train[::4], fit, forbidden)
+    folds = Folds(few, fit, forbidden)
     known = next(folds.try_masks([*RULES, BY_EXCHANGE]))
     assert [*known.explained] == [*NAMES[:2], f"{BY_EXCHANGE}"]
     assert [*known.predictions] == [ERM]
     assert [*known.resampled[NAMES[0]]] == [ERM]
 
 
-def test_masks_are_tried_until_one_is_clear(train, monkeypatch):
+def test_masks_are_tried_until_one_is_clear(few, monkeypatch):
     tuned = []
 
     def finetune(network, masked):
@@ -220,45 +233,36 @@ def test_masks_are_tried_until_one_is_clear(train, monkeypatch):
         return network
 
     def judge(known):
-        verdict = score.Verdict(ERM, NAMES[0], "", len(known.tried) == 1)
-        return verdict
+        return score.Verdict(ERM, NAMES[0], "", is_final=len(known.tried) == 1)
 
     monkeypatch.setattr(score, "judge", judge)
-    choice = choose(train[::4], fit, finetune, RULES)
+    choice = choose(few, fit, finetune, RULES)
     assert tuned == [NULL, NULL, NAMES[0], NAMES[0]]
     assert [*choice.candidates] == [NULL, *NAMES[:2]]
 
 
 @pytest.fixture(scope="module")
-def found_in_few(train) -> HeldOut:
+def found_in_few(few) -> HeldOut:
     """Of a quarter of the images, in one process, without a stop."""
-    return all_of(Folds(train[::4], fit, FINETUNE))
+    return all_of(Folds(few, fit, FINETUNE))
 
 
-def assert_same(first: HeldOut, second: HeldOut) -> None:
+def assert_same(first, second):
     torch.testing.assert_close(vars(first), vars(second), rtol=0, atol=0)
 
 
 def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(
-    train, found_in_few, tmp_path
+    few, found_in_few, tmp_path
 ):
-    class Wrapped(nn.Module):  # cannot be pickled by name
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-        def forward(self, images):
-            return self.network(images)
+    class Own(nn.Sequential):  # cannot be pickled by name
+        pass
 
     def fit_it(fold):
-        return Wrapped(fit(fold))
+        return Own(fit(fold))
 
-    first, second = [
-        all_of(Folds(train[::4], fit_it, FINETUNE, jobs=jobs, folder=tmp_path))
-        for jobs in (2, 1)
-    ]
-    assert_same(first, found_in_few)
-    assert_same(second, found_in_few)
+    for jobs in (2, 1):
+        folds = Folds(few, fit_it, FINETUNE, jobs=jobs, folder=tmp_path)
+        assert_same(all_of(folds), found_in_few)
 
 
 def test_masks_by_exchange_hide_where_mistakes_on_the_fold_come_from(train):
@@ -271,12 +275,13 @@ def test_masks_by_exchange_hide_where_mistakes_on_the_fold_come_from(train):
         fold = train[index]
         judge = fit(train[others])
         predicted = predict(judge, fold.images / 255)
-        falls = exchange.exchange_map(judge, fold, predicted, SEED)
-        expected = BY_EXCHANGE.mask(fold, falls.clamp(min=0).expand(100, -1, -1))
-        assert expected.own_masks.any()
-        assert torch.equal(own_masks[index], expected.own_masks)
+        falls = exchange_map(judge, fold, predicted, SEED)
+        misleading = falls.clamp(min=0).expand(100, -1, -1)
+        expected = BY_EXCHANGE.mask(fold, misleading).own_masks
+        assert expected.any()
+        assert torch.equal(own_masks[index], expected)
         maps.append(falls)
-    torch.testing.assert_close(known.mistake_map, (maps[0] + maps[1]) / 2)
+    torch.testing.assert_close(known.mistake_map, sum(maps) / 2)
 
 
 def no_maps(*_):
@@ -292,7 +297,7 @@ def test_a_network_without_maps_is_masked_by_exchange_alone(train):
 
 
 def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(
-    train, found_in_few, tmp_path
+    few, found_in_few, tmp_path
 ):
     calls = []
 
@@ -306,34 +311,34 @@ def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(
             raise KeyboardInterrupt
         return FINETUNE(network, masked)
 
-    def again(**options) -> HeldOut:
-        few = train[::4]
-        return all_of(Folds(few, counted_fit, stopped_once, folder=tmp_path, **options))
+    def again(seed=0):
+        folds = Folds(few, counted_fit, stopped_once, folder=tmp_path, seed=seed)
+        return all_of(folds)
 
     with pytest.raises(KeyboardInterrupt):
         again()
     assert_same(again(), found_in_few)
     assert calls.count("fit") == 2
     assert calls.count("finetune") == 9  # four for each fold, and the one stopped
-    assert all(path.suffix == ".pt" for path in tmp_path.rglob("*"))
     again(seed=1)  # of other folds
     assert calls.count("fit") == 4
 
 
-def test_other_maps_make_other_networks_in_the_same_folder(train, tmp_path):
+def test_other_maps_make_other_networks_in_the_same_folder(few, tmp_path):
     def rows(_network, images, _labels):
         maps = torch.zeros(len(images), 28, 28)
         maps[:, :3] = 1
         return maps
 
-    few = train[::4]
-    all_of(Folds(few, fit, FINETUNE, folder=tmp_path), RULES[1:])
-    other = all_of(Folds(few, fit, FINETUNE, rows, folder=tmp_path), RULES[1:])
-    assert_same(other, all_of(Folds(few, fit, FINETUNE, rows), RULES[1:]))
+    def found(*explain, folder=None):
+        folds = Folds(few, fit, FINETUNE, *explain, folder=folder)
+        return all_of(folds, RULES[1:])
+
+    found(folder=tmp_path)
+    assert_same(found(rows, folder=tmp_path), found(rows))
 
 
-def test_a_damaged_network_is_refused_by_the_name_of_its_file(train, tmp_path):
-    few = train[::4]
+def test_a_damaged_network_is_refused_by_the_name_of_its_file(few, tmp_path):
     Folds(few, fit, FINETUNE, folder=tmp_path)
     (path,) = tmp_path.glob("ERM*.pt")
     content = bytearray(path.read_bytes())
@@ -343,27 +348,23 @@ def test_a_damaged_network_is_refused_by_the_name_of_its_file(train, tmp_path):
         Folds(few, fit, FINETUNE, folder=tmp_path)
 
 
-def test_a_round_that_hides_nothing_more_is_not_tried(train):
-    weak = Rule(param=28.0, fill="resample", rounds=3)  # hides nothing
-    folds = Folds(train, fit, unchanged)
-    assert all_of(folds, [weak]).tried == ["mean_std 28, resampled"]
-    assert [*folds.images] == [NULL, "mean_std 28, resampled"]
-
-
-def return_none(*_):
-    return None
+def test_a_round_that_hides_nothing_more_is_not_tried(few):
+    weak = Rule(param=28.0, rounds=3)  # hides nothing
+    folds = Folds(few, fit, unchanged)
+    assert all_of(folds, [weak]).tried == ["mean_std 28"]
+    assert [*folds.images] == [NULL, "mean_std 28"]
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_one_network_for_both_folds_is_refused_each_time(train, is_frozen, tmp_path):
+def test_one_network_for_both_folds_is_refused_each_time(few, is_frozen, tmp_path):
     network = models.new_model(0).requires_grad_(not is_frozen)
 
     def wrap_it(_fold):
-        return nn.Sequential(network, nn.Identity())
+        return nn.Sequential(network)
 
     for _ in range(2):
         with pytest.raises(ValueError, match="fit returned the same network twice"):
-            Folds(train[::4], wrap_it, unchanged, folder=tmp_path)
+            Folds(few, wrap_it, unchanged, folder=tmp_path)
 
 
 class Tuple(nn.Linear):
@@ -371,37 +372,30 @@ class Tuple(nn.Linear):
         return (super().forward(images.flatten(1)),)
 
 
-BAD_FITS = {
-    "none": (return_none, "fit returned None; allowed: the network"),
-    "tuple": (
-        lambda _fold: Tuple(3 * 28 * 28, 2),
-        "the network returns a tuple; allowed: logits",
-    ),
-    "bfloat16": (
-        lambda _fold: models.new_model(0).bfloat16(),
-        "torch.bfloat16.*; allowed: torch.float32",
-    ),
+BAD_NETWORKS = {
+    "fit returned None; allowed: the network": None,
+    "the network returns a tuple; allowed: logits": Tuple(3 * 28 * 28, 2),
+    "torch.bfloat16.*; allowed: torch.float32": models.new_model(0).bfloat16(),
 }
 
 
-@pytest.mark.parametrize("kind", BAD_FITS)
-def test_a_network_that_we_cannot_work_with_is_refused(train, kind):
-    bad_fit, message = BAD_FITS[kind]
+@pytest.mark.parametrize("message", BAD_NETWORKS)
+def test_a_network_that_we_cannot_work_with_is_refused(few, message):
     with pytest.raises(TypeError, match=message):
-        Folds(train[::4], bad_fit, unchanged)
+        Folds(few, lambda _: BAD_NETWORKS[message], unchanged)
 
 
-def test_a_finetune_that_returns_no_network_is_refused(train):
+def test_a_finetune_that_returns_no_network_is_refused(few):
     with pytest.raises(TypeError, match="finetune returned None; allowed"):
-        all_of(Folds(train[::4], fit, return_none))
+        all_of(Folds(few, fit, lambda *_: None))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
-def test_a_compiled_network_is_worked_with_as_it_was(train):
+def test_a_compiled_network_is_worked_with_as_it_was(few):
     def compiled(fold):
         return torch.compile(fit(fold))
 
-    folds = Folds(train[::4], compiled, unchanged)
+    folds = Folds(few, compiled, unchanged)
     assert isinstance(folds.networks[0], models.SmallCNN)
 
 

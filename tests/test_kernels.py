@@ -1,10 +1,6 @@
 """Kernels that are kept between notebooks: nothing is left for the next."""
 
-import os
-import re
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import nbformat
 import papermill
@@ -12,7 +8,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
-from tiny_runs import contents, kernels_of, tiny
+from tiny_runs import contents, tiny
 
 from masktune_utils.runner import jobs, kernels
 
@@ -60,7 +56,7 @@ def no_kernels():
     kernels.close()
 
 
-def run(folder: Path, *sources: str, **options: object) -> str:
+def run(folder, *sources, **options):
     """What a notebook of these cells prints."""
     path = folder / "notebook.ipynb"
     cells = [new_code_cell(source) for source in sources]
@@ -71,7 +67,7 @@ def run(folder: Path, *sources: str, **options: object) -> str:
     return "".join(output.get("text", "") for output, _ in outputs(executed))
 
 
-def outputs(notebook: nbformat.NotebookNode) -> list:
+def outputs(notebook):
     """What the cells printed and displayed, and their numbers."""
     return [
         (output, cell.execution_count)
@@ -117,18 +113,6 @@ def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
         run(tmp_path, "1 / 0", km=kernel)
     assert not kernels.idle[1]
     assert not kernel.is_alive()
-
-
-def test_a_notebook_whose_kernel_dies_has_failed(tmp_path):
-    (job,) = jobs.make_stage("02_erm", [tiny(tmp_path, epochs=10_000)])
-    with ThreadPoolExecutor(1) as executor:
-        outcome = executor.submit(job.run, together=1)
-        while not any(tmp_path.glob("runs/*/*/02_erm_unfinished.ipynb")):
-            time.sleep(0.1)
-        (kernel,) = kernels_of(os.getpid())
-        kernel.kill()
-    assert re.match("DeadKernelError|RuntimeError: Kernel died", outcome.result())
-    assert not kernels.idle[1]
 
 
 def test_a_kernel_that_cannot_forget_is_ended(monkeypatch):

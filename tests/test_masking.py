@@ -5,32 +5,44 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import interpolate
 
-from masktune_utils import data, masking, results
+from masktune_utils import results
+from masktune_utils.data import Split
+from masktune_utils.masking import (
+    RULES,
+    MaskedDataset,
+    Rule,
+    apply_mask,
+    create_mask,
+    mask_dataset,
+    mean_map,
+)
 
 SIZE = (20, 28)
 ALL = slice(None)
-EACH_MAP = {"axis": (-2, -1), "keepdims": True}
+EACH_MAP = {
+    "axis": (-2, -1),
+    "keepdims": True,
+}
 
 
-def image_masks(maps: torch.Tensor, size: tuple, *rule: object) -> torch.Tensor:
-    """Masks by a rule: method, param, upsample, dilation."""
-    return masking.Rule(*rule).image_masks(maps, size).float()
+def resized(masks, mode="bilinear"):
+    """Masks or maps of the size of the images."""
+    one_channel = masks[:, None].float()
+    return interpolate(one_channel, size=SIZE, mode=mode)[:, 0]
 
 
-def random_maps(*shape: int, seed: int) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+RANDOM = torch.Generator().manual_seed(0)
+MAPS = torch.rand(50, 8, 8, generator=RANDOM) - 0.2
+MAPS = MAPS.clamp(min=0)  # a fifth of the pixels are zero
+FIRST_MAPS, SECOND_MAPS = torch.rand(2, 200, 8, 8, generator=RANDOM)
+IMAGES = torch.randint(256, (200, 3, *SIZE), generator=RANDOM)
+LABELS = torch.arange(200) % 2
+TRAIN = Split(IMAGES.byte(), LABELS)
 
 
-# A fifth of the pixels are zero.
-MAPS = (random_maps(50, 8, 8, seed=0) - 0.2).clamp(min=0)
-FIRST_MAPS, SECOND_MAPS = random_maps(2, 200, 8, 8, seed=1)
-PIXELS = random_maps(200, 3, *SIZE, seed=2)
-TRAIN = data.Split((255 * PIXELS).byte(), torch.arange(200) % 2)
-
-
-def limit(maps: np.ndarray, method: str, param: float) -> np.ndarray | float:
+def limit(maps, method, param):
     """What a map must exceed to be hidden."""
     if method == "threshold":
         return param
@@ -45,50 +57,55 @@ def limit(maps: np.ndarray, method: str, param: float) -> np.ndarray | float:
 
 
 @pytest.mark.parametrize("param", [0.0, 0.3, 0.9, 1.0])
-@pytest.mark.parametrize("method", masking.RULES)
+@pytest.mark.parametrize("method", RULES)
 def test_masks_equal_the_formulas(method, param):
-    mask = masking.create_mask(MAPS, method, param)
+    mask = create_mask(MAPS, method, param)
     assert mask.dtype == torch.bool
-    expected = MAPS.numpy() > limit(MAPS.numpy(), method, param)
+    maps = MAPS.numpy()
+    expected = maps > limit(maps, method, param)
     np.testing.assert_array_equal(mask, expected)
-    assert torch.equal(masking.create_mask(MAPS[7], method, param), mask[7])
-    assert torch.equal(masking.create_mask(MAPS.numpy(), method, param), mask)
+    alone = create_mask(maps[7], method, param)  # of an array, too
+    assert torch.equal(alone, mask[7])
 
 
-@pytest.mark.parametrize("method", masking.RULES)
-def test_a_map_that_is_zero_everywhere_hides_nothing(method):
+def test_a_map_that_is_zero_everywhere_hides_nothing():
     """Nor does one that is the same everywhere, by mean_std."""
-    assert not masking.create_mask(torch.zeros(3, 8, 8), method, 0.0).any()
     flat = torch.full((3, 8, 8), 0.5)
-    assert not masking.create_mask(flat, "mean_std", 2.0).any()
-    assert not masking.mean_map(flat).any()
+    assert not mean_map(flat).any()
+    assert not create_mask(flat, "mean_std", 2.0).any()
+    for method in RULES:
+        assert not create_mask(0 * flat, method, 0.0).any()
 
 
 @pytest.mark.parametrize("upsample", ["bilinear", "nearest", "map"])
-@pytest.mark.parametrize("method", masking.RULES)
+@pytest.mark.parametrize("method", RULES)
 def test_masks_reach_the_size_of_the_image_as_they_should(method, upsample):
     """Those with soft edges as floats, and only those."""
-    mask = masking.Rule(method, 0.3, upsample).image_masks(MAPS, SIZE)
-    has_soft_edges = upsample == "bilinear" and method != "mean_std"
-    assert mask.dtype == (torch.float32 if has_soft_edges else torch.bool)
+    mask = Rule(method, 0.3, upsample).image_masks(MAPS, SIZE)
     if upsample == "map" or method == "mean_std":
-        maps = F.interpolate(MAPS[:, None], size=SIZE, mode="bilinear")[:, 0]
-        maps = maps.double().numpy()
+        assert mask.dtype == torch.bool
+        maps = resized(MAPS).double().numpy()
         expected = maps > limit(maps, method, 0.3)
         assert (mask.numpy() != expected).mean() < 1e-4  # ties at float32's last digit
+        return
+    hard = create_mask(MAPS, method, 0.3)
+    if upsample == "bilinear":
+        torch.testing.assert_close(mask, resized(hard))
     else:
-        hard = masking.create_mask(MAPS, method, 0.3).float()
-        expected = F.interpolate(hard[:, None], size=SIZE, mode=upsample)[:, 0]
-        torch.testing.assert_close(mask.float(), expected)
+        assert mask.dtype == torch.bool
+        expected = resized(hard, "nearest")
+        assert torch.equal(mask.float(), expected)
 
 
 def test_bytes_are_masked_too_one_or_many_and_masks_are_resized():
-    mask = masking.create_mask(MAPS, "top_k", 0.3)
-    soft = F.interpolate(mask[:, None].float(), size=SIZE, mode="bilinear")
+    mask = create_mask(MAPS, "top_k", 0.3)
+    seen = 1 - resized(mask)
     images = TRAIN.images[:50]
-    expected = (images * (1 - soft)).round().byte()
-    assert torch.equal(masking.apply_mask(images, mask), expected)
-    assert torch.equal(masking.apply_mask(images[4], mask[4]), expected[4])
+    expected = images * seen[:, None]
+    expected = expected.round().byte()
+    assert torch.equal(apply_mask(images, mask), expected)
+    alone = apply_mask(images[4], mask[4])
+    assert torch.equal(alone, expected[4])
 
 
 def test_shares_tell_what_is_really_hidden():
@@ -97,20 +114,20 @@ def test_shares_tell_what_is_really_hidden():
     images[0] = torch.tensor([[99, 30], [0, 10]])  # the second has no ink to be hidden
     shortcut = torch.zeros(3, 2, 2, dtype=torch.bool)
     shortcut[:2, :, 0] = True
-    split = data.Split(images, torch.tensor([0, 0, 0]), shortcut=shortcut)
+    split = Split(images, torch.arange(3), shortcut=shortcut)
     masks = torch.ones(3, 2, 2)
-    masks[0] = torch.tensor([[1, 0.5], [0, 0]])
-    shares = results.hidden_shares(masking.MaskedDataset(split, masks))
-    expected = {
+    masks[0, 0, 1] = 0.5
+    masks[0, 1] = 0
+    shares = results.hidden_shares(MaskedDataset(split, masks))
+    assert shares == {
         "shortcut": (0.5 + 1) / 2,
         "shortcut_whole": 0.5,
         "rest": (0.25 + 1) / 2,
         "digit": 0.5 * 30 / 40,
     }
-    assert shares == pytest.approx(expected)
-    resampled = masking.MaskedDataset(split, masks, "resample")
+    resampled = MaskedDataset(split, masks, "resample")
     assert results.hidden_shares(resampled)["rest"] > shares["rest"]
-    without = masking.MaskedDataset(split[2:], masks[2:])
+    without = MaskedDataset(split[2:], masks[2:])
     for share in results.hidden_shares(without).values():
         assert np.isnan(share)
 
@@ -118,11 +135,10 @@ def test_shares_tell_what_is_really_hidden():
 @pytest.mark.parametrize("fill", ["zero", "resample"])
 def test_masked_images_equal_the_formula(fill):
     """Soft edges are filled by their share."""
-    rule = ("top_k", 0.3)
-    masked = masking.mask_dataset(TRAIN, FIRST_MAPS, *rule, seed=3, fill=fill)
+    masked = mask_dataset(TRAIN, FIRST_MAPS, "top_k", 0.3, fill=fill)
     masked = masked.in_epoch(2)
     pixels = TRAIN.images / 255
-    hidden = image_masks(FIRST_MAPS, SIZE, *rule)
+    hidden = resized(create_mask(FIRST_MAPS, "top_k", 0.3))
     filled = torch.zeros_like(pixels)
     if fill == "resample":
         hidden = torch.maximum(hidden, hidden[masked.partners])
@@ -131,20 +147,24 @@ def test_masked_images_equal_the_formula(fill):
     share = hidden[:, None]
     whole, labels = masked.batch(ALL)
     assert torch.equal(whole, pixels * (1 - share) + filled * share)
-    assert torch.equal(labels, TRAIN.labels)
-    batches = [masked.batch(index)[0] for index in torch.arange(200).split(7)]
-    assert torch.equal(torch.cat(batches), whole)
-    assert torch.equal(masked.images, (255 * whole).round().byte())
+    assert torch.equal(labels, LABELS)
+    index = torch.arange(7, 14)
+    part, _ = masked.batch(index)
+    assert torch.equal(part, whole[index])
+    as_bytes = (255 * whole).round().byte()
+    assert torch.equal(masked.images, as_bytes)
 
 
 def test_partners_are_a_permutation_by_the_seed_anew_in_each_epoch():
     """Of any class."""
-    masked = masking.MaskedDataset(TRAIN, torch.zeros(200, 1, 1), seed=5)
+    masked = MaskedDataset(TRAIN, FIRST_MAPS, seed=5)
     partners = masked.partners
-    assert torch.equal(partners.sort().values, torch.arange(200))
-    assert not torch.equal(TRAIN.labels[partners], TRAIN.labels)
+    assert sorted(partners) == [*range(200)]
+    assert not torch.equal(LABELS[partners], LABELS)
     assert torch.equal(partners, masked.in_epoch(1).partners)
-    for other in (masked.in_epoch(2), dataclasses.replace(masked, seed=9)):
+    of_another_seed = dataclasses.replace(masked, seed=9)
+    of_another_epoch = masked.in_epoch(2)
+    for other in (of_another_seed, of_another_epoch):
         assert not torch.equal(partners, other.partners)
 
 
@@ -162,48 +182,53 @@ BAD_RULES = {
 @pytest.mark.parametrize("name", BAD_RULES)
 def test_an_unknown_name_or_value_is_refused_with_what_is_allowed(name):
     value, allowed = BAD_RULES[name]
-    with pytest.raises(
-        ValueError, match=f"{name}\n .*{allowed} .*input_value={value!r}"
-    ):
-        masking.Rule(**{name: value})
+    message = f"{name}\n .*{allowed} .*input_value={value!r}"
+    with pytest.raises(ValueError, match=message):
+        Rule(**{name: value})
 
 
 def test_masks_by_an_unknown_method_are_refused():
     with pytest.raises(ValueError, match="method is 'foo'; allowed: threshold, top_k"):
-        masking.create_mask(MAPS, "foo", 0.1)
+        create_mask(MAPS, "foo", 0.1)
 
 
 def test_too_few_maps_are_refused():
     message = r"maps are \(3, 8, 8\); allowed: 200×h×w, one per image"
     with pytest.raises(ValueError, match=message):
-        masking.mask_dataset(TRAIN, MAPS[:3])
+        mask_dataset(TRAIN, MAPS[:3])
 
 
 @pytest.mark.parametrize(
     ("size", "dilation", "pixels"),
-    [((28, 28), 2, 2), ((56, 56), 4, 8), ((28, 112), 2, 2)],
+    [
+        ((56, 56), 4, 8),
+        ((28, 112), 2, 2),
+    ],
 )
 def test_dilation_is_in_28ths_of_the_shorter_side(size, dilation, pixels):
     """In all directions, up to the edge."""
     masks = torch.zeros(1, *size)
     masks[0, 14, 0] = 1
     expected = torch.zeros(1, *size)
-    expected[0, 14 - pixels : 15 + pixels, : 1 + pixels] = 1
-    dilated = image_masks(masks, size, "threshold", 0.5, "bilinear", dilation)
-    assert torch.equal(dilated, expected)
+    rows = slice(14 - pixels, 15 + pixels)
+    expected[0, rows, : 1 + pixels] = 1
+    rule = Rule("threshold", 0.5, dilation=dilation)
+    assert torch.equal(rule.image_masks(masks, size), expected)
 
 
 def test_a_shared_mask_is_that_of_the_mean_map():
-    masked = masking.mask_dataset(TRAIN, FIRST_MAPS, "threshold", 0.3, shared=True)
-    mean = FIRST_MAPS.sum(0) / 200
-    mean = (mean - mean.min()) / (mean.max() - mean.min())
-    expected = image_masks(mean, SIZE, "threshold", 0.3)
+    masked = mask_dataset(TRAIN, FIRST_MAPS, "threshold", 0.3, shared=True)
+    mean = FIRST_MAPS.mean(0)
+    mean -= mean.min()
+    mean /= mean.max()
+    (expected,) = resized(mean[None] > 0.3)
     assert 0 < expected.mean() < 1
-    torch.testing.assert_close(masked.masks(ALL), expected.expand(200, *SIZE))
+    for mask in masked.masks(ALL):
+        torch.testing.assert_close(mask, expected)
 
 
 def test_what_an_earlier_masking_hides_stays_hidden():
-    rule = masking.Rule("top_k", 0.1)
+    rule = Rule("top_k", 0.1)
     first = rule.mask(TRAIN, FIRST_MAPS)
     second = rule.mask(TRAIN, SECOND_MAPS)
     both = rule.mask(TRAIN, SECOND_MAPS, earlier=first)

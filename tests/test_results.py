@@ -9,9 +9,10 @@ import pytest
 from sklearn import metrics as sk
 
 from masktune_utils import results, store
+from masktune_utils.results import collect, write_json
 
 
-def result(name: str, seed: int) -> dict:
+def result(name, seed):
     return {
         **dict.fromkeys(results.COLUMNS, 0.25),
         "experiment": "mnist",
@@ -45,28 +46,28 @@ def saved(tmp_path) -> Path:
     for seed in (1, 0):
         for name in ("top_k_0.1", "base"):
             path = tmp_path / "results" / "mnist" / f"seed{seed}" / f"{name}.json"
-            results.write_json(path, result(name, seed))
+            write_json(path, result(name, seed))
             assert results.read(path) == result(name, seed)
     (tmp_path / "results" / "notes.json").write_text("not in a folder of results")
     return tmp_path
 
 
 def test_results_are_collected_into_a_table(saved):
-    table = results.collect(str(saved))
+    table = collect(str(saved))
     configurations = ["base", "base", "top_k_0.1", "top_k_0.1"]
     assert table["configuration"].tolist() == configurations
     assert table["seed"].tolist() == [0, 1, 0, 1]
     assert table["worst_group"].eq(0.25).all()
-    assert results.collect(str(saved / "none")).empty
+    assert collect(str(saved / "none")).empty
 
 
 def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
     path = saved / "results" / "mnist" / "seed1" / "base.json"
     other = {"sha256": "other", "base_sha256": "other"}
-    results.write_json(path, result("base", 1) | other)
-    assert results.collect(str(saved))["seed"].tolist() == [0, 1, 0]
+    write_json(path, result("base", 1) | other)
+    assert collect(str(saved))["seed"].tolist() == [0, 1, 0]
     path.unlink()
-    assert results.collect(str(saved))["seed"].tolist() == [0, 0]
+    assert collect(str(saved))["seed"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("content", [b'{"raw": ', b'{"seed": 0}', b"3", b"\xff"])
@@ -74,28 +75,24 @@ def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
     path = tmp_path / "results" / "mnist" / "seed0" / "mine.json"
     store.write_bytes(path, content)
     with pytest.raises(store.CheckpointError, match=f"{path} is damaged"):
-        results.collect(str(tmp_path))
+        collect(str(tmp_path))
 
 
 def test_json_knows_no_nan(tmp_path):
     path = tmp_path / "a.json"
-    results.write_json(path, {"hidden_digit": math.nan})
+    write_json(path, {"hidden_digit": math.nan})
     assert json.loads(path.read_text()) == {"hidden_digit": None}
 
 
-@pytest.fixture
-def table() -> pd.DataFrame:
-    """Two seeds of ERM, and one of a configuration."""
+def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
+    """Of two seeds of ERM, and one of a configuration."""
     rows = {
         "configuration": ["base", "base", "top_k_0.1"],
         "raw": [0.5, 0.7, 0.9],
         "biased": [0.5, 0.5, 0.5],
         "worst_group": [0.1, 0.1, math.nan],
     }
-    return pd.DataFrame(rows).assign(experiment="mnist")
-
-
-def test_summary_is_mean_and_sample_standard_deviation_in_per_cent(table):
+    table = pd.DataFrame(rows).assign(experiment="mnist")
     summary = results.summarize(table)
     assert [*summary.columns] == ["raw", "biased", "worst group", "seeds"]
     of_base = ["60.00 ± 14.14", "50.00 ± 0.00", "10.00 ± 0.00", 2]

@@ -24,9 +24,7 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seed": "x"}, "seed = 'x': Input should be a valid integer, "),
         ({"lr": float("nan")}, "lr = nan: Input should be a finite number"),
-        ({"method": "foo"}, "method = 'foo': Input should be 'threshold', 'top_k'"),
         ({"param": 7}, "param = 7: Value error, top_k hides a share: at most 1"),
         ({"square_color": "rgb(1, 2, 3)"}, "square_color = 'rgb(1, 2, 3)': String"),
         ({"sede": 1}, "sede = 1: Extra inputs are not permitted; known: directory, "),
@@ -60,7 +58,7 @@ def expected(tmp_path) -> Settings:
     return Settings(directory=str(tmp_path), dataset="mnist5k")
 
 
-def run(*cells: str) -> dict:
+def run(*cells):
     """The names of a notebook after some cells."""
     namespace = {"In": ["", *cells]}
     exec("\n".join(cells), namespace)
@@ -89,24 +87,15 @@ def test_no_notebook_uses_the_name_of_a_setting_for_something_else():
                 assert not names_assigned(cell.source) & DEFAULTS.keys(), path
 
 
-def names_assigned(source: str) -> set[str]:
+def names_assigned(source):
     """Global names that a cell assigns."""
     instructions = dis.get_instructions(compile(source, "cell", "exec"))
     return {step.argval for step in instructions if step.opname == "STORE_NAME"}
 
 
-@pytest.mark.parametrize(
-    ("injected", "message"),
-    [
-        ("x = 3\nmodel = 'a'", "x is not a parameter; known: batch_size, "),
-        ("seed = -1", "seed = -1: Input should be greater than or equal to 0"),
-    ],
-)
-def test_unknown_parameters_are_refused_with_those_that_are_known(
-    injected, message, shown
-):
-    namespace = run(shown, f"# Parameters\n{injected}\n")
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+def test_unknown_parameters_are_refused_with_those_that_are_known(shown):
+    namespace = run(shown, "# Parameters\nseed = 1\nx = 3\n")
+    with pytest.raises(ValueError, match="x is not a parameter; known: batch_size, "):
         experiment.from_notebook(namespace)
 
 

@@ -21,7 +21,7 @@ def path(tmp_path) -> Path:
     return tmp_path / "new" / "kept.pth"
 
 
-def keep(path: Path, value: float = 1.0, made_with: dict = MADE_WITH) -> torch.Tensor:
+def keep(path, value=1.0, made_with=MADE_WITH):
     """What is kept of a value."""
     content = {"values": torch.full((50,), value)}
     return store.kept(path, made_with, lambda: content)["values"]
@@ -55,7 +55,7 @@ def test_what_was_made_with_something_else_is_refused_by_name(path, made_with, m
 def test_of_two_processes_that_write_at_the_same_time_the_first_one_wins(path):
     """Else models that were fine-tuned from the first base model would be lost."""
 
-    def make() -> dict:
+    def make():
         keep(path, 1.0)  # the other process
         return {"values": torch.zeros(50)}
 
@@ -95,19 +95,6 @@ def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(path, content
     path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(CheckpointError, match=r"kept.pth is damaged, foreign or"):
         keep(path)
-
-
-def test_whole_networks_are_kept_also_of_a_class_that_no_module_has(path):
-    class Own(torch.nn.Linear):
-        pass
-
-    network = Own(2, 3)
-    content = {"networks": [network]}
-    kept = store.kept(path, {}, lambda: content, runs_code=True)
-    (loaded,) = kept["networks"]
-    assert loaded.weight.shape == (3, 2)
-    with pytest.raises(CheckpointError, match="is damaged, foreign"):
-        store.read(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, path):
@@ -160,5 +147,6 @@ def test_what_are_no_weights_is_refused_by_name(content, tmp_path):
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"foreign.pth is damaged, foreign or"):
         experiment.with_weights(path)
-    with pytest.raises(FileNotFoundError, match=r"none.pth"):
-        experiment.with_weights(tmp_path / "none.pth")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"foreign.pth"):
+        experiment.with_weights(path)

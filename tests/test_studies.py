@@ -32,7 +32,7 @@ def test_the_studies_run_on_tiny_data(stem, values, tmp_path):
     assert saved == {f"{stem}.csv"} - {"10_methods.csv"}  # which saves none
 
 
-def execute_07(folder, **values) -> str:
+def execute_07(folder, **values):
     """The cells of notebook 07, executed on a new folder of 20 photographs."""
     folder.mkdir()
     write_photographs(folder, {"goats": 10, "sheep": 10})

@@ -73,7 +73,7 @@ OTHER_DIGITS = str.maketrans("0123456789", "1234567890")
 STUDIES = ("09_limits", "10_methods", "11_abstaining")
 
 
-def page(name: str) -> str:
+def page(name):
     """A page, or the text of a notebook."""
     if name not in NOTEBOOKS:
         return (REPOSITORY / name).read_text()
@@ -81,7 +81,7 @@ def page(name: str) -> str:
     return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
-def count_words(text: str) -> int:
+def count_words(text):
     """Without blocks of code."""
     blocks = re.compile("^```.*?^```$", re.MULTILINE | re.DOTALL)
     return len(blocks.sub("", text).split())
@@ -122,7 +122,7 @@ def test_tables_are_those_of_the_csv_files(file):
     assert "TODO" not in text
 
 
-def summary(table: str) -> pd.DataFrame:
+def summary(table):
     """Every number of a table over its seeds, as text."""
     runs = pd.read_csv(REPOSITORY / "results" / f"{table}.csv")
     numbers = runs.select_dtypes(float).columns.difference([*BY[table], "seconds"])

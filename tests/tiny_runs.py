@@ -32,16 +32,16 @@ sys.exit(main())
 """
 
 
-def tiny(directory: Path, **settings: object) -> Settings:
+def tiny(directory, **settings):
     return Settings(**(TINY | settings), directory=str(directory))
 
 
-def masktune(directory: Path, *arguments: str) -> int:
+def masktune(directory, *arguments):
     """Exit code of `masktune sweep` in this process."""
     return command.main(["sweep", *OPTIONS, "--directory", str(directory), *arguments])
 
 
-def start(directory: Path, *arguments: str) -> subprocess.Popen:
+def start(directory, *arguments):
     """`masktune sweep` in a process group of its own."""
     options = ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
     return subprocess.Popen(
@@ -54,13 +54,13 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def kernels_of(pid: int) -> list[psutil.Process]:
+def kernels_of(pid):
     """The kernels that a process has started."""
     family = psutil.Process(pid).children(recursive=True)
     return [child for child in family if "ipykernel_launcher" in child.cmdline()]
 
 
-def contents(directory: Path) -> dict[tuple[Path, str], object]:
+def contents(directory):
     """What `masktune` left of the digits with seed 0, by folder and name."""
     left = {}
     for folder in directory.glob("*/mnist5k*/seed0"):
@@ -69,7 +69,7 @@ def contents(directory: Path) -> dict[tuple[Path, str], object]:
     return left
 
 
-def checked_results(directory: Path) -> dict[str, dict]:
+def checked_results(directory):
     """The results and the choice of seed 0; all that is saved is whole."""
     for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
         store.read(path)
@@ -102,7 +102,7 @@ def whole_run(tmp_path_factory, worker_id) -> Run:
     return Run(directory, *json.loads(outcome_file.read_text()))
 
 
-def run_all(directory: Path) -> tuple[int, str, str]:
+def run_all(directory):
     """`masktune run` with two configurations: its exit code, and what it prints."""
     options = [*OPTIONS, "--param", "0.1", "0.3"]
     process = subprocess.run(
