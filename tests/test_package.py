@@ -73,9 +73,9 @@ def count_tokens(name):
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")
 def test_the_package_is_small():
-    assert sum(map(count_tokens, ORDER)) <= 21_300
-    assert sum(map(count_tokens, CHOICE)) <= 4650
-    assert sum(map(count_tokens, RUNNER)) <= 2050
+    assert sum(map(count_tokens, ORDER)) <= 19_100
+    assert sum(map(count_tokens, CHOICE)) <= 4450
+    assert sum(map(count_tokens, RUNNER)) <= 1900
 
 
 EVALUATE = """
