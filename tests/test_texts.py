@@ -64,6 +64,11 @@ PROSE = {  # number in results/README.md → its table and row
     "30.56 ± 9.34": ("reference_09_limits", (_SMALL, "nothing, zero")),
     "18.00 ± 9.82": ("reference_09_limits", (_LARGE, "by ERM's maps, zero")),
     "25.24 ± 6.97": ("reference_09_limits", (_LARGE, "nothing, zero")),
+    "96.92 ± 0.81": ("reference_09_limits", (_SMALL, "by ERM's maps, resample")),
+    "96.28 ± 0.54": (
+        "reference_09_limits",
+        (_SMALL, "those of other images, resample"),
+    ),
     "0.00 ± 0.00": (
         "reference",
         ("mnist5k_conflicting_share=0.0", "mean_std_2.0_finetune_lr=0.01"),
