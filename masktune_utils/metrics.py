@@ -1,7 +1,5 @@
 """Predictions, and their accuracy by group."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -20,20 +18,25 @@ def predict(
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:
-        model: is left as it is.
+        model: the modes of its modules are restored.
         dataset: a `Split` or a `masking.MaskedDataset`, on the model's device.
         batch_size: images at a time; it changes nothing but the speed.
 
     Raises:
         TypeError: the network returns no tensor.
     """
-    evaluated = copy.deepcopy(model).eval()
-    device = next(evaluated.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
     logits = []
-    with in_float32():
-        for index in torch.arange(len(dataset)).split(batch_size):
-            images, _ = dataset.batch(index, device)
-            logits.append(evaluated(images))
+    model.eval()
+    try:
+        with in_float32():
+            for index in torch.arange(len(dataset)).split(batch_size):
+                images, _ = dataset.batch(index, device)
+                logits.append(model(images))
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
     if not isinstance(logits[0], Tensor):
         kind = type(logits[0]).__name__
         raise TypeError(f"the network returns a {kind}; allowed: logits, N×classes.")

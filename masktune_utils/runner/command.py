@@ -61,8 +61,8 @@ def _run(arguments: Namespace) -> int:
     """Run the notebooks; print what came out, and last the reasons of choices.
 
     Raises:
-        FileNotFoundError: see `datasets.read`.
-        ValueError: see `read_grid` and `datasets.read`.
+        FileNotFoundError: see `datasets.load`.
+        ValueError: see `read_grid` and `datasets.load`.
     """
     if arguments.dask:
         from distributed import Client  # heavy, and seldom wanted
@@ -80,7 +80,7 @@ def _run(arguments: Namespace) -> int:
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
     settings = resolved[0]
-    datasets.read(settings)  # what cannot be read is refused here
+    datasets.load(settings)  # what cannot be read or drawn is refused here
     stems = [notebook] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
     if arguments.dry_run:
