@@ -161,7 +161,6 @@ def test_partners_are_a_permutation_by_the_seed_anew_in_each_epoch():
     partners = masked.partners
     assert sorted(partners) == [*range(200)]
     assert not torch.equal(LABELS[partners], LABELS)
-    assert torch.equal(partners, masked.in_epoch(1).partners)
     of_another_seed = dataclasses.replace(masked, seed=9)
     of_another_epoch = masked.in_epoch(2)
     for other in (of_another_seed, of_another_epoch):

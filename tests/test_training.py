@@ -176,3 +176,14 @@ def test_the_order_of_the_images_depends_on_no_dropout(splits):
         assert network.training
     without, with_dropout = torch.stack(seen).chunk(2)
     assert torch.equal(with_dropout, without)
+
+
+def test_each_epoch_has_its_own_partners(splits, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(
+        type(splits.train),
+        "in_epoch",
+        lambda split, epoch: epochs.append(epoch) or split,
+    )
+    train(splits)
+    assert epochs == [1, 2, 3]
