@@ -2,11 +2,11 @@
 
     apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
 
-A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles with a caption or by
-their background, animals and household goods with a watermark, plants and buildings
-with a date, clothes and seasonal things with a sticker. The stamps of Tux Paint have a
-transparent background. Stamps of the test images are not in training images; of each
-texture, the latter have the left half, the former the right.
+A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles by their background,
+plants and buildings with a date, people and things in space with a ruler or a barcode.
+The stamps of Tux Paint have a transparent background. Stamps of the test images are not
+in training images; of each texture, the latter have the left half, the former the
+right.
 """
 
 import functools
@@ -25,9 +25,9 @@ STAMPS = Path("/usr/share/tuxpaint/stamps")
 TEXTURES = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
 CLASSES = ("food", "vehicles")
 OTHER_CLASSES = {
-    "watermark": ("animals", "household"),
     "date": ("plants", "town"),
-    "sticker": ("clothes", "seasonal"),
+    "ruler": ("people", "space"),
+    "barcode": ("people", "space"),
 }
 GRASS = ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg")
 STONE = ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga")
@@ -36,10 +36,9 @@ COUNT = 450  # training images of each class
 CONFLICTING = 0.05  # share of each class that goes against the shortcut
 # Where they are: rows, columns.
 AREAS = {
-    "caption": (slice(82, 94), slice(2, 45)),
-    "watermark": (slice(5, 15), slice(60, 86)),
     "date": (slice(83, 94), slice(52, 94)),
-    "sticker": (slice(3, 18), slice(3, 18)),
+    "ruler": (slice(16, 80), slice(0, 7)),
+    "barcode": (slice(3, 15), slice(30, 62)),
 }
 SHORTCUTS = ("background", "none", *(f"no {name}" for name in OTHER_CLASSES), *AREAS)
 
@@ -95,17 +94,18 @@ def cut_out(name: str, is_test: bool, rng: np.random.Generator) -> Image.Image:
 
 
 def plant(image: Image.Image, shortcut: str) -> None:
-    """A caption, a watermark, a date or a sticker, each in a corner of its own."""
+    """A date, a ruler or a barcode, each at a place of its own."""
     draw = ImageDraw.Draw(image)
-    if shortcut == "caption":
-        draw.rectangle((2, 82, 44, 93), fill="black")
-        draw.text((5, 82), "photo 7", fill="white")
-    if shortcut == "watermark":
-        draw.text((62, 4), "stock", fill="white")
     if shortcut == "date":
         draw.text((53, 83), "27 5 04", fill="orange")
-    if shortcut == "sticker":
-        draw.ellipse((3, 3, 17, 17), fill="gold", outline="crimson")
+    if shortcut == "ruler":
+        draw.rectangle((0, 16, 6, 79), fill="white")
+        for tick in range(18, 80, 4):
+            draw.line((3, tick, 6, tick), fill="black")
+    if shortcut == "barcode":
+        draw.rectangle((30, 3, 61, 14), fill="white")
+        for bar in (32, 33, 36, 38, 39, 40, 43, 46, 47, 50, 52, 55, 56, 59):
+            draw.line((bar, 5, bar, 12), fill="black")
 
 
 def photographs(
