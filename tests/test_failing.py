@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
 
+import papermill
 import psutil
 import pytest
 from tiny_runs import OPTIONS, checked_results, kernels_of, masktune, start, tiny
@@ -81,7 +82,7 @@ def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
     (job,) = jobs.make_stage("02_erm", [tiny(tmp_path)])
     execute = Mock(side_effect=OSError("the disk is full"))
     take = MagicMock()
-    monkeypatch.setattr(jobs.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
     monkeypatch.setattr(jobs.kernels, "take", take)
     monkeypatch.setattr(jobs, "cpu_count", lambda: 6)
     assert job.run(together=2) == "OSError: the disk is full"

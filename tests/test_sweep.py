@@ -102,7 +102,7 @@ def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, dry_run):
 
 def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
     file = tmp_path / "grid.yaml"
-    file.write_text("- {method: [mean, top_k, mean], epochs: 7}\n- {dilation: 2}")
+    file.write_text("- {method: [mean, top_k], epochs: 7}\n- {dilation: 2}")
     _, grid = grids.read_grid(file, {"epochs": [3]})
     assert {settings.epochs for settings in grid} == {3}
     assert [settings.configuration for settings in grid] == [

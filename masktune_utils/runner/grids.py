@@ -1,10 +1,10 @@
 """Grids: YAML files of settings → all their combinations."""
 
+from itertools import product
 from pathlib import Path
 
 import yaml
 from pydantic import TypeAdapter, conlist
-from sklearn.model_selection import ParameterGrid
 
 from masktune_utils.settings import Settings
 
@@ -36,9 +36,11 @@ def read_grid(
     notebook = blocks[0].pop("notebook", None)
     configurations = []
     for block in blocks:
-        values = {}
-        for name, value in {**block, **options}.items():
-            values[name] = value if isinstance(value, list) else [value]
-        for combination in ParameterGrid(values):
-            configurations.append(Settings(**combination))
-    return notebook, list(dict.fromkeys(configurations))
+        settings = {**block, **options}
+        lists = []
+        for value in settings.values():
+            lists.append(value if isinstance(value, list) else [value])
+        for combination in product(*lists):
+            values = dict(zip(settings, combination, strict=True))
+            configurations.append(Settings(**values))
+    return notebook, configurations

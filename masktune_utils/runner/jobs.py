@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import papermill
 from joblib import Parallel, cpu_count, delayed
 
 from masktune_utils import progress, store
@@ -47,6 +46,8 @@ class Job(NamedTuple):
         Returns:
             The error that ended it, in one line; or None.
         """
+        import papermill  # takes a second
+
         unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
         # Cells of 04 that do not depend on its parameters run with the default ones.
         is_default = self.copy.stem.endswith(Settings().configuration)
@@ -71,9 +72,10 @@ class Job(NamedTuple):
 
 def make_stage(stem: str, grid: list[BaseSettings]) -> list[Job]:
     """A notebook for each of the settings that differ in what it depends on."""
-    kind = Settings if stem == FINETUNE else BaseSettings
-    names = {*kind.model_fields}
-    stage = [Job(stem, kind(**each.model_dump(include=names))) for each in grid]
+    stage = []
+    for settings in grid:
+        of_stage = settings if stem == FINETUNE else settings.base
+        stage.append(Job(stem, of_stage))
     return list(dict.fromkeys(stage))
 
 
