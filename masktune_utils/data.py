@@ -117,14 +117,17 @@ class Split(Dataset):
             FileNotFoundError: there is no such folder, no folder in it, or no file in
                 one of these.
             ValueError: there is one class, a class with less than `FEWEST` files, or a
-                file that is no image; or they do not fit into memory.
+                file that is no image of eight bits a channel; or they do not fit into
+                memory.
         """
         from torchvision.datasets import ImageFolder  # takes seconds
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        dataset = ImageFolder(
-            folder, is_valid_file=lambda path: not Path(path).name.startswith(".")
-        )
+        def is_visible(path: str) -> bool:
+            parts = Path(path).relative_to(folder).parts
+            return not any(part.startswith(".") for part in parts)
+
+        dataset = ImageFolder(folder, is_valid_file=is_visible)
         labels = torch.tensor(dataset.targets)
         counts = labels.bincount().tolist()
         if len(counts) < 2 or min(counts) < FEWEST:
@@ -143,6 +146,8 @@ class Split(Dataset):
         for path, _ in progress.bar(dataset.samples, desc="reading images"):
             try:
                 image = Image.open(path)
+                if image.mode[0] in "IF":
+                    raise ValueError("more than eight bits, which Pillow cuts off")
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = ImageOps.exif_transpose(image).convert("RGB")
                 images.append(pil_to_tensor(ImageOps.fit(upright, (size, size))))
@@ -151,7 +156,7 @@ class Split(Dataset):
         if no_images:
             raise ValueError(
                 f"{len(no_images)} files are no images, as {no_images[:3]}; allowed: "
-                "files that Pillow reads."
+                "files that Pillow reads, of eight bits a channel."
             )
         return cls(torch.stack(images), labels, class_names=tuple(dataset.classes))
 

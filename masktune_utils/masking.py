@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -220,7 +220,15 @@ class MaskedDataset(Dataset):
         return torch.cat(parts)
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
+def _check_param(param: float, others: ValidationInfo) -> float:
+    if param > 1 and others.data.get("method") == "top_k":
+        raise ValueError("top_k hides a share: at most 1")
+    return param
+
+
+@pydantic.dataclasses.dataclass(
+    frozen=True, config={"extra": "forbid", "validate_default": True}
+)
 class Rule:
     """How masks are made.
 
@@ -246,7 +254,7 @@ class Rule:
     """
 
     method: Literal[*RULES] = "mean_std"
-    param: Annotated[float, Field(ge=0)] = 2.0
+    param: Annotated[float, Field(ge=0), AfterValidator(_check_param)] = 2.0
     upsample: Literal["bilinear", "nearest", "map"] = "bilinear"
     dilation: Annotated[int, Field(ge=0)] = 0
     shared: bool = False

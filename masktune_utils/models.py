@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 FEWEST_CELLS = 6  # of a map's shorter side: coarser ones miss what is small
+ENLARGING = (
+    nn.AdaptiveAvgPool2d,
+    nn.Upsample,
+)  # layers that may make coarse maps large
 
 
 class NoMapsError(TypeError):
@@ -110,10 +114,11 @@ def target_layer(
     shapes = {}  # in the order of computation
 
     def note(module: nn.Module, _inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and not isinstance(module, ENLARGING):
+            shapes.pop(module, None)  # if it is used twice, the last use counts
             shapes[module] = output.shape
 
-    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    image = next(model.parameters()).new_zeros(1, *shape)
     with register_module_forward_hook(note), torch.no_grad():
         model(image)
     has_tokens = any(len(size) == 3 and size[1] > 1 for size in shapes.values())

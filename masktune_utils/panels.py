@@ -59,7 +59,8 @@ def explore(choice: Choice) -> interactive:
         is_unchanged = take == choice.verdict.chosen
         decided = choice if is_unchanged else choice.take(take)
         print(decided.reason)
-        draw(plotting.dumbbells(choice.held_out, take))
+        if choice.held_out.tried:
+            draw(plotting.dumbbells(choice.held_out, take))
         draw(plotting.choice_masks(decided))
         return decided
 

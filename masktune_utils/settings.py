@@ -26,8 +26,6 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
-    ValidationInfo,
-    field_validator,
 )
 
 from masktune_utils.masking import Rule
@@ -162,7 +160,7 @@ class Settings(BaseSettings):
 
     method: OF_RULE["method"] = "top_k"
     """threshold, top_k, mean or mean_std (paper)"""
-    param: Share = Field(0.1, ge=0, le=64)
+    param: Annotated[OF_RULE["param"], Digits] = Field(0.1, le=64)
     """of the method; top_k: larger hides more"""
     upsample: OF_RULE["upsample"] = "bilinear"
     """mask to the image: bilinear, nearest, or map (first)"""
@@ -184,13 +182,6 @@ class Settings(BaseSettings):
     """None: batch_size"""
     finetune_epochs: PositiveInt = 1
     """epochs of fine-tuning; the paper has 1"""
-
-    @field_validator("param")
-    @classmethod
-    def _check_param(cls, param: float, others: ValidationInfo) -> float:
-        if param > 1 and others.data.get("method") == "top_k":
-            raise ValueError("top_k hides a share: at most 1")
-        return param
 
     @property
     def configuration(self) -> str:

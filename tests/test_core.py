@@ -148,19 +148,22 @@ def test_a_choice_refuses_what_it_cannot_work_with(train):
 
 
 @pytest.mark.parametrize(
-    ("classes", "bias"),
+    ("classes", "bias", "shape"),
     [
-        (1, 0.0),
-        (2, torch.nan),
+        (1, 0.0, (1,)),
+        (1, 0.0, ()),
+        (2, torch.nan, (2,)),
     ],
 )
 def test_a_choice_refuses_a_network_without_a_number_for_each_class(
-    classes, bias, train
+    classes, bias, shape, train
 ):
     linear = nn.Linear(3 * 32 * 32, classes)
     nn.init.constant_(linear.bias, bias)
-    network = nn.Sequential(nn.Flatten(), linear)
-    message = r"predicts \[\[.*\]\] for two images; allowed: a fin"
+    network = nn.Sequential(
+        nn.Flatten(), linear, nn.Flatten(0), nn.Unflatten(0, (-1, *shape))
+    )
+    message = r"predicts \[.*\] for two images; allowed: a fin"
     with pytest.raises(ValueError, match=message):
         choose(train, lambda _: network)
 
@@ -193,6 +196,20 @@ def test_the_last_layer_with_six_cells_or_more_is_explained():
     network = resnet18().eval()
     assert target_layer(network, (3, 64, 64)) is network.layer2
     assert target_layer(network, (3, 112, 112)) is network.layer3
+
+
+def test_the_last_use_of_a_layer_counts_and_no_enlarged_map():
+    relu = nn.ReLU()
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        relu,
+        nn.Conv2d(4, 4, 3),
+        relu,
+        nn.AvgPool2d(8),
+        nn.AdaptiveAvgPool2d(6),
+        nn.Flatten(),
+    )
+    assert target_layer(network.double(), (3, 32, 32)) is relu
 
 
 def test_where_all_maps_are_coarse_the_last_of_the_finest_is_explained():

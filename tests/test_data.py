@@ -162,7 +162,9 @@ def photographs(tmp_path):
 
 
 def test_a_folder_of_folders_is_read_as_squares(photographs):
-    (photographs / "goats" / ".hidden").touch()
+    hidden = photographs / "goats" / ".hidden"
+    hidden.mkdir()
+    Image.new("RGB", (30, 40)).save(hidden / "00.png")
     split = Split.from_folder(photographs, 16)
     assert split.images.shape == (22, 3, 16, 16)
     assert split.class_names == ("goats", "sheep")
@@ -201,9 +203,10 @@ def test_a_folder_without_enough_images_is_refused(counts, message, tmp_path):
 def test_files_that_are_no_images_are_named(photographs):
     for name in ("a.txt", "b.jpg", "c.png"):
         (photographs / "goats" / name).write_text("no image")
+    Image.new("I;16", (30, 40)).save(photographs / "goats" / "d.png")
     path = photographs / "goats" / "00.jpg"
     path.write_bytes(path.read_bytes()[:-100])
-    message = r"4 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
+    message = r"5 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
     with pytest.raises(ValueError, match=message):
         Split.from_folder(photographs, 16)
 

@@ -399,6 +399,9 @@ def test_a_compiled_network_is_worked_with_as_it_was(few):
     assert isinstance(folds.networks[0], models.SmallCNN)
 
 
-def test_one_class_is_refused(train):
-    with pytest.raises(ValueError, match="train has one class; allowed: 2 or more"):
-        choose(train[train.labels == 1], fit)
+@pytest.mark.parametrize(("labels", "counts"), [([0, 0, 0], [3]), ([0, 1, 1], [1, 2])])
+def test_a_class_without_two_images_is_refused(labels, counts, train):
+    split = Split(train.images[:3], torch.tensor(labels))
+    message = re.escape(f"have {counts} images; allowed: 2 classes or more, of 2")
+    with pytest.raises(ValueError, match=message):
+        choose(split, fit)

@@ -150,13 +150,6 @@ def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
     assert second.get_offsets().tolist() == [[0, 1], [0, 1]]
 
 
-def test_where_no_mask_was_tried_there_is_no_row(choice):
-    held_out = choice.held_out
-    del held_out.predictions["a"], held_out.predictions["b"]
-    (ax,) = plotting.dumbbells(held_out, ERM).axes
-    assert not ax.texts
-
-
 def test_in_the_panel_a_mask_is_taken_or_erm_is_kept(choice, drawn, capsys):
     panel = panels.explore(choice)
     take, _ = panel.children

@@ -102,6 +102,14 @@ def mistake_map(split):
     return exchange.exchange_map(network, split, predicted, seed=3)
 
 
+@pytest.mark.parametrize("side", [1, 9, 28, 96, 150])
+def test_windows_reach_from_edge_to_edge(side):
+    seen = torch.zeros(side)
+    for window in exchange._windows(side):
+        seen[window] += 1
+    assert seen.all()
+
+
 def test_windows_with_the_pixel_that_misleads_are_the_brightest(misleading):
     """Windows of 2×6; each overlaps by half with the next one."""
     mistakes = mistake_map(misleading)

@@ -156,8 +156,7 @@ def exchange_map(
 
 
 def _windows(side: int) -> list[slice]:
-    """A seventh of a side each; neighbours overlap by half."""
+    """At most thirteen, a seventh of a side each, from edge to edge."""
     size = max(1, side // 7)
-    step = max(1, size // 2)
-    starts = range(0, side - size + 1, step)
-    return [slice(start, start + size) for start in starts]
+    starts = {round(number * (side - size) / 12) for number in range(13)}
+    return [slice(start, start + size) for start in sorted(starts)]

@@ -288,7 +288,7 @@ def _fit(fold: Split, fit: Fit, classes: int) -> nn.Module:
     if types != {torch.float32}:
         raise TypeError(f"weights are {types}; allowed: torch.float32.")
     logits = predict(network, fold[:2])
-    if logits.shape[1] < classes or not logits.isfinite().all():
+    if logits[0].numel() < classes or not logits.isfinite().all():
         raise ValueError(
             f"the trained network predicts {logits.tolist()} for two images; allowed: "
             f"a finite number for each of {classes} classes."

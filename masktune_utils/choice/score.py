@@ -30,7 +30,7 @@ from masktune_utils.saliency import saliency_maps
 SURE = 1.64  # standard errors that a score must exceed: one-sided, 95 %
 ENOUGH = 0.1  # what a mask must gain
 CLEAR = 0.4  # a mask that gains this much is taken, and no other one is tried
-HOPE = 4  # mistakes that a mask must explain to be worth fine-tuning
+HOPE = 4  # mistakes that a mask must explain, to be fine-tuned with, and to be taken
 UNDERTRAINED = 5  # points that nothing masked gains on ERM
 BETTER = 0.5  # standard errors by which a later mask must gain more than an earlier one
 # Fine-tuning on all images takes as many whole epochs as make this many steps, but no
@@ -39,7 +39,6 @@ STEPS = 750
 MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
-COLUMNS = ["score", "error", "gain", "explains", "corrects", "nothing"]
 _RULE = Rule(method="mean_std", fill="resample")
 # In the order in which they are tried; later rounds come last.
 CANDIDATES = (
@@ -77,9 +76,10 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         mean over classes); how many mistakes it `explains` by half or more, and how
         many of these are right with the mask, `corrects`, and with `nothing` masked.
         Without explained mistakes the score is 0, and has no error.
+
+    Raises:
+        KeyError: no mask was tried.
     """
-    if not held_out.tried:
-        return pd.DataFrame(columns=COLUMNS)
     labels = pd.Series(held_out.labels)
     predictions = pd.DataFrame(held_out.predictions)
     right = predictions.eq(labels, axis=0)
@@ -115,9 +115,9 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a mask of those that were tried, or keep ERM.
 
-    A mask is good if its score is positive beyond doubt, and it gains `ENOUGH`. The
-    first one that gains `CLEAR` is taken; else the first good one within `BETTER`
-    standard errors of the best.
+    A mask is good if its score is positive beyond doubt, it gains `ENOUGH`, and it
+    explains `HOPE` mistakes. The first one that gains `CLEAR` is taken; else the first
+    good one within `BETTER` standard errors of the best.
     """
     if held_out.is_mistake.sum() < FEW:
         return _prior(held_out)
@@ -126,7 +126,8 @@ def judge(held_out: HeldOut) -> Verdict:
     table = scores(held_out)
     gain = table["gain"]
     is_sure = table["score"] >= SURE * table["error"]
-    good = gain[is_sure & (gain >= ENOUGH)]
+    is_hopeful = table["explains"] >= HOPE
+    good = gain[is_sure & is_hopeful & (gain >= ENOUGH)]
     clear = good[good >= CLEAR]
     if len(clear):
         best = clear.index[0]
@@ -172,9 +173,10 @@ def _prior(held_out: HeldOut) -> Verdict:
     is_enough = gain[best] >= ENOUGH
     decision = f'Chosen: "{best}"' if is_enough else "ERM is kept"
     reason = (
-        f"{decision}, by a prior: {held_out.is_mistake.sum()} held-out mistakes do not "
-        f'tell which evidence misleads. Where masks hide a part, "{best}" is '
-        f"{100 * gain[best]:.0f} points more accurate than nothing masked."
+        f"{decision}, by a prior: too few held-out mistakes "
+        f"({held_out.is_mistake.sum()}) tell which evidence misleads. Where masks hide "
+        f'a part, the accuracy with "{best}" differs from that with nothing masked by '
+        f"{100 * gain[best]:+.0f} points."
     )
     return Verdict(best if is_enough else ERM, best, reason, is_final=True)
 
@@ -211,9 +213,10 @@ class Choice:
         best = self.verdict.best
         mean_mask = self.held_out.mean_masks[best]
         lines = [self.verdict.reason]
+        hides = f'"{best}" hides {mean_mask.mean():.0%} of the image'
+        is_even = mean_mask.min() == mean_mask.max()
         lines.append(
-            f'"{best}" hides {mean_mask.mean():.0%} of the image, mostly '
-            f"{_place(mean_mask)}."
+            f"{hides}." if is_even else f"{hides}, mostly {_place(mean_mask)}."
         )
         if best in self.held_out.tried:
             erm, nothing, mask = [
@@ -245,15 +248,20 @@ class Choice:
         names = [ERM, *self.held_out.mean_masks]
         if name not in names:
             raise ValueError(f"name is {name!r}; allowed: {'; '.join(names)}.")
-        reason = f'By hand: "{name}". {self.verdict.reason}'
+        reason = f'By hand: "{name}".'
         best = self.verdict.best if name == ERM else name
         verdict = replace(self.verdict, chosen=name, best=best, reason=reason)
         return replace(self, verdict=verdict)
 
     def finetune(self, network: nn.Module) -> nn.Module:
-        """A copy of a network, fine-tuned on the masked images unless ERM is kept."""
+        """A copy of a network, fine-tuned on the masked images unless ERM is kept.
+
+        It is in evaluation mode.
+        """
         tuned = copy.deepcopy(network)
-        return tuned if self.is_kept else self.schedule(tuned, self.masked)
+        if not self.is_kept:
+            tuned = self.schedule(tuned, self.masked)
+        return tuned.eval()
 
 
 def _place(mean_mask: Tensor) -> str:
@@ -301,7 +309,8 @@ def choose(
     Args:
         train: the training images; only these and their classes are used.
         fit: training images → a new network trained on them. It is called once for each
-            fold, and must not start from a network that has seen these images.
+            fold, and must not start from a network that has seen these images. The
+            default `finetune` trains weights that require gradients.
         finetune: (a copy of a network, masked images) → the network, fine-tuned; by
             default our `fine_tune`.
         candidates: how masks are made; each round of a rule is tried.
@@ -310,13 +319,14 @@ def choose(
         seed: of every random choice.
         folder: where each pair of networks is saved, so that a second call goes on
             where the first was stopped, on the device of the images. If `fit` or
-            `finetune` changes, delete it. Loading a network runs code: use a folder of
-            your own, and none from others.
+            `finetune` changes, or a file is damaged, delete it. Loading a network runs
+            code: use a folder of your own, and none from others.
 
     Raises:
         TypeError: `train` is no `Split`, or `fit` or `finetune` returns no network.
-        ValueError: there is one class, or no candidate; or `fit` returns the same
-            network twice, or one that does not predict a finite number for each class.
+        ValueError: there is one class, a class with one image, or no candidate; or
+            `fit` returns the same network twice, or one that does not predict a finite
+            number for each class.
     """
     if not isinstance(train, Split):
         raise TypeError(
@@ -325,8 +335,12 @@ def choose(
         )
     if not candidates:
         raise ValueError("there are 0 candidates; allowed: 1 or more.")
-    if len(train.labels.unique()) < 2:
-        raise ValueError("train has one class; allowed: 2 or more.")
+    _, counts = train.labels.unique(return_counts=True)
+    if len(counts) < 2 or counts.min() < 2:
+        raise ValueError(
+            f"the classes of train have {counts.tolist()} images; allowed: 2 classes "
+            "or more, of 2 images or more each."
+        )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
     folds = Folds(train, fit, schedule, explain, jobs, seed, folder)
     for held_out in folds.try_masks(candidates):

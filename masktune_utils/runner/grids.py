@@ -40,6 +40,8 @@ def read_grid(
         lists = []
         for value in settings.values():
             lists.append(value if isinstance(value, list) else [value])
+        if not all(lists):
+            raise ValueError(f"{block}: allowed: a value or more for each setting")
         for combination in product(*lists):
             values = dict(zip(settings, combination, strict=True))
             configurations.append(Settings(**values))
