@@ -14,7 +14,7 @@ from masktune_utils.shortcuts import add_square
 
 def draw(figure: Figure) -> None:
     """Show a figure in a panel."""
-    display(Image(print_figure(figure, dpi=90)))
+    display(Image(print_figure(figure, dpi=180), retina=True))
 
 
 def move_square(networks: dict[str, nn.Module], split: Split) -> interactive:
@@ -35,6 +35,7 @@ def move_square(networks: dict[str, nn.Module], split: Split) -> interactive:
         image = split[digit : digit + 1]
         image.images = add_square(image.images, size, color, row, column)
         figure = plotting.predictions(networks, image)
+        figure.set_size_inches(2 * figure.get_size_inches())
         clear_output(wait=True)  # of the progress bar
         draw(figure)
 

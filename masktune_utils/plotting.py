@@ -51,7 +51,7 @@ def show(
     mark = f"{settings.experiment}, seed {numbers}"
     figure.text(
         0,
-        0,
+        -0.01,
         mark,
         va="top",
         fontsize=7,
@@ -104,7 +104,8 @@ def grid(
         size: of a picture, in inches.
     """
     num_rows = max(1, *map(len, columns.values()))
-    width = size * len(columns) + 0.6
+    longest = max(map(len, "\n".join(row_titles).split("\n")))  # line of a title
+    width = size * len(columns) + 0.07 * longest + 0.1
     height = size * num_rows + 0.6
     figure = Figure((width, height))
     axes = figure.subplots(
@@ -164,7 +165,7 @@ def choice_masks(choice: Choice) -> Figure:
 def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
     """Do masks correct the mistakes that they explain?
 
-    A row for each mask that was tried: where it hides; and the share of the mistakes
+    A row for each mask that was tried: where it hides most; and the share of the mistakes
     explained by it that are right, grey with nothing masked, coloured with the mask.
 
     Args:
@@ -177,7 +178,8 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
         thumbnail = (-10, -3, k + 0.4, k - 0.4)  # left, right, bottom, top
         mean_mask = held_out.mean_masks[mask].numpy()
         # Not quite white, which would look cut off.
-        ax.imshow(mean_mask, extent=thumbnail, cmap="gray", vmin=0, vmax=1.2)
+        white = 1.2 * max(mean_mask.max(), 0.1)
+        ax.imshow(mean_mask, extent=thumbnail, cmap="gray", vmin=0, vmax=white)
         # NaN, which is not drawn, if it explains none.
         ends = 100 * row[["nothing", "corrects"]] / row["explains"]
         ax.plot(ends, [k, k], color="0.75", linewidth=3, zorder=0)
@@ -200,7 +202,7 @@ def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:
     """What networks predict for the same images: a row for each network.
 
     Below an image: the predicted class and its probability, green if it is right, else
-    red. Outlined: where the saliency for this class is above half of its maximum.
+    orange. Outlined: where the saliency for this class is above half of its maximum.
 
     Args:
         networks: name → network.

@@ -14,7 +14,7 @@ from masktune_utils.results import collect, write_json
 
 def result(name, seed):
     return {
-        **dict.fromkeys(results.COLUMNS, 0.25),
+        **dict.fromkeys(results.ACCURACIES, 0.25),
         "experiment": "mnist",
         "configuration": name,
         "seed": seed,

@@ -90,7 +90,7 @@ def test_the_first_mask_that_gains_forty_points_is_taken_and_no_other_tried():
     assert clear.chosen == "a"
     assert clear.is_final
     assert clear.reason == (
-        'Chosen: "a": of 36 mistakes that it explains, the mask corrects 13, nothing '
+        'Chosen: "a".\nOf 36 mistakes that it explains, the mask corrects 13, nothing '
         "masked 0."
     )
 
@@ -113,8 +113,8 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     verdict = judge(toy(nothing=nothing, a=(17, 960), b=nothing))
     assert (verdict.chosen, verdict.best) == (ERM, "b")
     assert verdict.reason == (
-        "ERM is kept: no mask clearly corrects what it explains; the best, "
-        '"b": of 40 mistakes that it explains, the mask corrects 18, nothing masked 18.'
+        "ERM is kept: no mask clearly corrects what it explains. The best: "
+        '"b".\nOf 40 mistakes that it explains, the mask corrects 18, nothing masked 18.'
     )
 
 

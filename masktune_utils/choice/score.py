@@ -139,11 +139,11 @@ def judge(held_out: HeldOut) -> Verdict:
         best = gain.idxmax()
     row = table.loc[best]
     counts = (
-        f'"{best}": of {row["explains"]:.0f} mistakes that it explains, the mask '
+        f'"{best}".\nOf {row["explains"]:.0f} mistakes that it explains, the mask '
         f"corrects {row['corrects']:.0f}, nothing masked {row['nothing']:.0f}."
     )
     if good.empty:
-        kept = "ERM is kept: no mask clearly corrects what it explains; the best,"
+        kept = "ERM is kept: no mask clearly corrects what it explains. The best:"
         return Verdict(ERM, best, f"{kept} {counts}")
     return Verdict(best, best, f"Chosen: {counts}", is_final=len(clear) > 0)
 
