@@ -165,8 +165,9 @@ def choice_masks(choice: Choice) -> Figure:
 def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
     """Do masks correct the mistakes that they explain?
 
-    A row for each mask that was tried: where it hides most; and the share of the mistakes
-    explained by it that are right, grey with nothing masked, coloured with the mask.
+    A row for each mask that was tried: where it hides most; and the share of the
+    mistakes explained by it that are right, grey with nothing masked, coloured with the
+    mask.
 
     Args:
         held_out: see `choice.held_out`.

@@ -216,4 +216,4 @@ DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()
 
 def root(directory: str) -> Path:
     """Where the files of an experiment go: its `directory`, or the repository."""
-    return Path(directory) if directory else REPOSITORY
+    return Path(directory).expanduser() if directory else REPOSITORY

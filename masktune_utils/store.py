@@ -25,11 +25,14 @@ def resolve_device(device: str = "auto") -> torch.device:
     """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
 
     Raises:
-        RuntimeError: PyTorch does not know the name.
+        ValueError: this machine has no such device.
     """
-    if device == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.device(device)
+    cpu = torch.device("cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or cpu
+    devices = {"auto": best, "cpu": cpu, best.type: best}
+    if device not in devices:
+        raise ValueError(f"device = {device!r}; here there are {', '.join(devices)}")
+    return devices[device]
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
@@ -76,7 +79,8 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # torch has no class of its own for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
-            f"{path} is damaged, foreign or of another version ({reason}). Delete it."
+            f"{path} is damaged, foreign or of another version ({reason}). Delete it, "
+            "and the notebook in runs that made it."
         ) from error
 
 

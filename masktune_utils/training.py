@@ -54,8 +54,8 @@ def train(
         training images in training mode), and `lr`.
 
     Raises:
-        ValueError: an unknown optimizer or schedule; with batch normalisation, batches
-            of one image.
+        ValueError: an unknown optimizer or schedule; the loss is not finite; with batch
+            normalisation, batches of one image.
     """
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
@@ -104,5 +104,7 @@ def train(
                 sums += torch.stack([loss.detach() * len(index), correct])
                 bar.update()
             row["loss"], row["accuracy"] = (sums / len(order)).tolist()
+            if not math.isfinite(row["loss"]):
+                raise ValueError(f"the loss is {row['loss']}; allowed: a smaller lr")
             history.append(row)
     return history

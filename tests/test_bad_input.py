@@ -42,7 +42,7 @@ BAD_OPTIONS = {
 BAD_GRIDS = {
     "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",
     "- seed: [0, -1]": "seed = -1: Input should be greater than or equal to 0",
-    "- seed: []": "{'seed': []}: allowed: a value or more for each setting",
+    "- seed: []": "Parameter grid for parameter 'seed' need to be a non-empty",
     "[]": "List should have at least 1 item",
     "- seed: [0": "while parsing a flow sequence",
     "- !!python/object/apply:os.getpid []": "could not determine a constructor",

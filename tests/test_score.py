@@ -136,6 +136,7 @@ def test_before_fine_tuning_erm_is_kept_where_no_mask_can_help(
     verdict = judge(predicted)
     assert verdict.chosen == ERM
     assert verdict.is_final == is_hopeless
+    assert scores(predicted).empty
 
 
 @pytest.mark.parametrize(

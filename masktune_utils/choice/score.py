@@ -39,6 +39,7 @@ STEPS = 750
 MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
+COLUMNS = ["score", "error", "gain", "explains", "corrects", "nothing"]
 _RULE = Rule(method="mean_std", fill="resample")
 # In the order in which they are tried; later rounds come last.
 CANDIDATES = (
@@ -76,10 +77,9 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         mean over classes); how many mistakes it `explains` by half or more, and how
         many of these are right with the mask, `corrects`, and with `nothing` masked.
         Without explained mistakes the score is 0, and has no error.
-
-    Raises:
-        KeyError: no mask was tried.
     """
+    if not held_out.tried:
+        return pd.DataFrame(columns=COLUMNS)
     labels = pd.Series(held_out.labels)
     predictions = pd.DataFrame(held_out.predictions)
     right = predictions.eq(labels, axis=0)

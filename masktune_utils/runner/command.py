@@ -13,7 +13,7 @@ from yaml import YAMLError
 from masktune_utils import datasets, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings, root
+from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, root
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
@@ -50,8 +50,8 @@ def _parser() -> ArgumentParser:
     add("--dry-run", action="store_true", help="count the notebooks, and run nothing")
     for name, field in Settings.model_fields.items():
         add(
-            *sorted({f"--{name}", f"--{name.replace('_', '-')}"}),
-            nargs="+",
+            f"--{name}",
+            nargs=1 if name in RUNTIME else "+",
             help=f"{field.description} (default: {field.default!r})",
         )
     return parser
@@ -79,23 +79,22 @@ def _run(arguments: Namespace) -> int:
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
-    settings = resolved[0]
-    datasets.load(settings)  # what cannot be read or drawn is refused here
-    stems = [notebook] if notebook else COMMANDS[arguments.command]
+    datasets.load(resolved[0])  # what cannot be read or drawn is refused here
+    stems = [f"{notebook}"] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
-    device = store.resolve_device(settings.device)
+    device = store.resolve_device(resolved[0].device)
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
     errors = jobs.execute(stages, arguments.jobs or count)
-    _print_table(settings.directory, {settings.experiment for settings in resolved})
+    for job, error in errors.items():
+        print(f"failed: {job.copy}: {error}", file=sys.stderr)
+    _print_table(directory, {settings.experiment for settings in resolved})
     for stage in reversed(stages):
         for job in stage:
-            if job in errors:
-                print(f"failed: {job.copy}: {errors[job]}", file=sys.stderr)
-            elif job.stem in (CHOICE, jobs.PLOTS):
+            if job not in errors and job.stem in (CHOICE, jobs.PLOTS):
                 page = jobs.write_page(job)
                 print(f"page: {page}")
                 if job.stem == CHOICE:

@@ -1,6 +1,5 @@
 """Grids: YAML files of settings → all their combinations."""
 
-from itertools import product
 from pathlib import Path
 
 import yaml
@@ -31,18 +30,16 @@ def read_grid(
         OSError: the file cannot be read.
         YAMLError: it is no YAML.
     """
+    from sklearn.model_selection import ParameterGrid  # takes a second
+
     with file.open("rb") as stream:  # by its name, YAML's errors tell the file
         blocks = Blocks.validate_python(yaml.safe_load(stream))
     notebook = blocks[0].pop("notebook", None)
     configurations = []
     for block in blocks:
-        settings = {**block, **options}
-        lists = []
-        for value in settings.values():
-            lists.append(value if isinstance(value, list) else [value])
-        if not all(lists):
-            raise ValueError(f"{block}: allowed: a value or more for each setting")
-        for combination in product(*lists):
-            values = dict(zip(settings, combination, strict=True))
-            configurations.append(Settings(**values))
+        values = {}
+        for name, value in {**block, **options}.items():
+            values[name] = value if isinstance(value, list) else [value]
+        for combination in ParameterGrid(values):
+            configurations.append(Settings(**combination))
     return notebook, configurations
