@@ -73,7 +73,7 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     titles = []
     for name, index in groups(split).items():
         step = max(1, len(index) // per_group)
-        spread = index[::step][:per_group]
+        spread = index[step // 2 :: step][:per_group]
         chosen.append(spread)
         titles += [name.replace(", ", "\n")] * len(spread)
     return torch.cat(chosen), titles

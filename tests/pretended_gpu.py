@@ -128,7 +128,11 @@ def pretended_gpu():
     }
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with patch.multiple(torch.cuda, **functions), Mode():
+        with (
+            patch.multiple(torch.cuda, **functions),
+            patch.multiple(torch.accelerator, current_accelerator=lambda **_: GPU),
+            Mode(),
+        ):
             yield GPU
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)

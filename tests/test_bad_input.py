@@ -37,6 +37,7 @@ BAD_OPTIONS = {
     "--method foo": "method = 'foo': Input should be 'threshold', 'top_k', 'mean' or",
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--limit 5000": "limit = 5000: at most 4000 here",
+    "--device mps": "device = 'mps'; here there are auto, cpu",
     "--dask nowhere": "missing port number in address 'nowhere'",
 }
 BAD_GRIDS = {

@@ -10,7 +10,7 @@ from PIL import Image
 
 from masktune_utils import datasets, shortcuts
 from masktune_utils.data import Split
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import Settings
 
 
 def load(dataset="mnist5k", **settings):
@@ -125,11 +125,6 @@ def test_a_limit_draws_equally_many_of_each_digit_by_the_seed():
     other = load(**few, seed=1).train
     assert not torch.equal(train.images, other.images)
     assert len(load(limit=4000).train) == 4000  # all that there are
-
-
-def test_an_empty_name_of_a_folder_counts_as_unset(monkeypatch):
-    monkeypatch.setenv("MASKTUNE_DATA", "")
-    assert datasets.data_root() == REPOSITORY / "data"
 
 
 IMAGES = torch.zeros(4, 3, 28, 28)

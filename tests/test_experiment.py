@@ -122,13 +122,10 @@ def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
     assert row["rule"] == "ERM"
 
 
-def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model_unless_told():
+def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model():
     finetuning = Settings(epochs=50).training
     assert finetuning["epochs"] == 1
     assert finetuning["lr"] == 0.0025
-    finetuning = Settings(finetune_lr=0.1, finetune_epochs=3).training
-    assert finetuning["epochs"] == 3
-    assert finetuning["lr"] == 0.1
 
 
 @pytest.mark.parametrize("fill", ["zero", "resample"])

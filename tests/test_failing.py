@@ -9,10 +9,9 @@ from unittest.mock import MagicMock, Mock
 import papermill
 import psutil
 import pytest
-from tiny_runs import OPTIONS, checked_results, kernels_of, masktune, start, tiny
+from tiny_runs import checked_results, kernels_of, masktune, start, tiny
 
-from masktune_utils import experiment
-from masktune_utils.runner import command, jobs
+from masktune_utils.runner import jobs
 from masktune_utils.settings import BaseSettings
 
 pytest_plugins = ["tiny_runs"]
@@ -54,25 +53,6 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
     saved = checked_results(directory).keys()
     assert "top_k_0.8" in saved
     assert "top_k_0.6" not in saved
-
-
-@pytest.mark.slow
-def test_a_choice_that_fails_is_named_and_made_once_its_cause_is_gone(
-    directory, capsys
-):
-    arguments = ["choose", *OPTIONS, "--directory", str(directory)]
-    settings = tiny(directory)
-    path = settings.folder("checkpoints") / experiment.CHOICE
-    path.write_bytes(b"damaged")
-    copy = settings.folder("runs") / "06_choice.ipynb"
-    copy.unlink()
-    assert command.main(arguments) == 1
-    error = capsys.readouterr().err
-    assert f"failed: {copy}: CheckpointError: {path} is damaged" in error
-    path.unlink()
-    assert command.main(arguments) == 0
-    reason = (settings.folder("results") / "reason.txt").read_text()
-    assert capsys.readouterr().out.endswith(f"{reason}\n")
 
 
 def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(

@@ -121,13 +121,6 @@ def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
     assert not kernel.is_alive()
 
 
-def test_a_kernel_that_cannot_forget_is_ended(monkeypatch):
-    monkeypatch.setattr(kernels, "RESET", "1 / 0")
-    with pytest.raises(RuntimeError, match="cannot forget"), kernels.take(1):
-        pass
-    assert not kernels.idle[1]
-
-
 def test_a_kernel_that_died_is_replaced(tmp_path):
     with kernels.take(1) as kernel:
         run(tmp_path, "1", km=kernel)

@@ -57,13 +57,6 @@ def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
     assert notebook.path.stat().st_size < 1_000_000
 
 
-def test_answers_are_shown_as_markdown(notebook):
-    """JupyterLab shows what follows a tag without a blank line as it is typed."""
-    for cell in notebook.cells:
-        assert not re.search(r"</summary>(?!\n\n)", cell.source)
-        assert not re.search(r"(?<!\n\n)</details>", cell.source)
-
-
 def lines_without_imports(source):
     count = len(source.splitlines())
     for statement in ast.parse(source).body:

@@ -11,7 +11,7 @@ from tiny_runs import OPTIONS, masktune, tiny
 from masktune_utils import results
 from masktune_utils.choice import score
 from masktune_utils.runner import command, grids, jobs
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import Settings
 
 pytest_plugins = ["tiny_runs"]
 NOTEBOOKS_OF_A_RUN = ["01", "02", "03", "04", "04", "05", "06"]
@@ -120,12 +120,6 @@ def test_a_grid_may_name_its_notebook(tmp_path, dry_run):
     assert command.main(["sweep", *options, "--seed", "1"]) == 0
     (copy,) = tmp_path.glob("runs/*/*/*.ipynb")
     assert copy.parts[-2:] == ("seed1", "01_dataset.ipynb")
-
-
-def test_the_grids_of_the_papers_are_whole():
-    for name, count in (("published", 15), ("paper", 1)):
-        _, grid = grids.read_grid(REPOSITORY / "sweeps" / f"{name}.yaml", {})
-        assert len(grid) == count
 
 
 def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):

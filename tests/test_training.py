@@ -82,6 +82,8 @@ def test_bad_options_are_refused(splits):
         train(splits, schedule="cosine")
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         train(splits, batch_size=1)
+    with pytest.raises(ValueError, match="the loss is nan; allowed: a smaller lr"):
+        train(splits, lr=1e30)
 
 
 def test_an_epoch_never_waits_for_the_device(splits):
