@@ -3,7 +3,8 @@
     python studies/replay.py        # in a minute, without any training
 
 Prints the mean and the largest regret where a mask can hide the shortcut, how many runs
-end more than a point below ERM and the largest such loss, in points of the worst group.
+end more than a point below ERM and the largest such loss, in points of the worst group;
+and how many choices of the registered test are the same.
 """
 
 from dataclasses import replace
@@ -13,6 +14,7 @@ import trials
 
 from masktune_utils.choice import ERM, NULL, HeldOut
 from masktune_utils.choice.score import Verdict, judge
+from masktune_utils.settings import REPOSITORY
 
 OUT_OF_REACH = "pixels|coloured-digit|tint|none"  # kinds that no mask can hide
 ORACLE = "oracle"
@@ -28,6 +30,18 @@ def choose(held_out: HeldOut) -> Verdict:
         known[mask] = held_out.predictions[mask]
         verdict = judge(replace(held_out, predictions=known))
     return verdict
+
+
+def count_same() -> tuple[int, int]:
+    """How many runs of the registered test choose as they did, and of how many."""
+    rows = pd.read_csv(REPOSITORY / "results" / "registered.csv")
+    runs = rows[rows["is_chosen"]]
+    same = 0
+    for run in runs.itertuples():
+        name = f"{run.dataset}, {run.labels}, {run.kind}, {run.seed}"
+        held_out, _ = trials.read(trials.file_name(name))
+        same += choose(held_out).chosen == run.model
+    return same, len(runs)
 
 
 def main() -> None:
@@ -64,6 +78,8 @@ def main() -> None:
             "largest loss": losses.max(),
         }
     print(pd.DataFrame(table).round(1).to_string())
+    same, count = count_same()
+    print(f"{same} of {count} choices of the registered test are the same")
 
 
 if __name__ == "__main__":
