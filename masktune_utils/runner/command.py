@@ -50,7 +50,7 @@ def _parser() -> ArgumentParser:
     add("--dry-run", action="store_true", help="count the notebooks, and run nothing")
     for name, field in Settings.model_fields.items():
         add(
-            f"--{name}",
+            *sorted({f"--{name}", f"--{name.replace('_', '-')}"}),
             nargs=1 if name in RUNTIME else "+",
             help=f"{field.description} (default: {field.default!r})",
         )
