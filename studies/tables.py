@@ -34,6 +34,7 @@ MAIN = "|full MNIST|raw|biased|worst group|"
 SHORT = f"|shortcut|{RANGES}"
 BY_SET = f"|a mask can hide it|{RANGES}"
 MEASURES = "|registered test, points|outcome|announced|"
+PHOTOGRAPHS = "|photographs|runs|ERM|chosen|oracle|"
 AUTHORS = "|red 4×4, ordered|raw|biased|worst group|"
 OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
     "ERM, last checkpoint": "ERM",
@@ -207,6 +208,15 @@ def table_of_measures() -> list[str]:
     return [line(name, [*rows[name]]) for name in rows]
 
 
+def table_of_photographs() -> list[str]:
+    """The registered test's photographs, by shortcut."""
+    rows = read("photographs.csv")
+    rows = rows.assign(points=100 * rows["worst_group"])
+    runs = rows.pivot(index=["shortcut", "seed"], columns="model", values="points")
+    parts = {name: runs.loc[[name]] for name in rows["shortcut"].unique()}
+    return means_and_ranges(parts, ["ERM", "chosen", "oracle"])
+
+
 def authors_table() -> list[str]:
     """The setting of the authors' code, and its differences from ours."""
     runs = read("reference_paper_setting.csv").set_index("model").sort_index()
@@ -221,6 +231,7 @@ TABLES = {
     SHORT: short_table,
     BY_SET: table_by_set,
     MEASURES: table_of_measures,
+    PHOTOGRAPHS: table_of_photographs,
     AUTHORS: authors_table,
 }
 
