@@ -8,8 +8,8 @@ holds a `HeldOut`, and the accuracy in the worst group of the test sets, by mode
     held_out, worst_groups = trials.read("mnist_halves_square-6_300")
     print(score.judge(held_out).reason, worst_groups)
 
-Files of seeds before 300 (photographs: 0 to 2) know only what share a mask hides, not where, and have the
-accuracy of the worst class where masks resample.
+Files of seeds before 300 (photographs: 0 to 2) know only what share a mask hides, not
+where, and have the accuracy of the worst class where masks resample.
 """
 
 import io
