@@ -130,7 +130,9 @@ def pretended_gpu():
     try:
         with (
             patch.multiple(torch.cuda, **functions),
-            patch.multiple(torch.accelerator, current_accelerator=lambda **_: GPU),
+            patch.multiple(
+                torch.accelerator, current_accelerator=lambda **_: torch.device("cuda")
+            ),
             Mode(),
         ):
             yield GPU

@@ -102,7 +102,7 @@ def mistake_map(split):
     return exchange.exchange_map(network, split, predicted, seed=3)
 
 
-@pytest.mark.parametrize("side", [1, 9, 28, 96, 150])
+@pytest.mark.parametrize("side", [1, 28, 96])
 def test_windows_reach_from_edge_to_edge(side):
     seen = torch.zeros(side)
     for window in exchange._windows(side):
