@@ -147,7 +147,7 @@ class Split(Dataset):
             try:
                 image = Image.open(path)
                 if image.mode[0] in "IF":
-                    raise ValueError("more than eight bits, which Pillow cuts off")
+                    raise ValueError  # Pillow would cut off all but eight bits
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = ImageOps.exif_transpose(image).convert("RGB")
                 images.append(pil_to_tensor(ImageOps.fit(upright, (size, size))))

@@ -8,10 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 FEWEST_CELLS = 6  # of a map's shorter side: coarser ones miss what is small
-ENLARGING = (
-    nn.AdaptiveAvgPool2d,
-    nn.Upsample,
-)  # layers that may make coarse maps large
 
 
 class NoMapsError(TypeError):
@@ -114,7 +110,8 @@ def target_layer(
     shapes = {}  # in the order of computation
 
     def note(module: nn.Module, _inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor) and not isinstance(module, ENLARGING):
+        is_pooled = isinstance(module, nn.AdaptiveAvgPool2d)  # maybe to a larger map
+        if isinstance(output, Tensor) and not is_pooled:
             shapes.pop(module, None)  # if it is used twice, the last use counts
             shapes[module] = output.shape
 

@@ -174,8 +174,8 @@ def _prior(held_out: HeldOut) -> Verdict:
     decision = f'Chosen: "{best}"' if is_enough else "ERM is kept"
     reason = (
         f"{decision}, by a prior: too few held-out mistakes "
-        f"({held_out.is_mistake.sum()}) tell which evidence misleads. Where masks hide "
-        f'a part, the accuracy with "{best}" differs from that with nothing masked by '
+        f"({held_out.is_mistake.sum()}) to tell which evidence misleads. Gain of "
+        f'"{best}" over nothing masked, where masks hide a part: '
         f"{100 * gain[best]:+.0f} points."
     )
     return Verdict(best if is_enough else ERM, best, reason, is_final=True)
