@@ -41,21 +41,16 @@ def choose(conflicting_share: float, seed: int) -> dict:
 def main() -> None:
     """Replace the rows; they are the same for all referees, who have no say."""
     table = pd.read_csv(FILE)
-    times_of_erm = table[table["method"] == "ERM"].set_index([*KEY, "referee"])
-    is_ours = table["method"] == OURS
-    for key in table.loc[is_ours, KEY].drop_duplicates().itertuples(index=False):
+    seconds_of_erm = table[table["method"] == "ERM"].groupby(KEY)["seconds"].first()
+    ours = table[table["method"] == OURS].groupby(KEY).groups
+    for key, rows in ours.items():
         row = choose(*key)
         print(*key, row, flush=True)
-        times = row.pop("times")
-        same = is_ours & (table[KEY] == key).all(axis=1)
-        for number, referee in table.loc[same, "referee"].items():
-            # In units of ERM's: the other rows are from another day.
-            seconds = times * times_of_erm.loc[(*key, referee), "seconds"]
-            for name, value in {**row, "seconds": seconds}.items():
-                table.loc[number, name] = value
-            table.loc[number, ["held-out groups", "ERM's mistakes", "worst class"]] = (
-                None
-            )
+        # In units of ERM's seconds: the other rows were made on another day.
+        row["seconds"] = row.pop("times") * seconds_of_erm[key]
+        for name, value in row.items():
+            table.loc[rows, name] = value
+        table.loc[rows, ["held-out groups", "ERM's mistakes", "worst class"]] = None
     results.save_table(table, FILE)
 
 
