@@ -200,8 +200,8 @@ class Split(Dataset):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; floating-point images stay as they are."""
-    return images if images.is_floating_point() else images / 255
+    """uint8 images to float32 in [0, 1]; what has another type stays as it is."""
+    return images / 255 if images.dtype == torch.uint8 else images
 
 
 def folds(labels: Tensor, seed: int) -> list[Tensor]:

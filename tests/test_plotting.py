@@ -78,7 +78,7 @@ def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
 
 def test_a_grid_shows_images_and_masks_with_their_titles():
     grey = torch.full((1, 1, 4, 4), 128, dtype=torch.uint8)
-    mask = torch.eye(4)[None]
+    mask = torch.eye(4)[None] > 0
     figure = plotting.grid({"grey": grey, "mask": mask}, ["first"])
     assert titles_of_rows(figure) == ["first"]
     brightest = {}
