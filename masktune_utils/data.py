@@ -121,44 +121,45 @@ class Split(Dataset):
                 memory.
         """
         from torchvision.datasets import ImageFolder  # takes seconds
-        from torchvision.transforms.v2.functional import pil_to_tensor
 
-        def is_visible(path: str) -> bool:
-            parts = Path(path).relative_to(folder).parts
-            return not any(part.startswith(".") for part in parts)
-
-        dataset = ImageFolder(folder, is_valid_file=is_visible)
-        labels = torch.tensor(dataset.targets)
-        counts = labels.bincount().tolist()
-        if len(counts) < 2 or min(counts) < FEWEST:
-            raise ValueError(
-                f"the folders {dataset.classes} have {counts} images; allowed: 2 "
-                f"folders or more, of {FEWEST} images or more each."
-            )
-        needed = BYTES * len(labels) * size**2
-        if needed > psutil.virtual_memory().available:
-            raise ValueError(
-                f"{len(labels)} images take {needed / 1e9:.1f} GB of memory, more than "
-                "is free; allowed: a smaller size, or fewer images."
-            )
-        images = []
         no_images = []
-        for path, _ in progress.bar(dataset.samples, desc="reading images"):
+
+        def open_square(path: str) -> Image.Image:
             try:
                 image = Image.open(path)
                 if image.mode[0] in "IF":
                     raise ValueError  # Pillow would cut off all but eight bits
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = ImageOps.exif_transpose(image).convert("RGB")
-                images.append(pil_to_tensor(ImageOps.fit(upright, (size, size))))
             except (OSError, SyntaxError, ValueError):  # of Pillow
                 no_images.append(path)
+                upright = Image.new("RGB", (size, size))
+            return ImageOps.fit(upright, (size, size))
+
+        def is_visible(path: str) -> bool:
+            parts = Path(path).relative_to(folder).parts
+            return not any(part.startswith(".") for part in parts)
+
+        dataset = ImageFolder(folder, loader=open_square, is_valid_file=is_visible)
+        counts = torch.tensor(dataset.targets).bincount().tolist()
+        if len(counts) < 2 or min(counts) < FEWEST:
+            raise ValueError(
+                f"the folders {dataset.classes} have {counts} images; allowed: 2 "
+                f"folders or more, of {FEWEST} images or more each."
+            )
+        needed = BYTES * len(dataset) * size**2
+        if needed > psutil.virtual_memory().available:
+            raise ValueError(
+                f"{len(dataset)} images take {needed / 1e9:.1f} GB of memory, more than "
+                "is free; allowed: a smaller size, or fewer images."
+            )
+        split = cls.from_dataset(dataset)
         if no_images:
             raise ValueError(
                 f"{len(no_images)} files are no images, as {no_images[:3]}; allowed: "
                 "files that Pillow reads, of eight bits a channel."
             )
-        return cls(torch.stack(images), labels, class_names=tuple(dataset.classes))
+        return split
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -115,7 +115,7 @@ def mean_map(maps: Tensor) -> Tensor:
     return (average - lowest) / (highest - lowest).clamp(min=1e-8)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MaskedDataset(Dataset):
     """A split that is masked batch by batch.
 
@@ -153,7 +153,7 @@ class MaskedDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         partner = torch.randint(len(self), (1,))
-        images, labels = self.batch(torch.tensor([index]), partners=partner)
+        images, labels = self.pairs(torch.tensor([index]), partner).batch(slice(1))
         return images[0], labels.item()
 
     @property
@@ -172,40 +172,46 @@ class MaskedDataset(Dataset):
         """The same images with the partners of another epoch."""
         return replace(self, epoch=epoch)
 
-    def masks(self, index: Tensor | slice, partners: Tensor | None = None) -> Tensor:
-        """What is hidden, B×H×W, float32 in [0, 1].
+    def pairs(self, index: Tensor, partners: Tensor) -> Self:
+        """Images, and then their partners; each is the partner of the other.
 
         Args:
-            index: which images.
-            partners: index of their partners; by default those of the epoch.
+            index: B, which images.
+            partners: B, the index of the partner of each.
         """
-        if partners is None:
-            partners = self.partners[index]
+        both = torch.cat([index, partners])
+        pairs = replace(
+            self,
+            split=self.split[both],
+            own_masks=self.own_masks[both],
+        )
+        pairs.partners = torch.arange(len(both)).roll(len(index))
+        return pairs
+
+    def masks(self, index: Tensor | slice) -> Tensor:
+        """What is hidden, B×H×W, float32 in [0, 1]."""
         masks = self.own_masks[index].float()
         if self.fill == "resample":
-            masks = torch.maximum(masks, self.own_masks[partners].float())
+            of_partners = self.own_masks[self.partners[index]]
+            masks = torch.maximum(masks, of_partners.float())
         return masks
 
     def batch(
         self,
         index: Tensor | slice,
         device: torch.device | None = None,
-        partners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B.
 
         Args:
             index: which images.
             device: where to put them; by default they stay where they are.
-            partners: index of their partners; by default those of the epoch.
         """
-        if partners is None:
-            partners = self.partners[index]
         images, labels = self.split.batch(index, device)
-        masks = self.masks(index, partners).to(device)
+        masks = self.masks(index).to(device)
         fill = 0.0
         if self.fill == "resample":
-            fill, _ = self.split.batch(partners, device)
+            fill, _ = self.split.batch(self.partners[index], device)
         return apply_mask(images, masks, fill), labels
 
     @property

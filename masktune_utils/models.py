@@ -107,23 +107,21 @@ def target_layer(
     for module in model.modules():  # the network itself, or in a wrapper
         if hasattr(module, "get_grad_cam_target_layer"):
             return module.get_grad_cam_target_layer()
-    shapes = {}  # in the order of computation
+    cells = {}  # layer with a map → on its shorter side; in the order of computation
+    tokens = []
 
     def note(module: nn.Module, _inputs: tuple, output: object) -> None:
-        is_pooled = isinstance(module, nn.AdaptiveAvgPool2d)  # maybe to a larger map
-        if isinstance(output, Tensor) and not is_pooled:
-            shapes.pop(module, None)  # if it is used twice, the last use counts
-            shapes[module] = output.shape
+        size = getattr(output, "shape", ())
+        cells.pop(module, None)  # if it is used twice, the last use counts
+        if is_map(size, shape) and not isinstance(module, nn.AdaptiveAvgPool2d):
+            cells[module] = min(size[-2:])
+        if len(size) == 3 and size[1] > 1:
+            tokens.append(module)
 
     image = next(model.parameters()).new_zeros(1, *shape)
     with register_module_forward_hook(note), torch.no_grad():
         model(image)
-    has_tokens = any(len(size) == 3 and size[1] > 1 for size in shapes.values())
-    cells = {}
-    for module, size in shapes.items():
-        if is_map(size, shape):
-            cells[module] = min(size[-2:])
-    if has_tokens or not cells:
+    if tokens or not cells:
         raise NoMapsError(
             f"{type(model).__name__} computes with tokens, or no layer of it has a map "
             "N×C×h×w; name one by layer=, or by a method get_grad_cam_target_layer()."

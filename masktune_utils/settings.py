@@ -211,7 +211,7 @@ class Settings(BaseSettings):
         }
 
 
-DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+DEFAULTS = dict(Settings())
 
 
 def root(directory: str) -> Path:

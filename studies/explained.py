@@ -22,9 +22,10 @@ from resume import in_parallel
 from torch import Tensor, nn
 
 from masktune_utils.choice import ERM, score
-from masktune_utils.choice.exchange import class_partners, exchanged
+from masktune_utils.choice.exchange import class_partners
 from masktune_utils.choice.held_out import Folds
 from masktune_utils.masking import MaskedDataset
+from masktune_utils.metrics import predict
 from masktune_utils.settings import REPOSITORY
 from masktune_utils.store import write_bytes
 
@@ -57,10 +58,10 @@ def swap(
     comes = []
     for _ in range(SWAPS):
         partners = class_partners(labels, generator)[mistakes]
-        classes = exchanged(judge, masked, mistakes, partners)
-        leaves.append(classes == labels[mistakes])
-        classes = exchanged(judge, masked, partners, mistakes)
-        comes.append(classes == predicted[mistakes])
+        swapped = predict(judge, masked.pairs(mistakes, partners))
+        cut_out, pasted = swapped.argmax(1).chunk(2)
+        leaves.append(cut_out == labels[mistakes])
+        comes.append(pasted == predicted[mistakes])
     return torch.stack(leaves, 1), torch.stack(comes, 1)
 
 

@@ -39,36 +39,10 @@ def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
     return partners
 
 
-def exchanged(
-    network: nn.Module,
-    resampled: MaskedDataset,
-    index: Tensor,
-    partners: Tensor,
-) -> Tensor:
-    """The predicted classes of images with the hidden part of their partners.
-
-    Args:
-        network: any network.
-        resampled: images with the fill `resample`.
-        index: B, which images.
-        partners: B, the images that the hidden part comes from.
-
-    Returns:
-        B, on the CPU.
-    """
-    classes = []
-    for numbers, others in zip(index.split(100), partners.split(100), strict=True):
-        images, labels = resampled.batch(numbers, partners=others)
-        logits = predict(network, Split(images.clamp(0, 1), labels))
-        classes.append(logits.argmax(1))
-    return torch.cat(classes)
-
-
 def explained(
     network: nn.Module,
     masked: MaskedDataset,
     predicted: Tensor,
-    seed: int = 0,
 ) -> Tensor:
     """How far mistakes of a network are explained by what masks hide.
 
@@ -80,13 +54,12 @@ def explained(
         network: any network.
         masked: images that it has not seen, with their masks.
         predicted: N, the classes that the network predicts for them, on the CPU.
-        seed: of the other images.
 
     Returns:
         N float32, on the CPU: the share of `SWAPS` swaps by which the mistake moves; 0
         where the network is right.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(masked.seed)
     labels = masked.labels.cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     resampled = replace(masked, fill="resample")
@@ -95,10 +68,11 @@ def explained(
         return moves
     for _ in range(SWAPS):
         partners = class_partners(labels, generator)[mistakes]
-        cut_out = exchanged(network, resampled, mistakes, partners)
-        pasted = exchanged(network, resampled, partners, mistakes)
+        swapped = predict(network, resampled.pairs(mistakes, partners))
+        cut_out, pasted = swapped.argmax(1).chunk(2)
         is_right = cut_out == labels[mistakes]
-        moves[mistakes] += is_right & (pasted == predicted[mistakes])
+        is_mistaken = pasted == predicted[mistakes]
+        moves[mistakes] += is_right & is_mistaken
     return moves / SWAPS
 
 

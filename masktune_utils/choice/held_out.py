@@ -116,7 +116,6 @@ class Folds:
             _fit,
             self.parts,
             fit=self.fit,
-            classes=len(self.train.labels.bincount()),
         )
         first, second = [set(network.parameters()) for network in self.networks]
         if first & second:
@@ -182,18 +181,20 @@ class Folds:
                 self.tune(rule)
                 yield self.held_out
         if self.held_out.is_mistake.sum() < FEW:
-            self.resample()
+            for mask in self.held_out.resampled:
+                for model, networks in self.tuned.items():
+                    self.resample(mask, model, networks)
             yield self.held_out
 
     def both(self, step: Callable, *pairs: Sequence, **options: Any) -> list:
         """A step for each fold, side by side if there are two jobs."""
         calls = zip(*pairs, strict=True)
-        run = Parallel(min(self.jobs, 2))
+        run = Parallel(self.jobs)
         return run(delayed(step)(*of_fold, **options) for of_fold in calls)
 
-    def join(self, pair: Sequence[Tensor]) -> Tensor:
+    def join(self, pair: list[Tensor]) -> Tensor:
         """What both folds have, in the order of all images."""
-        return torch.cat(list(pair))[self.order]
+        return torch.cat(pair)[self.order]
 
     def kept(
         self,
@@ -220,26 +221,22 @@ class Folds:
         saved = store.kept(path, {}, make, runs_code=True)
         return [network.to(labels.device) for network in saved["networks"]]
 
-    def hide(
-        self, rule: Rule, maps: Sequence[Tensor], earlier: Sequence = (None, None)
-    ) -> None:
-        """Add masks, and what they explain, unless they hide no more than earlier."""
+    def hide(self, rule: Rule, maps: Sequence[Tensor], before: str = "") -> None:
+        """Add masks, and what they explain, unless they hide no more than before."""
+        earlier = self.masked.get(before, (None, None))
         masked = self.both(rule.mask, self.parts, maps, earlier, seed=self.seed)
         own_masks = self.join([images.own_masks for images in masked])
-        if None not in earlier:
-            before = self.join([images.own_masks for images in earlier])
-            if torch.equal(own_masks, before):
-                return
+        if before and torch.equal(own_masks, self.images[before].own_masks):
+            return
         mask = f"{rule}"
         self.masked[mask] = masked
         self.images[mask] = replace(masked[0], split=self.train, own_masks=own_masks)
         if rule == NOTHING:
             return
-        shares = self.both(
-            explained, self.judges, masked, self.predicted, seed=self.seed
-        )
+        shares = self.both(explained, self.judges, masked, self.predicted)
         self.held_out.explained[mask] = self.join(shares)
-        self.held_out.resampled[mask] = {ERM: self.accuracy(self.judges, masked)}
+        self.held_out.resampled[mask] = {}
+        self.resample(mask, ERM, self.networks)
         mean_mask = own_masks.mean(0, dtype=torch.float32)
         self.held_out.mean_masks[mask] = mean_mask.cpu()
 
@@ -247,9 +244,10 @@ class Folds:
         """Add the masks of a later round, by the networks of the round before."""
         before = f"{replace(rule, rounds=rule.rounds - 1)}"
         if before in self.tuned:
-            masked = self.masked[before]
-            maps = self.both(_maps, self.tuned[before], masked, explain=self.explain)
-            self.hide(rule, maps, masked)
+            maps = self.both(
+                _maps, self.tuned[before], self.masked[before], explain=self.explain
+            )
+            self.hide(rule, maps, before)
 
     def tune(self, rule: Rule) -> None:
         """Fine-tune on masked images, and predict."""
@@ -266,22 +264,15 @@ class Folds:
         predicted = self.both(_classes, networks[::-1], self.parts)
         self.held_out.predictions[mask] = self.join(predicted)
 
-    def resample(self) -> None:
-        """Let all models predict the images that all masks resample."""
-        for mask, accuracies in self.held_out.resampled.items():
-            for model, networks in self.tuned.items():
-                accuracies[model] = self.accuracy(networks[::-1], self.masked[mask])
-
-    def accuracy(
-        self, judges: Sequence[nn.Module], masked: Sequence[MaskedDataset]
-    ) -> float:
-        """Where the hidden part comes from another image at random."""
-        shares = self.both(_resampled_accuracy, judges, masked, seed=self.seed)
-        return sum(shares) / 2
+    def resample(self, mask: str, model: str, networks: list[nn.Module]) -> None:
+        """Let a model predict images whose hidden part comes from another at random."""
+        shares = self.both(_resampled_accuracy, networks[::-1], self.masked[mask])
+        self.held_out.resampled[mask][model] = sum(shares) / 2
 
 
-def _fit(fold: Split, fit: Fit, classes: int) -> nn.Module:
+def _fit(fold: Split, fit: Fit) -> nn.Module:
     """A trained network, unless we cannot work with it."""
+    classes = len(fold.labels.bincount())
     network = _checked(fit(fold), "fit")
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     types = {weight.dtype for weight in network.parameters()}
@@ -314,12 +305,12 @@ def _classes(network: nn.Module, fold: Split) -> Tensor:
     return predict(network, fold).argmax(1)
 
 
-def _resampled_accuracy(judge: nn.Module, masked: MaskedDataset, seed: int) -> float:
+def _resampled_accuracy(judge: nn.Module, masked: MaskedDataset) -> float:
     """On at most `SAMPLE` images."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(masked.seed)
     sample = torch.randperm(len(masked), generator=generator)[:SAMPLE]
     resampled = MaskedDataset(
-        masked.split[sample], masked.own_masks[sample], "resample", seed
+        masked.split[sample], masked.own_masks[sample], "resample", masked.seed
     )
     is_right = _classes(judge, resampled) == resampled.labels.cpu()
     return is_right.double().mean().item()

@@ -40,13 +40,13 @@ MOST_EPOCHS = 6
 BATCH_SIZE = 32
 
 COLUMNS = ["score", "error", "gain", "explains", "corrects", "nothing"]
-_RULE = Rule(method="mean_std", fill="resample")
+_rule = partial(Rule, "mean_std", fill="resample")
 # In the order in which they are tried; later rounds come last.
 CANDIDATES = (
-    replace(_RULE, param=2, dilation=3, shared=True, exchange=True),
-    replace(_RULE, param=2, dilation=4, shared=True, rounds=4),
-    replace(_RULE, param=1, dilation=1, shared=True),
-    replace(_RULE, param=3, dilation=4, rounds=2),
+    _rule(2, dilation=3, shared=True, exchange=True),
+    _rule(2, dilation=4, shared=True, rounds=4),
+    _rule(1, dilation=1, shared=True),
+    _rule(3, dilation=4, rounds=2),
 )
 
 
@@ -87,24 +87,22 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
     with_mask = right[held_out.tried]
     shares = pd.DataFrame(held_out.explained)[held_out.tried]
 
-    kinds = [labels[is_mistake], predictions.loc[is_mistake, ERM]]
-    by_kind = shares[is_mistake].groupby(kinds)
+    by_kind = shares[is_mistake].groupby([labels, predictions[ERM]])
     weights = by_kind.transform("mean").div(by_kind.transform("size"), axis=0)
     weights = weights / weights.sum()
-    on_mistakes = right[is_mistake].astype(float)
-    gains = on_mistakes[held_out.tried].sub(on_mistakes[NULL], axis=0)
+    better = with_mask.astype(float).sub(right[NULL], axis=0)
+    gains = better[is_mistake]
     score = (weights * gains).sum()
     variance = (weights * (gains - score) ** 2).sum()
     count = 1 / (weights**2).sum()  # of equal weights that would be as exact
     error = ((count * variance + 1) / (count + 1) / count) ** 0.5
 
-    rest = right[~is_mistake].groupby(labels).mean().mean()
-    lost = (rest[NULL] - rest[held_out.tried]).clip(lower=0)
+    of_rest = better[~is_mistake].groupby(labels).mean().mean()
     is_explained = shares >= 0.5
     columns = {
         "score": score,
         "error": error,
-        "gain": score - lost / 2,
+        "gain": score + of_rest.clip(upper=0) / 2,
         "explains": is_explained.sum(),
         "corrects": (is_explained & with_mask).sum(),
         "nothing": is_explained[right[NULL]].sum(),
@@ -250,8 +248,7 @@ class Choice:
             raise ValueError(f"name is {name!r}; allowed: {'; '.join(names)}.")
         reason = f'By hand: "{name}".'
         best = self.verdict.best if name == ERM else name
-        verdict = replace(self.verdict, chosen=name, best=best, reason=reason)
-        return replace(self, verdict=verdict)
+        return replace(self, verdict=Verdict(name, best, reason))
 
     def finetune(self, network: nn.Module) -> nn.Module:
         """A copy of a network, fine-tuned on the masked images unless ERM is kept.

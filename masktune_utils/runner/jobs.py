@@ -72,11 +72,9 @@ class Job(NamedTuple):
 
 def make_stage(stem: str, grid: list[BaseSettings]) -> list[Job]:
     """A notebook for each of the settings that differ in what it depends on."""
-    stage = []
-    for settings in grid:
-        of_stage = settings if stem == FINETUNE else settings.base
-        stage.append(Job(stem, of_stage))
-    return list(dict.fromkeys(stage))
+    if stem != FINETUNE:
+        grid = [settings.base for settings in grid]
+    return [Job(stem, settings) for settings in dict.fromkeys(grid)]
 
 
 def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
@@ -98,8 +96,7 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
     for stage in stages:
         todo = []
         for job in stage:
-            (base,) = make_stage("02_erm", [job.settings])
-            if base in errors:
+            if Job("02_erm", job.settings.base) in errors:
                 errors[job] = "not run, because its base model is missing"
             elif not job.copy.exists() or job.stem == PLOTS:  # which shows all there is
                 todo.append(job)
