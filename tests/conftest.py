@@ -73,9 +73,7 @@ def pytest_collection_modifyitems(items):
     if (datasets.data_root() / "MNIST").is_dir():
         return
     for item in items:
-        if "06_choice.ipynb" in item.nodeid:  # which would train for minutes
-            item.add_marker(pytest.mark.skip(reason="needs the full MNIST"))
-        elif "full-mnist" in getattr(item, "cell", {}).get("metadata", {}).get(
+        if "full-mnist" in getattr(item, "cell", {}).get("metadata", {}).get(
             "tags", []
         ):
             item.options["check"] = False

@@ -100,6 +100,7 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
     assert random.count("UserWarning: is shown once") == 1
 
 
+@pytest.mark.slow
 def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
     grid = [tiny(tmp_path, param=param) for param in (0.3, 0.1)]
     for stem in ("02_erm", "03_saliency_masks", "04_finetune_sweep"):
