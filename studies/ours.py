@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 python studies/ours.py
 
-takes two minutes of one core for each of five data sets. Models go to `runs/ours`, and
-are loaded the next time, without a time: delete them first.
+takes two minutes of one core for each of five data sets. Models go to `runs/ours`;
+delete them before another run, since a model that is loaded has no time.
 """
 
 import time

@@ -4,7 +4,7 @@
 
 Prints the mean and the largest regret where a mask can hide the shortcut, how many runs
 end more than a point below ERM and the largest such loss, in points of the worst group;
-and which choices of the registered test are others.
+and which choices of the registered test differ.
 """
 
 from dataclasses import replace
