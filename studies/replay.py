@@ -32,18 +32,23 @@ def choose(held_out: HeldOut) -> Verdict:
     return verdict
 
 
-def print_other_choices() -> None:
-    """The runs of the registered test that choose something else than they did."""
+def other_choices() -> pd.DataFrame:
+    """The runs of the registered test that choose something else than they did.
+
+    Returns:
+        Data set, classes, kind, seed and the model that they chose; the worst group, in
+        %, as it `was` with it, and with what they choose `now`.
+    """
     rows = pd.read_csv(REPOSITORY / "results" / "registered.csv")
-    runs = rows[rows["is_chosen"]]
-    print(f"Of {len(runs)} choices of the registered test these differ:")
-    for run in runs.itertuples():
-        name = f"{run.dataset}, {run.labels}, {run.kind}, {run.seed}"
+    others = []
+    for run in rows[rows["is_chosen"]].to_dict("records"):
+        name = "{dataset}, {labels}, {kind}, {seed}".format(**run)
         held_out, shares = trials.read(trials.file_name(name))
         chosen = choose(held_out).chosen
-        if chosen != run.model:
-            was, is_now = 100 * shares[[run.model, chosen]]
-            print(f"{name}: {run.model}, {was:.1f} → {chosen}, {is_now:.1f}")
+        if chosen != run["model"]:
+            was, now = 100 * shares[[run["model"], chosen]]
+            others.append({**run, "chosen": chosen, "was": was, "now": now})
+    return pd.DataFrame(others)
 
 
 def main() -> None:
@@ -80,7 +85,8 @@ def main() -> None:
             "largest loss": losses.max(),
         }
     print(pd.DataFrame(table).round(1).to_string())
-    print_other_choices()
+    print("Choices of the registered test that differ:")
+    print(other_choices().to_string())
 
 
 if __name__ == "__main__":

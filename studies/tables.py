@@ -3,13 +3,18 @@
     python studies/tables.py
 
 A table is known by its first line, and is made if a file has that line. Everything else
-in the two files is written by hand.
+in the two files is written by hand; the numbers in it are looked up: phrases that a
+file lacks are printed.
 """
 
 import numpy as np
 import pandas as pd
+import replay
+import trials
+from scipy.stats import ttest_rel
 
 from masktune_utils import results
+from masktune_utils.choice import ERM, score
 from masktune_utils.settings import REPOSITORY
 
 FOLDER = REPOSITORY / "results"
@@ -36,6 +41,8 @@ BY_SET = f"|a mask can hide it|{RANGES}"
 MEASURES = "|registered test, points|outcome|announced|"
 PHOTOGRAPHS = "|photographs|runs|ERM|chosen|oracle|"
 AUTHORS = "|red 4×4, ordered|raw|biased|worst group|"
+OTHERS = "|text|square, placement, conflicting images|ERM|fine-tuned|"
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
     "ERM, last checkpoint": "ERM",
     "the authors' code": "the authors' code",
@@ -228,6 +235,23 @@ def authors_table() -> list[str]:
     ]
 
 
+def table_of_others() -> list[str]:
+    """Raw / biased accuracy as others have it, digit for digit."""
+    lines = []
+    for row in others().to_dict("records"):
+        erm = "{erm_raw} / {erm_biased}".format(**row)
+        tuned = "{tuned_raw} / {tuned_biased}".format(**row).removesuffix(" / ")
+        lines.append(line(row["text"], [row["setting"], erm, tuned]))
+    return lines
+
+
+def others() -> pd.DataFrame:
+    """Numbers copied from the pages that are linked, as text."""
+    return pd.read_csv(
+        FOLDER / "reference_others.csv", dtype=str, keep_default_na=False
+    )
+
+
 TABLES = {
     MAIN: main_table,
     SHORT: short_table,
@@ -235,7 +259,109 @@ TABLES = {
     MEASURES: table_of_measures,
     PHOTOGRAPHS: table_of_photographs,
     AUTHORS: authors_table,
+    OTHERS: table_of_others,
 }
+
+
+def phrases_of_readme() -> list[str]:
+    """What README says in numbers, outside its tables."""
+    choices = read("reference_choices.csv")
+    is_flagship = choices["experiment"].eq("mnist") & choices["seed"].eq(0)
+    flagship = 100 * choices[is_flagship].set_index("configuration")["worst_group"]
+    runs = registered()
+    hidden = runs[can_hide(runs)]
+    photographs = read("photographs.csv")
+    count = photographs["model"].eq(ERM).sum()
+    abstaining = read("reference_11_abstaining.csv")
+    ten = abstaining[abstaining["labels"] == "digits"]
+    areas = ten.pivot(index=["placement", "seed"], columns="rule", values="area_biased")
+    ruined = (areas["MaskTune"] > areas[ERM]).sum()
+    return [
+        f"rises from {flagship['base']:.0f} to {flagship['chosen']:.0f}%",
+        f"{hidden['regret'].mean():.1f} points behind the best in hindsight",
+        f"mean of {len(hidden)} runs",
+        f"Photographs ({count} of 15 runs)",
+        f"{NUMBERS[ruined]} of ten runs are ruined",
+    ]
+
+
+def phrases_of_test() -> list[str]:
+    """What results/README.md says of the registered test."""
+    runs = registered()
+    regret = runs[can_hide(runs)].set_index(RUN)["regret"]
+    largest = regret.nlargest(3)
+    line_on_clothes = ("fashion_mnist", "halves", "line", 300)
+    anywhere = regret.xs("square anywhere", level="kind").sort_values()
+    held_out, worst_groups = trials.read("fashion_mnist_halves_line_300")
+    chosen = replay.choose(held_out).chosen
+    counts = score.scores(held_out).loc[chosen]
+    half_right = runs[runs["ERM"] >= 50]
+    harms = -half_right.loc[half_right["gain"] < -1, "gain"]
+    other = replay.other_choices()
+    repair = other.loc[(other["now"] - other["was"]).idxmin()]
+    return [
+        f"{largest.sum() / regret.sum():.0%} of it is from three runs of {len(regret)}",
+        f"seed 300 ({regret[line_on_clothes]:.1f} points)",
+        f"correct {counts['corrects']:.0f} of {counts['explains']:.0f} explained",
+        f"the model of all images ends at {100 * worst_groups[chosen]:.0f}%",
+        f"A square anywhere ({anywhere.iloc[-1]:.1f}, {anywhere.iloc[-2]:.1f})",
+        f"{NUMBERS[len(harms)]} of {len(half_right)} (ten digits, none)",
+        f"loses {harms.max():.1f} points",
+        f"{NUMBERS[len(other)]} of {len(runs)} choices differ",
+        f"({repair['was']:.1f} to {repair['now']:.1f})",
+    ]
+
+
+def phrases_of_photographs() -> list[str]:
+    """What results/README.md says of photographs."""
+    held_out, _ = trials.read("photographs/date_3")
+    mask = held_out.tried[0]
+    counts = score.scores(held_out).loc[mask].astype(int)
+    return [
+        f"of {counts['explains']} explained mistakes",
+        f"it corrects {counts['corrects']}, nothing masked {counts['nothing']}",
+    ]
+
+
+def phrases_of_controls() -> list[str]:
+    """What results/README.md says of masks that are not ERM's, and of the authors'."""
+    runs = read("reference_09_limits.csv")
+    by = ["experiment", "model"]
+    limits = results.summarize(runs, by, ["worst_group"])["worst group"]
+    small = limits["mnist5k"]
+    large = limits["mnist5k_square_size=12"]
+    own = "by ERM's maps, zero"
+    resampled = "by ERM's maps, resample"
+    reference = read("reference.csv").set_index(["experiment", "configuration"])
+    (without,) = cells(
+        reference.sort_index().loc["mnist5k_conflicting_share=0.0", PAPER],
+        "worst_group",
+    )
+    runs = read("reference_paper_setting.csv")
+    points = 100 * runs.pivot(index="seed", columns="model", values="worst_group")
+    theirs = points["the authors' code"]
+    ours = points["both, momentum from zero"]
+    paper, mmalejky, _, _, earlier = others()["erm_biased"]
+    first, second, third = theirs - ours
+    return [
+        f"masks by ERM's maps reach {small[own]}",
+        f"random patches {small['random patches, zero']}",
+        f"no-mask control {small['nothing, zero']}",
+        f"{large[own]} and {large['nothing, zero']}",
+        f"{small[resampled]} with its own",
+        f"{small['those of other images, resample']} with another's",
+        f"at {without} on mnist5k",
+        f"lower than theirs by {first:.2f}, {second:.2f} and {third:.2f} points",
+        f"paper quotes {paper}% for ERM",
+        f"have {float(earlier):.0f} and {float(mmalejky):.0f}%",
+        f"p = {ttest_rel(theirs, ours).pvalue:.2f}, paired",
+    ]
+
+
+def phrases() -> list[list[str]]:
+    """What is looked up in each of the `FILES`."""
+    of_results = phrases_of_test() + phrases_of_photographs() + phrases_of_controls()
+    return [phrases_of_readme(), of_results]
 
 
 def with_tables(text: str) -> str:
@@ -253,5 +379,7 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for file in FILES:
-        file.write_text(with_tables(file.read_text()))
+    for file, of_file in zip(FILES, phrases(), strict=True):
+        text = with_tables(file.read_text())
+        file.write_text(text)
+        print(*[phrase for phrase in of_file if phrase not in text], sep="\n")
