@@ -297,8 +297,6 @@ def phrases_of_test() -> list[str]:
     counts = score.scores(held_out).loc[chosen]
     half_right = runs[runs["ERM"] >= 50]
     harms = -half_right.loc[half_right["gain"] < -1, "gain"]
-    other = replay.other_choices()
-    repair = other.loc[(other["now"] - other["was"]).idxmin()]
     return [
         f"{largest.sum() / regret.sum():.0%} of it is from three runs of {len(regret)}",
         f"seed 300 ({regret[line_on_clothes]:.1f} points)",
@@ -307,8 +305,6 @@ def phrases_of_test() -> list[str]:
         f"A square anywhere ({anywhere.iloc[-1]:.1f}, {anywhere.iloc[-2]:.1f})",
         f"{NUMBERS[len(harms)]} of {len(half_right)} (ten digits, none)",
         f"loses {harms.max():.1f} points",
-        f"{NUMBERS[len(other)]} of {len(runs)} choices differ",
-        f"({repair['was']:.1f} to {repair['now']:.1f})",
     ]
 
 

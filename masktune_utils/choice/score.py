@@ -30,7 +30,7 @@ from masktune_utils.saliency import saliency_maps
 SURE = 1.64  # standard errors that a score must exceed: one-sided, 95 %
 ENOUGH = 0.1  # what a mask must gain
 CLEAR = 0.4  # a mask that gains this much is taken, and no other one is tried
-HOPE = 4  # mistakes that a mask must explain, to be fine-tuned with, and to be taken
+HOPE = 4  # mistakes that a mask must explain to be worth fine-tuning
 UNDERTRAINED = 5  # points that nothing masked gains on ERM
 BETTER = 0.5  # standard errors by which a later mask must gain more than an earlier one
 # Fine-tuning on all images takes as many whole epochs as make this many steps, but no
@@ -113,9 +113,9 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a mask of those that were tried, or keep ERM.
 
-    A mask is good if its score is positive beyond doubt, it gains `ENOUGH`, and it
-    explains `HOPE` mistakes. The first one that gains `CLEAR` is taken; else the first
-    good one within `BETTER` standard errors of the best.
+    A mask is good if its score is positive beyond doubt, and it gains `ENOUGH`. The
+    first one that gains `CLEAR` is taken; else the first good one within `BETTER`
+    standard errors of the best.
     """
     if held_out.is_mistake.sum() < FEW:
         return _prior(held_out)
@@ -124,8 +124,7 @@ def judge(held_out: HeldOut) -> Verdict:
     table = scores(held_out)
     gain = table["gain"]
     is_sure = table["score"] >= SURE * table["error"]
-    is_hopeful = table["explains"] >= HOPE
-    good = gain[is_sure & is_hopeful & (gain >= ENOUGH)]
+    good = gain[is_sure & (gain >= ENOUGH)]
     clear = good[good >= CLEAR]
     if len(clear):
         best = clear.index[0]
