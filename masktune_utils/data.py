@@ -34,7 +34,7 @@ class Split(Dataset):
         class_names: by default `class 0`, `class 1`, ….
 
     Raises:
-        RuntimeError: a negative label.
+        RuntimeError: a negative label, or labels that are not N.
         ValueError: another shape, type or range; the message tells what is allowed.
     """
 
@@ -68,8 +68,8 @@ class Split(Dataset):
             )
         if labels.dtype != torch.int64:
             raise ValueError(f"labels are {labels.dtype}; allowed: torch.int64.")
+        numbers = range(len(labels.bincount()))
         if not self.class_names:
-            numbers = range(len(labels.bincount()))
             self.class_names = tuple(f"class {number}" for number in numbers)
 
     @classmethod
@@ -122,6 +122,7 @@ class Split(Dataset):
         """
         from torchvision.datasets import ImageFolder  # takes seconds
 
+        folder = Path(folder).expanduser()
         no_images = []
 
         def open_square(path: str) -> Image.Image:
@@ -131,7 +132,7 @@ class Split(Dataset):
                     raise ValueError  # Pillow would cut off all but eight bits
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = ImageOps.exif_transpose(image).convert("RGB")
-            except (OSError, SyntaxError, ValueError):  # of Pillow
+            except Exception:  # noqa: BLE001 - of Pillow, for damaged files
                 no_images.append(path)
                 upright = Image.new("RGB", (size, size))
             return ImageOps.fit(upright, (size, size))

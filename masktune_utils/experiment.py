@@ -113,8 +113,8 @@ def base_model(settings: Settings, train: Split) -> Trained:
 
 def _new_network(settings: BaseSettings, images: Split) -> nn.Module:
     """The network at the start of training on images."""
-    labels = images.labels
-    return models.new_model(settings.seed, labels.device, len(labels.unique()))
+    num_classes = len(images.class_names)
+    return models.new_model(settings.seed, images.labels.device, num_classes)
 
 
 def load_or_train(

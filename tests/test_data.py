@@ -156,11 +156,18 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def test_a_folder_of_folders_is_read_as_squares(photographs):
+def test_labels_that_are_negative_or_no_row_are_refused_with_class_names_too():
+    for labels in (LABELS - 1, LABELS[:, None]):
+        with pytest.raises(RuntimeError, match="bincount"):
+            Split(IMAGES, labels, class_names=tuple("abcd"))
+
+
+def test_a_folder_of_folders_is_read_as_squares(photographs, monkeypatch):
     hidden = photographs / "goats" / ".hidden"
     hidden.mkdir()
     Image.new("RGB", (30, 40)).save(hidden / "00.png")
-    split = Split.from_folder(photographs, 16)
+    monkeypatch.setenv("HOME", str(photographs))
+    split = Split.from_folder("~", 16)
     assert split.images.shape == (22, 3, 16, 16)
     assert split.class_names == ("goats", "sheep")
     assert split.labels.bincount().tolist() == [12, 10]

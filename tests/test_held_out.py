@@ -363,13 +363,19 @@ def test_one_network_for_both_folds_is_refused_each_time(few, is_frozen, tmp_pat
         return nn.Sequential(network)
 
     for _ in range(2):
-        with pytest.raises(ValueError, match="fit returned the same network twice"):
+        with pytest.raises(ValueError, match="fit returned two networks that share"):
             Folds(few, wrap_it, unchanged, folder=tmp_path)
 
 
 class Tuple(nn.Linear):
     def forward(self, images):
         return (super().forward(images.flatten(1)),)
+
+
+def test_a_network_without_a_row_for_each_image_is_refused(few):
+    pooled = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ValueError, match="allowed: a finite number for each of 2"):
+        Folds(few, lambda _: pooled, unchanged)
 
 
 BAD_NETWORKS = {

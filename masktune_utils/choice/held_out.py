@@ -120,7 +120,8 @@ class Folds:
         first, second = [set(network.parameters()) for network in self.networks]
         if first & second:
             raise ValueError(
-                "fit returned the same network twice; allowed: a new one for each fold."
+                "fit returned two networks that share weights; allowed: a new one for "
+                "each fold. Delete the folder, if there is one."
             )
         self.judges = self.networks[::-1]
         self.predicted = self.both(_classes, self.judges, self.parts)
@@ -128,7 +129,7 @@ class Folds:
             exchange_map, self.judges, self.parts, self.predicted, seed=self.seed
         )
         self.masked = {}
-        self.tuned = {}
+        self.tuned = {ERM: self.networks}
         self.images = {}
         self.held_out = HeldOut(
             labels=self.train.labels.cpu(),
@@ -182,8 +183,8 @@ class Folds:
                 yield self.held_out
         if self.held_out.is_mistake.sum() < FEW:
             for mask in self.held_out.resampled:
-                for model, networks in self.tuned.items():
-                    self.resample(mask, model, networks)
+                for model in self.tuned:
+                    self.resample(mask, model)
             yield self.held_out
 
     def both(self, step: Callable, *pairs: Sequence, **options: Any) -> list:
@@ -236,7 +237,7 @@ class Folds:
         shares = self.both(explained, self.judges, masked, self.predicted)
         self.held_out.explained[mask] = self.join(shares)
         self.held_out.resampled[mask] = {}
-        self.resample(mask, ERM, self.networks)
+        self.resample(mask, ERM)
         mean_mask = own_masks.mean(0, dtype=torch.float32)
         self.held_out.mean_masks[mask] = mean_mask.cpu()
 
@@ -264,9 +265,10 @@ class Folds:
         predicted = self.both(_classes, networks[::-1], self.parts)
         self.held_out.predictions[mask] = self.join(predicted)
 
-    def resample(self, mask: str, model: str, networks: list[nn.Module]) -> None:
+    def resample(self, mask: str, model: str) -> None:
         """Let a model predict images whose hidden part comes from another at random."""
-        shares = self.both(_resampled_accuracy, networks[::-1], self.masked[mask])
+        judges = self.tuned[model][::-1]
+        shares = self.both(_resampled_accuracy, judges, self.masked[mask])
         self.held_out.resampled[mask][model] = sum(shares) / 2
 
 
@@ -279,7 +281,8 @@ def _fit(fold: Split, fit: Fit) -> nn.Module:
     if types != {torch.float32}:
         raise TypeError(f"weights are {types}; allowed: torch.float32.")
     logits = predict(network, fold[:2])
-    if logits[0].numel() < classes or not logits.isfinite().all():
+    is_of_classes = logits.ndim == 2 and logits.shape[1] >= classes
+    if not is_of_classes or not logits.isfinite().all():
         raise ValueError(
             f"the trained network predicts {logits.tolist()} for two images; allowed: "
             f"a finite number for each of {classes} classes."

@@ -147,7 +147,11 @@ def judge(held_out: HeldOut) -> Verdict:
 
 def _outlook(held_out: HeldOut) -> Verdict:
     """Before any fine-tuning: is there a mask that may be chosen?"""
-    explains = {mask: shares.sum() for mask, shares in held_out.explained.items()}
+    explains = {}
+    for mask, shares in held_out.explained.items():
+        explains[mask] = (
+            shares.double().sum()
+        )  # of float32, 20 fifths may be less than 4
     accuracy = held_out.is_right(ERM).double().mean()
     is_hopeless = all(
         explains[mask] < HOPE or accuracy - held_out.resampled[mask][ERM] < ENOUGH
@@ -319,10 +323,12 @@ def choose(
             code: use a folder of your own, and none from others.
 
     Raises:
-        TypeError: `train` is no `Split`, or `fit` or `finetune` returns no network.
+        NoMapsError: the network gives no maps, and no candidate is by exchange.
+        TypeError: `train` is no `Split`; `fit` or `finetune` returns no network, or one
+            whose weights are not float32, or whose output is no tensor.
         ValueError: there is one class, a class with one image, or no candidate; or
-            `fit` returns the same network twice, or one that does not predict a finite
-            number for each class.
+            `fit` returns networks that share weights, or one that does not predict a
+            finite number for each class.
     """
     if not isinstance(train, Split):
         raise TypeError(
