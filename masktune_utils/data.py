@@ -116,7 +116,7 @@ class Split(Dataset):
         Raises:
             FileNotFoundError: there is no such folder, no folder in it, or no file in
                 one of these.
-            ValueError: there is one class, a class with less than `FEWEST` files, or a
+            ValueError: there is one class, a class with fewer than `FEWEST` files, or a
                 file that is no image of eight bits a channel; or they do not fit into
                 memory.
         """

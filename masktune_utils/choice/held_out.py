@@ -51,7 +51,7 @@ class HeldOut:
         explained: mask → N in [0, 1], how far the mask explains a mistake of ERM, see
             `exchange.explained`; 0 for other images.
         resampled: mask → model → accuracy on images whose hidden part comes from
-            another image at random; of ERM alone, unless it makes less than `FEW`
+            another image at random; of ERM alone, unless it makes fewer than `FEW`
             mistakes.
         mean_masks: mask → H×W in [0, 1], in how many images each pixel is hidden.
         has_maps: False if the network gives no maps, so that masks by saliency are left

@@ -56,7 +56,8 @@ class Verdict:
 
     Attributes:
         chosen: a mask; or `ERM`, which is then kept.
-        best: the chosen mask; if ERM is kept, the one that gains most.
+        best: the chosen mask; if ERM is kept, the one that gains most, or, if none was
+            tried, explains most.
         reason: in words.
         is_final: whether no further mask need be tried.
     """
