@@ -315,9 +315,12 @@ def phrases_of_photographs() -> list[str]:
     held_out, worst_groups = trials.read("photographs/none_5")
     without = score.scores(held_out).loc[replay.choose(held_out).chosen].astype(int)
     before, after = 100 * worst_groups[["ERM", "chosen"]]
+    _, worst_groups = trials.read("photographs/date_4")
+    erm, chosen, oracle = 100 * worst_groups[["ERM", "chosen", "oracle"]]
     return [
         f"of {counts['explains']} explained mistakes",
         f"it corrects {counts['corrects']}, nothing masked {counts['nothing']}",
+        f"rises from {erm:.1f} to {chosen:.1f}%, oracle {oracle:.1f}.",
         f"falls from {before:.1f} to {after:.1f}%",
         f"of {without['explains']} explained mistakes the mask corrects "
         + f"{without['corrects']}, nothing masked {without['nothing']}",
