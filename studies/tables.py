@@ -7,6 +7,8 @@ in the two files is written by hand; the numbers in it are looked up: phrases th
 file lacks are printed.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import replay
@@ -42,7 +44,6 @@ MEASURES = "|registered test, points|outcome|announced|"
 PHOTOGRAPHS = "|photographs|runs|ERM|chosen|oracle|"
 AUTHORS = "|red 4×4, ordered|raw|biased|worst group|"
 OTHERS = "|text|square, placement, conflicting images|ERM|fine-tuned|"
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
     "ERM, last checkpoint": "ERM",
     "the authors' code": "the authors' code",
@@ -281,7 +282,7 @@ def phrases_of_readme() -> list[str]:
         f"{hidden['regret'].mean():.1f} points behind the best in hindsight",
         f"mean of {len(hidden)};",
         f"photographs: {count} of 15 runs",
-        f"{NUMBERS[ruined]} of ten runs are ruined",
+        f"{ruined} of {len(areas)} runs are ruined",
     ]
 
 
@@ -359,10 +360,11 @@ def phrases_of_controls() -> list[str]:
     ]
 
 
-def phrases() -> list[list[str]]:
-    """What is looked up in each of the `FILES`."""
-    of_results = phrases_of_test() + phrases_of_photographs() + phrases_of_controls()
-    return [phrases_of_readme(), of_results]
+def phrases_of(file: Path) -> list[str]:
+    """What is looked up in one of the `FILES`."""
+    if file.parent == REPOSITORY:
+        return phrases_of_readme()
+    return phrases_of_test() + phrases_of_photographs() + phrases_of_controls()
 
 
 def with_tables(text: str) -> str:
@@ -380,7 +382,9 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for file, of_file in zip(FILES, phrases(), strict=True):
+    for file in FILES:
         text = with_tables(file.read_text())
         file.write_text(text)
-        print(*[phrase for phrase in of_file if phrase not in text], sep="\n")
+        for phrase in phrases_of(file):
+            if phrase not in text:
+                print(f"{file.name} lacks: {phrase}")

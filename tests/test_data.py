@@ -202,13 +202,15 @@ def test_a_folder_without_enough_images_is_refused(counts, message, tmp_path):
         Split.from_folder(tmp_path, 16)
 
 
-def test_files_that_are_no_images_are_named(photographs):
+def test_files_that_are_no_images_are_named(photographs, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    Image.new("RGB", (200, 200)).save(photographs / "goats" / "large.png")
     for name in ("a.txt", "b.jpg", "c.png"):
         (photographs / "goats" / name).write_text("no image")
     Image.new("I;16", (30, 40)).save(photographs / "goats" / "d.png")
     path = photographs / "goats" / "00.jpg"
     path.write_bytes(path.read_bytes()[:-100])
-    message = r"5 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
+    message = r"6 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
     with pytest.raises(ValueError, match=message):
         Split.from_folder(photographs, 16)
 

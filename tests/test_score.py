@@ -133,6 +133,14 @@ def test_before_fine_tuning_erm_is_kept_where_no_mask_can_help(
     assert scores(predicted).empty
 
 
+def test_twenty_fifths_of_mistakes_are_four_wherever_they_are():
+    predicted = toy(mistakes=300)
+    explained = predicted.explained["a"].zero_()
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(2))
+    explained[order[:20]] = 0.2  # in float32 their sum is less than 4
+    assert not judge(predicted).is_final
+
+
 @pytest.mark.parametrize(
     ("of_mask", "chosen", "decision"),
     [

@@ -126,7 +126,7 @@ def test_numbers_outside_the_tables_are_looked_up(file):
     made = {row for table in tables.TABLES.values() for row in table()}
     rows = [row for row in file.read_text().splitlines() if row not in made]
     text = "\n".join(rows)
-    for phrase in dict(zip(tables.FILES, tables.phrases(), strict=True))[file]:
+    for phrase in tables.phrases_of(file):
         assert phrase in text
         text = text.replace(phrase, "")
     numbers = re.findall(r"\b\d+\.\d+\b|\b\d+%", without_code(text))
