@@ -12,8 +12,17 @@ from masktune_utils.settings import REPOSITORY
 PACKAGE = REPOSITORY / "masktune_utils"
 # A module imports only from those before it. The core knows no settings; of files, it
 # knows how one is kept.
-CORE = ["progress", "store", "data", "models", "shortcuts", "training", "saliency"]
-CORE += ["masking", "metrics"]
+CORE = [
+    "progress",
+    "store",
+    "data",
+    "models",
+    "shortcuts",
+    "training",
+    "saliency",
+    "masking",
+    "metrics",
+]
 CHOICE = ["choice.exchange", "choice.held_out", "choice.score", "choice"]
 SHELL = ["settings", "datasets", "results", "experiment", "plotting", "panels"]
 RUNNER = ["runner.grids", "runner.kernels", "runner.jobs", "runner.command"]

@@ -3,4 +3,10 @@
 from masktune_utils.choice.held_out import ERM, NULL, HeldOut
 from masktune_utils.choice.score import Choice, choose
 
-__all__ = ["ERM", "NULL", "Choice", "HeldOut", "choose"]
+__all__ = [
+    "ERM",
+    "NULL",
+    "Choice",
+    "HeldOut",
+    "choose",
+]
