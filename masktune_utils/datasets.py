@@ -53,7 +53,8 @@ def load(settings: BaseSettings) -> BiasedSets:
 
     Raises:
         FileNotFoundError: see `read`.
-        ValueError: see `read`.
+        ValueError: no pixel changes, so that there is no shortcut; or a class has fewer
+            than two training images; see also `read`.
     """
     train, test = read(settings)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -66,10 +67,19 @@ def load(settings: BaseSettings) -> BiasedSets:
     # The first ones of a random order.
     is_held_out = torch.randperm(len(train), generator=generator).argsort() < count
     train = _plant(train, which, settings, generator)
+    if which.any() and not train.has_shortcut.any():
+        raise ValueError(f"{settings.square_color!r} changes no pixel of any image")
     is_upper = shortcuts.halves(test.labels).bool()
     biased = _plant(test, is_upper, settings, generator)
     raw = test.to(biased.images.device)
-    return BiasedSets(train[~is_held_out], raw, biased, train[is_held_out])
+    kept = train[~is_held_out]
+    counts = kept.labels.bincount(minlength=len(train.class_names))
+    if counts.min() < 2:
+        raise ValueError(
+            f"the classes have {counts.tolist()} training images; allowed: 2 or more, "
+            "by a larger limit or a smaller validation_share."
+        )
+    return BiasedSets(kept, raw, biased, train[is_held_out])
 
 
 def eight(settings: BaseSettings) -> Split:
@@ -100,9 +110,6 @@ def _plant(
         which: N, bool.
         settings: the experiment.
         generator: source of random choices.
-
-    Raises:
-        ValueError: no pixel changes, so that there is no shortcut.
     """
     images = split.images.clone()
     images[which] = shortcuts.add_shortcut(
@@ -113,8 +120,6 @@ def _plant(
         generator,
     )
     area = (images != split.images).any(1)
-    if which.any() and not area.any():
-        raise ValueError(f"{settings.square_color!r} changes no pixel of any image")
     planted = dataclasses.replace(split, images=images, shortcut=area)
     return planted.to(store.resolve_device(settings.device))
 

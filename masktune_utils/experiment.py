@@ -184,7 +184,8 @@ def with_weights(path: str | Path) -> nn.Module:
         CheckpointError: the file is damaged or foreign.
         FileNotFoundError: there is none.
     """
-    content = store.read(Path(path))
+    path = Path(path).expanduser()
+    content = store.read(path)
     with store.reading(path):
         weights = content.get("state_dict", content)
         network = models.new_model(0, num_classes=len(weights["linear.3.bias"]))

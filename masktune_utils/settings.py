@@ -164,7 +164,7 @@ class Settings(BaseSettings):
     """of the method; top_k: larger hides more"""
     upsample: OF_RULE["upsample"] = "bilinear"
     """mask to the image: bilinear, nearest, or map (first)"""
-    dilation: OF_RULE["dilation"] = 0
+    dilation: Annotated[OF_RULE["dilation"], Field(le=28)] = 0
     """how far the mask is dilated, in 28ths of the side"""
     shared: bool = False
     """one mask for all images, from the mean of their maps"""

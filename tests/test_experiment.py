@@ -74,12 +74,6 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
         load_or_train(*start, changed(base))
 
 
-def test_a_network_has_an_output_for_a_class_without_images(settings, splits):
-    of_one_class = splits.train[splits.train.labels == 1]
-    weights = base_model(settings, of_one_class).model.state_dict()
-    assert len(weights["linear.3.bias"]) == 2
-
-
 def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
     path = settings.checkpoint_path("base")
     content = {"state_dict": {}}

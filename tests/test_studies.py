@@ -20,6 +20,7 @@ from masktune_utils.settings import Settings
         ("09_limits", {"limit": 60}),
         ("10_methods", {}),
         ("11_abstaining", {"limit": 60, "validation_share": 0.2}),
+        ("02_erm", {"limit": 40, "batch_size": 3}),
         ("03_saliency_masks", {"shortcut": "none"}),
         ("06_choice", {"limit": 20, "conflicting_share": 1}),
     ],
