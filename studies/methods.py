@@ -8,7 +8,13 @@ half an hour of one core each. To repeat a run, delete its rows.
 The network is the same for each method. One that trains it whole does so as ERM is
 trained, with a loss of its own; then by the schedule of our fine-tuning. Both are
 judged. Referees on held-out images, which have the bias of training, pick among what
-was tried; they do not pick the mask of ours.
+was tried; they do not pick the mask of ours. Rows are of two machines, on which
+training differs by rounding; with seed 2 (JTT, uLA: 89.2, 49.6%) the other one has
+80.4, 86.0%.
+
+With seed 2, GroupDRO was also tried with a weight decay of 0.01 and 0.1, as its paper
+asks for a strong one, D-BAT with α = 0.001 and 0.01, and LfF with networks that start
+apart: no referee picks one that is better in the worst group.
 
 Below, `task` is a `Task`. A method yields one network after the other, and before each,
 in words, how it was made.
@@ -51,7 +57,6 @@ from masktune_utils.settings import REPOSITORY, Settings
 
 FILE = REPOSITORY / "results" / "reference_10_methods.csv"
 KEY = ["conflicting_share", "seed"]
-DECAYS = (1e-4, 1e-2, 1e-1)  # of GroupDRO, whose paper asks for strong ones
 PLAN = [(0.01, 0), (0.01, 2), (0.01, 3), (0.01, 4), (0.0, 2)]
 
 Networks = Iterator[tuple[str, nn.Module]]  # how each was made, and the network
@@ -158,7 +163,6 @@ def fit(
     loss_of: Loss,
     epochs: int | None = None,
     weights: Tensor | None = None,
-    weight_decay: float = 1e-4,
 ) -> Networks:
     """Yield the last network, trained as ERM is; go on by our schedule; yield it again.
 
@@ -168,13 +172,12 @@ def fit(
         loss_of: the loss of a batch.
         epochs: of the first schedule.
         weights: see `draw_batches`.
-        weight_decay: of both schedules.
     """
     settings = task.settings
     images = task.sets.train
     epochs = epochs or settings.epochs
     parameters = [w for network in networks for w in network.train().parameters()]
-    options = {"momentum": 0.9, "weight_decay": weight_decay}
+    options = {"momentum": 0.9, "weight_decay": 1e-4}
     batches = draw_batches(len(images), epochs, settings.batch_size, weights, task.rng)
     sgd = SGD(parameters, settings.lr, **options)
     every = settings.lr_decay_epochs * len(batches) // epochs
@@ -299,7 +302,7 @@ def smoothed(old: Tensor, now: Tensor) -> Tensor:
 def lff(task: Task) -> Networks:
     """Two networks side by side; what is hard for the biased one counts more."""
     train = task.sets.train
-    networks = [new_network(task, 1), new_network(task)]  # the first is the biased one
+    networks = [new_network(task), new_network(task)]  # the first is the biased one
     losses = torch.zeros(2, len(train))
 
     def loss_of(batch: Tensor, labels: Tensor, index: Tensor) -> Tensor:
@@ -564,9 +567,7 @@ def group_weights(weights: Tensor, losses: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def group_dro(
-    task: Task, members: Tensor, is_balanced: bool, weight_decay: float
-) -> Networks:
+def group_dro(task: Task, members: Tensor, is_balanced: bool) -> Networks:
     """The weight of a group grows with its loss."""
     network = new_network(task)
     sizes = members.bincount()[members].double()
@@ -579,8 +580,7 @@ def group_dro(
         weights = group_weights(weights, losses)
         return weights @ losses
 
-    drawn_by = 1 / sizes if is_balanced else None
-    return fit(task, [network], loss_of, weights=drawn_by, weight_decay=weight_decay)
+    return fit(task, [network], loss_of, weights=1 / sizes if is_balanced else None)
 
 
 def balanced(members: list[Tensor], rng: torch.Generator) -> Tensor:
@@ -718,10 +718,8 @@ def judge_groups(
 ) -> None:
     """GroupDRO with groups of class × what is known of each image."""
     members = 2 * task.sets.train.labels + is_known
-    for weight_decay, is_balanced in itertools.product(DECAYS, (True, False)):
-        networks = group_dro(task, members, is_balanced, weight_decay)
-        drawn = "balanced" if is_balanced else "as they come"
-        tried = f"{drawn}, weight decay {weight_decay:g}"
+    for tried, is_balanced in {"balanced": True, "as they come": False}.items():
+        networks = group_dro(task, members, is_balanced)
         judge(task, method, networks, tried, earlier, needs)
 
 
@@ -737,7 +735,7 @@ def judge_whole(task: Task) -> None:
     judge_groups(task, "GroupDRO", task.sets.train.has_shortcut, needs="groups")
     # The same images are held out, whatever the share.
     shifted = datasets.load(task.settings.replace(conflicting_share=0.5)).validation
-    for alpha in (0.001, 0.01, 0.1, 1, 2):
+    for alpha in (0.1, 1, 2):
         judge(
             task,
             "D-BAT",
