@@ -107,7 +107,7 @@ class Split(Dataset):
     def from_folder(cls, folder: str | Path, size: int) -> Self:
         """Read photographs from a folder of folders, one for each class.
 
-        Their order is that of torchvision's `ImageFolder`, without hidden files.
+        Their order is that of torchvision's `ImageFolder`, without what is hidden.
 
         Args:
             folder: where the folders are. Their names are those of the classes.
@@ -121,6 +121,12 @@ class Split(Dataset):
                 memory.
         """
         from torchvision.datasets import ImageFolder  # takes seconds
+
+        class VisibleFolder(ImageFolder):
+            def find_classes(self, directory: str) -> tuple[list, dict]:
+                names, _ = super().find_classes(directory)
+                visible = [name for name in names if not name.startswith(".")]
+                return visible, {name: k for k, name in enumerate(visible)}
 
         folder = Path(folder).expanduser()
         no_images = []
@@ -141,7 +147,7 @@ class Split(Dataset):
             parts = Path(path).relative_to(folder).parts
             return not any(part.startswith(".") for part in parts)
 
-        dataset = ImageFolder(folder, loader=open_square, is_valid_file=is_visible)
+        dataset = VisibleFolder(folder, loader=open_square, is_valid_file=is_visible)
         counts = torch.tensor(dataset.targets).bincount().tolist()
         if len(counts) < 2 or min(counts) < FEWEST:
             raise ValueError(
@@ -176,7 +182,7 @@ class Split(Dataset):
         return type(self)(*tensors, self.group_names, self.class_names)
 
     def __getitem__(self, index: int | Tensor | slice) -> Any:
-        if isinstance(index, Tensor | slice):
+        if isinstance(index, slice) or getattr(index, "ndim", 0):
             return self._change(lambda tensor: tensor[index])
         return to_float(self.images[index]), self.labels[index].item()
 

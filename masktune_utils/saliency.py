@@ -34,7 +34,8 @@ def saliency_maps(
         that is the same everywhere gives zeros.
 
     Raises:
-        NoMapsError: no layer of the model has a map, and none is named.
+        NoMapsError: no layer of the model has a map, and none is named; or the layer is
+            computed without gradients.
         TypeError: what the layer gives is no map of the image.
     """
     explained = copy.deepcopy(model).eval().requires_grad_(False)
@@ -42,6 +43,8 @@ def saliency_maps(
 
     def start_graph(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         """The gradient starts at this layer; those before it need no graph."""
+        if not torch.is_grad_enabled():
+            raise models.NoMapsError("the layer is computed without gradients.")
         if not models.is_map(output.shape, images.shape):
             raise TypeError(
                 f"the layer gives {tuple(output.shape)}; allowed: N×C×h×w, in the "

@@ -40,7 +40,7 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -129,6 +129,9 @@ def kept(
             else.
     """
     if not path.exists():
+        path.parent.mkdir(
+            parents=True, exist_ok=True
+        )  # it fails before anything is made
         # Through memory: torch hides that a disk is full.
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}

@@ -324,18 +324,30 @@ def test_what_was_stopped_goes_on_with_the_networks_that_are_saved(
     assert calls.count("fit") == 4
 
 
-def test_other_maps_make_other_networks_in_the_same_folder(few, tmp_path):
+def test_other_maps_and_models_make_other_networks_in_the_same_folder(few, tmp_path):
     def rows(_network, images, _labels):
         maps = torch.zeros(len(images), 28, 28)
         maps[:, :3] = 1
         return maps
 
-    def found(*explain, folder=None):
-        folds = Folds(few, fit, FINETUNE, *explain, folder=folder)
+    def other_fit(_fold):
+        return models.new_model(1)
+
+    def found(fit=fit, explain=saliency_maps, folder=None):
+        folds = Folds(few, fit, FINETUNE, explain, folder=folder)
         return all_of(folds, RULES[1:])
 
     found(folder=tmp_path)
-    assert_same(found(rows, folder=tmp_path), found(rows))
+    assert_same(found(fit, rows, tmp_path), found(fit, rows))
+    for path in tmp_path.glob("ERM*"):
+        path.unlink()
+    assert_same(found(other_fit, folder=tmp_path), found(other_fit))
+
+
+def test_a_folder_that_cannot_be_is_refused_at_once(few, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        Folds(few, None, FINETUNE, folder=tmp_path / "file")
 
 
 def test_a_damaged_network_is_refused_by_the_name_of_its_file(few, tmp_path):

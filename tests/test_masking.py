@@ -97,15 +97,13 @@ def test_masks_reach_the_size_of_the_image_as_they_should(method, upsample):
         assert torch.equal(mask.float(), expected)
 
 
-def test_bytes_are_masked_too_one_or_many_and_masks_are_resized():
+def test_bytes_are_masked_too_and_masks_are_resized():
     mask = create_mask(MAPS, "top_k", 0.3)
     seen = 1 - resized(mask)
     images = TRAIN.images[:50]
     expected = images * seen[:, None]
     expected = expected.round().byte()
     assert torch.equal(apply_mask(images, mask), expected)
-    alone = apply_mask(images[4], mask[4])
-    assert torch.equal(alone, expected[4])
 
 
 def test_shares_tell_what_is_really_hidden():
@@ -125,8 +123,6 @@ def test_shares_tell_what_is_really_hidden():
         "rest": (0.25 + 1) / 2,
         "digit": 0.5 * 30 / 40,
     }
-    resampled = MaskedDataset(split, masks, "resample")
-    assert results.hidden_shares(resampled)["rest"] > shares["rest"]
     without = MaskedDataset(split[2:], masks[2:])
     for share in results.hidden_shares(without).values():
         assert np.isnan(share)
@@ -197,22 +193,14 @@ def test_too_few_maps_are_refused():
         mask_dataset(TRAIN, MAPS[:3])
 
 
-@pytest.mark.parametrize(
-    ("size", "dilation", "pixels"),
-    [
-        ((56, 56), 4, 8),
-        ((28, 112), 2, 2),
-    ],
-)
-def test_dilation_is_in_28ths_of_the_shorter_side(size, dilation, pixels):
+def test_dilation_is_in_28ths_of_the_shorter_side():
     """In all directions, up to the edge."""
-    masks = torch.zeros(1, *size)
+    masks = torch.zeros(1, 56, 112)
     masks[0, 14, 0] = 1
-    expected = torch.zeros(1, *size)
-    rows = slice(14 - pixels, 15 + pixels)
-    expected[0, rows, : 1 + pixels] = 1
-    rule = Rule("threshold", 0.5, dilation=dilation)
-    assert torch.equal(rule.image_masks(masks, size), expected)
+    expected = torch.zeros(1, 56, 112)
+    expected[0, 6:23, :9] = 1
+    rule = Rule("threshold", 0.5, dilation=4)
+    assert torch.equal(rule.image_masks(masks, (56, 112)), expected)
 
 
 def test_a_shared_mask_is_that_of_the_mean_map():

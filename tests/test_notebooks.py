@@ -71,11 +71,6 @@ def test_notebooks_are_short(notebook):
         assert lines_without_imports(cell.source) <= MOST_LINES
 
 
-def test_no_notebook_needs_the_runner(notebook):
-    for cell in notebook.code:
-        assert not re.search(r"import\b.*\brunner\b|utils\.runner", cell.source)
-
-
 def test_parameters_are_few_literals_with_default_and_documentation(notebook):
     others = OTHER_DEFAULTS.get(notebook.path.stem, {})
     defaults = DEFAULTS | others

@@ -97,8 +97,3 @@ def test_unknown_parameters_are_refused_with_those_that_are_known(shown):
     namespace = run(shown, "# Parameters\nseed = 1\nx = 3\n")
     with pytest.raises(ValueError, match="x is not a parameter; known: batch_size, "):
         experiment.from_notebook(namespace)
-
-
-def test_a_notebook_may_have_parameters_that_are_no_settings(shown, expected):
-    namespace = run(shown, '# Parameters\npath = "a.pth"\n')
-    assert experiment.from_notebook(namespace, "path") == expected

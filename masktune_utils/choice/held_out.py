@@ -112,7 +112,7 @@ class Folds:
         self.parts = [self.train[members] for members in index]
         self.networks = self.kept(
             ERM,
-            self.order,
+            [self.order],
             _fit,
             self.parts,
             fit=self.fit,
@@ -149,7 +149,8 @@ class Folds:
             Stop when it is enough.
 
         Raises:
-            NoMapsError: the network gives no maps, and no candidate is by exchange.
+            NoMapsError: the network gives no maps, and no candidate is by exchange,
+            or one that is has several rounds.
         """
         by_exchange = [rule for rule in candidates if rule.exchange]
         maps = None
@@ -200,7 +201,7 @@ class Folds:
     def kept(
         self,
         name: str,
-        made_of: Tensor,
+        made_of: list[Tensor],
         step: Callable,
         *pairs: Sequence,
         **options: Any,
@@ -216,9 +217,9 @@ class Folds:
         if self.folder is None:
             return make()["networks"]
         labels = self.train.labels
-        tensors = {"images": self.train.images, "labels": labels, "made of": made_of}
+        tensors = dict(enumerate([self.train.images, labels, *made_of]))
         key = f"{name}, seed {self.seed}, {store.sha256(tensors)}"
-        path = Path(self.folder) / f"{key}.pt"
+        path = Path(self.folder).expanduser() / f"{key}.pt"
         saved = store.kept(path, {}, make, runs_code=True)
         return [network.to(labels.device) for network in saved["networks"]]
 
@@ -253,9 +254,10 @@ class Folds:
     def tune(self, rule: Rule) -> None:
         """Fine-tune on masked images, and predict."""
         mask = f"{rule}"
+        weights = [*self.networks[0].parameters(), *self.networks[1].parameters()]
         networks = self.kept(
             mask,
-            self.images[mask].own_masks,
+            [self.images[mask].own_masks, *weights],
             _tune,
             self.networks,
             self.masked[mask],

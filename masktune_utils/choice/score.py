@@ -324,9 +324,11 @@ def choose(
             code: use a folder of your own, and none from others.
 
     Raises:
-        NoMapsError: the network gives no maps, and no candidate is by exchange.
+        NoMapsError: the network gives no maps, and no candidate is by exchange,
+            or one that is has several rounds.
         TypeError: `train` is no `Split`; `fit` or `finetune` returns no network, or one
-            whose weights are not float32, or whose output is no tensor.
+            whose weights are not float32, or whose output (in evaluation mode) is no
+            tensor.
         ValueError: there is one class, a class with one image, or no candidate; or
             `fit` returns networks that share weights, or one that does not predict a
             finite number for each class.
@@ -345,7 +347,7 @@ def choose(
             "or more, of 2 images or more each."
         )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
-    folds = Folds(train, fit, schedule, explain, jobs, seed, folder)
+    folds = Folds(train, fit, schedule, explain, jobs, int(seed), folder)
     for held_out in folds.try_masks(candidates):
         verdict = judge(held_out)
         if verdict.is_final:

@@ -85,6 +85,7 @@ def _run(arguments: Namespace) -> int:
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
+    Path(directory).mkdir(parents=True, exist_ok=True)
     device = store.resolve_device(resolved[0].device)
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
