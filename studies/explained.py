@@ -21,7 +21,7 @@ import torch
 from resume import in_parallel
 from torch import Tensor, nn
 
-from masktune_utils.choice import ERM, score
+from masktune_utils.choice import score
 from masktune_utils.choice.exchange import class_partners
 from masktune_utils.choice.held_out import Folds
 from masktune_utils.masking import MaskedDataset
@@ -78,7 +78,7 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> None:
     folds = Folds(sets.train, fit, registered.fine_tune, seed=seed)
     *_, held_out = folds.try_masks(score.CANDIDATES)
     worst_groups = []
-    for pair in (folds.networks, *folds.tuned.values()):
+    for pair in folds.tuned.values():
         shares = [registered.worst_group(network, few) for network in pair]
         worst_groups.append(sum(shares) / 2)
     leaves = []
@@ -98,7 +98,7 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        models=np.array([ERM, *folds.tuned]),
+        models=np.array([*folds.tuned]),
         labels=held_out.labels.numpy(),
         predictions=torch.stack([*held_out.predictions.values()], 1).numpy(),
         mistakes=folds.order.argsort()[is_mistake].numpy(),

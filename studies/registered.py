@@ -31,7 +31,7 @@ from masktune_utils.choice.held_out import Folds
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import REPOSITORY, BaseSettings
 
 FILE = REPOSITORY / "results" / "registered.csv"
 KEY = ["dataset", "labels", "kind", "seed"]
@@ -145,7 +145,7 @@ OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # no mask can hide 
 def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
     """Fresh training images with a shortcut, and all test images, raw and biased."""
     planted, changes = KINDS[kind]
-    settings = Settings(labels=labels, seed=seed, limit=LIMIT, **changes)
+    settings = BaseSettings(labels=labels, seed=seed, limit=LIMIT, **changes)
     if dataset == "animals":
         train, test = read_animals(labels, seed)
     else:
@@ -198,7 +198,7 @@ def plant(split: Split, which: Tensor, change: partial) -> Split:
 def fit(split: Split, seed: int) -> nn.Module:
     """ERM, as in notebook 02."""
     network = models.new_model(seed, "cpu", len(split.labels.unique()))
-    training.train(network, split, **Settings(seed=seed).training)
+    training.train(network, split, **BaseSettings(seed=seed).training)
     return network
 
 
