@@ -150,7 +150,7 @@ class Folds:
 
         Raises:
             NoMapsError: the network gives no maps, and no candidate is by exchange,
-            or one that is has several rounds.
+            or one by exchange has several rounds.
         """
         by_exchange = [rule for rule in candidates if rule.exchange]
         maps = None

@@ -325,7 +325,7 @@ def choose(
 
     Raises:
         NoMapsError: the network gives no maps, and no candidate is by exchange,
-            or one that is has several rounds.
+            or one by exchange has several rounds.
         TypeError: `train` is no `Split`; `fit` or `finetune` returns no network, or one
             whose weights are not float32, or whose output (in evaluation mode) is no
             tensor.
