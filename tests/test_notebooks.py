@@ -11,7 +11,7 @@ from masktune_utils.settings import DEFAULTS, Settings
 
 PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
 MOST_CELLS = 25
-MOST_LINES = 25  # of a cell of code, without its imports
+MOST_LINES = 20  # of a cell of code, without its imports
 MOST_PARAMETERS = 12
 # Defaults of parameters of one notebook alone, and other ones than of the settings.
 OTHER_DEFAULTS = {
