@@ -240,6 +240,8 @@ def _download(kind: type, folder: Path) -> None:
             kind(unfinished, download=True)
             (Path(unfinished) / folder.name).rename(folder)
     except (OSError, RuntimeError) as error:
+        if folder.is_dir():  # another process was quicker
+            return
         raise FileNotFoundError(
             f"{folder} is not there and cannot be downloaded, unlike 'mnist5k' "
             f"({error}). {REMEDY}"

@@ -103,9 +103,9 @@ def apply_mask(images: Tensor, mask: Tensor, fill: Tensor | float = 0.0) -> Tens
     resized = resize(mask, images.shape[-2:])
     hidden = resized.unsqueeze(-3)  # the same in all channels
     masked = images * (1 - hidden) + fill * hidden
-    if images.is_floating_point():
-        return masked
-    return masked.round().to(images.dtype)
+    if not images.is_floating_point():
+        masked = masked.round()
+    return masked.to(images.dtype)
 
 
 def mean_map(maps: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class MaskedDataset(Dataset):
         index: Tensor | slice,
         device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Masked images as float32 in [0, 1], B×C×H×W, and their labels, B.
+        """Masked images as floating point in [0, 1], B×C×H×W, and their labels, B.
 
         Args:
             index: which images.

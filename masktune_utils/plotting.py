@@ -166,8 +166,8 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
     """Do masks correct the mistakes that they explain?
 
     A row for each mask that was tried: where it hides most; and the share of the
-    mistakes explained by it that are right, grey with nothing masked, coloured with the
-    mask.
+    mistakes explained by it that are corrected, grey with nothing masked, coloured with
+    the mask.
 
     Args:
         held_out: see `choice.held_out`.
@@ -189,7 +189,7 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
         weight = "bold" if mask == chosen else "normal"
         ax.text(0, k - 0.25, f"{mask}: {words}", fontsize=8, weight=weight)
     ax.set(
-        xlabel="explained mistakes that are right, in %",
+        xlabel="explained mistakes corrected (%)",
         xlim=(-10, 104),
         ylim=(len(table) - 0.5, -0.6),
         yticks=[],

@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, sets: datasets.BiasedSets) -> dict[str, float]:
         is_right = metrics.is_right(logits, split.labels)
         accuracies[name] = is_right.double().mean().item()
         for group, accuracy in metrics.group_accuracy(logits, split).items():
-            groups[f"group {group}"] = accuracy
+            groups.setdefault(f"group {group}", accuracy)
     return {
         **accuracies,
         "worst_group": min(groups.values()),
@@ -133,7 +133,7 @@ def summarize(
         their number.
     """
     groups = table.groupby(by, sort=False, dropna=False)
-    summary = groups[list(shares)].agg(_mean_and_std)
+    summary = groups[shares].agg(_mean_and_std)
     summary["seeds"] = groups.size()
     return summary.rename(columns=lambda name: name.replace("_", " "))
 
@@ -141,8 +141,7 @@ def summarize(
 def _mean_and_std(shares: pd.Series) -> str:
     """In %; the standard deviation only of several values."""
     text = f"{100 * shares.mean():.2f} ± {100 * shares.std():.2f}"
-    text = text.removesuffix(" ± nan")
-    return text.removeprefix("nan")
+    return text.removesuffix(" ± nan").removeprefix("nan")
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:

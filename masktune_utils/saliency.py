@@ -52,11 +52,11 @@ def saliency_maps(
             )
         return output.requires_grad_().clone()
 
-    target.register_forward_hook(start_graph)
     device = next(explained.parameters()).device
     batches = torch.arange(len(images)).split(batch_size)
     maps = []
     with (
+        target.register_forward_hook(start_graph),
         XGradCAM(explained, target) as extractor,
         torch.enable_grad(),
         models.in_float32(),

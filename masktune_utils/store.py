@@ -129,9 +129,8 @@ def kept(
             else.
     """
     if not path.exists():
-        path.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # it fails before anything is made
+        # It fails before anything is made.
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Through memory: torch hides that a disk is full.
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}

@@ -4,11 +4,11 @@
     python studies/rules.py
 
 The first line runs kinds that are hard for a choice, of a seed of development, two at
-a time, two minutes of one core each; files go to `results/swaps`. They hold what
-`registered.py` keeps, and for each mistake, mask and swap: is the image right with the
-part of its partner (`leaves`), and is the partner mistaken for the same with the part
-of the image (`comes`)? The worst groups are those of the models of both folds, the
-mean, on every third test image.
+a time, two minutes of one core each; files go to `results/swaps` and its archive. They
+hold what `registered.py` keeps, and for each mistake, mask and swap: is the image right
+with the part of its partner (`leaves`), and is the partner mistaken for the same with
+the part of the image (`comes`)? The worst groups are those of the models of
+both folds, the mean, on every third test image.
 """
 
 import io
@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 import registered
 import torch
+import trials
 from resume import in_parallel
 from torch import Tensor, nn
 
@@ -115,3 +116,4 @@ if __name__ == "__main__":
     runs = [(*kind, seed) for seed in map(int, sys.argv[1:]) for kind in KINDS]
     for _ in in_parallel(explained.run, runs):
         pass
+    trials.pack(FOLDER)

@@ -14,6 +14,7 @@ where, and have the accuracy of the worst class where masks resample.
 
 import io
 import zipfile
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -39,11 +40,12 @@ def save(name: str, held_out: HeldOut, worst_groups: dict[str, float]) -> None:
     write_bytes(FOLDER / f"{file_name(name)}.pt", buffer.getvalue())
 
 
-def pack() -> None:
-    """Add the files of `FOLDER` to the archive; a run that is there stays as it is."""
-    with zipfile.ZipFile(ARCHIVE, "a", zipfile.ZIP_LZMA) as archive:
-        for path in sorted(FOLDER.rglob("*.pt")):
-            name = path.relative_to(FOLDER).as_posix()
+def pack(folder: Path = FOLDER) -> None:
+    """Add the files of a folder to its archive; a run that is there stays as it is."""
+    archive_path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(archive_path, "a", zipfile.ZIP_LZMA) as archive:
+        for path in sorted(folder.rglob("*.*")):
+            name = path.relative_to(folder).as_posix()
             if name not in archive.namelist():
                 # With one date, the same files make the same archive.
                 entry = zipfile.ZipInfo(name)

@@ -110,13 +110,7 @@ class Folds:
         index = data.folds(self.train.labels, self.seed)
         self.order = torch.cat(index).argsort()
         self.parts = [self.train[members] for members in index]
-        self.networks = self.kept(
-            ERM,
-            [self.order],
-            _fit,
-            self.parts,
-            fit=self.fit,
-        )
+        self.networks = self.kept(ERM, [self.order], _fit, self.parts, fit=self.fit)
         first, second = [set(network.parameters()) for network in self.networks]
         if first & second:
             raise ValueError(

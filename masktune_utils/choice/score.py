@@ -150,9 +150,8 @@ def _outlook(held_out: HeldOut) -> Verdict:
     """Before any fine-tuning: is there a mask that may be chosen?"""
     explains = {}
     for mask, shares in held_out.explained.items():
-        explains[mask] = (
-            shares.double().sum()
-        )  # of float32, 20 fifths may be less than 4
+        # Of float32, 20 fifths may be less than 4.
+        explains[mask] = shares.double().sum()
     accuracy = held_out.is_right(ERM).double().mean()
     is_hopeless = all(
         explains[mask] < HOPE or accuracy - held_out.resampled[mask][ERM] < ENOUGH
@@ -326,9 +325,9 @@ def choose(
     Raises:
         NoMapsError: the network gives no maps, and no candidate is by exchange,
             or one by exchange has several rounds.
-        TypeError: `train` is no `Split`; `fit` or `finetune` returns no network, or one
-            whose weights are not float32, or whose output (in evaluation mode) is no
-            tensor.
+        TypeError: `train` is no `Split`; `fit` or `finetune` returns no network, or
+            one whose output (in evaluation mode) is no tensor; or the weights that
+            `fit` returns are not float32.
         ValueError: there is one class, a class with one image, or no candidate; or
             `fit` returns networks that share weights, or one that does not predict a
             finite number for each class.
