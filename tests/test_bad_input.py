@@ -111,7 +111,6 @@ def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypa
             train, _ = datasets.read(Settings())
         assert len(train) == 4000
     assert socket.getdefaulttimeout() is None
-    assert not list(root.iterdir())
 
 
 def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch):
@@ -131,4 +130,6 @@ def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch):
     train, _ = datasets.read(settings)
     assert train.groups.tolist() == DIGITS
     assert (train.images[:, 0].numpy() == images).all()
+    # Another process was quicker.
+    datasets._download(torchvision.datasets.KMNIST, root / "KMNIST")
     assert [path.name for path in root.iterdir()] == ["KMNIST"]

@@ -16,11 +16,7 @@ MEAN_MASK = torch.zeros(30, 30)
 MEAN_MASK[:9, :9] = 1
 
 
-def toy(
-    mistakes=40,
-    nothing=None,
-    **masks,
-):
+def toy(mistakes=40, nothing=None, **masks):
     """A thousand images of two classes, in turns; ERM is wrong on the first ones.
 
     Args:
@@ -114,11 +110,7 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
 
 @pytest.mark.parametrize(
     ("explains", "accuracy", "is_hopeless"),
-    [
-        (4, 0.8, False),
-        (3, 0.8, True),
-        (4, 0.9, True),
-    ],
+    [(4, 0.8, False), (3, 0.8, True), (4, 0.9, True)],
 )
 def test_before_fine_tuning_erm_is_kept_where_no_mask_can_help(
     explains, accuracy, is_hopeless
@@ -143,10 +135,7 @@ def test_twenty_fifths_of_mistakes_are_four_wherever_they_are():
 
 @pytest.mark.parametrize(
     ("of_mask", "chosen", "decision"),
-    [
-        (0.71, "a", 'Chosen: "a"'),
-        (0.69, ERM, "ERM is kept"),
-    ],
+    [(0.71, "a", 'Chosen: "a"'), (0.69, ERM, "ERM is kept")],
 )
 def test_without_mistakes_the_model_is_taken_that_is_best_where_masks_resample(
     of_mask, chosen, decision
