@@ -1,9 +1,9 @@
 """Ten swaps of each mistake, kept one by one: what should count as explained?
 
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/explained.py 206
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/explained.py 206 207 208 209
     python studies/rules.py
 
-The first line runs kinds that are hard for a choice, of a seed of development, two at
+The first line runs kinds that are hard for a choice, of development seeds, two at
 a time, two minutes of one core each; files go to `results/swaps` and its archive. They
 hold what `registered.py` keeps, and for each mistake, mask and swap: is the image right
 with the part of its partner (`leaves`), and is the partner mistaken for the same with

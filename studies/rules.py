@@ -5,7 +5,8 @@
 Regret: points in the worst group behind the best model, where a mask can hide the
 shortcut; harm: behind ERM; *harmed*: by more than a point. `saved`: seeds 200 to 205 in
 `trials.zip`, where a mistake counts as explained if it leaves with the hidden part in
-three exchanges of three. `swaps`: seed 206 in `swaps.zip`, kinds that are hard.
+three exchanges of three. `swaps`: seeds 206 to 209 in `swaps.zip`, kinds that are
+hard.
 """
 
 import io
