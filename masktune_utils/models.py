@@ -93,7 +93,8 @@ def target_layer(
         model: any network for images, in evaluation mode.
         shape: C, H, W of the images.
         layer: its name, as in `model.get_submodule`. Without one, what the method
-            `model.get_grad_cam_target_layer()` returns; without this method, the last
+            `get_grad_cam_target_layer()` of its class returns (one set on the network
+            itself would return a layer of another copy); without this method, the last
             layer whose map has `FEWEST_CELLS` or more on its shorter side; if there is
             none, the last of those with the finest map.
 
