@@ -93,10 +93,10 @@ def target_layer(
         model: any network for images, in evaluation mode.
         shape: C, H, W of the images.
         layer: its name, as in `model.get_submodule`. Without one, what the method
-            `get_grad_cam_target_layer()` of its class returns (one set on the network
-            itself would return a layer of another copy); without this method, the last
-            layer whose map has `FEWEST_CELLS` or more on its shorter side; if there is
-            none, the last of those with the finest map.
+            `get_grad_cam_target_layer()` of its class returns (not one of the instance:
+            a copy is explained); without this method, the last layer whose map has
+            `FEWEST_CELLS` or more on its shorter side; if there is none, the last of
+            those with the finest map.
 
     Raises:
         AttributeError: there is no layer of this name.

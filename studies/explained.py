@@ -3,12 +3,12 @@
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/explained.py 206 207 208 209
     python studies/rules.py
 
-The first line runs kinds that are hard for a choice, of development seeds, two at
-a time, two minutes of one core each; files go to `results/swaps` and its archive. They
+The first line runs kinds that are hard for a choice, of development seeds, two at a
+time, two minutes of one core each; files go to `results/swaps` and its archive. They
 hold what `registered.py` keeps, and for each mistake, mask and swap: is the image right
 with the part of its partner (`leaves`), and is the partner mistaken for the same with
-the part of the image (`comes`)? The worst groups are those of the models of
-both folds, the mean, on every third test image.
+the part of the image (`comes`)? A worst group is the mean of those of the models of
+both folds, on every third test image.
 """
 
 import io

@@ -296,7 +296,7 @@ def phrases_of_readme() -> list[str]:
         f"ends at {flagship['chosen']:.0f}% (before: {flagship['base']:.0f}%)",
         f"{hidden['regret'].mean():.1f} points behind the best in hindsight",
         f"mean of {len(hidden)};",
-        f"up to {-runs['gain'].min():.1f} points; photographs {fallen:.1f})",
+        f"up to {-runs['gain'].min():.1f} points; {fallen:.1f} in photographs)",
         f"photographs ({repaired} of {count} repaired)",
         f"{ruined} of {len(areas)} runs are ruined",
     ]
@@ -305,11 +305,11 @@ def phrases_of_readme() -> list[str]:
 def phrases_of_test() -> list[str]:
     """What results/README.md says of the registered test."""
     runs = registered()
-    regret = runs[can_hide(runs)].set_index(RUN)["regret"]
+    hidden = runs[can_hide(runs)]
+    regret = hidden.set_index(RUN)["regret"]
     line_on_clothes = regret["fashion_mnist", "halves", "line"].nlargest(2)
     anywhere = regret["mnist", "halves", "square anywhere"].nlargest(3)
-    ahead = runs[can_hide(runs)].set_index("kind")["ahead"]
-    frames = ahead["frame"].sum()
+    frames = hidden.loc[hidden["kind"] == "frame", "ahead"].sum()
     five = line_on_clothes.sum() + anywhere.sum()
     held_out, worst_groups = trials.read("fashion_mnist_halves_line_300")
     chosen = replay.choose(held_out).chosen
@@ -319,7 +319,7 @@ def phrases_of_test() -> list[str]:
     return [
         f"{five / regret.sum():.0%} of it is from five runs of {len(regret)}",
         "A line on clothes ({:.1f}, {:.1f} points)".format(*line_on_clothes),
-        f"{frames / ahead.sum():.0%} is from six runs with a frame",
+        f"{frames / hidden['ahead'].sum():.0%} is from six runs with a frame",
         f"correct {counts['corrects']:.0f} of {counts['explains']:.0f} explained",
         f"the model of all images ends at {100 * worst_groups[chosen]:.0f}%",
         "A square anywhere ({:.1f}, {:.1f}, {:.1f})".format(*anywhere),

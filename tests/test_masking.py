@@ -97,13 +97,15 @@ def test_masks_reach_the_size_of_the_image_as_they_should(method, upsample):
         assert torch.equal(mask.float(), expected)
 
 
-def test_bytes_are_masked_too_and_masks_are_resized():
+def test_any_type_is_masked_and_kept_and_masks_are_resized():
     mask = create_mask(MAPS, "top_k", 0.3)
     seen = 1 - resized(mask)
     images = TRAIN.images[:50]
     expected = images * seen[:, None]
     expected = expected.round().byte()
     assert torch.equal(apply_mask(images, mask), expected)
+    masked = apply_mask(images.half(), mask)
+    assert masked.dtype == torch.float16
 
 
 def test_shares_tell_what_is_really_hidden():

@@ -92,8 +92,7 @@ def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
         "biased": [0.5, 0.5, 0.5],
         "worst_group": [0.1, 0.1, math.nan],
     }
-    table = pd.DataFrame(rows).assign(experiment="mnist")
-    summary = results.summarize(table)
+    summary = results.summarize(pd.DataFrame(rows))
     assert [*summary.columns] == ["raw", "biased", "worst group", "seeds"]
     of_base = ["60.00 ± 14.14", "50.00 ± 0.00", "10.00 ± 0.00", 2]
     assert summary.loc["base"].tolist() == of_base

@@ -42,6 +42,10 @@ def test_the_model_is_left_as_it_is(model, few):
     model.train()
     saliency.saliency_maps(model, few.images, few.labels)
     assert model.training
+    layer = model.backbone[2]
+    model.get_grad_cam_target_layer = lambda: layer  # which the copy does not have
+    with pytest.raises(ValueError, match="unable to locate module"):
+        saliency.saliency_maps(model, few.images, few.labels)
     for module in model.modules():
         assert not module._forward_hooks  # torch has no public name for them
     for weights in model.parameters():

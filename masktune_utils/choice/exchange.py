@@ -97,7 +97,7 @@ def exchange_map(
     Returns:
         h×w float32, on the CPU: by how much the cross-entropy falls on average, in
         nats, for each window; neighbours overlap by half. Zero if there is no mistake.
-        Resized to the image, it is moved towards the edges, there by 3% of a side.
+        Resized to the image, it is up to 3% of a side too close to the edges.
     """
     labels = split.labels.cpu()
     generator = torch.Generator().manual_seed(seed)
