@@ -11,7 +11,7 @@ from masktune_utils.settings import DEFAULTS, Settings
 
 PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
 MOST_CELLS = 25
-MOST_LINES = 20  # of a cell of code, without its imports
+MOST_LINES = 20  # of a cell of code
 MOST_PARAMETERS = 12
 # Defaults of parameters of one notebook alone, and other ones than of the settings.
 OTHER_DEFAULTS = {
@@ -57,18 +57,10 @@ def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
     assert notebook.path.stat().st_size < 1_000_000
 
 
-def lines_without_imports(source):
-    count = len(source.splitlines())
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            count -= statement.end_lineno - statement.lineno + 1
-    return count
-
-
 def test_notebooks_are_short(notebook):
     assert len(notebook.cells) <= MOST_CELLS
     for cell in notebook.code:
-        assert lines_without_imports(cell.source) <= MOST_LINES
+        assert len(cell.source.splitlines()) <= MOST_LINES
 
 
 def test_parameters_are_few_literals_with_default_and_documentation(notebook):

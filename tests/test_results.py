@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +39,9 @@ def test_accuracies_are_those_of_scikit_learn_over_both_test_sets(model, splits)
     }
     worst_group = min(groups.values())
     assert row == pytest.approx({**groups, "worst_group": worst_group})
+    unplanted = replace(splits.biased, shortcut=None)
+    row = results.evaluate(model, splits._replace(biased=unplanted))
+    assert row["group high, no shortcut"] == pytest.approx(recalls["raw"][1])
 
 
 @pytest.fixture
