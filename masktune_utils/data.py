@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import psutil
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -68,9 +68,13 @@ class Split(Dataset):
             )
         if labels.dtype != torch.int64:
             raise ValueError(f"labels are {labels.dtype}; allowed: torch.int64.")
-        numbers = range(len(labels.bincount()))
+        count = len(labels.bincount())
         if not self.class_names:
-            self.class_names = tuple(f"class {number}" for number in numbers)
+            self.class_names = tuple(f"class {number}" for number in range(count))
+        if len(self.class_names) < count:
+            raise ValueError(
+                f"class_names are {self.class_names}; allowed: {count} or more."
+            )
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> Self:
@@ -94,8 +98,8 @@ class Split(Dataset):
         pairs = []
         for number in progress.bar(range(len(dataset)), desc="reading images"):
             image, label = dataset[number]
-            if getattr(image, "mode", "") == "P":  # numbers of a palette
-                image = image.convert("RGB")
+            if getattr(image, "mode", "") in ("P", "PA"):  # numbers of a palette
+                image = _on_white(image)
             pairs.append((to_image(image), label))
         images, labels = default_collate(pairs)
         class_names = getattr(dataset, "classes", ())
@@ -111,7 +115,8 @@ class Split(Dataset):
 
         Args:
             folder: where the folders are. Their names are those of the classes.
-            size: pixels, to which the shorter side is resized; the longer one is cut.
+            size: pixels, to which the longer side is resized. The image is made square
+                by its mean colour, on both sides. Transparent pixels become white.
 
         Raises:
             FileNotFoundError: there is no such folder, no folder in it, or no file in
@@ -137,11 +142,12 @@ class Split(Dataset):
                 if image.mode[0] in "IF":
                     raise ValueError  # Pillow would cut off all but eight bits
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = _on_white(ImageOps.exif_transpose(image))
             except Exception:  # noqa: BLE001 - of Pillow, for damaged files
                 no_images.append(path)
                 upright = Image.new("RGB", (size, size))
-            return ImageOps.fit(upright, (size, size))
+            mean = tuple(map(round, ImageStat.Stat(upright).mean))
+            return ImageOps.pad(upright, (size, size), color=mean)
 
         def is_visible(path: str) -> bool:
             parts = Path(path).relative_to(folder).parts
@@ -205,6 +211,15 @@ class Split(Dataset):
         """
         images = self.images[index].to(device)  # then to float: bytes are quicker sent
         return to_float(images), self.labels[index].to(device)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In RGB, as viewers show it: colours of transparent pixels are not seen."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, opaque).convert("RGB")
 
 
 def to_float(images: Tensor) -> Tensor:

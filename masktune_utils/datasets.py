@@ -66,11 +66,11 @@ def load(settings: BaseSettings) -> BiasedSets:
     count = round(settings.validation_share * len(train))
     # The first ones of a random order.
     is_held_out = torch.randperm(len(train), generator=generator).argsort() < count
-    train = _plant(train, which, settings, generator)
+    train = plant(train, which, settings, generator)
     if which.any() and not train.has_shortcut.any():
         raise ValueError(f"{settings.square_color!r} changes no pixel of any image")
     is_upper = shortcuts.halves(test.labels).bool()
-    biased = _plant(test, is_upper, settings, generator)
+    biased = plant(test, is_upper, settings, generator)
     raw = test.to(biased.images.device)
     kept = train[~is_held_out]
     counts = kept.labels.bincount(minlength=len(train.class_names))
@@ -97,10 +97,10 @@ def eight(settings: BaseSettings) -> Split:
     twice = test[torch.cat(four).repeat_interleave(2)]
     which = torch.arange(8) % 2 == 1
     generator = torch.Generator().manual_seed(settings.seed)
-    return _plant(twice, which, settings, generator)
+    return plant(twice, which, settings, generator)
 
 
-def _plant(
+def plant(
     split: Split, which: Tensor, settings: BaseSettings, generator: torch.Generator
 ) -> Split:
     """The shortcut of the settings (of none, the square) in some of the images.
@@ -227,6 +227,10 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
             if md5 != MNIST_MD5:
                 raise ValueError("their MD5 is not that of MNIST")
         parts = [kind(folder.parent, train=train) for train in (True, False)]
+        for part in parts:
+            counts = part.targets.bincount().tolist()
+            if dataset != "mnist" and len(set(counts)) > 1:  # the others are balanced
+                raise ValueError(f"the classes have {counts} images")
         return [(part.data, part.targets) for part in parts]
 
 

@@ -3,33 +3,29 @@
 import copy
 import re
 import time
-import zlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import joblib
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from masktune_utils import (
-    datasets,
-    masking,
-    models,
-    results,
-    saliency,
-    store,
-    training,
-)
-from masktune_utils.choice import Choice, HeldOut, score
+from masktune_utils import datasets, models, results, saliency, store, training
+from masktune_utils.choice import Choice, chosen, load_or_choose
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset, Rule
-from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
+from masktune_utils.masking import MaskedDataset
+from masktune_utils.settings import (
+    DEFAULTS,
+    BaseSettings,
+    ChosenSettings,
+    KeptSettings,
+    Settings,
+)
 
-CHOSEN = "chosen"  # configuration of the model with the chosen mask
-CHOICE = "CNN_choice.pth"  # the file of a choice, beside the checkpoints
+CHOICE_FILE = "CNN_choice.pth"  # beside the checkpoints
+EARLY = 12  # a choice looks first after this part of the epochs: 4 of 50
 
 
 class Trained(NamedTuple):
@@ -38,7 +34,6 @@ class Trained(NamedTuple):
     Attributes:
         model: in evaluation mode.
         settings: what it depends on; of the base model, `BaseSettings`.
-        configuration: `base`, `chosen`, or the name of the fine-tuned model.
         images: on which it was trained, or fine-tuned.
         history: see `training.train`.
         sha256: of the weights.
@@ -48,7 +43,6 @@ class Trained(NamedTuple):
 
     model: nn.Module
     settings: BaseSettings
-    configuration: str
     images: Split | MaskedDataset
     history: list[dict[str, float]]
     sha256: str
@@ -108,10 +102,10 @@ def base_model(settings: Settings, train: Split) -> Trained:
     Raises:
         CheckpointError: see `load_or_train`.
     """
-    return load_or_train(settings.base, "base", train)
+    return load_or_train(settings.base, train)
 
 
-def _new_network(settings: BaseSettings, images: Split) -> nn.Module:
+def new_network(settings: BaseSettings, images: Split) -> nn.Module:
     """The network at the start of training on images."""
     num_classes = len(images.class_names)
     return models.new_model(settings.seed, images.labels.device, num_classes)
@@ -119,7 +113,6 @@ def _new_network(settings: BaseSettings, images: Split) -> nn.Module:
 
 def load_or_train(
     settings: BaseSettings,
-    configuration: str,
     images: Split | MaskedDataset,
     base: Trained | None = None,
     **made_with: str,
@@ -127,8 +120,7 @@ def load_or_train(
     """The saved model, which is trained first if need be.
 
     Args:
-        settings: see `Trained`, as for `configuration`.
-        configuration: its name.
+        settings: see `Trained`.
         images: on which it is trained.
         base: the model that is fine-tuned, which is left as it is; None: a new network
             is trained.
@@ -139,24 +131,26 @@ def load_or_train(
             or from another base model.
     """
     if base is None:
-        network = _new_network(settings, images)
+        network = new_network(settings, images)
+        options = settings.training
     else:
         network = copy.deepcopy(base.model)
+        options = settings.finetuning
         made_with["base_sha256"] = base.sha256
     seconds = None
 
     def make() -> dict:
         nonlocal seconds
         started = time.perf_counter()
-        history = training.train(network, images, **settings.training)
+        history = training.train(network, images, **options)
         seconds = time.perf_counter() - started
         weights = {}
         for name, weight in network.state_dict().items():
             weights[name] = weight.cpu().contiguous()
         return {"state_dict": weights, "history": history}
 
-    path = settings.checkpoint_path(configuration)
     made_with = {**settings.identity, **made_with}
+    path = settings.checkpoint_path(settings.configuration)
     saved = store.kept(path, made_with, make)
     with store.reading(path):
         network.load_state_dict(saved["state_dict"])
@@ -164,7 +158,6 @@ def load_or_train(
     return Trained(
         model=network.eval(),
         settings=settings,
-        configuration=configuration,
         images=images,
         history=saved["history"],
         sha256=sha256,
@@ -193,52 +186,42 @@ def with_weights(path: str | Path) -> nn.Module:
     return network.eval()
 
 
-def masktune(settings: Settings, base: Trained, train: Split) -> Trained:
-    """MaskTune: maps of the base model, masks, and fine-tuning on the masked images.
+def masktune(settings: Settings, base: Trained) -> Trained:
+    """MaskTune, as `masking.masktune`, with the networks of all rounds saved.
 
     Args:
         settings: the experiment.
         base: the ERM model; it is left as it is.
-        train: the biased training set.
 
     Raises:
         CheckpointError: see `load_or_train`.
     """
-    trained = []
-
-    def finetune(_copy: nn.Module, masked: MaskedDataset) -> nn.Module:
-        of_round = settings.replace(rounds=masked.rule.rounds)
-        tuned = load_or_train(of_round, of_round.configuration, masked, base)
-        trained.append(tuned)
-        return tuned.model
-
-    maps = training_saliency(settings, base, train)
-    rounds = masking.masktune(
-        base.model, train, settings.rule, finetune, maps, seed=settings.seed
-    )
-    *_, (_, masked) = rounds
-    if trained[-1].settings != settings:  # the last rounds hid nothing more
-        finetune(base.model, masked)
-    return trained[-1]
+    maps = training_saliency(base)
+    masked = None
+    for rule in settings.rule.each_round:
+        masked = rule.mask(base.images, maps, masked, settings.seed)
+        tuned = load_or_train(settings.replace(rounds=rule.rounds), masked, base)
+        if rule.rounds < settings.rounds:
+            maps = saliency.saliency_maps(tuned.model, masked.images, masked.labels)
+    return tuned
 
 
-def training_saliency(settings: Settings, base: Trained, train: Split) -> Tensor:
+def training_saliency(base: Trained) -> Tensor:
     """Saliency maps of the training set, N×h×w; computed once per base model.
 
     Args:
-        settings: the experiment.
         base: the ERM model.
-        train: the biased training set.
 
     Raises:
         CheckpointError: the saved ones are damaged, or of another base model.
     """
+    train = base.images
 
     def make() -> dict:
         maps = saliency.saliency_maps(base.model, train.images, train.labels)
         return {"maps": maps.cpu()}
 
-    path = settings.folder("checkpoints") / "CNN_saliency.pth"
+    path = base.settings.folder("checkpoints") / "CNN_saliency.pth"
     saved = store.kept(path, {"base_sha256": base.sha256}, make)
     return saved["maps"].to(train.labels.device)
 
@@ -260,7 +243,7 @@ def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
         `hidden_{shortcut,shortcut_whole,rest,digit}`, see `results.hidden_shares`.
     """
     settings = trained.settings
-    path = settings.folder("results") / f"{trained.configuration}.json"
+    path = settings.folder("results") / f"{settings.configuration}.json"
     if path.exists():
         saved = results.read(path)
         if saved["sha256"] == trained.sha256:
@@ -271,7 +254,7 @@ def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
         device_name = torch.cuda.get_device_name(device)
     row = {
         "experiment": settings.experiment,
-        "configuration": trained.configuration,
+        "configuration": settings.configuration,
         "rule": "ERM",
         **settings.identity,
         "seconds": trained.seconds,
@@ -290,104 +273,74 @@ def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
     return row
 
 
-def choice_settings(settings: BaseSettings, count: int) -> Settings:
-    """The settings of a choice: how all candidates are fine-tuned.
+def chosen_settings(settings: BaseSettings, count: int) -> ChosenSettings:
+    """The settings of a model with a chosen mask: `choice.fine_tune`, as settings.
 
     Args:
         settings: of the base model.
         count: number of training images. If they are few, fine-tuning takes several
             epochs.
     """
-    return Settings(
+    return ChosenSettings(
         **dict(settings),
-        finetune_lr=0.02,
+        finetune_lr=chosen.LR,
         finetune_schedule="linear",
-        finetune_batch_size=score.BATCH_SIZE,
-        finetune_epochs=score.default_epochs(count),
+        finetune_batch_size=chosen.BATCH_SIZE,
+        finetune_epochs=chosen.default_epochs(count),
     )
 
 
-def choose(base: Trained, train: Split) -> Choice:
+def choose(base: Trained) -> Choice:
     """Choose a mask, or keep ERM, by `choice.choose`; on a CPU, in two processes.
-
-    What the models of both folds predict is saved with the masks; the verdict is made
-    anew from it.
 
     Args:
         base: the ERM model of all images.
-        train: the training images.
 
     Raises:
         CheckpointError: what is saved is damaged, or was made with something else.
     """
-    settings = choice_settings(base.settings, len(train))
+    train = base.images
+    early_epochs = max(1, base.settings.epochs // EARLY)
+    early = base.settings.replace(epochs=early_epochs)
     jobs = min(2, joblib.cpu_count()) if train.labels.is_cpu else 1
-
-    def make() -> dict:
-        threads = max(1, torch.get_num_threads() // jobs)
-        with joblib.parallel_config("loky", inner_max_num_threads=threads):
-            made = score.choose(
-                train,
-                partial(_fit, base.settings),
-                jobs=jobs,
-                seed=settings.seed,
-            )
-        masks = {}
-        for name, masked in made.candidates.items():
-            bits = np.packbits(masked.own_masks.cpu())
-            masks[name] = (vars(masked.rule), zlib.compress(bits))
-        return {"held_out": vars(made.held_out), "masks": masks}
-
-    made_with = {
-        "base_sha256": base.sha256,
-        "candidates": "; ".join(map(str, score.CANDIDATES)),
-        **settings.training,
-    }
-    path = settings.folder("checkpoints") / CHOICE
-    saved = store.kept(path, made_with, make)
-    pixels = train.images[:, 0]
-    candidates = {}
-    with store.reading(path):
-        held_out = HeldOut(**saved["held_out"])
-        for name, (fields, packed) in saved["masks"].items():
-            packed_bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-            bits = np.unpackbits(packed_bits, count=pixels.numel())
-            own_masks = pixels.new_tensor(bits, dtype=torch.bool).view(pixels.shape)
-            rule = Rule(**fields)
-            candidates[name] = MaskedDataset(
-                train, own_masks, rule.fill, settings.seed, rule=rule
-            )
-    schedule = partial(score.fine_tune, epochs=settings.finetune_epochs)
-    return Choice(held_out, candidates, schedule, score.judge(held_out))
+    threads = max(1, torch.get_num_threads() // jobs)
+    with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
+        return load_or_choose(
+            base.settings.folder("checkpoints") / CHOICE_FILE,
+            train,
+            partial(fit_half, base.settings),
+            seed=base.settings.seed,
+            early=partial(fit_half, early),
+            early_epochs=early_epochs,
+            base_sha256=base.sha256,
+        )
 
 
-def _fit(settings: BaseSettings, fold: Split) -> nn.Module:
-    """The base model of a fold."""
-    network = _new_network(settings, fold)
-    training.train(network, fold, **settings.training)
+def fit_half(settings: BaseSettings, half: Split) -> nn.Module:
+    """The base model of a half of the images."""
+    network = new_network(settings, half)
+    training.train(network, half, **settings.training)
     return network
 
 
-def chosen_model(choice: Choice, base: Trained, train: Split) -> Trained:
+def chosen_model(choice: Choice, base: Trained) -> Trained:
     """The model with the chosen mask; or the base model itself, if ERM is kept.
 
     Args:
         choice: see `choose`.
         base: the ERM model.
-        train: the biased training set.
 
     Raises:
         CheckpointError: see `load_or_train`; or another mask had been chosen.
     """
     if choice.is_kept:
-        return base._replace(configuration=CHOSEN)
+        return base._replace(settings=KeptSettings(**dict(base.settings)))
     masked = choice.masked
     rule = asdict(masked.rule)
     del rule["exchange"]  # which is no setting
-    settings = choice_settings(base.settings, len(train)).replace(**rule)
+    settings = chosen_settings(base.settings, len(masked)).replace(**rule)
     return load_or_train(
         settings,
-        CHOSEN,
         masked,
         base,
         rule=f"{masked.rule}",

@@ -1,5 +1,7 @@
 """Predictions, and their accuracy by group."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -8,27 +10,34 @@ from masktune_utils.data import Split
 from masktune_utils.models import in_float32
 from masktune_utils.shortcuts import groups
 
+# a network, or a function: images in [0, 1], B×C×H×W → logits, B×classes
+Network = nn.Module | Callable[[Tensor], Tensor]
+
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: Network,
     dataset: Dataset,
     batch_size: int = 100,
 ) -> Tensor:
     """Logits in evaluation mode, N×classes, float32 on the CPU.
 
     Args:
-        model: the modes of its modules are restored.
-        dataset: a `Split` or a `masking.MaskedDataset`, on the model's device.
+        model: the modes of its modules are restored. A function gets images where
+            they are.
+        dataset: a `Split` or a `masking.MaskedDataset`.
         batch_size: images at a time; it changes nothing but the speed.
 
     Raises:
         TypeError: the network returns no tensor.
     """
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
+    modes = {}
+    device = None
+    if isinstance(model, nn.Module):
+        modes = {module: module.training for module in model.modules()}
+        device = next(model.parameters()).device
+        model.eval()
     logits = []
-    model.eval()
     try:
         with in_float32():
             for index in torch.arange(len(dataset)).split(batch_size):

@@ -1,7 +1,8 @@
 """Networks, and the layer that is explained."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,55 @@ def new_model(
         torch.default_generator.manual_seed(seed)
         model = SmallCNN(num_classes)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def from_onnx(
+    path: str | Path, size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Tensor], Tensor]:
+    """A classifier of any framework, by onnxruntime. No code of the file is run.
+
+    Args:
+        path: an ONNX file with one input, B×3×`size`×`size`, for any number B of
+            images; its first output is B×classes.
+        size: pixels.
+        mean: of each channel, subtracted from the images, which are in [0, 1].
+        std: of each channel, by which they are divided after that.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: onnxruntime is not installed.
+        ValueError: the file is no ONNX file, or has other inputs.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        words = "a classifier needs onnxruntime: pip install onnxruntime"
+        raise ImportError(words) from error
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; allowed: an ONNX file.")
+    try:
+        session = onnxruntime.InferenceSession(path)
+    except Exception as error:
+        raise ValueError(f"{path} is no ONNX file that can be read: {error}") from error
+    inputs = session.get_inputs()
+    wanted = [None, 3, size, size]
+    # A side that may be anything is a name, or None.
+    shape = [side if isinstance(side, int) else None for side in inputs[0].shape]
+    fits = [side in (None, number) for side, number in zip(shape, wanted, strict=False)]
+    if len(inputs) > 1 or len(shape) != len(wanted) or not all(fits):
+        raise ValueError(
+            f"{path} takes {[node.shape for node in inputs]}; allowed: one input, "
+            f"['batch', 3, {size}, {size}], with a dynamic batch; or another size."
+        )
+    means, deviations = torch.tensor([mean, std])[..., None, None]
+
+    def classify(images: Tensor) -> Tensor:
+        normalized = (images - means) / deviations
+        outputs = session.run(None, {inputs[0].name: normalized.numpy()})
+        return torch.from_numpy(outputs[0])
+
+    return classify
 
 
 @contextlib.contextmanager

@@ -74,9 +74,8 @@ def explore(choice: Choice) -> interactive:
         is_unchanged = take == choice.verdict.chosen
         decided = choice if is_unchanged else choice.take(take)
         print(decided.reason)
-        if choice.held_out.tried:
-            draw(plotting.dumbbells(choice.held_out, take))
+        draw(plotting.dumbbells(choice.held_out, take))
         draw(plotting.choice_masks(decided))
         return decided
 
-    return interactive(look, take=[ERM, *choice.held_out.mean_masks])
+    return interactive(look, take=[ERM, *choice.held_out.tried])

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from masktune_utils import metrics, store
-from masktune_utils.choice import Choice, HeldOut, score
+from masktune_utils.choice import Audit, Choice, HeldOut, score
 from masktune_utils.data import Split, to_float
-from masktune_utils.masking import resize
+from masktune_utils.masking import MaskedDataset, resize
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
@@ -38,6 +38,7 @@ def show(
     settings: Settings,
     name: str,
     seeds: Sequence[int] = (),
+    alt: str = "",
 ) -> None:
     """Save a figure as PNG, with the name of its images and seeds, and display it.
 
@@ -46,6 +47,7 @@ def show(
         settings: the experiment.
         name: name of the file, without its suffix.
         seeds: the seeds shown, if not that of the experiment alone.
+        alt: what one sees, for readers who do not; by default the name.
     """
     numbers = ", ".join(map(str, sorted(seeds) or [settings.seed]))
     mark = f"{settings.experiment}, seed {numbers}"
@@ -60,7 +62,7 @@ def show(
     )
     png = print_figure(figure, dpi=160)
     store.write_bytes(settings.folder("figures") / f"{name}.png", png)
-    display(Image(png, retina=True, alt=name))
+    display(Image(png, retina=True, alt=alt or name))
 
 
 def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
@@ -134,6 +136,16 @@ def grid(
     return figure
 
 
+def mistake_heat(mistake_map: Tensor) -> Tensor:
+    """An exchange map as a picture, 1×3×h×w; black where it lowers no loss.
+
+    Args:
+        mistake_map: see `exchange.exchange_map`.
+    """
+    falls = mistake_map.clamp(min=0)
+    return heat(falls[None] / falls.max().clamp(min=1e-8))
+
+
 def choice_masks(choice: Choice) -> Figure:
     """What a choice hides, or would hide if ERM were not kept.
 
@@ -144,7 +156,7 @@ def choice_masks(choice: Choice) -> Figure:
         choice: see `choice.choose`.
     """
     held_out = choice.held_out
-    masked = choice.candidates[choice.verdict.best]
+    masked = held_out.masked[choice.verdict.best]
     split = masked.split
     names = []
     for name in split.class_names:
@@ -152,44 +164,78 @@ def choice_masks(choice: Choice) -> Figure:
     kinds = 2 * split.labels + held_out.is_mistake.to(split.labels.device)
     by_kind = replace(split, groups=kinds, group_names=tuple(names))
     index, titles = examples(by_kind)
-    falls = held_out.mistake_map.clamp(min=0)
     columns = {
         "image": split.images[index],
         "hidden\n(white)": masked.masks(index),
         "filled from\nanother image": masked.batch(index)[0],
-        "where mistakes\ncome from": heat(falls[None] / falls.max()),
+        "where mistakes\ncome from": mistake_heat(held_out.mistake_map),
     }
     return grid(columns, titles)
 
 
-def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
-    """Do masks correct the mistakes that they explain?
+def swaps(found: Audit, count: int = 4) -> Figure:
+    """Mistakes that move with a region: cut out, and pasted into another image.
 
-    A row for each mask that was tried: where it hides most; and the share of the
-    mistakes explained by it that are corrected, grey with nothing masked, coloured with
-    the mask.
+    Args:
+        found: see `choice.audit`.
+        count: at most this many rows.
+    """
+    names = found.images.class_names
+    device = found.images.labels.device
+    masks = found.region.expand(len(found.images), -1, -1).to(device)
+    masked = MaskedDataset(found.images, masks, "resample")
+    rows = []
+    titles = []
+    for mistake in found.swaps.moving[:count]:
+        of_mistake = found.swaps.mistakes == mistake
+        moves = found.swaps.moves[:, of_mistake]
+        partner = found.swaps.partners[:, of_mistake][moves][:1]
+        pair = masked.pairs(mistake[None], partner)
+        swapped, labels = pair.batch(slice(None))
+        rows.append(torch.cat([to_float(pair.split.images), swapped]))
+        predicted = names[found.predicted[mistake]]
+        titles.append(f"{names[labels[0]]}, taken\nfor {predicted}")
+    headings = (
+        "a mistake",
+        "another of\nits class",
+        "cut out:\nright",
+        "pasted:\nwrong",
+    )
+    if not rows:
+        return grid({"no mistake\nmoves": found.images.images[:0]})
+    columns = torch.stack(rows, 1)
+    return grid(dict(zip(headings, columns, strict=True)), titles)
+
+
+def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
+    """How many more of the mistakes do masks correct than nothing masked?
+
+    A row for each mask that was tried: where it hides most; and the share of mistakes
+    that is corrected, as `score.scores` weights them: grey with nothing masked,
+    coloured with the mask, and its standard error. A tick: where a mask is good enough.
 
     Args:
         held_out: see `choice.held_out`.
         chosen: the mask that is marked.
     """
     table = score.scores(held_out)
-    ax = Figure((7.5, 0.57 * len(table) + 0.55)).subplots()
+    ax = Figure((7.5, 0.57 * len(table) + 0.6)).subplots()
     for k, (mask, row) in enumerate(table.iterrows()):
         thumbnail = (-10, -3, k + 0.4, k - 0.4)  # left, right, bottom, top
         mean_mask = held_out.mean_masks[mask].numpy()
         # Not quite white, which would look cut off.
         white = 1.2 * max(mean_mask.max(), 0.1)
         ax.imshow(mean_mask, extent=thumbnail, cmap="gray", vmin=0, vmax=white)
-        # NaN, which is not drawn, if it explains none.
-        ends = 100 * row[["nothing", "corrects"]] / row["explains"]
-        ax.plot(ends, [k, k], color="0.75", linewidth=3, zorder=0)
-        ax.scatter(ends, [k, k], s=[110, 50], c=["#777777", "#D55E00"])
-        words = f"{row['nothing']:.0f} → {row['corrects']:.0f} of {row['explains']:.0f}"
+        nothing, corrected, error = 100 * row[["nothing", "mask", "error"]]
+        ax.plot([nothing, corrected], [k, k], color="0.75", linewidth=3, zorder=0)
+        ax.errorbar(corrected, k, xerr=error, color="#D55E00", linewidth=1, capsize=2)
+        ax.scatter([nothing, corrected], [k, k], s=[110, 50], c=["#777777", "#D55E00"])
+        ax.plot(nothing + 100 * score.ENOUGH, k, "|", color="black", markersize=9)
+        words = f"{mask}: {nothing:.0f}% → {corrected:.0f}%"
         weight = "bold" if mask == chosen else "normal"
-        ax.text(0, k - 0.25, f"{mask}: {words}", fontsize=8, weight=weight)
+        ax.text(0, k - 0.25, words, fontsize=8, weight=weight)
     ax.set(
-        xlabel="explained mistakes corrected (%)",
+        xlabel="mistakes corrected (%)",
         xlim=(-10, 104),
         ylim=(len(table) - 0.5, -0.6),
         yticks=[],

@@ -1,6 +1,8 @@
 """Results: how good a model is, saved as one JSON file each; and tables of them."""
 
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -8,12 +10,14 @@ import torch
 from torch import nn
 
 from masktune_utils import datasets, metrics, store
+from masktune_utils.choice import HeldOut
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import root
+from masktune_utils.settings import REPOSITORY, root
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
 CHOSEN = "chosen, without the test sets"
+TRIALS = REPOSITORY / "results" / "trials.zip"
 
 
 def evaluate(model: nn.Module, sets: datasets.BiasedSets) -> dict[str, float]:
@@ -80,9 +84,22 @@ def read(path: Path) -> dict:
     """
     with store.reading(path):
         row = json.loads(path.read_bytes())
-        if "base_sha256" not in row:
+        if not {*KEY, "base_sha256"} <= row.keys():
             raise ValueError("it is no result")
     return row
+
+
+def read_trial(name: str) -> tuple[HeldOut, pd.Series]:
+    """A saved run of `trials.zip`: what models predict, and the worst group by model.
+
+    Args:
+        name: `{data set}_{classes}_{kind}_{seed}`; studies/trials.py lists all.
+    """
+    with zipfile.ZipFile(TRIALS) as archive:
+        file = io.BytesIO(archive.read(f"{name}.pt"))
+    content = torch.load(file, weights_only=True)
+    worst_groups = content.pop("worst_groups")
+    return HeldOut(**content), pd.Series(worst_groups)
 
 
 def write_json(path: Path, row: dict) -> None:
@@ -95,7 +112,8 @@ def write_json(path: Path, row: dict) -> None:
 def collect(directory: str = "") -> pd.DataFrame:
     """Gather all saved results into a table.
 
-    A result whose base model has been replaced since is left out.
+    Left out are a result whose base model has been replaced since, and a copy: a file
+    that is not where its experiment, configuration and seed belong.
 
     Args:
         directory: see `Settings.directory`.
@@ -106,8 +124,13 @@ def collect(directory: str = "") -> pd.DataFrame:
     Raises:
         CheckpointError: a JSON file there is damaged, or not a result.
     """
-    paths = root(directory).glob("results/*/seed*/*.json")
-    rows = [read(path) for path in sorted(paths)]
+    folder = root(directory) / "results"
+    rows = []
+    for path in sorted(folder.glob("*/seed*/*.json")):
+        row = read(path)
+        place = "{experiment}/seed{seed}/{configuration}.json".format(**row)
+        if path == folder / place:
+            rows.append(row)
     if not rows:
         return pd.DataFrame(columns=KEY)
     table = pd.DataFrame(rows)

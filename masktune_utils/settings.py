@@ -38,6 +38,7 @@ RUNTIME = {"directory", "device"}  # no result depends on them
 # Not listed in names: each has a place of its own in the path.
 IN_PATH = {*RUNTIME, "dataset", "seed", "method", "param"}
 OF_RULE = Rule.__annotations__
+OF_TRAINING = {"epochs", "batch_size", "lr", "lr_decay_epochs", "seed"}
 
 
 Digits = AfterValidator(lambda number: float(f"{number:.4g}"))
@@ -132,6 +133,11 @@ class BaseSettings(BaseModel):
             raise ValueError("dataset = 'auto': first use datasets.resolve_dataset")
         return root(self.directory) / kind / self.experiment / f"seed{self.seed}"
 
+    @property
+    def configuration(self) -> str:
+        """Name of the model among those of an experiment."""
+        return "base"
+
     def checkpoint_path(self, configuration: str) -> Path:
         """The checkpoint of a `configuration`, or of `base`."""
         prefix = "" if configuration == "base" else "finetuned_"
@@ -151,8 +157,7 @@ class BaseSettings(BaseModel):
     @property
     def training(self) -> dict:
         """The arguments of `training.train` for the base model."""
-        names = {"epochs", "batch_size", "lr", "lr_decay_epochs", "seed"}
-        return self.model_dump(include=names)
+        return self.model_dump(include=OF_TRAINING)
 
 
 class Settings(BaseSettings):
@@ -185,7 +190,7 @@ class Settings(BaseSettings):
 
     @property
     def configuration(self) -> str:
-        """Name of the fine-tuned model: method, param, and what is not the default."""
+        """Method, param, and what is not the default."""
         rule = f"{self.method}_{self.param}"
         return rule + self._spelled_out(Settings.__annotations__)
 
@@ -195,20 +200,38 @@ class Settings(BaseSettings):
         return Rule(**self.model_dump(include={*OF_RULE}))
 
     @property
-    def training(self) -> dict:
+    def finetuning(self) -> dict:
         """The arguments of `training.train` for fine-tuning.
 
         The rate is `finetune_lr`, or what the base model's schedule ended with.
         """
         decays = self.epochs // self.lr_decay_epochs
         return {
-            **super().training,
+            **self.training,
             "epochs": self.finetune_epochs,
             "lr": self.finetune_lr or self.lr * 0.5**decays,
             "batch_size": self.finetune_batch_size or self.batch_size,
             "optimizer": self.finetune_optimizer,
             "schedule": self.finetune_schedule,
         }
+
+
+class ChosenSettings(Settings):
+    """Of the model with the chosen mask."""
+
+    @property
+    def configuration(self) -> str:
+        """Its name, whatever the mask is."""
+        return "chosen"
+
+
+class KeptSettings(BaseSettings):
+    """Of the base model, where a choice keeps it."""
+
+    @property
+    def configuration(self) -> str:
+        """Its name, whatever the mask is."""
+        return "chosen"
 
 
 DEFAULTS = dict(Settings())

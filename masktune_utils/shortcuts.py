@@ -57,11 +57,11 @@ def add_square(
             there.
     """
     images = images.clone()
-    images[:, :, row : row + size, column : column + size] = _pixel(color)
+    images[:, :, row : row + size, column : column + size] = pixel(color)
     return images
 
 
-def _pixel(color: str) -> Tensor:
+def pixel(color: str) -> Tensor:
     """3×1×1, uint8."""
     rgb = ImageColor.getrgb(color)[:3]
     return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
@@ -88,7 +88,7 @@ def add_shortcut(
         size: side of a square in pixels.
         generator: source of random choices.
     """
-    pixel = _pixel(color)
+    colored_pixel = pixel(color)
     match shortcut:
         case "square" | "none":
             return add_square(images, size, color)
@@ -96,10 +96,10 @@ def add_shortcut(
             first = add_square(images, size, color)
             return add_square(first, size, "red", 28 - size, 28 - size)
         case "digit_color":
-            colored = images * (pixel / 255)
+            colored = images * (colored_pixel / 255)
             return colored.round().byte()
         case "background":
-            dark = 0.3 * pixel
+            dark = 0.3 * colored_pixel
             return torch.maximum(images, dark.byte())
         case "square_anywhere":
             places = torch.arange(28)
@@ -112,7 +112,7 @@ def add_shortcut(
         case "pixels":
             order = torch.randperm(784, generator=Generator().manual_seed(0))
             area = (order < 49).view(28, 28)
-    return torch.where(area, pixel, images)
+    return torch.where(area, colored_pixel, images)
 
 
 def halves(labels: Tensor) -> Tensor:

@@ -20,21 +20,23 @@ Below, `task` is a `Task`. A method yields one network after the other, and befo
 in words, how it was made.
 """
 
-import copy
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from resume import resume
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch import Generator, Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, StepLR
 from torchvision.transforms.v2 import RandomErasing
 
@@ -43,24 +45,37 @@ from masktune_utils import (
     datasets,
     experiment,
     masking,
-    metrics,
     models,
     results,
-    saliency,
     shortcuts,
     training,
 )
+from masktune_utils.choice import chosen
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.experiment import Trained
+from masktune_utils.metrics import predict
+from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY, Settings
 
 FILE = REPOSITORY / "results" / "reference_10_methods.csv"
 KEY = ["conflicting_share", "seed"]
-PLAN = [(0.01, 0), (0.01, 2), (0.01, 3), (0.01, 4), (0.0, 2)]
+PLAN = [
+    (0.01, 0),
+    (0.01, 2),
+    (0.01, 3),
+    (0.01, 4),
+    (0.0, 2),
+]
+NEEDS = {  # method → what it must know; the others: classes
+    "GroupDRO": "groups",
+    "DFR": "groups, held out",
+    "D-BAT": "shifted images, unlabelled",
+}
 
 Networks = Iterator[tuple[str, nn.Module]]  # how each was made, and the network
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, labels and their index
+
+new_sgd = partial(SGD, momentum=0.9, weight_decay=1e-4)
 
 
 class Task(NamedTuple):
@@ -69,28 +84,25 @@ class Task(NamedTuple):
     Attributes:
         settings: the experiment.
         sets: its images.
-        base: the ERM network.
-        seconds: that its training took.
-        is_mistake: which held-out images it gets wrong.
+        train: the training images.
+        held_out: on which referees judge.
+        trained: ERM.
+        base: its network.
         rows: what has been judged.
     """
 
     settings: Settings
     sets: BiasedSets
+    train: Split
+    held_out: Split
+    trained: Trained
     base: nn.Module
-    seconds: float
-    is_mistake: Tensor
     rows: list[dict]
 
     @property
-    def rng(self) -> torch.Generator:
+    def rng(self) -> Generator:
         """A new source of random choices."""
-        return torch.Generator().manual_seed(self.settings.seed)
-
-    @property
-    def halves(self) -> list[Tensor]:
-        """Held-out images to fit, and to judge, for methods that fit some."""
-        return data.folds(self.sets.validation.labels, self.settings.seed)
+        return Generator().manual_seed(self.settings.seed)
 
 
 # The common parts.
@@ -101,14 +113,10 @@ def new_network(task: Task, other: int = 0) -> nn.Module:
     return models.new_model(task.settings.seed + other)
 
 
-def body(network: nn.Module) -> nn.Module:
-    """All but its last layer."""
-    return nn.Sequential(network.backbone, network.linear[:-1])
-
-
 def features(network: nn.Module, images: Split) -> Tensor:
     """The inputs of the last layer."""
-    return metrics.predict(body(network), images)
+    body = nn.Sequential(network.backbone, network.linear[:-1])
+    return predict(body, images)
 
 
 def each_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -116,15 +124,32 @@ def each_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of the label of each image."""
+    return logits.softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+def is_right(network: nn.Module, images: Split) -> Tensor:
+    """Which images have the prediction of their class."""
+    return predict(network, images).argmax(1) == images.labels
+
+
+def worst(right: Tensor, groups: Tensor) -> float:
+    """The lowest accuracy of a group, by the number of each image's group."""
+    accuracies = [right[groups == k].double().mean() for k in groups.unique()]
+    return min(accuracies).item()
+
+
 def draw_batches(
-    count: int,
+    task: Task,
     epochs: int,
     batch_size: int,
     weights: Tensor | None,
-    rng: torch.Generator,
 ) -> list[Tensor]:
     """The index of each batch; with weights, drawn by these, with replacement."""
+    count = len(task.train)
     shares = torch.ones(count) if weights is None else weights
+    rng = task.rng
     batches = []
     for _ in range(epochs):
         order = torch.multinomial(shares, count, weights is not None, generator=rng)
@@ -133,7 +158,7 @@ def draw_batches(
     return [index for index in batches if len(index) > 1]
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def descend(optimizer: Optimizer, loss: Tensor) -> None:
     """One step."""
     optimizer.zero_grad()
     loss.backward()
@@ -141,9 +166,9 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def train_on(
-    batches: Iterable[Tensor],
     images: Split,
-    loss_of: Loss,
+    batches: list[Tensor],
+    loss_of: Callable,
     sgd: SGD,
     scheduler: LRScheduler,
 ) -> None:
@@ -159,54 +184,44 @@ def train_on(
 
 def fit(
     task: Task,
-    networks: list[nn.Module],
-    loss_of: Loss,
+    network: nn.Module,
+    loss_of: Callable,
     epochs: int | None = None,
     weights: Tensor | None = None,
 ) -> Networks:
-    """Yield the last network, trained as ERM is; go on by our schedule; yield it again.
+    """Yield the network, trained as ERM is; go on by our schedule; yield it again.
 
     Args:
         task: of which are the images, and the epochs if no others are given.
-        networks: that are trained together.
-        loss_of: the loss of a batch.
+        network: all of its weights are trained.
+        loss_of: (images, labels, their index) → the loss of a batch.
         epochs: of the first schedule.
         weights: see `draw_batches`.
     """
     settings = task.settings
-    images = task.sets.train
     epochs = epochs or settings.epochs
-    parameters = [w for network in networks for w in network.train().parameters()]
-    options = {"momentum": 0.9, "weight_decay": 1e-4}
-    batches = draw_batches(len(images), epochs, settings.batch_size, weights, task.rng)
-    sgd = SGD(parameters, settings.lr, **options)
+    batches = draw_batches(task, epochs, settings.batch_size, weights)
     every = settings.lr_decay_epochs * len(batches) // epochs
-    train_on(batches, images, loss_of, sgd, StepLR(sgd, every, 0.5))
-    yield "ERM's schedule", networks[-1]
+    sgd = new_sgd(network.parameters(), settings.lr)
+    train_on(task.train, batches, loss_of, sgd, StepLR(sgd, every, 0.5))
+    yield "ERM's schedule", network
 
-    ours = experiment.choice_settings(settings.base, len(images))
-    batches = draw_batches(
-        len(images), ours.finetune_epochs, ours.finetune_batch_size, weights, task.rng
-    )
-    sgd = SGD(parameters, ours.finetune_lr, **options)
-    train_on(batches, images, loss_of, sgd, LinearLR(sgd, 1, 0, len(batches)))
-    yield "then ours", networks[-1]
+    epochs = chosen.default_epochs(len(task.train))
+    batches = draw_batches(task, epochs, chosen.BATCH_SIZE, weights)
+    sgd = new_sgd(network.parameters(), chosen.LR)
+    train_on(task.train, batches, loss_of, sgd, LinearLR(sgd, 1, 0, len(batches)))
+    yield "then ours", network
 
 
 def fit_plainly(task: Task, epochs: int | None = None) -> nn.Module:
     """ERM, or for fewer epochs."""
     network = new_network(task)
 
-    def loss_of(batch: Tensor, labels: Tensor, _index: Tensor) -> Tensor:
-        return F.cross_entropy(network(batch).float(), labels)
+    def loss_of(batch, labels, _index):
+        return F.cross_entropy(network(batch), labels)
 
-    next(fit(task, [network], loss_of, epochs))
+    next(fit(task, network, loss_of, epochs))
     return network
-
-
-def is_wrong(network: nn.Module, images: Split) -> Tensor:
-    """Which images it gets wrong."""
-    return ~metrics.is_right(metrics.predict(network, images), images.labels)
 
 
 def judge(
@@ -215,10 +230,8 @@ def judge(
     networks: Networks,
     tried: str = "",
     earlier: float = 0,
-    needs: str = "classes",
-    judged_on: slice | Tensor = slice(None),
 ) -> None:
-    """Add a row for each network of a method.
+    """Add a row for each network of a method, with what each referee says of it.
 
     Args:
         task: to whose rows they are added.
@@ -226,33 +239,28 @@ def judge(
         networks: what it makes, when it is asked for the next.
         tried: hyperparameters of all of these.
         earlier: seconds that went before.
-        needs: what it must know.
-        judged_on: which held-out images the referees see.
     """
-    started = time.perf_counter()
+    held_out = task.held_out
+    labels = held_out.labels
+    started = perf_counter()
     for how, network in networks:
-        earlier += time.perf_counter() - started
-        words = f"{tried}, {how}".strip(", ")
-        row = {"method": method, "needs": needs, "tried": words, "seconds": earlier}
-        task.rows.append(row | referees(task, network, judged_on))
-        started = time.perf_counter()
-
-
-def referees(task: Task, network: nn.Module, judged_on: slice | Tensor) -> dict:
-    """Accuracy on the test sets, their worst group, and what each referee says."""
-    accuracies = results.evaluate(network, task.sets)
-    held_out = task.sets.validation[judged_on]
-    logits = metrics.predict(network, held_out)
-    is_right = metrics.is_right(logits, held_out.labels).double()
-    is_hard = task.is_mistake[judged_on]
-    cells = [is_right[is_hard], is_right[~is_hard]]
-    classes = [is_right[held_out.labels == label] for label in (0, 1)]
-    return {
-        **{name: accuracies[name] for name in results.ACCURACIES},
-        "held-out groups": min(metrics.group_accuracy(logits, held_out).values()),
-        "ERM's mistakes": min(cell.mean().item() for cell in cells if len(cell)),
-        "worst class": min(members.mean().item() for members in classes),
-    }
+        earlier += perf_counter() - started
+        accuracies = results.evaluate(network, task.sets)
+        right = is_right(network, held_out)
+        row = {
+            "method": method,
+            "needs": NEEDS.get(method, "classes"),
+            "tried": f"{tried}, {how}".strip(", "),
+            "seconds": earlier,
+            "raw": accuracies["raw"],
+            "biased": accuracies["biased"],
+            "worst_group": accuracies["worst_group"],
+            "held-out groups": worst(right, 2 * labels + held_out.has_shortcut),
+            "ERM's mistakes": worst(right, is_right(task.base, held_out)),
+            "worst class": worst(right, labels),
+        }
+        task.rows.append(row)
+        started = perf_counter()
 
 
 # Without groups.
@@ -264,171 +272,128 @@ def random_erasing(task: Task) -> Networks:
     erase = RandomErasing()
     torch.manual_seed(task.settings.seed)
 
-    def loss_of(batch: Tensor, labels: Tensor, _index: Tensor) -> Tensor:
+    def loss_of(batch, labels, _index):
         erased = torch.stack([erase(image) for image in batch])
-        return F.cross_entropy(network(erased).float(), labels)
+        return F.cross_entropy(network(erased), labels)
 
-    return fit(task, [network], loss_of)
+    return fit(task, network, loss_of)
 
 
-def train_weighted(task: Task, wrong: Tensor, factor: float) -> Networks:
+def train_weighted(
+    task: Task,
+    wrong: Tensor,
+    factor: float,
+) -> Networks:
     """A new network; what was wrong counts that many times as much."""
     network = new_network(task)
     weights = 1 + (factor - 1) * wrong.float()
 
-    def loss_of(batch: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        return (weights[index] * each_loss(network(batch).float(), labels)).mean()
+    def loss_of(batch, labels, index):
+        return (weights[index] * each_loss(network(batch), labels)).mean()
 
-    return fit(task, [network], loss_of)
+    return fit(task, network, loss_of)
 
 
-def jtt(task: Task, epochs: int, factor: float) -> Networks:
+def jtt(
+    task: Task,
+    epochs: int,
+    factor: float,
+) -> Networks:
     """What a network of few epochs gets wrong counts more for a second one."""
-    wrong = is_wrong(fit_plainly(task, epochs), task.sets.train)
+    wrong = ~is_right(fit_plainly(task, epochs), task.train)
     yield from train_weighted(task, wrong, factor)
 
 
-def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
-    """Of each image; times `q`, as in the authors' code of LfF."""
-    probability = logits.softmax(1).gather(1, labels[:, None])[:, 0].detach()
-    return q * probability**q * each_loss(logits, labels)
-
-
-def smoothed(old: Tensor, now: Tensor) -> Tensor:
-    """The moving average of losses."""
-    return torch.where(old == 0, now, 0.7 * old + 0.3 * now).detach()
-
-
 def lff(task: Task) -> Networks:
-    """Two networks side by side; what is hard for the biased one counts more."""
-    train = task.sets.train
-    networks = [new_network(task), new_network(task)]  # the first is the biased one
-    losses = torch.zeros(2, len(train))
+    """Two networks side by side; what is hard for the first, biased one counts more."""
+    train = task.train
+    twins = nn.ModuleList([new_network(task), new_network(task)])
+    averages = torch.zeros(2, len(train))  # of the losses, moving
 
-    def loss_of(batch: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        outputs = [network(batch).float() for network in networks]
-        now = torch.stack([each_loss(logits, labels) for logits in outputs])
-        losses[:, index] = smoothed(losses[:, index], now)
-        of_class = [losses[:, train.labels == label].amax(1) for label in (0, 1)]
-        largest = torch.stack(of_class, 1)
-        biased, other = losses[:, index] / largest[:, labels]
+    def loss_of(batch, labels, index):
+        outputs = [network(batch).float() for network in twins]
+        losses = torch.stack([each_loss(logits, labels) for logits in outputs])
+        old = averages[:, index]
+        new = 0.7 * old + 0.3 * losses.detach()
+        averages[:, index] = torch.where(old == 0, losses.detach(), new)
+        of_classes = [averages[:, train.labels == k].amax(1) for k in (0, 1)]
+        largest = torch.stack(of_classes, 1)
+        biased, other = averages[:, index] / largest[:, labels]
         difficulty = biased / (biased + other + 1e-8)
-        of_biased = generalized_cross_entropy(outputs[0], labels)
-        return (of_biased + difficulty * now[1]).mean()
+        # Generalized cross-entropy; times q = 0.7, as in the authors' code.
+        share = probability(outputs[0], labels).detach()
+        of_biased = 0.7 * share**0.7 * losses[0]
+        return (of_biased + difficulty * losses[1]).mean()
 
-    return fit(task, networks, loss_of)
-
-
-def labels_given_prediction(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Row k: the share of each label where the biased network predicts class k."""
-    one_hot = F.one_hot(labels, probabilities.shape[1]).double()
-    joint = probabilities.double().T @ one_hot / len(labels)
-    return joint / joint.sum(1, keepdim=True)
+    for how, (_, network) in fit(task, twins, loss_of):
+        yield how, network
 
 
 def ula(task: Task, epochs: int) -> Networks:
     """What a biased network's prediction says of the class is added to the logits."""
-    train = task.sets.train
-    logits = metrics.predict(fit_plainly(task, epochs), train)
-    conditional = labels_given_prediction(logits.softmax(1), train.labels)
+    train = task.train
+    logits = predict(fit_plainly(task, epochs), train)
+    # Row k: the share of each label where the biased network predicts class k.
+    joint = logits.softmax(1).double().T @ F.one_hot(train.labels).double()
+    conditional = joint / joint.sum(1, keepdim=True)
     shifts = conditional.log()[logits.argmax(1)].float()
     network = new_network(task)
 
-    def loss_of(batch: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        return F.cross_entropy(network(batch).float() + shifts[index], labels)
+    def loss_of(batch, labels, index):
+        return F.cross_entropy(network(batch) + shifts[index], labels)
 
-    yield from fit(task, [network], loss_of)
+    yield from fit(task, network, loss_of)
 
 
 def afr(task: Task) -> Networks:
     """ERM on four fifths of the images; its last layer, reweighted, on the rest."""
-    train = task.sets.train
-    order = torch.randperm(len(train), generator=task.rng)
-    most = len(train) * 4 // 5
-    late = train[order[most:]]
-    early = task.sets._replace(train=train[order[:most]])
-    first = fit_plainly(task._replace(sets=early))
+    count = len(task.train)
+    order = torch.randperm(count, generator=task.rng)
+    early, late = [task.train[index] for index in order.split(count * 4 // 5)]
+    first = fit_plainly(task._replace(train=early))
+    labels = late.labels
     inputs = features(first, late)
-    probability = first.linear[-1](inputs).softmax(1).detach()
-    of_label = probability.gather(1, late.labels[:, None])[:, 0]
+    share = probability(first.linear[-1](inputs), labels).detach()
     for gamma in (1, 2, 4, 8, 16):
-        weights = (-gamma * of_label).exp() / late.labels.bincount()[late.labels]
-        network = copy.deepcopy(first)
-        fit_last_layer(network.linear[-1], inputs, late.labels, weights)
+        weights = (-gamma * share).exp() / labels.bincount()[labels]
+        weights /= weights.sum()
+        network = deepcopy(first)
+        layer = network.linear[-1]
+        sgd = SGD(layer.parameters(), 0.01)
+        for _ in range(500):
+            loss = weights @ each_loss(layer(inputs), labels)
+            sgd.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(layer.parameters(), 1)
+            sgd.step()
         yield f"γ = {gamma}", network
 
 
-def fit_last_layer(
-    layer: nn.Module, inputs: Tensor, labels: Tensor, weights: Tensor
-) -> None:
-    """AFR's second stage: plain gradient descent, with clipped steps."""
-    sgd = SGD(layer.parameters(), 0.01)
-    for _ in range(500):
-        losses = each_loss(layer(inputs), labels)
-        sgd.zero_grad()
-        (weights / weights.sum() @ losses).backward()
-        nn.utils.clip_grad_norm_(layer.parameters(), 1)
-        sgd.step()
-
-
-def elbow(losses: Tensor) -> Tensor:
-    """Where each row of losses, N×k, is furthest below its chord; or the last."""
-    lowest = losses.amin(1, keepdim=True)
-    highest = losses.amax(1, keepdim=True)
-    scaled = (losses - lowest) / (highest - lowest).clamp(min=1e-8)
-    below = torch.linspace(0, 1, losses.shape[1]) - scaled
-    last = losses.shape[1] - 1
-    return torch.where(below.amax(1) > 0, below.argmax(1), last)
-
-
 def salient_parts(task: Task) -> Tensor:
-    """N×H×W, True where ERM looks: the parts of DaC."""
-    train = task.sets.train
-    predicted = metrics.predict(task.base, train).argmax(1)
-    maps = saliency.saliency_maps(task.base, train.images, predicted)
+    """N×H×W, True where ERM looks: the parts of DaC.
+
+    Of the limits, an image has the one where the curve of its losses is furthest below
+    the chord; or the last.
+    """
+    train = task.train
+    predicted = predict(task.base, train).argmax(1)
+    maps = saliency_maps(task.base, train.images, predicted)
     maps = masking.resize(maps, train.images.shape[-2:])
     quantiles = torch.tensor([0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     limits = maps.flatten(1).quantile(quantiles, dim=1)[:, :, None, None]
     losses = []
     for limit in limits:
-        logits = metrics.predict(task.base, masking.MaskedDataset(train, maps < limit))
-        losses.append(each_loss(logits, train.labels))
-    best = elbow(torch.stack(losses, 1))
-    return maps >= limits[best, torch.arange(len(train))]
+        masked = masking.MaskedDataset(train, maps < limit)
+        losses.append(each_loss(predict(task.base, masked), train.labels))
+    curves = torch.stack(losses)
+    lowest = curves.amin(0)
+    scaled = (curves - lowest) / (curves.amax(0) - lowest).clamp(min=1e-8)
+    below = torch.linspace(0, 1, len(limits))[:, None] - scaled
+    furthest = torch.where(below.amax(0) > 0, below.argmax(0), len(limits) - 1)
+    return maps >= limits[furthest, torch.arange(len(train))]
 
 
-def composed(
-    images: Tensor,
-    parts: Tensor,
-    labels: Tensor,
-    color: Tensor,
-    rng: torch.Generator,
-) -> Tensor:
-    """The part of each image over the rest of one of another class, if there is any."""
-    is_other = labels[:, None] != labels
-    partners = torch.multinomial(is_other + 1e-9, 1, generator=rng)[:, 0]
-    rest = torch.where(parts[partners], color, images[partners])
-    return torch.where(parts, images, rest)
-
-
-def dac_batch(
-    images: Tensor,
-    labels: Tensor,
-    parts: Tensor,
-    is_sure: Tensor,
-    rng: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Originals, then parts alone and compositions of those that ERM is sure of."""
-    color = images.mean((0, 2, 3), keepdim=True)
-    sure = images[is_sure]
-    part = parts[is_sure][:, None]
-    of_sure = labels[is_sure]
-    alone = torch.where(part, sure, color)
-    together = composed(sure, part, of_sure, color, rng)
-    return torch.cat([images, alone, together]), torch.cat([labels, of_sure, of_sure])
-
-
-def new_last_layer(network: nn.Module, rng: torch.Generator) -> nn.Linear:
+def new_last_layer(network: nn.Module, rng: Generator) -> nn.Linear:
     """One with random weights."""
     layer = nn.Linear(network.linear[-1].in_features, 2)
     nn.init.xavier_uniform_(layer.weight, generator=rng)
@@ -436,85 +401,93 @@ def new_last_layer(network: nn.Module, rng: torch.Generator) -> nn.Linear:
     return layer
 
 
-def dac(task: Task, parts: Tensor, alpha: float) -> Networks:
-    """A new last layer, fitted to images, parts and compositions."""
-    train = task.sets.train
-    network = copy.deepcopy(task.base).eval()
-    frozen = body(network)
+def dac(
+    task: Task,
+    parts: Tensor,
+    alpha: float,
+) -> Networks:
+    """A new last layer, fitted to images, parts and compositions.
+
+    A composition is a part over the rest of an image of another class, if there is any.
+    """
+    train = task.train
+    network = deepcopy(task.base).eval().requires_grad_(False)
+    losses = each_loss(predict(network, train), train.labels)
+    is_sure = losses <= losses.quantile(0.8)
     rng = task.rng
     layer = new_last_layer(network, rng)
     network.linear[-1] = layer
-    losses = each_loss(metrics.predict(task.base, train), train.labels)
-    is_sure = losses <= losses.quantile(0.8)
     adam = Adam(layer.parameters(), 0.005)
     scheduler = StepLR(adam, 5, 0.5)
     for _ in range(20):
         for index in torch.randperm(len(train), generator=rng).split(64):
-            batch, labels = train.batch(index)
-            images, targets = dac_batch(
-                batch, labels, parts[index], is_sure[index], rng
-            )
-            with torch.no_grad():
-                inputs = frozen(images)
-            losses = each_loss(layer(inputs), targets)
+            originals, labels = train.batch(index)
+            color = originals.mean((0, 2, 3), keepdim=True)
+            sure = index[is_sure[index]]
+            images, of_sure = train.batch(sure)
+            part = parts[sure][:, None]
+            alone = torch.where(part, images, color)
+            rest = torch.where(part, color, images)
+            is_other = of_sure[:, None] != of_sure
+            partners = torch.multinomial(is_other + 1e-9, 1, generator=rng)[:, 0]
+            together = torch.where(part, images, rest[partners])
+            logits = network(torch.cat([originals, alone, together]))
+            losses = each_loss(logits, torch.cat([labels, of_sure, of_sure]))
             weights = torch.full_like(losses, 1 / len(index))
-            weights[len(index) :] = 2 * alpha / max(1, len(losses) - len(index))
+            weights[len(index) :] = alpha / max(1, len(sure))
             descend(adam, weights @ losses)
         scheduler.step()
     yield f"α = {alpha}", network
 
 
-def disagreement(early: Tensor, final: Tensor) -> Tensor:
-    """N, of logits N×classes."""
-    divergence = F.kl_div(final.log_softmax(1), early.softmax(1), reduction="none")
-    return divergence.mean(1)
-
-
-def self_finetuned(task: Task, epochs: int) -> Networks:
+def self_finetuned(
+    task: Task,
+    late: Split,
+    epochs: int,
+) -> Networks:
     """ERM's last layer, trained on where it disagrees most with an earlier network."""
-    late = task.sets.validation[task.halves[0]]
-    early = metrics.predict(fit_plainly(task, epochs), late)
-    final = metrics.predict(task.base, late)
-    order = disagreement(early, final).argsort(descending=True, stable=True)
+    base = task.base
+    early = predict(fit_plainly(task, epochs), late).softmax(1)
+    final = predict(base, late).log_softmax(1)
+    disagreement = F.kl_div(final, early, reduction="none").mean(1)
+    order = disagreement.argsort(descending=True, stable=True)
     for count in (20, 100):
-        chosen = late[order[:count]]
-        network = copy.deepcopy(task.base)
-        inputs = features(network, chosen)
-        weights = 1 / chosen.labels.bincount()[chosen.labels]
-        rng = task.rng
+        images = late[order[:count]]
+        labels = images.labels
+        inputs = features(base, images)
+        weights = 1 / labels.bincount()[labels]
+        network = deepcopy(base)
         layer = network.linear[-1]
+        rng = task.rng
         sgd = SGD(layer.parameters(), 0.01, weight_decay=1e-4)
         for _ in range(250):
             index = torch.multinomial(weights, 32, replacement=True, generator=rng)
-            descend(sgd, F.cross_entropy(layer(inputs[index]), chosen.labels[index]))
+            descend(sgd, F.cross_entropy(layer(inputs[index]), labels[index]))
         yield f"{count} images", network
 
 
-def extremes(losses: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Index of the largest and the smallest losses of each class."""
-    chosen = []
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        order = members[losses[members].argsort(descending=True, stable=True)]
-        chosen += [order[:count], order[-count:]]
-    return torch.cat(chosen)
-
-
-def environments(logits: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+def environments(
+    logits: Tensor,
+    labels: Tensor,
+    rng: Generator,
+) -> Tensor:
     """N: the number of each image's environment, as EIIL finds them."""
-    errors = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
+    errors = logits.softmax(1) - F.one_hot(labels)
     slopes = (errors * logits).sum(1)  # of the losses, by a scale of the logits
     split = torch.randn(len(labels), generator=rng).requires_grad_()
     adam = Adam([split], 0.01)
     for _ in range(20_000):
         share = split.sigmoid()
-        penalties = torch.stack([(slopes * part).mean() for part in (share, 1 - share)])
+        penalties = (slopes * torch.stack([share, 1 - share])).mean(1)
         descend(adam, -penalties.square().mean())
     return 2 * labels + (split > 0)
 
 
 def last_layers(
-    task: Task, inputs: Tensor, labels: Tensor, strength: float
+    task: Task,
+    inputs: Tensor,
+    labels: Tensor,
+    strength: float,
 ) -> Iterator[nn.Linear]:
     """Yield a new last layer after each of 100 epochs."""
     rng = task.rng
@@ -524,29 +497,36 @@ def last_layers(
     for _ in range(100):
         for index in torch.randperm(len(labels), generator=rng).split(32):
             loss = F.cross_entropy(layer(inputs[index]), labels[index])
-            penalty = sum(part.abs().sum() for part in layer.parameters())
+            penalty = layer.weight.abs().sum() + layer.bias.abs().sum()
             descend(adam, loss + strength * penalty)
         scheduler.step()
         yield layer
 
 
-def evals(task: Task) -> Networks:
+def evals(task: Task, late: Split) -> Networks:
     """A last layer fitted to extreme losses, the best by environments that it finds."""
-    late, others = [task.sets.validation[half] for half in task.halves]
-    members = environments(metrics.predict(task.base, others), others.labels, task.rng)
-    losses = each_loss(metrics.predict(task.base, late), late.labels)
-    network = copy.deepcopy(task.base)
+    others = task.held_out
+    network = deepcopy(task.base)
+    groups = environments(predict(network, others), others.labels, task.rng)
+    losses = each_loss(predict(network, late), late.labels)
+    order = losses.argsort(descending=True, stable=True)
+    low, high = [order[late.labels[order] == label] for label in (0, 1)]
     inputs = features(network, late)
     of_others = features(network, others)
     best = -1
-    tried = ""
     for count, strength in itertools.product((2, 3, 5, 10, 20, 50), (0, 0.01, 0.1)):
-        index = extremes(losses, late.labels, count)
+        extremes = [
+            low[:count],
+            low[-count:],
+            high[:count],
+            high[-count:],
+        ]
+        index = torch.cat(extremes)
         for layer in last_layers(task, inputs[index], late.labels[index], strength):
-            right = metrics.is_right(layer(of_others), others.labels).double()
-            worst = min(right[members == k].mean() for k in members.unique())
-            if worst > best:
-                best = worst
+            right = layer(of_others).argmax(1) == others.labels
+            accuracy = worst(right, groups)
+            if accuracy > best:
+                best = accuracy
                 tried = f"k = {count}, λ = {strength}"
                 network.linear[-1].load_state_dict(layer.state_dict())
     yield tried, network
@@ -555,158 +535,137 @@ def evals(task: Task) -> Networks:
 # With groups, or with images of another kind.
 
 
-def group_losses(losses: Tensor, members: Tensor) -> Tensor:
-    """The mean of each of four groups; of none, 0."""
-    sums = torch.zeros(4).index_add(0, members, losses)
-    return sums / members.bincount(minlength=4).clamp(min=1)
-
-
-def group_weights(weights: Tensor, losses: Tensor) -> Tensor:
-    """The weights of the groups after a step of GroupDRO."""
-    weights = weights * (0.01 * losses.detach()).exp()
-    return weights / weights.sum()
-
-
-def group_dro(task: Task, members: Tensor, is_balanced: bool) -> Networks:
-    """The weight of a group grows with its loss."""
+def group_dro(
+    task: Task,
+    members: Tensor,
+    shares: Tensor | None,
+) -> Networks:
+    """The weight of a group grows with its loss; `shares` are those of the images."""
     network = new_network(task)
-    sizes = members.bincount()[members].double()
     weights = torch.ones(4)
 
-    def loss_of(batch: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        nonlocal weights
-        losses = each_loss(network(batch).float(), labels)
-        losses = group_losses(losses, members[index])
-        weights = group_weights(weights, losses)
-        return weights @ losses
+    def loss_of(batch, labels, index):
+        groups = members[index]
+        losses = each_loss(network(batch), labels)
+        sums = torch.zeros(4).index_add(0, groups, losses)
+        means = sums / groups.bincount(minlength=4).clamp(min=1)
+        weights.mul_((0.01 * means.detach()).exp())
+        weights.div_(weights.sum())
+        return weights @ means
 
-    return fit(task, [network], loss_of, weights=1 / sizes if is_balanced else None)
+    return fit(task, network, loss_of, weights=shares)
 
 
-def balanced(members: list[Tensor], rng: torch.Generator) -> Tensor:
+def balanced(members: list[Tensor], rng: Generator) -> Tensor:
     """As many images of each group as the smallest has."""
     few = min(map(len, members))
     parts = []
     for index in members:
-        parts.append(index[torch.randperm(len(index), generator=rng)[:few]])
+        order = torch.randperm(len(index), generator=rng)
+        parts.append(index[order[:few]])
     return torch.cat(parts)
-
-
-def mean_layer(
-    fits: list[LogisticRegression], scaler: StandardScaler
-) -> tuple[Tensor, Tensor]:
-    """Weights 2×inputs and biases of the mean of regressions, for unscaled inputs."""
-    mean = torch.tensor(scaler.mean_)
-    scale = torch.tensor(scaler.scale_)
-    weight = sum(torch.tensor(fit.coef_[0]) for fit in fits) / len(fits) / scale
-    bias = sum(fit.intercept_[0] for fit in fits) / len(fits) - weight @ mean
-    # A regression has one score: half of it for class 1, minus half of it for class 0.
-    return torch.stack([-weight / 2, weight / 2]), torch.stack([-bias / 2, bias / 2])
 
 
 def dfr(task: Task) -> Networks:
     """ERM's last layer, fitted again on held-out images with balanced groups."""
-    held_out = task.sets.validation
-    scaler = StandardScaler().fit(features(task.base, task.sets.train))
-    inputs = scaler.transform(features(task.base, held_out))
+    held_out = task.held_out
+    network = deepcopy(task.base).requires_grad_(False)
+    scaler = StandardScaler().fit(features(network, task.train))
+    inputs = scaler.transform(features(network, held_out))
     labels = held_out.labels.numpy()
-    members = [*shortcuts.groups(held_out).values()]
-    of_fit = [index[::2] for index in members if len(index) > 1]
-    of_test = [index[1::2] for index in members if len(index) > 1]
     rng = task.rng
-    to_fit = balanced(of_fit, rng)
-    seed = task.settings.seed
-    # L1 only from scikit-learn 1.8 on.
-    options = {"l1_ratio": 1, "solver": "liblinear", "random_state": seed}
+    members = [*shortcuts.groups(held_out).values()]
+    large = [index for index in members if len(index) > 1]
+    to_fit = balanced([index[::2] for index in large], rng)
 
-    def regression(index: Tensor, strength: float) -> LogisticRegression:
-        fresh = LogisticRegression(C=strength, **options)
+    def regression(index, strength):
+        fresh = LogisticRegression(
+            C=strength,
+            l1_ratio=1,  # L1 only from scikit-learn 1.8 on
+            solver="liblinear",
+            random_state=task.settings.seed,
+        )
         return fresh.fit(inputs[index], labels[index])
 
-    def worst(strength: float) -> float:
+    def worst_group(strength):
         right = regression(to_fit, strength).predict(inputs) == labels
-        return min(right[index].mean() for index in of_test)
+        return min(right[index[1::2]].mean() for index in large)
 
-    best = max((1, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), key=worst)
+    best = max((1, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), key=worst_group)
     fits = [regression(balanced(members, rng), best) for _ in range(20)]
-    network = copy.deepcopy(task.base).requires_grad_(False)
-    weight, bias = mean_layer(fits, scaler)
-    network.linear[-1].weight.copy_(weight)
-    network.linear[-1].bias.copy_(bias)
+    weight = np.mean([fit.coef_[0] for fit in fits], axis=0) / scaler.scale_
+    bias = np.mean([fit.intercept_[0] for fit in fits]) - weight @ scaler.mean_
+    # A regression has one score: half of it for class 1, minus half of it for class 0.
+    halves = np.array([-0.5, 0.5])
+    layer = network.linear[-1]
+    layer.weight.copy_(torch.tensor(np.outer(halves, weight)))
+    layer.bias.copy_(torch.tensor(halves * bias))
     yield f"C = {best}", network
 
 
-def disagrees(first: Tensor, second: Tensor) -> Tensor:
-    """The loss of each image: little where the second denies what the first says."""
-    share, label = first.max(1)
-    other = second.gather(1, label[:, None])[:, 0]
-    return -(share * (1 - other) + other * (1 - share) + 1e-7).log()
-
-
-def dbat(task: Task, shifted: Split, alpha: float) -> Networks:
+def dbat(
+    task: Task,
+    shifted: Split,
+    alpha: float,
+) -> Networks:
     """A second network disagrees with ERM on shifted images."""
-    first = metrics.predict(task.base, shifted).softmax(1)
+    shares, predicted = predict(task.base, shifted).softmax(1).max(1)
     network = new_network(task, 1)
     rng = task.rng
 
-    def loss_of(batch: Tensor, labels: Tensor, _index: Tensor) -> Tensor:
+    def loss_of(batch, labels, _index):
         drawn = torch.randint(len(shifted), (len(batch),), generator=rng)
         unlabelled, _ = shifted.batch(drawn)
-        second = network(unlabelled).float().softmax(1)
-        denial = disagrees(first[drawn], second).mean()
-        return F.cross_entropy(network(batch).float(), labels) + alpha * denial
+        share = shares[drawn]
+        other = probability(network(unlabelled).float(), predicted[drawn])
+        # Little where the second network denies what the first one says.
+        denial = -(share * (1 - other) + other * (1 - share) + 1e-7).log()
+        return F.cross_entropy(network(batch), labels) + alpha * denial.mean()
 
-    return fit(task, [network], loss_of)
+    return fit(task, network, loss_of)
 
 
 # Groups that are found.
 
 
-def flipped(labels: Tensor, logits: Tensor, rng: torch.Generator) -> Tensor:
-    """Labels, some of them changed to what a twin of XRM predicts."""
-    share, predicted = logits.detach().softmax(1).max(1)
-    classes = logits.shape[1]
-    chance = ((share - 1 / classes) * classes / (classes - 1)).clamp(0, 1)
-    is_flipped = torch.bernoulli(chance, generator=rng).bool()
-    return torch.where(is_flipped, predicted, labels)
-
-
 def xrm(task: Task) -> Tensor:
     """Which training images one of the two networks gets wrong."""
-    train = task.sets.train
-    twins = [new_network(task), new_network(task, 1)]
+    train = task.train
+    twins = nn.ModuleList([new_network(task), new_network(task, 1)])
     rng = task.rng
     is_first = torch.rand(len(train), 1, generator=rng) < 0.5
-    now = train.labels.clone()
+    targets = train.labels.clone()  # some are changed to what a twin predicts
 
-    def loss_of(batch: Tensor, _labels: Tensor, index: Tensor) -> Tensor:
+    def loss_of(batch, _labels, index):
         first, second = [network(batch).float() for network in twins]
         seen = torch.where(is_first[index], first, second)
         unseen = torch.where(is_first[index], second, first)
-        losses = each_loss(seen, now[index])
-        of_class = [losses[now[index] == k].mean() for k in now[index].unique()]
-        now[index] = flipped(now[index], unseen, rng)
-        return sum(of_class)
+        old = targets[index]
+        losses = each_loss(seen, old)
+        share, predicted = unseen.detach().softmax(1).max(1)
+        chance = (2 * share - 1).clamp(0, 1)
+        is_flipped = torch.bernoulli(chance, generator=rng).bool()
+        targets[index] = torch.where(is_flipped, predicted, old)
+        return sum(losses[old == label].mean() for label in old.unique())
 
     next(fit(task, twins, loss_of))
-    return is_wrong(twins[0], train) | is_wrong(twins[1], train)
+    return ~(is_right(twins[0], train) & is_right(twins[1], train))
 
 
 # All of them.
 
 
-def by_paper(task: Task, base: Trained) -> Networks:
+def by_paper(task: Task) -> Networks:
     """MaskTune by the paper's rule."""
     paper = task.settings.replace(method="mean_std", param=2.0, finetune_lr=0.01)
-    yield "", experiment.masktune(paper, base, task.sets.train).model
+    yield "", experiment.masktune(paper, task.trained).model
 
 
-def by_choice(task: Task, base: Trained) -> Networks:
+def by_choice(task: Task) -> Networks:
     """Ours: a mask that is chosen."""
-    train = task.sets.train
-    choice = experiment.choose(base, train)
-    chosen = experiment.chosen_model(choice, base, train)
-    yield choice.verdict.chosen, chosen.model
+    choice = experiment.choose(task.trained)
+    trained = experiment.chosen_model(choice, task.trained)
+    yield choice.verdict.chosen, trained.model
 
 
 def judge_groups(
@@ -714,25 +673,28 @@ def judge_groups(
     method: str,
     is_known: Tensor,
     earlier: float = 0,
-    needs: str = "classes",
 ) -> None:
     """GroupDRO with groups of class × what is known of each image."""
-    members = 2 * task.sets.train.labels + is_known
-    for tried, is_balanced in {"balanced": True, "as they come": False}.items():
-        networks = group_dro(task, members, is_balanced)
-        judge(task, method, networks, tried, earlier, needs)
+    members = 2 * task.train.labels + is_known
+    shares = 1 / members.bincount()[members].double()
+    judge(task, method, group_dro(task, members, shares), "balanced", earlier)
+    judge(task, method, group_dro(task, members, None), "as they come", earlier)
 
 
 def judge_whole(task: Task) -> None:
     """Methods that train a whole network."""
     judge(task, "random erasing", random_erasing(task))
     for epochs, factor in itertools.product((1, 2), (20, 50, 100)):
-        tried = f"T = {epochs}, λ = {factor}"
-        judge(task, "JTT", jtt(task, epochs, factor), tried)
+        judge(
+            task,
+            "JTT",
+            jtt(task, epochs, factor),
+            f"T = {epochs}, λ = {factor}",
+        )
     judge(task, "LfF", lff(task))
     for epochs in (1, 2):
         judge(task, "uLA", ula(task, epochs), f"T = {epochs}")
-    judge_groups(task, "GroupDRO", task.sets.train.has_shortcut, needs="groups")
+    judge_groups(task, "GroupDRO", task.train.has_shortcut)
     # The same images are held out, whatever the share.
     shifted = datasets.load(task.settings.replace(conflicting_share=0.5)).validation
     for alpha in (0.1, 1, 2):
@@ -741,47 +703,78 @@ def judge_whole(task: Task) -> None:
             "D-BAT",
             dbat(task, shifted, alpha),
             f"α = {alpha}",
-            task.seconds,
-            "shifted images, unlabelled",
+            task.trained.seconds,
         )
-    started = time.perf_counter()
+    started = perf_counter()
     wrong = xrm(task)
-    seconds = time.perf_counter() - started
+    seconds = perf_counter() - started
     judge_groups(task, "XRM → GroupDRO", wrong, seconds)
     for factor in (20, 50, 100):
-        networks = train_weighted(task, wrong, factor)
-        judge(task, "XRM → JTT", networks, f"λ = {factor}", seconds)
+        judge(
+            task,
+            "XRM → JTT",
+            train_weighted(task, wrong, factor),
+            f"λ = {factor}",
+            seconds,
+        )
 
 
 def judge_last_layers(task: Task) -> None:
     """Methods that fit the last layer alone."""
     judge(task, "AFR", afr(task))
-    started = time.perf_counter()
+    seconds = task.trained.seconds
+    started = perf_counter()
     salient = salient_parts(task)
-    earlier = task.seconds + time.perf_counter() - started
+    earlier = seconds + perf_counter() - started
     for part, parts in {"looked at": salient, "the rest": ~salient}.items():
         for alpha in (1, 6, 10):
-            judge(task, "DaC", dac(task, parts, alpha), f"{part} kept", earlier)
-    of_held_out = {"earlier": task.seconds, "judged_on": task.halves[1]}
+            judge(
+                task,
+                "DaC",
+                dac(task, parts, alpha),
+                f"{part} kept",
+                earlier,
+            )
+    # Held-out images to fit, and others to judge.
+    to_fit, to_judge = data.folds(task.held_out.labels, task.settings.seed)
+    late = task.held_out[to_fit]
+    halved = task._replace(held_out=task.held_out[to_judge])
     for share in (0.1, 0.2, 0.5):
         epochs = round(share * task.settings.epochs)
-        networks = self_finetuned(task, epochs)
-        judge(task, "SELF", networks, f"T = {epochs}", **of_held_out)
-    judge(task, "EVaLS", evals(task), **of_held_out)
-    judge(task, "DFR", dfr(task), "", task.seconds, "groups, held out")
+        judge(
+            halved,
+            "SELF",
+            self_finetuned(task, late, epochs),
+            f"T = {epochs}",
+            seconds,
+        )
+    judge(halved, "EVaLS", evals(halved, late), earlier=seconds)
+    judge(task, "DFR", dfr(task), earlier=seconds)
 
 
 def compare(settings: Settings) -> pd.DataFrame:
     """The best of each method's rows by each referee."""
     sets = datasets.load(settings)
-    base = experiment.base_model(settings, sets.train)
-    is_mistake = is_wrong(base.model, sets.validation)
-    task = Task(settings, sets, base.model, base.seconds, is_mistake, [])
-    judge(task, "ERM", iter([("", base.model)]), "", base.seconds)
+    erm = experiment.base_model(settings, sets.train)
+    task = Task(
+        settings=settings,
+        sets=sets,
+        train=sets.train,
+        held_out=sets.validation,
+        trained=erm,
+        base=erm.model,
+        rows=[],
+    )
+    judge(task, "ERM", iter([("", erm.model)]), earlier=erm.seconds)
     judge_whole(task)
     judge_last_layers(task)
-    judge(task, "MaskTune, the paper's rule", by_paper(task, base), "", base.seconds)
-    judge(task, "MaskTune, ours", by_choice(task, base), "", base.seconds)
+    judge(
+        task,
+        "MaskTune, the paper's rule",
+        by_paper(task),
+        earlier=erm.seconds,
+    )
+    judge(task, "MaskTune, ours", by_choice(task), earlier=erm.seconds)
     tries = pd.DataFrame(task.rows)
     parts = []
     for referee in ("held-out groups", "ERM's mistakes", "worst class"):
@@ -803,8 +796,8 @@ def run(conflicting_share: float, seed: int) -> list[dict]:
             validation_share=0.2,
         )
         table = compare(settings)
-    key = {"conflicting_share": conflicting_share, "seed": seed}
-    return table.assign(**key).to_dict("records")
+    table = table.assign(conflicting_share=conflicting_share, seed=seed)
+    return table.to_dict("records")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,27 @@
 """MaskTune in the setting of the authors' code, and how much each difference matters.
 
-    python studies/paper_setting.py --seed 0 1 2
+    OMP_NUM_THREADS=1 python studies/paper_setting.py 0 1 2
 
 Their script (bash_files/mnist_masktune.sh of aliasgharkhani/Masktune) puts a red square
 of 4 pixels in ordered placement, holds out 12,000 of the 60,000 training images, and
 trains for 100 epochs at a constant rate. The masks come from the checkpoint with the
 best accuracy on the held-out images, by maps for the class that it predicts. The last
-checkpoint is fine-tuned, and SGD keeps its momentum. About 40 minutes a seed on one
-core. Each seed adds its rows to reference_paper_setting.csv; one that is there is
-skipped.
+checkpoint is fine-tuned, and SGD keeps its momentum. Two seeds at a time, about 40
+minutes of one core each. Each seed adds its rows to reference_paper_setting.csv; one
+that is there is skipped.
 """
 
-import argparse
 import copy
+import sys
+from functools import partial
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
+from resume import resume
+from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
-from masktune_utils import (
-    datasets,
-    masking,
-    metrics,
-    models,
-    results,
-)
+from masktune_utils import datasets, masking, metrics, models, results
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.saliency import saliency_maps
@@ -35,8 +30,15 @@ from masktune_utils.settings import REPOSITORY, Settings
 EPOCHS = 100
 FILE = REPOSITORY / "results" / "reference_paper_setting.csv"
 
+new_sgd = partial(SGD, lr=0.01, momentum=0.9, weight_decay=1e-4)
 
-def train_epoch(model: nn.Module, sgd: SGD, images: Split | MaskedDataset, rng) -> None:
+
+def train_epoch(
+    model: nn.Module,
+    sgd: SGD,
+    images: Split | MaskedDataset,
+    rng: Generator,
+) -> None:
     """One pass over the images in batches of 128."""
     model.train()
     for index in torch.randperm(len(images), generator=rng).split(128):
@@ -45,11 +47,6 @@ def train_epoch(model: nn.Module, sgd: SGD, images: Split | MaskedDataset, rng) 
         sgd.zero_grad()
         loss.backward()
         sgd.step()
-
-
-def predicted(model: nn.Module, images: Split) -> torch.Tensor:
-    """The class that is predicted for each image."""
-    return metrics.predict(model, images).argmax(1)
 
 
 def run(seed: int) -> list[dict]:
@@ -63,57 +60,58 @@ def run(seed: int) -> list[dict]:
         validation_share=0.2,
     )
     sets = datasets.load(settings)
+    train = sets.train
     rows = []
 
     def add(name: str, model: nn.Module, hidden: float | None = None) -> None:
-        report = results.evaluate(model, sets)
         row = {"model": name, "seed": seed}
+        accuracies = results.evaluate(model, sets)
         for accuracy in ("worst_group", "raw", "biased"):
-            row[accuracy] = report[accuracy]
-        rows.append(row | {"hidden_shortcut_whole": hidden})
+            row[accuracy] = round(accuracies[accuracy], 6)
+        row["hidden_shortcut_whole"] = hidden
+        rows.append(row)
 
     last = models.new_model(seed)
-    sgd = SGD(last.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    rng = torch.Generator().manual_seed(seed)
+    sgd = new_sgd(last.parameters())
+    rng = Generator().manual_seed(seed)
     best_accuracy = 0.0
     for epoch in range(1, EPOCHS + 1):
-        train_epoch(last, sgd, sets.train, rng)
-        is_right = predicted(last, sets.validation) == sets.validation.labels
-        accuracy = is_right.double().mean().item()
+        train_epoch(last, sgd, train, rng)
+        logits = metrics.predict(last, sets.validation)
+        is_right = metrics.is_right(logits, sets.validation.labels)
+        accuracy = is_right.double().mean()
         if accuracy > best_accuracy:
             best_accuracy = accuracy
             best = copy.deepcopy(last)
-            best_epoch = epoch
+            print(f"seed {seed}: epoch {epoch} is the best so far", flush=True)
         if epoch == 20:
             add("ERM, epoch 20", last)
-    print(f"seed {seed}: the best checkpoint is that of epoch {best_epoch}", flush=True)
     add("ERM, best checkpoint", best)
     add("ERM, last checkpoint", last)
 
-    def finetune(name: str, explained: nn.Module, labels: torch.Tensor, start) -> None:
-        model, optimizer = copy.deepcopy(start)
-        maps = saliency_maps(explained, sets.train.images, labels)
-        masked = masking.mask_dataset(sets.train, maps, "mean_std", 2.0)
-        order = torch.Generator().manual_seed(EPOCHS + seed)
+    def finetune(name: str, explained: nn.Module, labels: Tensor, sgd: SGD) -> None:
+        maps = saliency_maps(explained, train.images, labels)
+        masked = masking.mask_dataset(train, maps, "mean_std", 2.0)
+        # Together: the optimizer of the copy has its weights.
+        model, optimizer = copy.deepcopy((last, sgd))
+        order = Generator().manual_seed(EPOCHS + seed)
         train_epoch(model, optimizer, masked, order)
-        add(name, model, results.hidden_shares(masked)["shortcut_whole"])
+        hidden = results.hidden_shares(masked)["shortcut_whole"]
+        add(name, model, round(hidden, 6))
 
-    labels = sets.train.labels
-    start = (last, sgd)
-    new_sgd = SGD(last.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    finetune("the authors' code", best, predicted(best, sets.train), start)
-    finetune("maps for the image's own class", best, labels, start)
-    finetune("maps of the last checkpoint", last, predicted(last, sets.train), start)
-    finetune("both", last, labels, start)
-    finetune("both, momentum from zero", last, labels, (last, new_sgd))
+    by_best = metrics.predict(best, train).argmax(1)
+    by_last = metrics.predict(last, train).argmax(1)
+    finetune("the authors' code", best, by_best, sgd)
+    finetune("maps for the image's own class", best, train.labels, sgd)
+    finetune("maps of the last checkpoint", last, by_last, sgd)
+    finetune("both", last, train.labels, sgd)
+    new = new_sgd(last.parameters())
+    finetune("both, momentum from zero", last, train.labels, new)
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    for seed in parser.parse_args().seed:
-        tables = [pd.read_csv(FILE)] if FILE.exists() else []
-        if not any(seed in table["seed"].tolist() for table in tables):
-            tables.append(pd.DataFrame(run(seed)))
-            results.save_table(pd.concat(tables).round(6), FILE)
+    import paper_setting  # its functions have this name in the other processes, too
+
+    runs = [(int(seed),) for seed in sys.argv[1:]]
+    resume(FILE, ["seed"], runs, paper_setting.run)

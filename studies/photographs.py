@@ -106,7 +106,7 @@ def run(shortcut: str, seed: int) -> list[dict]:
     best = choice.verdict.best
     networks = {
         ERM: erm,
-        NULL: choice.schedule(copy.deepcopy(erm), choice.candidates[NULL]),
+        NULL: choice.schedule(copy.deepcopy(erm), choice.held_out.masked[NULL]),
         "chosen": choice.finetune(erm),
         "best mask": choice.take(best).finetune(erm),
     }
@@ -127,7 +127,7 @@ def run(shortcut: str, seed: int) -> list[dict]:
             "mistakes": int(choice.held_out.is_mistake.sum()),
             "chosen": choice.verdict.chosen,
             "best_mask": best,
-            **hidden(choice.candidates[best], objects),
+            **hidden(choice.held_out.masked[best], objects),
         }
         if model in seconds:
             row["seconds"] = round(seconds[model], 1)

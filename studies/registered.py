@@ -1,10 +1,10 @@
 """The registered test of the choice: runs that are announced before they are made.
 
     pip install --no-deps animal-mnist
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 300 301 302
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 400 401 402
 
-runs all kinds of the seeds 300 to 302, two at a time, three to four minutes of one core
-each, as results/registered.md says. A run that is done is skipped. Rows go to
+runs all kinds of the seeds 400 to 402, two at a time, four minutes of one core each, as
+results/registered.md says. A run that is done is skipped. Rows go to
 `results/registered.csv`, what the models of both folds predict to `results/trials`.
 """
 
@@ -23,11 +23,12 @@ import torch
 import trials
 from PIL import Image, ImageDraw
 from resume import resume
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from masktune_utils import datasets, metrics, models, shortcuts, training
-from masktune_utils.choice import ERM, score
-from masktune_utils.choice.held_out import Folds
+from masktune_utils import datasets, models, results, shortcuts, training
+from masktune_utils.choice import ERM, HeldOut, chosen, score
+from masktune_utils.choice.chosen import CANDIDATES
+from masktune_utils.choice.held_out import try_masks
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
@@ -37,43 +38,45 @@ FILE = REPOSITORY / "results" / "registered.csv"
 KEY = ["dataset", "labels", "kind", "seed"]
 LIMIT = 4000
 ORACLE = "oracle"
+EPOCHS = {"early": 4, "late": 50}  # of networks of halves
 
 
-def square(images: Tensor, color: str, size: int, row: int, column: int) -> Tensor:
+def square(
+    images: Tensor,
+    _generator: Generator,
+    color: str,
+    size: int,
+    row: int,
+    column: int,
+) -> Tensor:
     """A square at one place."""
     return shortcuts.add_square(images, size, color, row, column)
 
 
-def pixel(color: str) -> Tensor:
-    """3×1×1, uint8."""
-    one = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-    return shortcuts.add_square(one, 1, color)[0]
-
-
-def line(images: Tensor, color: str) -> Tensor:
+def line(images: Tensor, _generator: Generator, color: str) -> Tensor:
     """A horizontal line, two pixels thick, near the lower edge."""
     images = images.clone()
-    images[:, :, 24:26] = pixel(color)
+    images[:, :, 24:26] = shortcuts.pixel(color)
     return images
 
 
-def letters(images: Tensor, color: str) -> Tensor:
+def letters(images: Tensor, _generator: Generator, color: str) -> Tensor:
     """The word `OK` in the top right corner, in the font of Pillow."""
     canvas = Image.new("L", (28, 28))
     ImageDraw.Draw(canvas).text((15, -1), "OK", fill=255, font_size=9)
     is_text = torch.from_numpy(np.asarray(canvas) > 100)
-    return torch.where(is_text, pixel(color), images)
+    return torch.where(is_text, shortcuts.pixel(color), images)
 
 
-def texture(images: Tensor) -> Tensor:
+def texture(images: Tensor, _generator: Generator) -> Tensor:
     """A patch of 8×8 random grey pixels in the lower left corner, always the same."""
     images = images.clone()
-    same = torch.Generator().manual_seed(0)
+    same = Generator().manual_seed(0)
     images[:, :, 20:, :8] = torch.randint(256, (8, 8), generator=same).byte()
     return images
 
 
-def bars(images: Tensor) -> Tensor:
+def bars(images: Tensor, _generator: Generator) -> Tensor:
     """Black and white bars along the right edge, four pixels wide."""
     images = images.clone()
     rows = torch.arange(28) // 2 % 2
@@ -81,88 +84,129 @@ def bars(images: Tensor) -> Tensor:
     return images
 
 
-def cross(images: Tensor, color: str, generator: torch.Generator) -> Tensor:
+def cross(images: Tensor, generator: Generator, color: str) -> Tensor:
     """A cross of seven pixels in one of the four corners, at random."""
     images = images.clone()
     corners = torch.randint(2, (len(images), 2), generator=generator)
     for image, (bottom, right) in zip(images, corners.tolist(), strict=True):
         corner = image[:, 21 * bottom :, 21 * right :]
-        corner[:, 2:5, :7] = pixel(color)
-        corner[:, :7, 2:5] = pixel(color)
+        corner[:, 2:5, :7] = shortcuts.pixel(color)
+        corner[:, :7, 2:5] = shortcuts.pixel(color)
     return images
 
 
-def of_package(
-    images: Tensor, name: str, color: str, generator: torch.Generator
-) -> Tensor:
+def of_package(images: Tensor, generator: Generator, name: str) -> Tensor:
     """One of the package's shortcuts."""
-    return shortcuts.add_shortcut(images, name, color, 6, generator)
+    return shortcuts.add_shortcut(images, name, "gold", 6, generator)
 
 
-TEAL = partial(square, color="teal", size=6, row=22, column=0)
-# kind → what is planted, and what is not the default of `Settings`.
-KINDS = {
-    "square 4": (partial(square, color="orange", size=4, row=0, column=24), {}),
-    "square 6": (partial(square, color="blue", size=6, row=0, column=0), {}),
-    "square 8": (partial(square, color="purple", size=8, row=20, column=0), {}),
-    "square 10": (partial(square, color="green", size=10, row=18, column=18), {}),
-    "square 12": (partial(square, color="deeppink", size=12, row=0, column=16), {}),
-    "ordered": (
-        partial(square, color="cyan", size=6, row=22, column=22),
-        {"placement": "ordered"},
+BLUE = partial(
+    square,
+    color="blue",
+    size=6,
+    row=0,
+    column=0,
+)
+TEAL = partial(
+    square,
+    color="teal",
+    size=6,
+    row=22,
+    column=0,
+)
+PLANTED = {  # kind → what is planted in (images, generator)
+    "square 4": partial(
+        square,
+        color="orange",
+        size=4,
+        row=0,
+        column=24,
     ),
-    "two squares": ("two_squares", {}),
-    "square anywhere": ("square_anywhere", {}),
-    "frame": ("frame", {}),
-    "line": (partial(line, color="lime"), {}),
-    "letters": (partial(letters, color="red"), {}),
-    "texture": (texture, {}),
-    "bars": (bars, {}),
-    "cross in a corner": ("cross", {}),
-    "no exception": (TEAL, {"conflicting_share": 0.0}),
-    "0.2 % exceptions": (TEAL, {"conflicting_share": 0.002}),
-    "5 % exceptions": (TEAL, {"conflicting_share": 0.05}),
-    "pixels": ("pixels", {}),
-    "coloured digit": ("digit_color", {}),
-    "tint": ("background", {}),
-    "none": (None, {}),
+    "square 6": BLUE,
+    "square 8": partial(
+        square,
+        color="purple",
+        size=8,
+        row=20,
+        column=0,
+    ),
+    "square 10": partial(
+        square,
+        color="green",
+        size=10,
+        row=18,
+        column=18,
+    ),
+    "square 12": partial(
+        square,
+        color="deeppink",
+        size=12,
+        row=0,
+        column=16,
+    ),
+    "ordered": partial(
+        square,
+        color="cyan",
+        size=6,
+        row=22,
+        column=22,
+    ),
+    "two squares": partial(of_package, name="two_squares"),
+    "square anywhere": partial(of_package, name="square_anywhere"),
+    "frame": partial(of_package, name="frame"),
+    "line": partial(line, color="lime"),
+    "letters": partial(letters, color="red"),
+    "texture": texture,
+    "bars": bars,
+    "cross in a corner": partial(cross, color="gold"),
+    "no exception": TEAL,
+    "0.2 % exceptions": TEAL,
+    "5 % exceptions": TEAL,
+    "pixels": partial(of_package, name="pixels"),
+    "coloured digit": partial(of_package, name="digit_color"),
+    "tint": partial(of_package, name="background"),
+    "none": BLUE,  # in test images alone
+}
+CHANGES = {  # kind → what is not the default of `Settings`
+    "ordered": {"placement": "ordered"},
+    "no exception": {"conflicting_share": 0.0},
+    "0.2 % exceptions": {"conflicting_share": 0.002},
+    "5 % exceptions": {"conflicting_share": 0.05},
+    "none": {"shortcut": "none"},
 }
 TEN = ("square 6", "square 8", "letters", "none")  # kinds with ten classes
 FASHION = ("square 6", "square 10", "frame", "line", "letters", "texture")
 FASHION += ("no exception", "none")
 ANIMALS = ("square 6", "square 10", "letters", "none")
 PLAN = [
-    *(("mnist", "halves", kind) for kind in KINDS),
+    *(("mnist", "halves", kind) for kind in PLANTED),
     *(("mnist", "digits", kind) for kind in TEN),
     *(("fashion_mnist", "halves", kind) for kind in FASHION),
     *(("fashion_mnist", "digits", kind) for kind in TEN),
     *(("animals", "halves", kind) for kind in ANIMALS),
     *(("animals", "digits", kind) for kind in TEN),
 ]
-OUT_OF_REACH = ("pixels", "coloured digit", "tint", "none")  # no mask can hide these
+OUT_OF_REACH = ("pixels", "coloured digit", "tint")  # no mask can hide these
 
 
 def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
     """Fresh training images with a shortcut, and all test images, raw and biased."""
-    planted, changes = KINDS[kind]
+    changes = CHANGES.get(kind, {})
     settings = BaseSettings(labels=labels, seed=seed, limit=LIMIT, **changes)
     if dataset == "animals":
         train, test = read_animals(labels, seed)
     else:
         train, test = datasets.read(settings.replace(dataset=dataset))
-    generator = torch.Generator().manual_seed(seed)
+    generator = Generator().manual_seed(seed)
     which = torch.zeros(len(train), dtype=torch.bool)
-    if planted is not None:
+    if settings.shortcut != "none":
         which = shortcuts.place(
             train, settings.placement, settings.conflicting_share, generator
         )
-    change = planted or KINDS["square 6"][0]
-    if planted == "cross":
-        change = partial(cross, color="gold", generator=generator)
-    elif isinstance(planted, str):
-        change = partial(of_package, name=planted, color="gold", generator=generator)
-    biased = plant(test, shortcuts.halves(test.labels) == 1, change)
-    return BiasedSets(plant(train, which, change), test, biased, train[:0])
+    is_upper = shortcuts.halves(test.labels) == 1
+    biased = plant(test, is_upper, kind, generator)
+    train = plant(train, which, kind, generator)
+    return BiasedSets(train, test, biased, train[:0])
 
 
 def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
@@ -177,7 +221,7 @@ def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
     images, animals = parts[0].byte().view(-1, 28, 28), parts[1].long().view(-1)
     images = images[:, None].expand(-1, 3, -1, -1).contiguous()
     classes = animals if labels == "digits" else (animals >= 5).long()
-    generator = torch.Generator().manual_seed(seed)
+    generator = Generator().manual_seed(seed)
     is_training = torch.zeros(len(animals), dtype=torch.bool)
     for animal in range(10):
         members = (animals == animal).nonzero()[:, 0]
@@ -187,22 +231,23 @@ def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
     return every[is_training], every[~is_training]
 
 
-def plant(split: Split, which: Tensor, change: partial) -> Split:
+def plant(split: Split, which: Tensor, kind: str, generator: Generator) -> Split:
     """Plant a shortcut in some of the images."""
     images = split.images.clone()
-    images[which] = change(split.images[which])
+    images[which] = PLANTED[kind](split.images[which], generator)
     area = (images != split.images).any(1)
     return Split(images, split.labels, split.groups, area)
 
 
-def fit(split: Split, seed: int) -> nn.Module:
+def fit(split: Split, seed: int, epochs: int = 50) -> nn.Module:
     """ERM, as in notebook 02."""
     network = models.new_model(seed, "cpu", len(split.labels.unique()))
-    training.train(network, split, **BaseSettings(seed=seed).training)
+    settings = BaseSettings(seed=seed, epochs=epochs)
+    training.train(network, split, **settings.training)
     return network
 
 
-fine_tune = partial(score.fine_tune, epochs=score.default_epochs(LIMIT))
+fine_tune = partial(chosen.fine_tune, epochs=chosen.default_epochs(LIMIT))
 
 
 @functools.cache  # the kinds of a process share it
@@ -214,45 +259,63 @@ def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
     return fine_tune(fit(train, seed), masked)
 
 
-def worst_group(network: nn.Module, sets: BiasedSets) -> float:
-    """Of the groups of both test sets."""
-    accuracies = {}
-    for split in sets.tests.values():
-        logits = metrics.predict(network, split)
-        accuracies.update(metrics.group_accuracy(logits, split))
-    return min(accuracies.values())
-
-
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
-    """All rows of one kind and seed: every mask is tried, whatever the choice needs."""
+    """All rows of one kind and seed: every mask is tried, whatever the choice needs.
+
+    By late halves only if early ones make no mask clear.
+    """
     torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
     erm = fit(sets.train, seed)
-    fit_fold = partial(fit, seed=seed)
-    folds = Folds(sets.train, fit_fold, fine_tune, seed=seed)
-    stages = folds.try_masks(score.CANDIDATES)
-    held_out = next(stages)
-    verdict = score.judge(held_out)
+    known = {ERM: erm, ORACLE: oracle(dataset, labels, seed)}
+    worst_groups = {}
+    for name, network in known.items():
+        worst_groups["", name] = results.evaluate(network, sets)["worst_group"]
     tried = 0
-    for _ in stages:
-        if not verdict.is_final:
-            verdict = score.judge(held_out)
-            tried = len(held_out.tried)
-    networks = {ERM: erm}
-    for name, masked in folds.images.items():
-        networks[name] = fine_tune(copy.deepcopy(erm), masked)
-    networks[ORACLE] = oracle(dataset, labels, seed)
-    worst_groups = {
-        name: worst_group(network, sets) for name, network in networks.items()
-    }
-    trials.save(f"{dataset}, {labels}, {kind}, {seed}", held_out, worst_groups)
+    chosen_gain = -1.0
+    for halves, epochs in EPOCHS.items():
+        fit_half = partial(fit, seed=seed, epochs=epochs)
+        stages = try_masks(sets.train, fit_half, fine_tune, CANDIDATES, seed=seed)
+        *_, held_out = stages
+        for name, masked in held_out.masked.items():
+            tuned = fine_tune(copy.deepcopy(erm), masked)
+            worst_group = results.evaluate(tuned, sets)["worst_group"]
+            worst_groups[halves, name] = worst_group
+        of_models = {name: share for (_, name), share in worst_groups.items()}
+        folder = "" if halves == "early" else f"{halves}/"
+        run_name = f"{folder}{dataset}, {labels}, {kind}, {seed}"
+        trials.save(run_name, held_out, of_models)
+        verdict = score.judge(held_out)
+        tried += number_tried(held_out, verdict)
+        if verdict.gain >= chosen_gain:
+            chosen_gain = verdict.gain
+            chosen_model = ("" if verdict.chosen == ERM else halves, verdict.chosen)
+            mistakes = held_out.is_mistake.sum().item()
+        if verdict.is_final:
+            break
     rows = []
-    for model, share in worst_groups.items():
-        row = dict(zip(KEY, (dataset, labels, kind, seed), strict=True))
-        row |= {"model": model, "worst_group": share}
-        row |= {"is_chosen": model == verdict.chosen, "tried": tried}
-        rows.append(row | {"mistakes": int(held_out.is_mistake.sum())})
-    return [row | {"commit": commit()} for row in rows]
+    for (halves, model), share in worst_groups.items():
+        rows.append(
+            {
+                **dict(zip(KEY, (dataset, labels, kind, seed), strict=True)),
+                "halves": halves,
+                "model": model,
+                "worst_group": share,
+                "is_chosen": (halves, model) == chosen_model,
+                "tried": tried,
+                "mistakes": mistakes,
+                "commit": commit(),
+            }
+        )
+    return rows
+
+
+def number_tried(held_out: HeldOut, verdict: score.Verdict) -> int:
+    """How many masks a choice tries: up to a clear one."""
+    names = held_out.tried
+    if verdict.is_final and verdict.chosen in names:
+        return 1 + names.index(verdict.chosen)
+    return len(names)
 
 
 @functools.cache

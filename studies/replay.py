@@ -1,92 +1,69 @@
-"""What the choice takes on the saved predictions of development seeds; HISTORY.md.
+"""What the choice takes on saved predictions, with other values of `CLEAR`; HISTORY.md.
 
-    python studies/replay.py        # in a minute, without any training
+    python studies/replay.py        # in three minutes, without any training
 
-Prints the mean and the largest regret where a mask can hide the shortcut, how many runs
-end more than a point below ERM and the largest such loss, in points of the worst group;
-and which choices of the registered test differ.
+Prints, for ranges of seeds: the mean and the largest regret where a mask can hide the
+shortcut, the mean with ten classes of clothes; how many runs end more than a point
+below ERM, and the largest such loss, in points of the worst group; and how many masks
+are tried. (All masks were tried in these runs. They are masks of the rule of the time.)
 """
-
-from dataclasses import replace
 
 import pandas as pd
 import trials
+from registered import OUT_OF_REACH, number_tried
 
-from masktune_utils.choice import ERM, NULL, HeldOut
-from masktune_utils.choice.score import Verdict, judge
-from masktune_utils.settings import REPOSITORY
+from masktune_utils import results
+from masktune_utils.choice import ERM, HeldOut, score
 
-OUT_OF_REACH = "pixels|coloured-digit|tint|none"  # kinds that no mask can hide
-ORACLE = "oracle"
-
-
-def choose(held_out: HeldOut) -> Verdict:
-    """Judge after each mask, in the order in which they were tried."""
-    known = {name: held_out.predictions[name] for name in (ERM, NULL)}
-    verdict = judge(replace(held_out, predictions=known))
-    for mask in held_out.tried:
-        if verdict.is_final:
-            break
-        known[mask] = held_out.predictions[mask]
-        verdict = judge(replace(held_out, predictions=known))
-    return verdict
+SEEDS = [200, 203, 300, 400]  # the first of each range
+CLEAR = [score.CLEAR, 0.7, 0.9, 9.0]  # with 9, no mask is taken at once
 
 
-def other_choices() -> pd.DataFrame:
-    """The runs of the registered test that choose something else than they did.
+def outcome(name: str, held_out: HeldOut, worst_groups: pd.Series) -> dict:
+    """A run, as it is judged now."""
+    dataset, labels, kind, seed = name.rsplit("_", 3)
+    points = 100 * worst_groups.dropna()
+    masks = [model for model in points.index if model in held_out.predictions]
+    verdict = score.judge(held_out)
+    return {
+        "range": max(first for first in SEEDS if first <= int(seed)),
+        "dataset": dataset,
+        "labels": labels,
+        "kind": kind.replace("-", " "),
+        "regret": points[masks].max() - points[verdict.chosen],
+        "loss": points[ERM] - points[verdict.chosen],
+        "tried": number_tried(held_out, verdict),
+    }
 
-    Returns:
-        Data set, classes, kind, seed and the model that they chose; the worst group, in
-        %, as it `was` with it, and with what they choose `now`.
-    """
-    rows = pd.read_csv(REPOSITORY / "results" / "registered.csv")
-    others = []
-    for run in rows[rows["is_chosen"]].to_dict("records"):
-        name = "{dataset}, {labels}, {kind}, {seed}".format(**run)
-        held_out, shares = trials.read(trials.file_name(name))
-        chosen = choose(held_out).chosen
-        if chosen != run["model"]:
-            was, now = 100 * shares[[run["model"], chosen]]
-            others.append({**run, "chosen": chosen, "was": was, "now": now})
-    return pd.DataFrame(others)
+
+def summary(runs: pd.DataFrame) -> pd.Series:
+    """What is printed of runs."""
+    hidden = runs[~runs["kind"].isin([*OUT_OF_REACH, "none"])]
+    is_of_clothes = hidden["dataset"].eq("fashion_mnist")
+    clothes = hidden[is_of_clothes & hidden["labels"].eq("digits")]
+    return pd.Series(
+        {
+            "runs": len(runs),
+            "regret": hidden["regret"].mean(),
+            "largest": hidden["regret"].max(),
+            "ten clothes": clothes["regret"].mean(),
+            "harmed": (runs["loss"] > 1).sum(),
+            "most": runs["loss"].max(),
+            "tried": runs["tried"].mean(),
+        }
+    )
 
 
 def main() -> None:
-    rows = []
+    saved = {}
     for name in trials.names():
-        if name.startswith("photographs"):
-            continue
-        held_out, shares = trials.read(name)
-        points = 100 * shares.dropna()
-        chosen = choose(held_out).chosen
-        best = points.drop([NULL, ORACLE], errors="ignore").max()
-        rows.append(
-            {
-                "name": name,
-                "seed": int(name.rsplit("_", 1)[1]),
-                "regret": best - points[chosen],
-                "loss": points[ERM] - points[chosen],
-            }
-        )
-    runs = pd.DataFrame(rows)
-    is_within_reach = ~runs["name"].str.contains(OUT_OF_REACH)
-    has_ten_clothes = runs["name"].str.startswith("fashion_mnist_digits")
-    table = {}
-    for title, seeds in {"200 to 202": (200, 202), "203 to 205": (203, 205)}.items():
-        is_of_seeds = runs["seed"].between(*seeds)
-        within_reach = runs[is_of_seeds & is_within_reach]
-        clothes = runs[is_of_seeds & is_within_reach & has_ten_clothes]
-        losses = runs.loc[is_of_seeds, "loss"]
-        table[title] = {
-            "regret": within_reach["regret"].mean(),
-            "largest": within_reach["regret"].max(),
-            "ten classes of clothes": clothes["regret"].mean(),
-            "harmed": (losses > 1).sum(),
-            "largest loss": losses.max(),
-        }
-    print(pd.DataFrame(table).round(1).to_string())
-    print("Choices of the registered test that differ:")
-    print(other_choices().to_string())
+        if "/" not in name:
+            saved[name] = results.read_trial(name)
+    for clear in CLEAR:
+        score.CLEAR = clear
+        rows = [outcome(name, *run) for name, run in saved.items()]
+        table = pd.DataFrame(rows).groupby("range")[[*rows[0]]].apply(summary)
+        print(f"CLEAR = {clear:g}", table.round(2).to_string(), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,27 +10,28 @@ right.
 """
 
 import functools
-import io
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from numpy.random import Generator, default_rng
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from masktune_utils.data import Split
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-TEXTURES = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
-CLASSES = ("food", "vehicles")
-OTHER_CLASSES = {
+ARCHIVE = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
+CLASSES = {  # shortcut → names of both classes; of the others, food and vehicles
     "date": ("plants", "town"),
     "ruler": ("people", "space"),
     "barcode": ("people", "space"),
 }
-GRASS = ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg")
-STONE = ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga")
+TEXTURES = (
+    ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg"),
+    ("stone/pjrock1.jpg", "stone/pjrock21.jpg", "cosmo_block/rock06.tga"),
+)
 SIZE = 96  # pixels
 COUNT = 450  # training images of each class
 CONFLICTING = 0.05  # share of each class that goes against the shortcut
@@ -40,56 +41,67 @@ AREAS = {
     "ruler": (slice(16, 80), slice(0, 7)),
     "barcode": (slice(3, 15), slice(30, 62)),
 }
-SHORTCUTS = ("background", "none", *(f"no {name}" for name in OTHER_CLASSES), *AREAS)
 
 
 def classes(shortcut: str) -> tuple[str, str]:
     """The names of both classes."""
-    return OTHER_CLASSES.get(shortcut.removeprefix("no "), CLASSES)
+    return CLASSES.get(shortcut.removeprefix("no "), ("food", "vehicles"))
 
 
 @functools.cache
-def stamps(name: str) -> list[Image.Image]:
-    """The photographs and drawings of a class, each with its transparent background."""
+def stamps(name: str, is_test: bool) -> list[Image.Image]:
+    """Photographs and drawings of a class, with a transparent background.
+
+    Every third stamp is for the test images.
+    """
     paths = sorted((STAMPS / name).rglob("*.png"))
+    if is_test:
+        paths = paths[::3]
+    else:
+        del paths[::3]
     return [Image.open(path).convert("RGBA") for path in paths]
 
 
 @functools.cache
-def textures() -> list[list[Image.Image]]:
-    """Pictures of grass, and of stone."""
-    archive = zipfile.ZipFile(TEXTURES)
-    kinds = []
-    for names in (GRASS, STONE):
-        files = [archive.read(f"textures/{name}") for name in names]
-        kinds.append([Image.open(io.BytesIO(file)).convert("RGB") for file in files])
-    return kinds
+def texture(name: str) -> Image.Image:
+    """A picture of grass or of stone."""
+    with zipfile.ZipFile(ARCHIVE).open(f"textures/{name}") as file:
+        return Image.open(file).convert("RGB").resize((384, 384))
 
 
-def background(kind: int, is_test: bool, rng: np.random.Generator) -> Image.Image:
+def background(
+    is_stone: int,
+    is_test: bool,
+    rng: Generator,
+) -> Image.Image:
     """A part of a texture, from its left half, or its right half for a test image."""
-    pictures = textures()[kind]
-    picture = pictures[rng.integers(len(pictures))].resize((384, 384))
+    names = TEXTURES[is_stone]
+    picture = texture(names[rng.integers(len(names))])
     left = rng.integers(192 - SIZE) + 192 * is_test
     top = rng.integers(384 - SIZE)
     part = picture.crop((left, top, left + SIZE, top + SIZE))
     return part.rotate(90 * rng.integers(4))
 
 
-def cut_out(name: str, is_test: bool, rng: np.random.Generator) -> Image.Image:
-    """An object on a transparent canvas; every third stamp is for the test images."""
-    pictures = stamps(name)
-    numbers = [k for k in range(len(pictures)) if (k % 3 == 0) == is_test]
-    stamp = pictures[numbers[rng.integers(len(numbers))]]
+def cut_out(
+    name: str,
+    is_test: bool,
+    rng: Generator,
+) -> Image.Image:
+    """An object on a transparent canvas."""
+    pictures = stamps(name, is_test)
+    stamp = pictures[rng.integers(len(pictures))]
     stamp = stamp.crop(stamp.getbbox())
     if rng.random() < 0.5:
-        stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        stamp = ImageOps.mirror(stamp)
     stamp = stamp.rotate(rng.uniform(-20, 20), expand=True)
     scale = rng.uniform(0.5, 0.75) * SIZE / max(stamp.size)
-    width, height = (max(1, round(scale * side)) for side in stamp.size)
+    width = max(1, round(scale * stamp.width))
+    height = max(1, round(scale * stamp.height))
+    left = int(rng.integers(SIZE - width))
+    top = int(rng.integers(SIZE - height))
     canvas = Image.new("RGBA", (SIZE, SIZE))
-    place = (rng.integers(SIZE - width), rng.integers(SIZE - height))
-    canvas.paste(stamp.resize((width, height)), tuple(map(int, place)))
+    canvas.paste(stamp.resize((width, height)), (left, top))
     return canvas
 
 
@@ -109,32 +121,37 @@ def plant(image: Image.Image, shortcut: str) -> None:
 
 
 def photographs(
-    labels: Tensor, has_shortcut: Tensor, shortcut: str, is_test: bool, seed: int
+    labels: Tensor,
+    has_shortcut: Tensor,
+    shortcut: str,
+    is_test: bool,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Photographs, where the object is, and where the shortcut is.
 
     Args:
         labels: N, the number of the class.
         has_shortcut: N, whether it is there; of backgrounds, whether it is stone.
-        shortcut: one of the `SHORTCUTS`.
+        shortcut: `background`, `none`, one of the `AREAS`, or `no` and one of these.
         is_test: of which stamps and textures.
         seed: of every random choice.
 
     Returns:
         N×3×96×96, uint8; and twice N×96×96, bool.
     """
-    rng = np.random.default_rng([seed, is_test])
+    rng = default_rng([seed, is_test])
     images = []
     objects = []
     for label, planted in zip(labels.tolist(), has_shortcut.tolist(), strict=True):
-        kind = int(planted) if shortcut == "background" else rng.integers(2)
-        image = background(kind, is_test, rng)
+        is_stone = planted if shortcut == "background" else rng.integers(2)
+        image = background(is_stone, is_test, rng)
         canvas = cut_out(classes(shortcut)[label], is_test, rng)
-        image.paste(canvas, mask=canvas.getchannel("A"))
+        opacity = canvas.getchannel("A")
+        image.paste(canvas, mask=opacity)
         if planted:
             plant(image, shortcut)
         images.append(np.array(image))
-        objects.append(np.array(canvas.getchannel("A")) > 127)
+        objects.append(np.array(opacity) > 127)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     is_object = torch.from_numpy(np.stack(objects))
     area = torch.zeros_like(is_object)
@@ -143,22 +160,36 @@ def photographs(
     if shortcut in AREAS:
         rows, columns = AREAS[shortcut]
         area[has_shortcut, rows, columns] = True
-        is_object &= ~area
-    return pixels, is_object, area
+    return pixels, is_object & ~area, area
 
 
 def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
     """Training images, test images in four groups, and the objects of the former."""
+    names = classes(shortcut)
     labels = torch.arange(2).repeat_interleave(COUNT)
     conflicting = torch.arange(COUNT) < round(CONFLICTING * COUNT)
     has_shortcut = torch.cat([conflicting, ~conflicting])
-    images, objects, area = photographs(labels, has_shortcut, shortcut, False, seed)
+    images, objects, area = photographs(
+        labels,
+        has_shortcut,
+        shortcut,
+        is_test=False,
+        seed=seed,
+    )
+    train = Split(images, labels, shortcut=area, class_names=names)
+
     groups = torch.arange(4).repeat_interleave(200)
-    words = ("grass", "stone")
-    if shortcut != "background":
-        words = (f"no {shortcut}", shortcut)
-    names = tuple(f"{name}, {word}" for name in classes(shortcut) for word in words)
-    of_test, _, _ = photographs(groups // 2, groups % 2 == 1, shortcut, True, 0)
-    test = Split(of_test, groups // 2, groups, group_names=names)
-    train = Split(images, labels, shortcut=area, class_names=classes(shortcut))
+    labels = groups // 2
+    images, _, _ = photographs(
+        labels,
+        groups % 2 == 1,
+        shortcut,
+        is_test=True,
+        seed=0,
+    )
+    words = (f"no {shortcut}", shortcut)
+    if shortcut == "background":
+        words = ("grass", "stone")
+    group_names = tuple(f"{name}, {word}" for name in names for word in words)
+    test = Split(images, labels, groups, group_names=group_names)
     return train, test, objects

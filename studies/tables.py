@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import replay
-import trials
+from registered import OUT_OF_REACH
 from scipy.stats import ttest_rel
 
 from masktune_utils import results
@@ -25,25 +25,11 @@ LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
 PAPER = "mean_std_2.0_finetune_lr=0.01"
 RUN = ["dataset", "labels", "kind", "seed"]
 KINDS = 45  # of runs, for each seed
-OUT_OF_REACH = ("pixels", "coloured digit", "tint")  # no mask can hide these
 NOT_MASKS = ["ERM", "nothing masked", "oracle"]
 IN_HINDSIGHT = ["ERM", "chosen", "best"]
-SETS = {  # data set and classes, as in the texts
-    ("mnist", "halves"): "MNIST, two classes",
-    ("mnist", "digits"): "MNIST, ten classes",
-    ("fashion_mnist", "halves"): "Fashion-MNIST, two classes",
-    ("fashion_mnist", "digits"): "Fashion-MNIST, ten classes",
-    ("animals", "halves"): "animals, two classes",
-    ("animals", "digits"): "animals, ten classes",
-}
+DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "animals": "animals"}
+CLASSES = {"halves": "two classes", "digits": "ten classes"}
 RANGES = "runs|ERM|chosen|best in hindsight|"
-MAIN = "|full MNIST|raw|biased|worst group|"
-SHORT = f"|shortcut|{RANGES}"
-BY_SET = f"|a mask can hide it|{RANGES}"
-MEASURES = "|registered test, points|outcome|announced|"
-PHOTOGRAPHS = "|photographs|runs|ERM|chosen|oracle|"
-AUTHORS = "|red 4×4, ordered|raw|biased|worst group|"
-OTHERS = "|text|square, placement, conflicting images|ERM|fine-tuned|"
 OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
     "ERM, last checkpoint": "ERM",
     "the authors' code": "the authors' code",
@@ -57,10 +43,10 @@ def read(name: str) -> pd.DataFrame:
     return pd.read_csv(FOLDER / name)
 
 
-def cells(rows: pd.DataFrame, *names: str) -> list[str]:
-    """Columns of rows, as mean ± standard deviation in %."""
-    summary = results.summarize(rows.assign(all=0), ["all"], [*names])
-    return summary.iloc[0].tolist()[:-1]
+def cells(rows: pd.DataFrame) -> list[str]:
+    """Raw, biased and worst group of rows, as mean ± standard deviation in %."""
+    *accuracies, _ = results.summarize(rows.assign(all=0), "all").iloc[0]
+    return accuracies
 
 
 def line(name: str, values: list[str]) -> str:
@@ -68,41 +54,44 @@ def line(name: str, values: list[str]) -> str:
     return f"|{name}|{'|'.join(values)}|"
 
 
+def by_model(name: str) -> pd.DataFrame:
+    """A table of the results, by experiment and configuration."""
+    return read(name).set_index(["experiment", "configuration"]).sort_index()
+
+
 def main_table() -> list[str]:
     """ERM, published, ours and the oracle, on the full MNIST."""
-    runs = read("reference.csv").set_index(["experiment", "configuration"]).sort_index()
-    choices = read("reference_choices.csv")
-    is_choice = choices["experiment"].eq("mnist") & choices["configuration"].eq(
-        "chosen"
-    )
+    runs = by_model("reference.csv")
+    mnist = runs.loc["mnist"]
     by_adam = "top_k_0.1_finetune_optimizer=adam_finetune_lr=0.001"
     rows = {
-        "ERM": runs.loc["mnist", "base"],
-        "no-mask control": runs.loc["mnist", "threshold_1.0_finetune_lr=0.01"],
-        "published: the paper's `mean_std` 2": runs.loc["mnist", PAPER],
-        "earlier reproduction's best on raw, `top_k` 0.1, by SGD": runs.loc[
-            "mnist", "top_k_0.1"
+        "ERM": mnist.loc["base"],
+        "no-mask control": mnist.loc["threshold_1.0_finetune_lr=0.01"],
+        "published: the paper's `mean_std` 2": mnist.loc[PAPER],
+        "earlier reproduction's best on raw, `top_k` 0.1, by SGD": mnist.loc[
+            "top_k_0.1"
         ],
-        "the same, by Adam as there (98.28 raw)": runs.loc["mnist", by_adam],
-        "ours: `mean_std` 4 dilated by 4, found on this task": runs.loc[
-            "mnist", f"mean_std_4.0_dilation=4{LINEAR}"
+        "the same, by Adam as there (98.28 raw)": mnist.loc[by_adam],
+        "ours: `mean_std` 4 dilated by 4, found on this task": mnist.loc[
+            f"mean_std_4.0_dilation=4{LINEAR}"
         ],
-        "ours: chosen without group labels": choices[is_choice],
+        "ours: chosen without group labels": by_model("reference_choices.csv").loc[
+            "mnist", "chosen"
+        ],
         "oracle: no square in training, 20 epochs": runs.loc[
             "mnist_shortcut=none_epochs=20", "base"
         ],
     }
-    return [line(name, cells(rows[name], *results.ACCURACIES)) for name in rows]
+    return [line(name, cells(members)) for name, members in rows.items()]
 
 
 def short_table() -> list[str]:
     """The registered test in three lines."""
     runs = registered()
-    is_without = runs["kind"] == "none"
     parts = {
         "a mask can hide it": runs[can_hide(runs)],
-        "colour, tint, scattered pixels": runs[~can_hide(runs) & ~is_without],
-        "no shortcut": runs[is_without],
+        "colour, tint, scattered pixels": runs[runs["kind"].isin(OUT_OF_REACH)],
+        "no shortcut": runs.query("kind == 'none'"),
     }
     return means_and_ranges(parts, IN_HINDSIGHT)
 
@@ -111,8 +100,12 @@ def table_by_set() -> list[str]:
     """The registered test by data set, where a mask can hide the shortcut."""
     runs = registered()
     runs = runs[can_hide(runs)]
-    by_set = runs.groupby(["dataset", "labels"])
-    parts = {SETS[key]: by_set.get_group(key) for key in SETS if key in by_set.groups}
+    parts = {}
+    for dataset, name in DATASETS.items():
+        for labels, words in CLASSES.items():
+            members = runs.query(f"dataset == '{dataset}' and labels == '{labels}'")
+            if len(members):
+                parts[f"{name}, {words}"] = members
     return means_and_ranges(parts, IN_HINDSIGHT)
 
 
@@ -139,11 +132,8 @@ def registered() -> pd.DataFrame:
     the oracle, and for the best single mask; and what is measured.
     """
     runs = read("registered.csv")
-    is_run = runs["model"] == "ERM"
-    counts = runs[is_run].groupby("seed").size()
-    whole = counts.index[counts == KINDS]
-    runs = runs[runs["seed"].isin(whole)]
-    runs = runs.assign(points=100 * runs["worst_group"])
+    kinds = runs["is_chosen"].groupby(runs["seed"]).transform("sum")
+    runs = runs[kinds == KINDS].assign(points=100 * runs["worst_group"])
     models = runs.pivot(index=RUN, columns="model", values="points")
     table = models[NOT_MASKS].assign(
         chosen=runs[runs["is_chosen"]].set_index(RUN)["points"],
@@ -187,10 +177,9 @@ def table_of_measures() -> list[str]:
     runs = registered()
     runs["loss"] = -runs["gain"]
     hidden = runs[can_hide(runs)]
-    is_of_clothes = hidden["dataset"].eq("fashion_mnist")
-    clothes = hidden[is_of_clothes & hidden["labels"].eq("digits")]
-    without = runs[runs["kind"] == "none"]
-    half_right = runs[runs["ERM"] >= 50]
+    clothes = hidden.query("dataset == 'fashion_mnist' and labels == 'digits'")
+    without = runs.query("kind == 'none'")
+    half_right = runs.query("ERM >= 50")
     harmed = (half_right["loss"] > 1).sum()
     rows = {
         "mean regret, a mask can hide the shortcut": (
@@ -244,10 +233,7 @@ def table_of_photographs() -> list[str]:
 def authors_table() -> list[str]:
     """The setting of the authors' code, and its differences from ours."""
     runs = read("reference_paper_setting.csv").set_index("model").sort_index()
-    return [
-        line(name, cells(runs.loc[model], *results.ACCURACIES))
-        for model, name in OF_AUTHORS.items()
-    ]
+    return [line(name, cells(runs.loc[model])) for model, name in OF_AUTHORS.items()]
 
 
 def table_of_others() -> list[str]:
@@ -268,28 +254,27 @@ def others() -> pd.DataFrame:
 
 
 TABLES = {
-    MAIN: main_table,
-    SHORT: short_table,
-    BY_SET: table_by_set,
-    MEASURES: table_of_measures,
-    PHOTOGRAPHS: table_of_photographs,
-    AUTHORS: authors_table,
-    OTHERS: table_of_others,
+    "|full MNIST|raw|biased|worst group|": main_table,
+    f"|shortcut|{RANGES}": short_table,
+    f"|a mask can hide it|{RANGES}": table_by_set,
+    "|registered test, points|outcome|announced|": table_of_measures,
+    "|photographs|runs|ERM|chosen|oracle|": table_of_photographs,
+    "|red 4×4, ordered|raw|biased|worst group|": authors_table,
+    "|text|square, placement, conflicting images|ERM|fine-tuned|": table_of_others,
 }
 
 
 def phrases_of_readme() -> list[str]:
     """What README says in numbers, outside its tables."""
-    choices = read("reference_choices.csv")
-    is_flagship = choices["experiment"].eq("mnist") & choices["seed"].eq(0)
-    flagship = 100 * choices[is_flagship].set_index("configuration")["worst_group"]
+    choices = by_model("reference_choices.csv").loc["mnist"]
+    flagship = 100 * choices.query("seed == 0")["worst_group"]
     runs = registered()
     hidden = runs[can_hide(runs)]
     repaired, count = repaired_photographs()
     of_photographs = photographs()
     fallen = (of_photographs[ERM] - of_photographs["chosen"]).max()
     abstaining = read("reference_11_abstaining.csv")
-    ten = abstaining[abstaining["labels"] == "digits"]
+    ten = abstaining.query("labels == 'digits'")
     areas = ten.pivot(index=["placement", "seed"], columns="rule", values="area_biased")
     ruined = (areas["MaskTune"] > areas[ERM]).sum()
     return [
@@ -311,10 +296,10 @@ def phrases_of_test() -> list[str]:
     anywhere = regret["mnist", "halves", "square anywhere"].nlargest(3)
     frames = hidden.loc[hidden["kind"] == "frame", "ahead"].sum()
     five = line_on_clothes.sum() + anywhere.sum()
-    held_out, worst_groups = trials.read("fashion_mnist_halves_line_300")
+    held_out, worst_groups = results.read_trial("fashion_mnist_halves_line_300")
     chosen = replay.choose(held_out).chosen
     counts = score.scores(held_out).loc[chosen]
-    half_right = runs[runs["ERM"] >= 50]
+    half_right = runs.query("ERM >= 50")
     losses = -half_right["gain"].nsmallest(2)
     return [
         f"{five / regret.sum():.0%} of it is from five runs of {len(regret)}",
@@ -330,7 +315,7 @@ def phrases_of_test() -> list[str]:
 
 def phrases_of_photographs() -> list[str]:
     """What results/README.md says of photographs."""
-    held_out, worst_groups = trials.read("photographs/none_5")
+    held_out, worst_groups = results.read_trial("photographs/none_5")
     without = score.scores(held_out).loc[replay.choose(held_out).chosen].astype(int)
     before, after = 100 * worst_groups[["ERM", "chosen"]]
     repaired, count = repaired_photographs()
@@ -358,11 +343,9 @@ def phrases_of_controls() -> list[str]:
     small = limits["mnist5k"]
     large = limits["mnist5k_square_size=12"]
     own = "by ERM's maps, zero"
-    reference = read("reference.csv").set_index(["experiment", "configuration"])
-    (without,) = cells(
-        reference.sort_index().loc["mnist5k_conflicting_share=0.0", PAPER],
-        "worst_group",
-    )
+    reference = by_model("reference.csv")
+    paper_rows = reference.loc["mnist5k_conflicting_share=0.0", PAPER]
+    *_, without = cells(paper_rows)
     runs = read("reference_paper_setting.csv")
     points = 100 * runs.pivot(index="seed", columns="model", values="worst_group")
     theirs = points["the authors' code"]

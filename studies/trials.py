@@ -5,26 +5,25 @@
 In the archive, `{data set}_{classes}_{kind}_{seed}.pt` and `photographs/…`. A file
 holds a `HeldOut`, and the accuracy in the worst group of the test sets, by model:
 
-    held_out, worst_groups = trials.read("mnist_halves_square-6_300")
+    held_out, worst_groups = results.read_trial("mnist_halves_square-6_300")
     print(score.judge(held_out).reason, worst_groups)
 
-Files of seeds before 300 (photographs: 0 to 2) know only what share a mask hides, not
-where, and have the accuracy of the worst class where masks resample.
+Files of seeds before 400 (photographs: before 6) are of the masks of the time; those
+before 300 (photographs: 0 to 2) know only what share a mask hides, not where.
 """
 
 import io
 import zipfile
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from masktune_utils.choice import HeldOut
+from masktune_utils.results import TRIALS
 from masktune_utils.settings import REPOSITORY
 from masktune_utils.store import write_bytes
 
 FOLDER = REPOSITORY / "results" / "trials"
-ARCHIVE = REPOSITORY / "results" / "trials.zip"
 
 
 def file_name(name: str) -> str:
@@ -33,8 +32,9 @@ def file_name(name: str) -> str:
 
 
 def save(name: str, held_out: HeldOut, worst_groups: dict[str, float]) -> None:
-    """Save a run, to be packed later."""
+    """Save a run without its masked images, to be packed later."""
     content = {**vars(held_out), "worst_groups": worst_groups}
+    del content["masked"]
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(FOLDER / f"{file_name(name)}.pt", buffer.getvalue())
@@ -55,17 +55,8 @@ def pack(folder: Path = FOLDER) -> None:
 
 def names() -> list[str]:
     """Of all runs in the archive."""
-    with zipfile.ZipFile(ARCHIVE) as archive:
+    with zipfile.ZipFile(TRIALS) as archive:
         return sorted(name.removesuffix(".pt") for name in archive.namelist())
-
-
-def read(name: str) -> tuple[HeldOut, pd.Series]:
-    """What a file of the archive holds: predictions, and the worst group by model."""
-    with zipfile.ZipFile(ARCHIVE) as archive:
-        file = io.BytesIO(archive.read(f"{name}.pt"))
-    content = torch.load(file, weights_only=True)
-    worst_groups = content.pop("worst_groups")
-    return HeldOut(**content), pd.Series(worst_groups)
 
 
 if __name__ == "__main__":

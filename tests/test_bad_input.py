@@ -44,6 +44,7 @@ BAD_GRIDS = {
     "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",
     "- seed: [0, -1]": "seed = -1: Input should be greater than or equal to 0",
     "- seed: []": "Parameter grid for parameter 'seed' need to be a non-empty",
+    "- {dataset: mnist5k, limit: [20, 5000]}": "limit = 5000: at most 4000 here",
     "[]": "List should have at least 1 item",
     "- seed: [0": "while parsing a flow sequence",
     "- !!python/object/apply:os.getpid []": "could not determine a constructor",
@@ -96,6 +97,12 @@ def test_files_that_are_not_those_of_mnist(root, refused):
     folder = root / "MNIST"
     write_idx_files(folder / "raw", DIGITS)
     refused(f"{folder} is damaged, foreign or of another version (ValueError: their")
+
+
+def test_labels_that_are_not_those_of_fashion_mnist(root, refused):
+    write_idx_files(root / "FashionMNIST" / "raw", [*DIGITS, *DIGITS[:9], 0])
+    message = "the classes have [3, 2, 2, 2, 2, 2, 2, 2, 2, 1] images"
+    refused(message, "--dataset=fashion_mnist")
 
 
 def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypatch):

@@ -22,7 +22,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from masktune_utils import metrics
 from masktune_utils.choice import choose
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.masking import NOTHING, MaskedDataset, Rule
 from masktune_utils.models import NoMapsError, target_layer
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import REPOSITORY
@@ -91,6 +91,7 @@ IMAGES = {
     "PIL": RED,
     "grey": RED.getchannel("R"),
     "palette": RED.quantize(2),
+    "palette with alpha": RED.convert("P").convert("PA"),
     "array": np.array(RED),
     "tensor": torch.ones(3, 4, 5),
 }
@@ -128,40 +129,18 @@ def test_the_names_of_classes_and_groups_are_kept_for_reports():
     assert Split.from_dataset(dataset).class_names == ("class 0", "class 1")
 
 
-def test_what_is_no_set_of_pairs_is_refused():
-    smaller = RED.resize((3, 3))
-    with pytest.raises(RuntimeError, match="to be equal size"):
-        Split.from_dataset([(RED, 0), (smaller, 1)])
-    with pytest.raises(RuntimeError, match="non-negative"):
-        Split.from_dataset([(RED, -1)])
-
-
 def test_a_choice_refuses_what_it_cannot_work_with(train):
     with pytest.raises(TypeError, match="train is a list; allowed: a Split, as"):
         choose([(RED, 0)], fit)
-    with pytest.raises(ValueError, match="there are 0 candidates; allowed: 1 or more"):
-        choose(train, fit, candidates=[])
-
-
-@pytest.mark.parametrize(
-    ("classes", "bias", "shape"),
-    [
-        (1, 0.0, (1,)),
-        (1, 0.0, ()),
-        (2, torch.nan, (2,)),
-    ],
-)
-def test_a_choice_refuses_a_network_without_a_number_for_each_class(
-    classes, bias, shape, train
-):
-    linear = nn.Linear(3 * 32 * 32, classes)
-    nn.init.constant_(linear.bias, bias)
-    network = nn.Sequential(
-        nn.Flatten(), linear, nn.Flatten(0), nn.Unflatten(0, (-1, *shape))
-    )
-    message = r"predicts \[.*\] for two images; allowed: a fin"
+    for candidates in ([], [NOTHING]):
+        with pytest.raises(ValueError, match="there are 0 candidates that hide"):
+            choose(train, fit, candidates=candidates)
+    message = r"have \[120\] images; allowed: 2 classes or more, of 2"
     with pytest.raises(ValueError, match=message):
-        choose(train, lambda _: network)
+        choose(train[::2], fit)
+    message = r"have \[2, 1\] images"
+    with pytest.raises(ValueError, match=message):
+        choose(train[:3], fit)
 
 
 def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):

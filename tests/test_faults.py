@@ -40,7 +40,7 @@ def pipeline(directory):
     sets = sets._replace(raw=sets.raw[::10], biased=sets.biased[::10])
     base = experiment.base_model(settings, sets.train)
     experiment.record(base, sets)
-    tuned = experiment.masktune(settings, base, sets.train)
+    tuned = experiment.masktune(settings, base)
     experiment.record(tuned, sets)
     images, _ = tuned.images.batch(slice(0, 2))
     plotting.show(plotting.grid({"masked": images}), settings, "picture")

@@ -55,7 +55,7 @@ def test_network_and_images_may_be_on_different_devices(
         return network
 
     choice = choose(images, fit, candidates=[RULE])
-    masked = choice.candidates[choice.verdict.best]
+    masked = choice.held_out.masked[choice.verdict.best]
     assert masked.images.device == image_device
     tuned = choice.schedule(fit(images), masked)
     assert next(tuned.parameters()).device == network_device

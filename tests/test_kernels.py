@@ -134,3 +134,10 @@ def test_a_kernel_that_died_is_replaced(tmp_path):
         assert run(tmp_path, "print(6)", km=kernel) == "6\n"
     kernels.close()
     assert not kernel.is_alive()
+
+
+def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch.py").write_text("1 / 0")
+    with kernels.take(1) as kernel:
+        assert run(tmp_path, "import torch; print(torch.ones(1))", km=kernel)

@@ -202,7 +202,10 @@ def test_dilation_is_in_28ths_of_the_shorter_side():
     expected = torch.zeros(1, 56, 112)
     expected[0, 6:23, :9] = 1
     rule = Rule("threshold", 0.5, dilation=4)
-    assert torch.equal(rule.image_masks(masks, (56, 112)), expected)
+    wide = rule.image_masks(masks, (56, 112))
+    assert torch.equal(wide, expected)
+    high = rule.image_masks(masks.mT, (112, 56))
+    assert torch.equal(high, expected.mT)
 
 
 def test_a_shared_mask_is_that_of_the_mean_map():

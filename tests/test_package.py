@@ -23,7 +23,14 @@ CORE = [
     "masking",
     "metrics",
 ]
-CHOICE = ["choice.exchange", "choice.held_out", "choice.score", "choice"]
+CHOICE = [
+    "choice.exchange",
+    "choice.audit",
+    "choice.held_out",
+    "choice.score",
+    "choice.chosen",
+    "choice",
+]
 SHELL = ["settings", "datasets", "results", "experiment", "plotting", "panels"]
 RUNNER = ["runner.grids", "runner.kernels", "runner.jobs", "runner.command"]
 ORDER = [*CORE, *CHOICE, *SHELL, *RUNNER]

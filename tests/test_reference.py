@@ -17,7 +17,7 @@ OF_STUDIES = [
     "seed",
 ]
 RESULTS = REPOSITORY / "results"
-SWEEPS = REPOSITORY / "sweeps"
+SWEEPS = REPOSITORY / "studies" / "sweeps"
 
 
 def test_a_script_of_the_results_goes_on_where_it_stopped(tmp_path):

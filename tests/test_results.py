@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def test_results_are_collected_into_a_table(saved):
     assert table["seed"].tolist() == [0, 1, 0, 1]
     assert table["worst_group"].eq(0.25).all()
     assert collect(str(saved / "none")).empty
+    backup = saved / "results" / "mnist" / "seed0_before"
+    shutil.copytree(backup.with_name("seed0"), backup)
+    assert collect(str(saved)).equals(table)
 
 
 def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):

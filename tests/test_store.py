@@ -73,8 +73,6 @@ def test_a_damaged_file_is_refused_by_name_with_what_is_wrong(path):
         with pytest.raises(CheckpointError, match=r"kept.pth is damaged.*Delete it"):
             keep(path)
         assert path.read_bytes() == content
-    with pytest.raises(CheckpointError, match=r"its part .* has another CRC"):
-        store.read(path, runs_code=True)
 
 
 class Malicious:
@@ -104,12 +102,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, pa
         store.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [*path.parent.iterdir()] == [path]
-
-
-def test_a_long_name_can_be_written(tmp_path):
-    path = tmp_path / ("a" * 255)
-    store.write_bytes(path, b"content")
-    assert path.read_bytes() == b"content"
 
 
 def test_the_committed_checkpoints_were_made_with_what_their_names_say():

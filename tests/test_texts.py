@@ -16,17 +16,17 @@ from masktune_utils.settings import REPOSITORY
 
 MOST_WORDS = {
     "README.md": 600,
-    "HISTORY.md": 1200,
-    "CONTRIBUTING.md": 450,
+    "results/HISTORY.md": 1200,
+    ".github/CONTRIBUTING.md": 450,
     "results/README.md": 900,
-    "benchmarks/README.md": 700,
+    "studies/benchmarks/README.md": 700,
     "tests/README.md": 500,
     "07_your_own": 900,
     "10_methods": 700,
 }
 MOST_WORDS_OF_A_CLOSING = 150
 NOTEBOOKS = sorted(path.stem for path in REPOSITORY.glob("notebooks/*.ipynb"))
-OF_TODAY = {*MOST_WORDS, *NOTEBOOKS, "figures/LICENSES.md"} - {"HISTORY.md"}
+OF_TODAY = {*MOST_WORDS, *NOTEBOOKS, "figures/LICENSES.md"} - {"results/HISTORY.md"}
 OF_A_DIARY = re.compile(
     r"\b(since then|at first|in sight|earlier rule|older|so far"
     r"|20\d\d-\d\d-\d\d|(Jan|Febr)uary|April|June|July|August|(Septem|Octo|Novem|Decem)ber"

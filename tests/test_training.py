@@ -5,10 +5,9 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from masktune_utils import masking, models, training
+from masktune_utils import models, training
 from masktune_utils.settings import Settings
 from masktune_utils.store import sha256
 
@@ -69,7 +68,7 @@ def test_a_linear_schedule_falls_to_0(splits, steps):
 
 def test_the_defaults_are_those_of_the_settings():
     parameters = inspect.signature(training.train).parameters
-    expected = Settings(epochs=1).training
+    expected = Settings(epochs=1).finetuning
     del expected["epochs"]  # has no default
     for name, value in expected.items():
         assert parameters[name].default == value, name
@@ -84,23 +83,6 @@ def test_bad_options_are_refused(splits):
         train(splits, batch_size=1)
     with pytest.raises(ValueError, match="the loss is nan; allowed: a smaller lr"):
         train(splits, lr=1e30)
-
-
-def test_an_epoch_never_waits_for_the_device(splits):
-    """By tensors without values; the only one waited for is the sum of the epoch."""
-    maps = torch.zeros(200, 8, 8)
-    masked = masking.mask_dataset(splits.train, maps)
-    lengths = []
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = models.SmallCNN()
-
-        def note(_model, _inputs, logits):
-            lengths.append(len(logits))
-
-        model.register_forward_hook(note)
-        with pytest.raises(DataDependentOutputException):
-            training.train(model, masked, epochs=1)
-    assert lengths == [128, 72]
 
 
 def test_loss_and_accuracy_are_means_over_all_batches(splits):
@@ -165,19 +147,6 @@ def test_on_a_gpu_training_asks_for_deterministic_convolutions(splits, monkeypat
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     train(splits, epochs=1)
     assert torch.backends.cudnn.deterministic
-
-
-def test_the_order_of_the_images_depends_on_no_dropout(splits):
-    few = splits.train[::5]
-    seen = []
-    for layer in (nn.Identity(), nn.Dropout()):
-        network = nn.Sequential(models.new_model(0), layer)
-        network.eval()
-        network.register_forward_pre_hook(lambda _, inputs: seen.append(*inputs))
-        training.train(network, few, epochs=2, batch_size=20)
-        assert network.training
-    without, with_dropout = torch.stack(seen).chunk(2)
-    assert torch.equal(with_dropout, without)
 
 
 def test_each_epoch_has_its_own_partners(splits, monkeypatch):

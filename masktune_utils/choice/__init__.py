@@ -1,12 +1,16 @@
-"""Which mask? `choose` answers without group labels."""
+"""Where do mistakes come from? `audit`. Which mask? `choose`, without group labels."""
 
+from masktune_utils.choice.audit import Audit, audit
+from masktune_utils.choice.chosen import Choice, choose, load_or_choose
 from masktune_utils.choice.held_out import ERM, NULL, HeldOut
-from masktune_utils.choice.score import Choice, choose
 
 __all__ = [
     "ERM",
     "NULL",
+    "Audit",
     "Choice",
     "HeldOut",
+    "audit",
     "choose",
+    "load_or_choose",
 ]

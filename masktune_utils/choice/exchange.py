@@ -8,15 +8,17 @@ Breiman, 2001.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.metrics import predict
+from masktune_utils.metrics import Network, predict
 
+FEW = 5  # fewer mistakes do not tell which evidence misleads
 SWAPS = 5  # other images with which each mistake swaps the part
 MOST_MISTAKES = 100  # that are exchanged, window by window
 
@@ -39,45 +41,73 @@ def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
     return partners
 
 
-def explained(
-    network: nn.Module,
-    masked: MaskedDataset,
-    predicted: Tensor,
-) -> Tensor:
-    """How far mistakes of a network are explained by what masks hide.
+class Swaps(NamedTuple):
+    """What becomes of mistakes if a part is swapped with other images of the class.
 
-    A mistake swaps this part with another image of its class. It moves with the part if
-    the image is then right, and the other one is mistaken for what it was. What the
-    mask of either image hides is swapped.
+    Attributes:
+        mistakes: M, which images.
+        partners: `SWAPS`×M, the other image of each swap.
+        moves: `SWAPS`×M, bool: whether the mistake moves with the part.
+    """
+
+    mistakes: Tensor
+    partners: Tensor
+    moves: Tensor
+
+    @property
+    def moving(self) -> Tensor:
+        """The mistakes that move in half of the swaps or more."""
+        return self.mistakes[self.moves.float().mean(0) >= 0.5]
+
+
+def swap(network: Network, masked: MaskedDataset, predicted: Tensor) -> Swaps:
+    """Swap what masks hide between each mistake and other images of its class.
+
+    A mistake moves with this part if the image is then right, and the other one is
+    mistaken for what it was. What the mask of either image hides is swapped.
 
     Args:
         network: any network.
         masked: images that it has not seen, with their masks.
         predicted: N, the classes that the network predicts for them, on the CPU.
-
-    Returns:
-        N float32, on the CPU: the share of `SWAPS` swaps by which the mistake moves; 0
-        where the network is right.
     """
     generator = torch.Generator().manual_seed(masked.seed)
     labels = masked.labels.cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     resampled = replace(masked, fill="resample")
-    moves = torch.zeros(len(labels))
+    partners = torch.zeros(SWAPS, len(mistakes), dtype=torch.int64)
+    moves = torch.zeros(SWAPS, len(mistakes), dtype=torch.bool)
     if not len(mistakes):
-        return moves
-    for _ in range(SWAPS):
-        partners = class_partners(labels, generator)[mistakes]
-        swapped = predict(network, resampled.pairs(mistakes, partners))
-        cut_out, pasted = swapped.argmax(1).chunk(2)
+        return Swaps(mistakes, partners, moves)
+    for number in range(SWAPS):
+        partners[number] = class_partners(labels, generator)[mistakes]
+        pairs = resampled.pairs(mistakes, partners[number])
+        cut_out, pasted = predict(network, pairs).argmax(1).chunk(2)
         is_right = cut_out == labels[mistakes]
         is_mistaken = pasted == predicted[mistakes]
-        moves[mistakes] += is_right & is_mistaken
-    return moves / SWAPS
+        moves[number] = is_right & is_mistaken
+    return Swaps(mistakes, partners, moves)
+
+
+def explained(network: Network, masked: MaskedDataset, predicted: Tensor) -> Tensor:
+    """How far mistakes are explained by what masks hide, N float32, on the CPU.
+
+    Args:
+        network: see `swap`, as for the others.
+        masked: the images.
+        predicted: N.
+
+    Returns:
+        The share of swaps by which the mistake moves; 0 where the network is right.
+    """
+    swaps = swap(network, masked, predicted)
+    shares = torch.zeros(len(masked))
+    shares[swaps.mistakes] = swaps.moves.float().mean(0)
+    return shares
 
 
 def exchange_map(
-    network: nn.Module,
+    network: Network,
     split: Split,
     predicted: Tensor,
     seed: int = 0,
@@ -114,8 +144,8 @@ def exchange_map(
     others = split.images[partners]
 
     def loss(images: Tensor) -> Tensor:
-        logits = predict(network, Split(images, labels))
-        return F.cross_entropy(logits, labels, reduction="none")
+        outputs = predict(network, Split(images, labels))
+        return F.nll_loss(_log_shares(outputs), labels, reduction="none")
 
     rows, columns = map(_windows, images.shape[-2:])
     falls = torch.zeros(len(rows), len(columns))
@@ -128,6 +158,26 @@ def exchange_map(
             with_window[..., row, column] = others[..., row, column]
             falls[i, j] = weights @ (before - loss(with_window))
     return falls
+
+
+def _log_shares(outputs: Tensor) -> Tensor:
+    """Logarithms of probabilities, of these or of logits."""
+    sums = outputs.sum(1)
+    if outputs.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        return outputs.clamp(min=1e-12).log()
+    return outputs.log_softmax(1)
+
+
+def place(mask: Tensor) -> str:
+    """The ninth of the image where most is hidden, in words.
+
+    Args:
+        mask: H×W.
+    """
+    ninth = F.adaptive_avg_pool2d(mask[None].float(), 3).argmax().item()
+    row = ("top", "middle", "bottom")[ninth // 3]
+    column = ("left", "centre", "right")[ninth % 3]
+    return f"{row} {column}"
 
 
 def _windows(side: int) -> list[slice]:

@@ -6,17 +6,17 @@ with each mask.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
-from masktune_utils import data, progress, store
-from masktune_utils.choice.exchange import exchange_map, explained
+from masktune_utils import data, progress
+from masktune_utils.choice.exchange import FEW, exchange_map, explained
 from masktune_utils.data import Split
 from masktune_utils.masking import (
     NOTHING,
@@ -32,15 +32,12 @@ from masktune_utils.saliency import saliency_maps
 
 ERM = "ERM"
 NULL = f"{NOTHING}"  # ERM, fine-tuned like with a mask, on the images as they are
-FEW = 5  # fewer mistakes do not tell which evidence misleads
 SAMPLE = 1000  # images of each fold that are resampled
 
 
 @dataclass(eq=False)
 class HeldOut:
     """What models predict for training images that they have not seen.
-
-    These are tensors, numbers, texts and dicts of them: `vars` of it can be saved.
 
     Attributes:
         labels: N.
@@ -51,11 +48,11 @@ class HeldOut:
         explained: mask → N in [0, 1], how far the mask explains a mistake of ERM, see
             `exchange.explained`; 0 for other images.
         resampled: mask → model → accuracy on images whose hidden part comes from
-            another image at random; of ERM alone, unless it makes fewer than `FEW`
-            mistakes.
+            another image at random; if ERM makes fewer than `FEW` mistakes.
         mean_masks: mask → H×W in [0, 1], in how many images each pixel is hidden.
         has_maps: False if the network gives no maps, so that masks by saliency are left
             out.
+        masked: `NULL` and mask → all images with it.
     """
 
     labels: Tensor
@@ -65,6 +62,7 @@ class HeldOut:
     resampled: dict[str, dict[str, float]] = field(default_factory=dict)
     mean_masks: dict[str, Tensor] = field(default_factory=dict)
     has_maps: bool = True
+    masked: dict[str, MaskedDataset] = field(default_factory=dict)
 
     def is_right(self, model: str) -> Tensor:
         """N, bool."""
@@ -81,191 +79,143 @@ class HeldOut:
         return [*self.predictions][2:]
 
 
-@dataclass(eq=False)
-class Folds:
-    """Both halves of the training images, and their models.
+def try_masks(
+    train: Split,
+    fit: Fit,
+    finetune: Finetune,
+    candidates: Sequence[Rule],
+    explain: Explain = saliency_maps,
+    seed: int = 0,
+) -> Iterator[HeldOut]:
+    """Train on both halves; fine-tune with mask after mask, and predict.
 
-    A pair has something of each fold: its images; a network that is trained on them; a
-    judge, which is a network that has not seen them.
+    Args:
+        train: see `chosen.choose`, as for the others.
+        fit: training images → a network.
+        finetune: (network, masked images) → the network.
+        candidates: how masks are made.
+        explain: (network, images, labels) → maps.
+        seed: of every random choice.
 
-    Attributes:
-        train: see `score.choose`, as for the others.
-        images: `NULL` and mask → all images with it.
-        held_out: what is known.
+    Yields:
+        One record, which grows: after each mask, first rounds first; if ERM makes fewer
+        than `FEW` mistakes, once all is known. Stop when it is enough.
 
     Raises:
-        TypeError: see `score.choose`.
-        ValueError: see `score.choose`.
+        NoMapsError: see `chosen.choose`, as for the others.
+        TypeError: a network that we cannot work with.
+        ValueError: networks that share weights, or predict what is not finite.
     """
+    folds = data.folds(train.labels, seed)
+    order = torch.cat(folds).argsort()
+    parts = [train[members] for members in folds]
 
-    train: Split
-    fit: Fit
-    finetune: Finetune
-    explain: Explain = saliency_maps
-    jobs: int = 1
-    seed: int = 0
-    folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        index = data.folds(self.train.labels, self.seed)
-        self.order = torch.cat(index).argsort()
-        self.parts = [self.train[members] for members in index]
-        self.networks = self.kept(ERM, [self.order], _fit, self.parts, fit=self.fit)
-        first, second = [set(network.parameters()) for network in self.networks]
-        if first & second:
-            raise ValueError(
-                "fit returned two networks that share weights; allowed: a new one for "
-                "each fold. Delete the folder, if there is one."
-            )
-        self.judges = self.networks[::-1]
-        self.predicted = self.both(_classes, self.judges, self.parts)
-        self.falls = self.both(
-            exchange_map, self.judges, self.parts, self.predicted, seed=self.seed
-        )
-        self.masked = {}
-        self.tuned = {ERM: self.networks}
-        self.images = {}
-        self.held_out = HeldOut(
-            labels=self.train.labels.cpu(),
-            mistake_map=torch.stack(self.falls).mean(0),
-            predictions={ERM: self.join(self.predicted)},
-        )
-
-    def try_masks(self, candidates: Sequence[Rule]) -> Iterator[HeldOut]:
-        """Fine-tune with mask after mask, and predict.
-
-        Args:
-            candidates: see `score.choose`.
-
-        Yields:
-            `held_out`, which grows: with what the masks of all first rounds explain,
-            before anything is fine-tuned; then after each mask, first rounds first.
-            Stop when it is enough.
-
-        Raises:
-            NoMapsError: the network gives no maps, and no candidate is by exchange,
-            or one by exchange has several rounds.
-        """
-        by_exchange = [rule for rule in candidates if rule.exchange]
-        maps = None
-        if len(by_exchange) < len(candidates):
-            try:
-                maps = self.both(_maps, self.networks, self.parts, explain=self.explain)
-            except NoMapsError:
-                if not by_exchange:
-                    raise
-                self.held_out.has_maps = False
-                candidates = by_exchange
-        rounds = [of_round for rule in candidates for of_round in rule.each_round]
-        rounds.sort(key=lambda rule: rule.rounds)
-        exchange_maps = [
-            fall.clamp(min=0).expand(len(part), -1, -1)
-            for fall, part in zip(self.falls, self.parts, strict=True)
-        ]
-        self.hide(NOTHING, exchange_maps)
-        for rule in rounds:
-            if rule.rounds == 1:
-                self.hide(rule, exchange_maps if rule.exchange else maps)
-        yield self.held_out
-        self.tune(NOTHING)
-        bar = progress.bar(rounds)
-        for rule in bar:
-            bar.set_description(f"{rule}")
-            if rule.rounds > 1:
-                self.hide_more(rule)
-            if f"{rule}" in self.masked:
-                self.tune(rule)
-                yield self.held_out
-        if self.held_out.is_mistake.sum() < FEW:
-            for mask in self.held_out.resampled:
-                for model in self.tuned:
-                    self.resample(mask, model)
-            yield self.held_out
-
-    def both(self, step: Callable, *pairs: Sequence, **options: Any) -> list:
-        """A step for each fold, side by side if there are two jobs."""
-        calls = zip(*pairs, strict=True)
-        run = Parallel(self.jobs)
-        return run(delayed(step)(*of_fold, **options) for of_fold in calls)
-
-    def join(self, pair: list[Tensor]) -> Tensor:
+    def join(of_folds: list[Tensor]) -> Tensor:
         """What both folds have, in the order of all images."""
-        return torch.cat(pair)[self.order]
+        return torch.cat(of_folds)[order]
 
-    def kept(
-        self,
-        name: str,
-        made_of: list[Tensor],
-        step: Callable,
-        *pairs: Sequence,
-        **options: Any,
-    ) -> list[nn.Module]:
-        """A pair of networks, made by a step; saved in the folder, if there is one.
+    def of_parts(masked: MaskedDataset) -> list[MaskedDataset]:
+        """The masked images of each fold."""
+        masks = [masked.own_masks[members] for members in folds]
+        return [
+            replace(masked, split=part, own_masks=own_masks)
+            for part, own_masks in zip(parts, masks, strict=True)
+        ]
 
-        They depend on the training images, the seed, and what they are made of.
-        """
+    def predict_others(networks: list[nn.Module], images: Sequence) -> list[Tensor]:
+        """What each network predicts for the images of the other fold."""
+        return _both(_classes, networks[::-1], images)
 
-        def make() -> dict[str, list[nn.Module]]:
-            return {"networks": self.both(step, *pairs, **options)}
+    def locate_mistakes(networks: list[nn.Module], images: Sequence) -> Tensor:
+        """The mean exchange map of both folds, h×w."""
+        predicted = predict_others(networks, images)
+        falls = _both(exchange_map, networks[::-1], images, predicted, seed=seed)
+        return torch.stack(falls).mean(0)
 
-        if self.folder is None:
-            return make()["networks"]
-        labels = self.train.labels
-        tensors = dict(enumerate([self.train.images, labels, *made_of]))
-        key = f"{name}, seed {self.seed}, {store.sha256(tensors)}"
-        path = Path(self.folder).expanduser() / f"{key}.pt"
-        saved = store.kept(path, {}, make, runs_code=True)
-        return [network.to(labels.device) for network in saved["networks"]]
+    def maps_for(
+        by_exchange: bool, networks: list[nn.Module], images: Sequence
+    ) -> Tensor:
+        """What masks are made of, N×h×w."""
+        if by_exchange:
+            falls = locate_mistakes(networks, images)
+            return falls.clamp(min=0).expand(len(train), -1, -1)
+        return join(_both(_maps, networks, images, explain=explain))
 
-    def hide(self, rule: Rule, maps: Sequence[Tensor], before: str = "") -> None:
-        """Add masks, and what they explain, unless they hide no more than before."""
-        earlier = self.masked.get(before, (None, None))
-        masked = self.both(rule.mask, self.parts, maps, earlier, seed=self.seed)
-        own_masks = self.join([images.own_masks for images in masked])
-        if before and torch.equal(own_masks, self.images[before].own_masks):
-            return
-        mask = f"{rule}"
-        self.masked[mask] = masked
-        self.images[mask] = replace(masked[0], split=self.train, own_masks=own_masks)
-        if rule == NOTHING:
-            return
-        shares = self.both(explained, self.judges, masked, self.predicted)
-        self.held_out.explained[mask] = self.join(shares)
-        self.held_out.resampled[mask] = {}
-        self.resample(mask, ERM)
-        mean_mask = own_masks.mean(0, dtype=torch.float32)
-        self.held_out.mean_masks[mask] = mean_mask.cpu()
+    trained = _both(_fit, parts, fit=fit)
+    _refuse_shared_weights(trained, "fit")
+    predicted = predict_others(trained, parts)
+    held_out = HeldOut(
+        labels=train.labels.cpu(),
+        mistake_map=locate_mistakes(trained, parts),
+        predictions={ERM: join(predicted)},
+    )
+    tuned = {ERM: trained}
 
-    def hide_more(self, rule: Rule) -> None:
-        """Add the masks of a later round, by the networks of the round before."""
-        before = f"{replace(rule, rounds=rule.rounds - 1)}"
-        if before in self.tuned:
-            maps = self.both(
-                _maps, self.tuned[before], self.masked[before], explain=self.explain
-            )
-            self.hide(rule, maps, before)
+    def tune(masked: MaskedDataset) -> None:
+        """Fine-tune both networks, and predict."""
+        name = f"{masked.rule}"
+        held_out.masked[name] = masked
+        networks = _both(_tune, trained, of_parts(masked), finetune=finetune)
+        _refuse_shared_weights(networks, "finetune")
+        tuned[name] = networks
+        held_out.predictions[name] = join(predict_others(networks, parts))
 
-    def tune(self, rule: Rule) -> None:
-        """Fine-tune on masked images, and predict."""
-        mask = f"{rule}"
-        weights = [*self.networks[0].parameters(), *self.networks[1].parameters()]
-        networks = self.kept(
-            mask,
-            [self.images[mask].own_masks, *weights],
-            _tune,
-            self.networks,
-            self.masked[mask],
-            finetune=self.finetune,
+    @functools.cache
+    def first_maps(by_exchange: bool) -> Tensor:
+        return maps_for(by_exchange, trained, parts)
+
+    nowhere = torch.zeros_like(train.images[:1, 0], dtype=torch.bool)
+    tune(
+        MaskedDataset(
+            train, nowhere.expand(len(train), -1, -1), seed=seed, rule=NOTHING
         )
-        self.tuned[mask] = networks
-        predicted = self.both(_classes, networks[::-1], self.parts)
-        self.held_out.predictions[mask] = self.join(predicted)
+    )
+    has_few = held_out.is_mistake.sum() < FEW
+    rounds = [of_round for rule in candidates for of_round in rule.each_round]
+    rounds.sort(key=lambda rule: rule.rounds)
+    bar = progress.bar(rounds)
+    for rule in bar:
+        bar.set_description(f"{rule}")
+        name = f"{rule}"
+        earlier = None
+        if rule.rounds == 1:
+            try:
+                maps = first_maps(rule.exchange)
+            except NoMapsError:
+                if not any(rule.exchange for rule in candidates):
+                    raise
+                held_out.has_maps = False
+                continue
+        else:
+            before = f"{replace(rule, rounds=rule.rounds - 1)}"
+            if before not in tuned:
+                continue
+            earlier = held_out.masked[before]
+            maps = maps_for(rule.exchange, tuned[before], of_parts(earlier))
+        masked = rule.mask(train, maps, earlier, seed)
+        if earlier and torch.equal(masked.own_masks, earlier.own_masks):
+            continue
+        shares = _both(explained, trained[::-1], of_parts(masked), predicted)
+        held_out.explained[name] = join(shares)
+        held_out.mean_masks[name] = masked.own_masks.mean(0, dtype=torch.float32).cpu()
+        tune(masked)
+        if not has_few:
+            yield held_out
+    if has_few:
+        for name in held_out.tried:
+            images = of_parts(held_out.masked[name])
+            accuracies = {}
+            for model, networks in tuned.items():
+                shares = _both(_resampled_accuracy, networks[::-1], images)
+                accuracies[model] = sum(shares) / 2
+            held_out.resampled[name] = accuracies
+        yield held_out
 
-    def resample(self, mask: str, model: str) -> None:
-        """Let a model predict images whose hidden part comes from another at random."""
-        judges = self.tuned[model][::-1]
-        shares = self.both(_resampled_accuracy, judges, self.masked[mask])
-        self.held_out.resampled[mask][model] = sum(shares) / 2
+
+def _both(step: Callable, *pairs: Sequence, **options: Any) -> list:
+    """A step for each fold, side by side if joblib is configured so."""
+    calls = zip(*pairs, strict=True)
+    return Parallel()(delayed(step)(*of_fold, **options) for of_fold in calls)
 
 
 def _fit(fold: Split, fit: Fit) -> nn.Module:
@@ -277,11 +227,10 @@ def _fit(fold: Split, fit: Fit) -> nn.Module:
     if types != {torch.float32}:
         raise TypeError(f"weights are {types}; allowed: torch.float32.")
     logits = predict(network, fold[:2])
-    is_of_classes = logits.ndim == 2 and logits.shape[1] >= classes
-    if not is_of_classes or not logits.isfinite().all():
+    if logits.ndim != 2 or logits.shape[1] < classes:
         raise ValueError(
             f"the trained network predicts {logits.tolist()} for two images; allowed: "
-            f"a finite number for each of {classes} classes."
+            f"a number for each of {classes} classes."
         )
     return network
 
@@ -296,12 +245,36 @@ def _checked(network: nn.Module, made_by: str) -> nn.Module:
     return network
 
 
+def _refuse_shared_weights(networks: list[nn.Module], made_by: str) -> None:
+    """A network that shares memory with one of the other fold has seen its images."""
+    first, second = [
+        {
+            tensor.untyped_storage().data_ptr()
+            for tensor in network.state_dict().values()
+        }
+        for network in networks
+    ]
+    if first & second:
+        raise ValueError(
+            f"{made_by} returned two networks that share weights; allowed: a new one "
+            "for each fold."
+        )
+
+
 def _maps(network: nn.Module, fold: Split | MaskedDataset, explain: Explain) -> Tensor:
     return explain(network, fold.images, fold.labels)
 
 
-def _classes(network: nn.Module, fold: Split) -> Tensor:
-    return predict(network, fold).argmax(1)
+def _classes(network: nn.Module, images: Split | MaskedDataset) -> Tensor:
+    logits = predict(network, images)
+    is_finite = logits.isfinite().all(1)
+    if not is_finite.all():
+        raise ValueError(
+            f"a network predicts {logits[~is_finite][0].tolist()} for one of "
+            f"{(~is_finite).sum()} images; allowed: finite numbers. Do weights become "
+            "infinite in training?"
+        )
+    return logits.argmax(1)
 
 
 def _resampled_accuracy(judge: nn.Module, masked: MaskedDataset) -> float:

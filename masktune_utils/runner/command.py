@@ -13,11 +13,18 @@ from yaml import YAMLError
 from masktune_utils import datasets, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
-from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, root
+from masktune_utils.settings import (
+    DEFAULTS,
+    OF_TRAINING,
+    REPOSITORY,
+    RUNTIME,
+    Settings,
+    root,
+)
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
-PUBLISHED = REPOSITORY / "sweeps" / "published.yaml"
+PUBLISHED = REPOSITORY / "studies" / "sweeps" / "published.yaml"
 SWEEP = ["02_erm", "03_saliency_masks", "04_finetune_sweep"]
 CHOICE = "06_choice"
 COMMANDS = {
@@ -44,7 +51,13 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
     add = parser.add_argument
     add("command", choices=COMMANDS)
-    add("grid", nargs="?", type=Path, default=PUBLISHED, help="YAML file, see sweeps/")
+    add(
+        "grid",
+        nargs="?",
+        type=Path,
+        default=PUBLISHED,
+        help="YAML file, see studies/sweeps/",
+    )
     add("--jobs", type=int, help="notebooks at once")
     add("--dask", help="address of a Dask scheduler whose cluster shares the files")
     add("--dry-run", action="store_true", help="count the notebooks, and run nothing")
@@ -79,27 +92,30 @@ def _run(arguments: Namespace) -> int:
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
-    datasets.load(resolved[0])  # what cannot be read or drawn is refused here
+    plain = {name: DEFAULTS[name] for name in OF_TRAINING}
+    for images in {settings.base.replace(**plain) for settings in resolved}:
+        datasets.load(images)  # what cannot be read or drawn is refused here
     stems = [f"{notebook}"] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
-    Path(directory).mkdir(parents=True, exist_ok=True)
     device = store.resolve_device(resolved[0].device)
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
     errors = jobs.execute(stages, arguments.jobs or count)
     for job, error in errors.items():
         print(f"failed: {job.copy}: {error}", file=sys.stderr)
-    _print_table(directory, {settings.experiment for settings in resolved})
+    for directory in dict.fromkeys(settings.directory for settings in resolved):
+        _print_table(directory, {settings.experiment for settings in resolved})
     for stage in reversed(stages):
         for job in stage:
             if job not in errors and job.stem in (CHOICE, jobs.PLOTS):
                 page = jobs.write_page(job)
                 print(f"page: {page}")
-                if job.stem == CHOICE:
-                    print(page.with_name("reason.txt").read_text())
+                reason = page.with_name("reason.txt")
+                if job.stem == CHOICE and reason.exists():
+                    print(reason.read_text())
     return 1 if errors else 0
 
 

@@ -70,6 +70,8 @@ def take(cores: int) -> Iterator[Manager]:
                     "OMP_NUM_THREADS": f"{cores}",
                     **os.environ,
                     "LOKY_MAX_CPU_COUNT": f"{cores}",
+                    # A torch.py in the working directory is not imported.
+                    "PYTHONSAFEPATH": "1",
                 },
             )
         client = manager.blocking_client()

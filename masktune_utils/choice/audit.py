@@ -1,0 +1,133 @@
+"""Where do the mistakes of a classifier come from? Forward passes alone tell.
+
+Ours; see `exchange` for what it builds on.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from masktune_utils.choice.exchange import FEW, Swaps, exchange_map, place, swap
+from masktune_utils.data import Split
+from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.metrics import Network, predict
+
+REGION = Rule("mean_std", 2, dilation=3, shared=True, exchange=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Where the mistakes of a classifier come from.
+
+    Attributes:
+        images: that the classifier has not seen.
+        predicted: N, their predicted classes.
+        mistake_map: h×w, see `exchange.exchange_map`.
+        region: H×W, bool, where it points.
+        swaps: of the region, see `exchange.swap`.
+        elsewhere: how many mistakes move with a region of the same shape at three
+            other places.
+    """
+
+    images: Split
+    predicted: Tensor
+    mistake_map: Tensor
+    region: Tensor
+    swaps: Swaps
+    elsewhere: list[int]
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether more than twice as many mistakes move with it as with other places.
+
+        Never if there are fewer than `FEW` mistakes.
+        """
+        has_enough = len(self.swaps.mistakes) >= FEW
+        return has_enough and len(self.swaps.moving) > max(1, 2 * max(self.elsewhere))
+
+    @property
+    def kinds(self) -> pd.DataFrame:
+        """Of each class and prediction: how many mistakes, and how many move."""
+        mistakes = self.swaps.mistakes
+        names = self.images.class_names
+        labels = self.images.labels[mistakes]
+        table = pd.DataFrame(
+            {
+                "class": [names[number] for number in labels],
+                "prediction": [names[number] for number in self.predicted[mistakes]],
+                "moves": torch.isin(mistakes, self.swaps.moving),
+            }
+        )
+        by_kind = table.groupby(["class", "prediction"])["moves"]
+        kinds = by_kind.agg(mistakes="size", move="sum")
+        return kinds.sort_values("mistakes", ascending=False)
+
+    @property
+    def reason(self) -> str:
+        """What was found, in words. A person says what it means."""
+        count = len(self.swaps.mistakes)
+        if count < FEW:
+            return (
+                f"{count} mistakes of {len(self.images)} images: too few to tell where "
+                f"they come from ({FEW} are needed)."
+            )
+        fewest = min(self.elsewhere)
+        most = max(self.elsewhere)
+        words = (
+            f"{len(self.swaps.moving)} of {count} mistakes move with the {place(self.region)} "
+            f"({self.region.float().mean():.0%} of the image); with other places of "
+            f"this shape {fewest} to {most}.\n"
+        )
+        if not self.stands_out:
+            return f"{words}No place stands out: this says nothing."
+        return (
+            f"{words}Look at the pictures: if your classes are not about this part, the "
+            "network is misled there."
+        )
+
+
+def audit(network: Network, images: Split, seed: int = 0) -> Audit:
+    """Find the part of the image with which the mistakes of a classifier move.
+
+    It names a place. Whether the classes are about it, a person says: evidence
+    misleads, too.
+
+    Args:
+        network: any network, or a function: images in [0, 1], B×C×H×W → logits or
+            probabilities, B×classes.
+        images: with labels; images that it was not trained on.
+        seed: of random choices.
+
+    Raises:
+        ValueError: it predicts a number of classes other than that of the images.
+    """
+    outputs = predict(network, images)
+    count = len(images.class_names)
+    if outputs.shape[1] != count:
+        raise ValueError(
+            f"the classifier predicts {outputs.shape[1]} classes; allowed: the {count} "
+            f"of the images, {', '.join(images.class_names)}."
+        )
+    predicted = outputs.argmax(1)
+    falls = exchange_map(network, images, predicted, seed)
+    maps = falls.clamp(min=0).expand(len(images), -1, -1)
+    region = REGION.mask(images, maps).own_masks[0]
+
+    def swap_region(where: Tensor) -> Swaps:
+        masks = where.expand(len(images), -1, -1)
+        return swap(network, MaskedDataset(images, masks, seed=seed), predicted)
+
+    elsewhere = [len(swap_region(where).moving) for where in _elsewhere(region)]
+    swaps = swap_region(region)
+    return Audit(images, predicted, falls, region.cpu(), swaps, elsewhere)
+
+
+def _elsewhere(region: Tensor) -> list[Tensor]:
+    """The region, moved by half of the image: down, right, and both.
+
+    What is moved over an edge comes in at the other one.
+    """
+    down, right = (side // 2 for side in region.shape)
+    return [region.roll(by, (0, 1)) for by in ((down, 0), (0, right), (down, right))]
