@@ -1,6 +1,7 @@
 """The models of an experiment, their maps, choice and results: loaded, or else made."""
 
 import copy
+import math
 import re
 import time
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from masktune_utils.settings import (
 )
 
 CHOICE_FILE = "CNN_choice.pth"  # beside the checkpoints
-EARLY = 12  # a choice looks first after this part of the epochs: 4 of 50
+EARLY = 8000  # images that networks see in training before a choice looks first
 
 
 class Trained(NamedTuple):
@@ -300,17 +301,18 @@ def choose(base: Trained) -> Choice:
         CheckpointError: what is saved is damaged, or was made with something else.
     """
     train = base.images
-    early_epochs = max(1, base.settings.epochs // EARLY)
-    early = base.settings.replace(epochs=early_epochs)
+    settings = base.settings
+    early_epochs = min(settings.epochs, math.ceil(2 * EARLY / len(train)))
+    early = settings.replace(epochs=early_epochs)
     jobs = min(2, joblib.cpu_count()) if train.labels.is_cpu else 1
     threads = max(1, torch.get_num_threads() // jobs)
     with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
         return load_or_choose(
-            base.settings.folder("checkpoints") / CHOICE_FILE,
+            settings.folder("checkpoints") / CHOICE_FILE,
             train,
-            partial(fit_half, base.settings),
-            seed=base.settings.seed,
-            early=partial(fit_half, early),
+            partial(fit_half, settings),
+            seed=settings.seed,
+            early=partial(fit_half, early) if early != settings else None,
             early_epochs=early_epochs,
             base_sha256=base.sha256,
         )

@@ -262,7 +262,7 @@ def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     """All rows of one kind and seed: every mask is tried, whatever the choice needs.
 
-    By late halves only if early ones make no mask clear.
+    By late halves only if early ones choose no mask.
     """
     torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
@@ -272,7 +272,6 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     for name, network in known.items():
         worst_groups["", name] = results.evaluate(network, sets)["worst_group"]
     tried = 0
-    chosen_gain = -1.0
     for halves, epochs in EPOCHS.items():
         fit_half = partial(fit, seed=seed, epochs=epochs)
         stages = try_masks(sets.train, fit_half, fine_tune, CANDIDATES, seed=seed)
@@ -287,11 +286,10 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
         trials.save(run_name, held_out, of_models)
         verdict = score.judge(held_out)
         tried += number_tried(held_out, verdict)
-        if verdict.gain >= chosen_gain:
-            chosen_gain = verdict.gain
-            chosen_model = ("" if verdict.chosen == ERM else halves, verdict.chosen)
-            mistakes = held_out.is_mistake.sum().item()
-        if verdict.is_final:
+        mistakes = held_out.is_mistake.sum().item()
+        chosen_model = ("", ERM)
+        if verdict.chosen != ERM:
+            chosen_model = (halves, verdict.chosen)
             break
     rows = []
     for (halves, model), share in worst_groups.items():

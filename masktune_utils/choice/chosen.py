@@ -157,8 +157,7 @@ def choose(
 
     A shortcut is learned first, and conflicting images last. So a network that is
     trained for a short time gives it away in more mistakes, at less cost. With `early`,
-    such networks are tried first; only if they make no mask clear, those of `fit` are
-    tried, too. Then the larger gain counts.
+    such networks are tried first; only if they choose no mask, those of `fit` decide.
 
     Args:
         train: the training images; only these and their classes are used.
@@ -197,15 +196,16 @@ def choose(
             "or more, of 2 images or more each."
         )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
-    choices = []
-    for of_length in (early, fit) if early else (fit,):
-        stages = try_masks(train, of_length, schedule, candidates, explain, int(seed))
+    for fit_half in (early, fit) if early else (fit,):
+        stages = try_masks(train, fit_half, schedule, candidates, explain, int(seed))
         for held_out in stages:
             verdict = judge(held_out)
             if verdict.is_final:
-                return Choice(held_out, schedule, verdict)
-        choices.append(Choice(held_out, schedule, verdict))
-    return max(choices[::-1], key=lambda choice: choice.verdict.gain)
+                break
+        choice = Choice(held_out, schedule, verdict)
+        if not choice.is_kept:
+            break
+    return choice
 
 
 def load_or_choose(

@@ -29,14 +29,12 @@ class Verdict:
         chosen: a mask; or `ERM`, which is then kept.
         best: the chosen mask; if ERM is kept, the one that gains most.
         reason: in words.
-        gain: of the chosen mask; 0 if ERM is kept.
         is_final: whether no further mask need be tried.
     """
 
     chosen: str
     best: str
     reason: str
-    gain: float = 0.0
     is_final: bool = False
 
 
@@ -119,7 +117,7 @@ def judge(held_out: HeldOut) -> Verdict:
     if good.empty:
         kept = "ERM is kept: no mask clearly corrects its mistakes. The best:"
         return Verdict(ERM, best, f"{kept} {counts}")
-    return Verdict(best, best, f"Chosen: {counts}", gain[best], is_final=len(clear) > 0)
+    return Verdict(best, best, f"Chosen: {counts}", is_final=len(clear) > 0)
 
 
 def _counts(held_out: HeldOut, mask: str, row: pd.Series) -> str:
