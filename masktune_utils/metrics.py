@@ -30,6 +30,7 @@ def predict(
 
     Raises:
         TypeError: the network returns no tensor.
+        ValueError: a number that it predicts is not finite.
     """
     modes = {}
     device = None
@@ -49,7 +50,13 @@ def predict(
     if not isinstance(logits[0], Tensor):
         kind = type(logits[0]).__name__
         raise TypeError(f"the network returns a {kind}; allowed: logits, N×classes.")
-    return torch.cat(logits).float().cpu()
+    predicted = torch.cat(logits).float().cpu()
+    if not predicted.isfinite().all():
+        raise ValueError(
+            "the network predicts numbers that are not finite; allowed: finite ones. Do "
+            "its weights become infinite in training?"
+        )
+    return predicted
 
 
 def is_right(logits: Tensor, labels: Tensor) -> Tensor:

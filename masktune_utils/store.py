@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor
 
@@ -84,12 +83,11 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read(path: Path, runs_code: bool = False) -> Any:
-    """What torch.save has written.
+def read(path: Path) -> Any:
+    """What torch.save has written; no code in the file is run.
 
     Args:
         path: the file.
-        runs_code: whether code in the file is run, as whole networks need it.
 
     Raises:
         CheckpointError: the file is damaged or foreign.
@@ -101,14 +99,13 @@ def read(path: Path, runs_code: bool = False) -> Any:
             if damaged:  # torch does not look
                 raise ValueError(f"its part {damaged} has another CRC")
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=not runs_code)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def kept(
     path: Path,
     made_with: dict,
     make: Callable[[], dict],
-    runs_code: bool = False,
 ) -> dict:
     """What a file holds; it is made first if it is not there, and never replaced.
 
@@ -118,8 +115,6 @@ def kept(
         path: the file.
         made_with: all that the content depends on, by name, as plain values.
         make: returns the content: tensors and plain values by name.
-        runs_code: whether the content may be whole networks, also of classes that are
-            defined in a notebook. Reading the file then runs code in it.
 
     Returns:
         The content, and `settings`: with what it was made.
@@ -134,9 +129,9 @@ def kept(
         # Through memory: torch hides that a disk is full.
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
-        torch.save(content, buffer, pickle_module=cloudpickle)
+        torch.save(content, buffer)
         write_bytes(path, buffer.getvalue(), is_cache=True)
-    content = read(path, runs_code)
+    content = read(path)
     with reading(path):
         settings = content["settings"]
         names = {**settings, **made_with}

@@ -365,7 +365,7 @@ def test_what_is_predicted_must_be_finite_for_every_image_and_every_mask(few):
     images = torch.full_like(few.images, 255)
     images[-1, 0, 0, 0] = 0
     with_a_black_pixel = Split(images, few.labels)
-    message = r"predicts \[.*\] for one of .* finite numbers"
+    message = "predicts numbers that are not finite"
     with pytest.raises(ValueError, match=message):
         try_all(with_a_black_pixel, fit_logarithms)
     with pytest.raises(ValueError, match=message):

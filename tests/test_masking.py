@@ -159,7 +159,8 @@ def test_partners_are_a_permutation_by_the_seed_anew_in_each_epoch():
     partners = masked.partners
     assert sorted(partners) == [*range(200)]
     assert not torch.equal(LABELS[partners], LABELS)
-    for other in (masked.in_epoch(2), dataclasses.replace(masked, seed=9)):
+    of_another_seed = dataclasses.replace(masked, seed=9)
+    for other in (masked.in_epoch(2), of_another_seed):
         assert not torch.equal(partners, other.partners)
 
 
@@ -199,7 +200,7 @@ def test_dilation_is_in_28ths_of_the_shorter_side():
     """In all directions, up to the edge."""
     masks = torch.zeros(1, 56, 112)
     masks[0, 14, 0] = 1
-    expected = torch.zeros(1, 56, 112)
+    expected = torch.zeros_like(masks)
     expected[0, 6:23, :9] = 1
     rule = Rule("threshold", 0.5, dilation=4)
     wide = rule.image_masks(masks, (56, 112))

@@ -240,8 +240,8 @@ def load_or_choose(
     tensors = {"images": train.images, "labels": train.labels}
     made_with = {
         **made_with,
-        "candidates": "; ".join(map(str, candidates)),
-        "seed": seed,
+        "candidates": repr(candidates),
+        "seed": int(seed),
         "train_sha256": store.sha256(tensors),
     }
 

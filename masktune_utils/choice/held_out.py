@@ -104,7 +104,7 @@ def try_masks(
     Raises:
         NoMapsError: see `chosen.choose`, as for the others.
         TypeError: a network that we cannot work with.
-        ValueError: networks that share weights, or predict what is not finite.
+        ValueError: networks that share weights, or see `metrics.predict`.
     """
     folds = data.folds(train.labels, seed)
     order = torch.cat(folds).argsort()
@@ -248,10 +248,7 @@ def _checked(network: nn.Module, made_by: str) -> nn.Module:
 def _refuse_shared_weights(networks: list[nn.Module], made_by: str) -> None:
     """A network that shares memory with one of the other fold has seen its images."""
     first, second = [
-        {
-            tensor.untyped_storage().data_ptr()
-            for tensor in network.state_dict().values()
-        }
+        {weight.untyped_storage().data_ptr() for weight in network.parameters()}
         for network in networks
     ]
     if first & second:
@@ -266,15 +263,7 @@ def _maps(network: nn.Module, fold: Split | MaskedDataset, explain: Explain) -> 
 
 
 def _classes(network: nn.Module, images: Split | MaskedDataset) -> Tensor:
-    logits = predict(network, images)
-    is_finite = logits.isfinite().all(1)
-    if not is_finite.all():
-        raise ValueError(
-            f"a network predicts {logits[~is_finite][0].tolist()} for one of "
-            f"{(~is_finite).sum()} images; allowed: finite numbers. Do weights become "
-            "infinite in training?"
-        )
-    return logits.argmax(1)
+    return predict(network, images).argmax(1)
 
 
 def _resampled_accuracy(judge: nn.Module, masked: MaskedDataset) -> float:

@@ -50,8 +50,8 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         no mistakes of ERM (the mean over classes). In numbers, without weights: how
         many mistakes `move` with what the mask hides, in half of the swaps or more; how
         many nothing masked and the mask correct, `nothing_corrects` and
-        `mask_corrects`. And the accuracy of the `worst_class` with the mask. If no
-        mistake moves, the score is 0, and has no error.
+        `mask_corrects`. And whether the mask `destroys` a class: its accuracy falls
+        below chance. If no mistake moves, the score is 0, and has no error.
     """
     labels = pd.Series(held_out.labels)
     predictions = pd.DataFrame(held_out.predictions)
@@ -72,6 +72,9 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
     error = ((count * variance + 1) / (count + 1) / count) ** 0.5
 
     of_rest = better[~is_mistake].groupby(labels).mean().mean()
+    of_classes = right.groupby(labels).mean()
+    chance = 1 / len(of_classes)
+    floor = of_classes[NULL].clip(upper=chance)
     columns = {
         "nothing": weights.mul(nothing, axis=0).sum(),
         "mask": (weights * with_mask[is_mistake]).sum(),
@@ -81,7 +84,7 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
         "moves": (shares >= 0.5).sum(),
         "nothing_corrects": nothing.sum(),
         "mask_corrects": with_mask[is_mistake].sum(),
-        "worst_class": with_mask.groupby(labels).mean().min(),
+        "destroys": of_classes[held_out.tried].lt(floor, axis=0).any(),
     }
     return pd.DataFrame(columns)
 
@@ -89,8 +92,8 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a mask of those that were tried, or keep ERM.
 
-    A mask is good if its score is positive beyond doubt, it gains `ENOUGH`, and no
-    class is below chance with it. The first good one that gains `CLEAR` of what nothing
+    A mask is good if its score is positive beyond doubt, it gains `ENOUGH`, and it
+    brings no class below chance. The first good one that gains `CLEAR` of what nothing
     masked leaves is taken; else the first good one within `BETTER` standard errors of
     the best.
     """
@@ -100,8 +103,7 @@ def judge(held_out: HeldOut) -> Verdict:
     gain = table["gain"]
     is_sure = table["score"] >= SURE * table["error"]
     is_enough = gain >= ENOUGH
-    chance = 1 / len(held_out.labels.unique())
-    is_good = is_sure & is_enough & (table["worst_class"] >= chance)
+    is_good = is_sure & is_enough & ~table["destroys"]
     is_clear = is_good & (gain >= CLEAR * (1 - table["nothing"]))
     good = gain[is_good]
     clear = gain[is_clear]
