@@ -16,7 +16,7 @@ from masktune_utils import results
 from masktune_utils.choice import ERM, HeldOut, score
 
 SEEDS = [200, 203, 300, 400]  # the first of each range
-CLEAR = [score.CLEAR, 0.7, 0.9, 9.0]  # with 9, no mask is taken at once
+CLEAR = [score.CLEAR, 0.5, 0.7, 0.8, 0.9, 9.0]  # with 9, no mask is taken at once
 
 
 def outcome(name: str, held_out: HeldOut, worst_groups: pd.Series) -> dict:

@@ -2,12 +2,15 @@
 
 import copy
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from masktune_utils import store, training
@@ -250,15 +253,20 @@ def load_or_choose(
         content = vars(choice.held_out)
         masks = {}
         for name, masked in content.pop("masked").items():
-            masks[name] = (asdict(masked.rule), masked.own_masks.cpu())
+            pixels = np.ascontiguousarray(masked.own_masks.cpu())
+            packed = zlib.compress(pixels)
+            masks[name] = (asdict(masked.rule), f"{pixels.dtype}", packed)
         return {"held_out": content, "masks": masks}
 
     saved = store.kept(Path(path).expanduser(), made_with, make)
     held_out = HeldOut(**saved["held_out"])
-    for name, (fields, own_masks) in saved["masks"].items():
+    images = train.images[:, 0]
+    for name, (fields, dtype, packed) in saved["masks"].items():
+        pixels = np.frombuffer(zlib.decompress(packed), dtype).copy()
+        own_masks = torch.from_numpy(pixels).view(images.shape).to(images.device)
         rule = Rule(**fields)
         held_out.masked[name] = MaskedDataset(
-            train, own_masks.to(train.images.device), rule.fill, seed, rule=rule
+            train, own_masks, rule.fill, seed, rule=rule
         )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
     return Choice(held_out, schedule, judge(held_out))

@@ -17,7 +17,7 @@ from masktune_utils.choice.held_out import ERM, NULL, HeldOut
 
 SURE = 1.64  # standard errors that a score must exceed: one-sided, 95 %
 ENOUGH = 0.1  # what a mask must gain
-CLEAR = 0.8  # of what nothing masked leaves: a mask that gains this much is taken
+CLEAR = 0.6  # of what nothing masked leaves: a mask that gains this much is taken
 BETTER = 0.5  # standard errors by which a later mask must gain more than an earlier one
 
 
