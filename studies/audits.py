@@ -1,0 +1,55 @@
+"""Does an audit find the shortcut? Kinds and seeds of registered.py.
+
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/audits.py 400
+
+makes the rows that are missing in `results/audits.csv`, two runs at a time, one minute
+of one core each: ERM of 4,000 images is audited by 1,000 and by 300 other training
+images, drawn like the former (their seed is 1,000 higher).
+"""
+
+import sys
+
+import registered
+import torch
+from resume import resume
+
+from masktune_utils.choice import audit
+from masktune_utils.settings import REPOSITORY
+
+FILE = REPOSITORY / "results" / "audits.csv"
+COUNTS = [1000, 300]
+
+
+def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
+    """A row for each number of images."""
+    torch.set_num_threads(1)
+    train = registered.load(dataset, labels, kind, seed).train
+    network = registered.fit(train, seed)
+    others = registered.load(dataset, labels, kind, seed + 1000).train
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    rows = []
+    for count in COUNTS:
+        found = audit(network, others[order[:count]], seed)
+        area = found.images.shortcut.float().mean(0)
+        covered = (area * found.region).sum() / area.sum()
+        rows.append(
+            {
+                **dict(zip(registered.KEY, (dataset, labels, kind, seed), strict=True)),
+                "images": count,
+                "mistakes": len(found.swaps.mistakes),
+                "move": len(found.swaps.moving),
+                "move_elsewhere": max(found.elsewhere),
+                "stands_out": found.stands_out,
+                "region": found.region.float().mean().item(),
+                "shortcut_covered": covered.item(),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    import audits  # its functions have this name in the other processes, too
+
+    seeds = [int(seed) for seed in sys.argv[1:]]
+    runs = [(*kind, seed) for seed in seeds for kind in registered.PLAN]
+    resume(FILE, registered.KEY, runs, audits.run)
