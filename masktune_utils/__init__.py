@@ -11,7 +11,8 @@ The core, plain functions on networks and images, which know no settings:
     saliency     maps, by torchcam
     masking      rules from maps to masks; masked images; MaskTune itself
     metrics      predictions, accuracies
-    choice/      which mask? exchange, held_out, score
+    choice/      where do mistakes come from, which mask? exchange, audit, held_out,
+                 score, chosen
 
 The shell, which gives the core settings, caching, notebooks and a command:
 
