@@ -36,7 +36,7 @@ def predict(
     device = None
     if isinstance(model, nn.Module):
         modes = {module: module.training for module in model.modules()}
-        device = next(model.parameters()).device
+        device = getattr(next(model.parameters(), None), "device", None)
         model.eval()
     logits = []
     try:

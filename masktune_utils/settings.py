@@ -38,7 +38,6 @@ RUNTIME = {"directory", "device"}  # no result depends on them
 # Not listed in names: each has a place of its own in the path.
 IN_PATH = {*RUNTIME, "dataset", "seed", "method", "param"}
 OF_RULE = Rule.__annotations__
-OF_TRAINING = {"epochs", "batch_size", "lr", "lr_decay_epochs", "seed"}
 
 
 Digits = AfterValidator(lambda number: float(f"{number:.4g}"))
@@ -157,7 +156,8 @@ class BaseSettings(BaseModel):
     @property
     def training(self) -> dict:
         """The arguments of `training.train` for the base model."""
-        return self.model_dump(include=OF_TRAINING)
+        names = {"epochs", "batch_size", "lr", "lr_decay_epochs", "seed"}
+        return self.model_dump(include=names)
 
 
 class Settings(BaseSettings):

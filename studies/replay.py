@@ -54,16 +54,23 @@ def summary(runs: pd.DataFrame) -> pd.Series:
     )
 
 
-def main() -> None:
-    saved = {}
+def summaries(seeds: str = "") -> pd.DataFrame:
+    """Of each range of seeds.
+
+    Args:
+        seeds: how they begin.
+    """
+    rows = []
     for name in trials.names():
-        if "/" not in name:
-            saved[name] = results.read_trial(name)
+        if "/" not in name and name.rpartition("_")[2].startswith(seeds):
+            rows.append(outcome(name, *results.read_trial(name)))
+    return pd.DataFrame(rows).groupby("range")[[*rows[0]]].apply(summary)
+
+
+def main() -> None:
     for clear in CLEAR:
         score.CLEAR = clear
-        rows = [outcome(name, *run) for name, run in saved.items()]
-        table = pd.DataFrame(rows).groupby("range")[[*rows[0]]].apply(summary)
-        print(f"CLEAR = {clear:g}", table.round(2).to_string(), "", sep="\n")
+        print(f"CLEAR = {clear:g}", summaries().round(2).to_string(), "", sep="\n")
 
 
 if __name__ == "__main__":

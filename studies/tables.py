@@ -7,10 +7,12 @@ in the two files is written by hand; the numbers in it are looked up: phrases th
 file lacks are printed.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import replay
 from registered import OUT_OF_REACH
 from scipy.stats import ttest_rel
 
@@ -277,7 +279,14 @@ def phrases_of_readme() -> list[str]:
         f"median regret is {hidden['regret'].median():.1f} points",
         f"the mean {hidden['regret'].mean():.1f} (limit: 2.5, **missed**)",
         f"{(photos['chosen'] > photos[ERM]).sum()} of {len(photos)} rise",
+        f"mean regret {replayed()['regret']:.1f}",
     ]
+
+
+@functools.cache  # it takes seconds
+def replayed() -> pd.Series:
+    """Today's rule on the saved predictions of the registered test."""
+    return replay.summaries("30").iloc[0]
 
 
 def phrases_of_test() -> list[str]:
@@ -298,6 +307,9 @@ def phrases_of_test() -> list[str]:
         f"{frames / hidden['ahead'].sum():.0%} is from six runs with a frame",
         f"two of {len(half_right)} runs (ten digits, none)",
         "lose {1:.1f} and {0:.1f} points".format(*losses),
+        "mean regret {regret:.2f} where".format(**replayed()),
+        "the largest {largest:.1f}, {harmed:.0f} harmed".format(**replayed()),
+        "{tried:.1f} masks tried".format(**replayed()),
     ]
 
 

@@ -21,7 +21,11 @@ OTHER_DEFAULTS = {
     "11_abstaining": {"dataset": "mnist5k", "validation_share": 0.2},
     "07_your_own": {
         "folder": "",
+        "classifier": "",
+        "mean": [0.0, 0.0, 0.0],
+        "std": [1.0, 1.0, 1.0],
         "size": 96,
+        "example": "date",
         "network": "small",
         "weights": "",
         "epochs": 20,

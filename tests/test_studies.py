@@ -61,10 +61,11 @@ def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(
     torch.save(resnet18().state_dict(), on_disk / "resnet18-f37072fd.pth")
     shown = execute_07(tmp_path / "mine", network=network, weights=weights, size=32)
     assert re.search("hosen|ERM is kept", shown)
+    assert re.search("mistakes (of|move)", shown)
     assert "stderr" not in shown
     (files,) = (tmp_path / "runs" / "your_own").iterdir()
     names = {path.name for path in files.iterdir()}
-    assert names == {"choice", "masks.npz", "erm.pt", "chosen.pt"}
+    assert names == {"choice.pt", "masks.npz", "erm.pt", "chosen.pt"}
     masks = np.load(files / "masks.npz")["masks"]
     assert masks.shape == (20, 32, 32)
 
@@ -73,8 +74,10 @@ def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"network": "resnet"}, "network is 'resnet'; allowed: small, alexnet"),
-        ({"network": "resnet18", "weights": "default"}, "pth is not on disk"),
+        ({"network": "resnet"}, "network is 'resnet' ''; allowed: .'small', 'alexnet"),
+        ({"network": "resnet18", "weights": "default"}, "not on disk: resnet18"),
+        ({"classifier": "none.onnx"}, "none.onnx is no file"),
+        ({"example": "dust"}, "example is 'dust'"),
         ({"colour": "blue"}, "colour is not a parameter"),
     ],
 )

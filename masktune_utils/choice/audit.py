@@ -14,7 +14,8 @@ from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.metrics import Network, predict
 
-REGION = Rule("mean_std", 2, dilation=3, shared=True, exchange=True)
+# Where the exchange map is above half of its maximum.
+REGION = Rule("threshold", 0.5, "map", dilation=3, shared=True, exchange=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class Audit:
         )
 
 
-def audit(network: Network, images: Split, seed: int = 0) -> Audit:
+def audit(network: Network, images: Split, seed: int = 0, rule: Rule = REGION) -> Audit:
     """Find the part of the image with which the mistakes of a classifier move.
 
     It names a place. Whether the classes are about it, a person says: evidence
@@ -99,6 +100,7 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
             probabilities, B×classes.
         images: with labels; images that it was not trained on.
         seed: of random choices.
+        rule: how the region is made from the exchange map.
 
     Raises:
         ValueError: it predicts a number of classes other than that of the images.
@@ -113,7 +115,7 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
     predicted = outputs.argmax(1)
     falls = exchange_map(network, images, predicted, seed)
     maps = falls.clamp(min=0).expand(len(images), -1, -1)
-    region = REGION.mask(images, maps).own_masks[0]
+    region = rule.mask(images, maps).own_masks[0]
 
     def swap_region(where: Tensor) -> Swaps:
         masks = where.expand(len(images), -1, -1)

@@ -15,7 +15,6 @@ from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
 from masktune_utils.settings import (
     DEFAULTS,
-    OF_TRAINING,
     REPOSITORY,
     RUNTIME,
     Settings,
@@ -92,9 +91,8 @@ def _run(arguments: Namespace) -> int:
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
-    plain = {name: DEFAULTS[name] for name in OF_TRAINING}
-    for images in {settings.base.replace(**plain) for settings in resolved}:
-        datasets.load(images)  # what cannot be read or drawn is refused here
+    for base in {settings.base for settings in resolved}:
+        datasets.load(base)  # what cannot be read or drawn is refused here
     stems = [f"{notebook}"] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
     if arguments.dry_run:
