@@ -8,6 +8,7 @@ prediction to choose by: uLA (Tsirigotis et al., 2023). Using them to choose mas
 ours.
 """
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -131,6 +132,8 @@ def _counts(held_out: HeldOut, mask: str, row: pd.Series) -> str:
         f"{row['mask_corrects']:.0f}, nothing masked {row['nothing_corrects']:.0f}; "
         f"{row['moves']:.0f} move with what it hides. "
     )
+    if math.isnan(row["error"]):
+        return f"{words}No swap moves a mistake: it has no score."
     if abs(row["score"] - plain) >= 0.005:
         words += (
             "By kind of mistake, those that move counted more: "
