@@ -18,6 +18,7 @@ from scipy.stats import ttest_rel
 
 from masktune_utils import results
 from masktune_utils.choice import ERM
+from masktune_utils.choice.exchange import FEW
 from masktune_utils.settings import REPOSITORY
 
 FOLDER = REPOSITORY / "results"
@@ -232,6 +233,26 @@ def table_of_photographs() -> list[str]:
     return means_and_ranges(parts, [ERM, "chosen", "oracle"])
 
 
+def table_of_audits() -> list[str]:
+    """How often an audit has enough mistakes, and finds the shortcut."""
+    runs = read("audits.csv").assign(
+        can_tell=lambda rows: rows["mistakes"] >= FEW,
+        finds=lambda rows: rows["stands_out"] & (rows["shortcut_covered"] >= 0.5),
+    )
+    parts = {
+        "a mask can hide it": runs[can_hide(runs)],
+        "colour, tint, scattered pixels": runs[runs["kind"].isin(OUT_OF_REACH)],
+        "no shortcut": runs.query("kind == 'none'"),
+    }
+    lines = []
+    for name, members in parts.items():
+        for images, rows in members.groupby("images", sort=False):
+            counts = rows[["can_tell", "stands_out", "finds"]].sum()
+            values = [images, len(rows), *counts]
+            lines.append(line(name, [f"{value}" for value in values]))
+    return lines
+
+
 def authors_table() -> list[str]:
     """The setting of the authors' code, and its differences from ours."""
     runs = read("reference_paper_setting.csv").set_index("model").sort_index()
@@ -261,6 +282,7 @@ TABLES = {
     f"|a mask can hide it|{RANGES}": table_by_set,
     "|registered test, points|outcome|announced|": table_of_measures,
     "|photographs|runs|ERM|chosen|oracle|": table_of_photographs,
+    "|audit|images|runs|five mistakes|stands out|covers half|": table_of_audits,
     "|red 4×4, ordered|raw|biased|worst group|": authors_table,
     "|text|square, placement, conflicting images|ERM|fine-tuned|": table_of_others,
 }
