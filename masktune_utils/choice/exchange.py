@@ -75,8 +75,9 @@ def swap(network: Network, masked: MaskedDataset, predicted: Tensor) -> Swaps:
     labels = masked.labels.cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     resampled = replace(masked, fill="resample")
-    partners = torch.zeros(SWAPS, len(mistakes), dtype=torch.int64)
-    moves = torch.zeros(SWAPS, len(mistakes), dtype=torch.bool)
+    size = (SWAPS, len(mistakes))
+    partners = torch.zeros(size, dtype=torch.int64)
+    moves = torch.zeros(size, dtype=torch.bool)
     if not len(mistakes):
         return Swaps(mistakes, partners, moves)
     for number in range(SWAPS):
@@ -137,7 +138,11 @@ def exchange_map(
         mistakes = mistakes[drawn[:MOST_MISTAKES]]
     partners = class_partners(labels, generator)[mistakes]
     kinds = torch.stack([labels, predicted], 1)[mistakes]
-    _, kind, sizes = kinds.unique(dim=0, return_inverse=True, return_counts=True)
+    _, kind, sizes = kinds.unique(
+        dim=0,
+        return_inverse=True,
+        return_counts=True,
+    )
     weights = 1 / (len(sizes) * sizes[kind])
     labels = labels[mistakes]
     images = split.images[mistakes]
@@ -174,7 +179,8 @@ def place(mask: Tensor) -> str:
     Args:
         mask: H×W.
     """
-    ninth = F.adaptive_avg_pool2d(mask[None].float(), 3).argmax().item()
+    ninths = F.adaptive_avg_pool2d(mask[None].float(), 3)
+    ninth = ninths.argmax().item()
     row = ("top", "middle", "bottom")[ninth // 3]
     column = ("left", "centre", "right")[ninth % 3]
     return f"{row} {column}"
@@ -183,5 +189,7 @@ def place(mask: Tensor) -> str:
 def _windows(side: int) -> list[slice]:
     """At most thirteen, a seventh of a side each, from edge to edge."""
     size = max(1, side // 7)
-    starts = {round(number * (side - size) / 12) for number in range(13)}
+    starts = set()
+    for number in range(13):
+        starts.add(round(number * (side - size) / 12))
     return [slice(start, start + size) for start in sorted(starts)]
