@@ -111,7 +111,7 @@ def from_onnx(
     means, deviations = torch.tensor([mean, std])[..., None, None]
 
     def classify(images: Tensor) -> Tensor:
-        normalized = (images - means) / deviations
+        normalized = (images.cpu() - means) / deviations
         outputs = session.run(None, {inputs[0].name: normalized.numpy()})
         return torch.from_numpy(outputs[0])
 

@@ -74,12 +74,10 @@ class Audit:
                 f"{count} mistakes of {len(self.images)} images: too few to tell where "
                 f"they come from ({FEW} are needed)."
             )
-        fewest = min(self.elsewhere)
-        most = max(self.elsewhere)
         words = (
-            f"{len(self.swaps.moving)} of {count} mistakes move with the {place(self.region)} "
-            f"({self.region.float().mean():.0%} of the image); with other places of "
-            f"this shape {fewest} to {most}.\n"
+            f"{len(self.swaps.moving)} of {count} mistakes move with the "
+            f"{place(self.region)} ({self.region.float().mean():.0%} of the image); with other places of "
+            f"this shape {min(self.elsewhere)} to {max(self.elsewhere)}.\n"
         )
         if not self.stands_out:
             return f"{words}No place stands out: this says nothing."
@@ -89,7 +87,7 @@ class Audit:
         )
 
 
-def audit(network: Network, images: Split, seed: int = 0, rule: Rule = REGION) -> Audit:
+def audit(network: Network, images: Split, seed: int = 0) -> Audit:
     """Find the part of the image with which the mistakes of a classifier move.
 
     It names a place. Whether the classes are about it, a person says: evidence
@@ -100,7 +98,6 @@ def audit(network: Network, images: Split, seed: int = 0, rule: Rule = REGION) -
             probabilities, B×classes.
         images: with labels; images that it was not trained on.
         seed: of random choices.
-        rule: how the region is made from the exchange map.
 
     Raises:
         ValueError: it predicts a number of classes other than that of the images.
@@ -115,7 +112,7 @@ def audit(network: Network, images: Split, seed: int = 0, rule: Rule = REGION) -
     predicted = outputs.argmax(1)
     falls = exchange_map(network, images, predicted, seed)
     maps = falls.clamp(min=0).expand(len(images), -1, -1)
-    region = rule.mask(images, maps).own_masks[0]
+    region = REGION.mask(images, maps).own_masks[0]
 
     def swap_region(where: Tensor) -> Swaps:
         masks = where.expand(len(images), -1, -1)

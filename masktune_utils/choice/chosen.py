@@ -258,15 +258,17 @@ def load_or_choose(
             masks[name] = (asdict(masked.rule), f"{pixels.dtype}", packed)
         return {"held_out": content, "masks": masks}
 
-    saved = store.kept(Path(path).expanduser(), made_with, make)
-    held_out = HeldOut(**saved["held_out"])
+    path = Path(path).expanduser()
+    saved = store.kept(path, made_with, make)
     images = train.images[:, 0]
-    for name, (fields, dtype, packed) in saved["masks"].items():
-        pixels = np.frombuffer(zlib.decompress(packed), dtype).copy()
-        own_masks = torch.from_numpy(pixels).view(images.shape).to(images.device)
-        rule = Rule(**fields)
-        held_out.masked[name] = MaskedDataset(
-            train, own_masks, rule.fill, seed, rule=rule
-        )
+    with store.reading(path):
+        held_out = HeldOut(**saved["held_out"])
+        for name, (fields, dtype, packed) in saved["masks"].items():
+            pixels = np.frombuffer(zlib.decompress(packed), dtype).copy()
+            own_masks = torch.from_numpy(pixels).view(images.shape).to(images.device)
+            rule = Rule(**fields)
+            held_out.masked[name] = MaskedDataset(
+                train, own_masks, rule.fill, int(seed), rule=rule
+            )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
     return Choice(held_out, schedule, judge(held_out))

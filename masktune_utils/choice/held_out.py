@@ -127,26 +127,22 @@ def try_masks(
         return _both(_classes, networks[::-1], images)
 
     def locate_mistakes(networks: list[nn.Module], images: Sequence) -> Tensor:
-        """The mean exchange map of both folds, h×w."""
+        """The mean exchange map of both folds, as that of each image, N×h×w."""
         predicted = predict_others(networks, images)
         falls = _both(exchange_map, networks[::-1], images, predicted, seed=seed)
-        return torch.stack(falls).mean(0)
+        return torch.stack(falls).mean(0).expand(len(train), -1, -1)
 
-    def maps_for(
-        by_exchange: bool, networks: list[nn.Module], images: Sequence
-    ) -> Tensor:
-        """What masks are made of, N×h×w."""
-        if by_exchange:
-            falls = locate_mistakes(networks, images)
-            return falls.clamp(min=0).expand(len(train), -1, -1)
+    def look(networks: list[nn.Module], images: Sequence) -> Tensor:
+        """Saliency maps, N×h×w."""
         return join(_both(_maps, networks, images, explain=explain))
 
     trained = _both(_fit, parts, fit=fit)
     _refuse_shared_weights(trained, "fit")
     predicted = predict_others(trained, parts)
+    mistakes = locate_mistakes(trained, parts)
     held_out = HeldOut(
         labels=train.labels.cpu(),
-        mistake_map=locate_mistakes(trained, parts),
+        mistake_map=mistakes[0].clone(),
         predictions={ERM: join(predicted)},
     )
     tuned = {ERM: trained}
@@ -161,15 +157,10 @@ def try_masks(
         held_out.predictions[name] = join(predict_others(networks, parts))
 
     @functools.cache
-    def first_maps(by_exchange: bool) -> Tensor:
-        return maps_for(by_exchange, trained, parts)
+    def first_look() -> Tensor:
+        return look(trained, parts)
 
-    nowhere = torch.zeros_like(train.images[:1, 0], dtype=torch.bool)
-    tune(
-        MaskedDataset(
-            train, nowhere.expand(len(train), -1, -1), seed=seed, rule=NOTHING
-        )
-    )
+    tune(NOTHING.mask(train, torch.zeros(len(train), 1, 1), seed=seed))
     has_few = held_out.is_mistake.sum() < FEW
     rounds = [of_round for rule in candidates for of_round in rule.each_round]
     rounds.sort(key=lambda rule: rule.rounds)
@@ -180,7 +171,7 @@ def try_masks(
         earlier = None
         if rule.rounds == 1:
             try:
-                maps = first_maps(rule.exchange)
+                maps = mistakes if rule.exchange else first_look()
             except NoMapsError:
                 if not any(rule.exchange for rule in candidates):
                     raise
@@ -191,7 +182,10 @@ def try_masks(
             if before not in tuned:
                 continue
             earlier = held_out.masked[before]
-            maps = maps_for(rule.exchange, tuned[before], of_parts(earlier))
+            step = locate_mistakes if rule.exchange else look
+            maps = step(tuned[before], of_parts(earlier))
+        if rule.exchange:
+            maps = maps.clamp(min=0)  # where the loss falls
         masked = rule.mask(train, maps, earlier, seed)
         if earlier and torch.equal(masked.own_masks, earlier.own_masks):
             continue

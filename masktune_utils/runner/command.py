@@ -13,13 +13,7 @@ from yaml import YAMLError
 from masktune_utils import datasets, results, store
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
-from masktune_utils.settings import (
-    DEFAULTS,
-    REPOSITORY,
-    RUNTIME,
-    Settings,
-    root,
-)
+from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, root
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dask ADDRESS] [--dry-run]"""
@@ -91,8 +85,10 @@ def _run(arguments: Namespace) -> int:
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
-    for base in {settings.base for settings in resolved}:
-        datasets.load(base)  # what cannot be read or drawn is refused here
+    # What cannot be read or drawn is refused here, once for each kind of images.
+    of_training = {name: DEFAULTS[name] for name in resolved[0].base.training}
+    for images in {settings.base.replace(**of_training) for settings in resolved}:
+        datasets.load(images)
     stems = [f"{notebook}"] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
     if arguments.dry_run:
