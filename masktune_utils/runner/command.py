@@ -86,8 +86,8 @@ def _run(arguments: Namespace) -> int:
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
     # What cannot be read or drawn is refused here, once for each kind of images.
-    of_training = {name: DEFAULTS[name] for name in resolved[0].base.training}
-    for images in {settings.base.replace(**of_training) for settings in resolved}:
+    plain = Settings().base.training
+    for images in {settings.base.replace(**plain) for settings in resolved}:
         datasets.load(images)
     stems = [f"{notebook}"] if notebook else COMMANDS[arguments.command]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
@@ -100,7 +100,7 @@ def _run(arguments: Namespace) -> int:
     errors = jobs.execute(stages, arguments.jobs or count)
     for job, error in errors.items():
         print(f"failed: {job.copy}: {error}", file=sys.stderr)
-    for directory in dict.fromkeys(settings.directory for settings in resolved):
+    for directory in {settings.directory for settings in resolved}:
         _print_table(directory, {settings.experiment for settings in resolved})
     for stage in reversed(stages):
         for job in stage:
