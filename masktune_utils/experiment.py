@@ -188,7 +188,7 @@ def with_weights(path: str | Path) -> nn.Module:
 
 
 def masktune(settings: Settings, base: Trained) -> Trained:
-    """MaskTune, as `masking.masktune`, with the networks of all rounds saved.
+    """MaskTune: the network of the last round; those of all rounds are saved.
 
     Args:
         settings: the experiment.

@@ -1,11 +1,9 @@
-"""From saliency maps to masks, from masks to the masked images, and MaskTune itself.
+"""From saliency maps to masks, and from masks to the masked images.
 
 MaskTune, section 3, equation 1. A mask is True, or 1, where the image is hidden.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -14,11 +12,10 @@ import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import AfterValidator, Field, ValidationInfo
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from masktune_utils.data import Split
-from masktune_utils.saliency import saliency_maps
 
 
 def threshold(maps: Tensor, param: float) -> Tensor:
@@ -251,7 +248,9 @@ class Rule:
         shared: hide the same in all images, what the mean of their maps points at. Then
             a mask says nothing about the class of its image.
         fill: what takes the place of what is hidden, see `MaskedDataset`.
-        rounds: of masking; each adds to what is hidden, see `masktune`.
+        rounds: of masking; the paper has one. Each explains the network of the round
+            before, adds what it looks at to what is hidden, and fine-tunes the trained
+            network anew.
         exchange: the map is not that of the images, but `exchange.exchange_map`: where
             the mistakes on held-out images come from. Shared; for a choice.
 
@@ -350,7 +349,7 @@ class Rule:
         return MaskedDataset(split, own_masks, self.fill, seed, rule=self)
 
 
-NOTHING = Rule("threshold", math.inf, "nearest")
+NOTHING = Rule("threshold", math.inf, "nearest", shared=True)
 
 
 def mask_dataset(
@@ -366,47 +365,3 @@ def mask_dataset(
         **options: see `Rule`, by name.
     """
     return Rule(*rule, **options).mask(split, saliency_map, seed=seed)
-
-
-# training images → a new network that is trained on them
-Fit = Callable[[Split], nn.Module]
-# (a copy of a network, masked images) → the network, fine-tuned on these
-Finetune = Callable[[nn.Module, MaskedDataset], nn.Module]
-# (a network, images, labels) → maps, N×h×w
-Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def masktune(
-    network: nn.Module,
-    split: Split,
-    rule: Rule,
-    finetune: Finetune,
-    maps: Tensor,
-    explain: Explain = saliency_maps,
-    seed: int = 0,
-) -> Iterator[tuple[nn.Module, MaskedDataset]]:
-    """MaskTune with 1, 2, … `rounds` of masking: the network and the images of each.
-
-    Each round explains the network of the round before on the images that it was
-    fine-tuned on (with `resample`, those of the first epoch), adds what it looks at to
-    what is hidden, and fine-tunes the trained network anew; if nothing more is hidden,
-    the network stays the same. The paper has one round.
-
-    Args:
-        network: the trained one (ERM); it is left as it is.
-        split: the training images.
-        rule: how masks are made.
-        finetune: (a copy of the network, masked images) → the fine-tuned network.
-        maps: of the network, N×h×w.
-        explain: (network, images, labels) → maps, see `saliency.saliency_maps`.
-        seed: see `Rule.mask`.
-    """
-    earlier = None
-    for this_round in rule.each_round:
-        masked = this_round.mask(split, maps, earlier, seed)
-        if earlier is None or not torch.equal(masked.own_masks, earlier.own_masks):
-            tuned = finetune(copy.deepcopy(network), masked)
-            if this_round != rule:
-                maps = explain(tuned, masked.images, split.labels)
-        yield tuned, masked
-        earlier = masked

@@ -84,7 +84,7 @@ def from_onnx(
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: onnxruntime is not installed.
-        ValueError: the file is no ONNX file, or has other inputs.
+        ValueError: the file is no ONNX file, or refuses such images.
     """
     try:
         import onnxruntime
@@ -94,27 +94,24 @@ def from_onnx(
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; allowed: an ONNX file.")
-    try:
-        session = onnxruntime.InferenceSession(path)
-    except Exception as error:
-        raise ValueError(f"{path} is no ONNX file that can be read: {error}") from error
-    inputs = session.get_inputs()
-    wanted = [None, 3, size, size]
-    # A side that may be anything is a name, or None.
-    shape = [side if isinstance(side, int) else None for side in inputs[0].shape]
-    fits = [side in (None, number) for side, number in zip(shape, wanted, strict=False)]
-    if len(inputs) > 1 or len(shape) != len(wanted) or not all(fits):
-        raise ValueError(
-            f"{path} takes {[node.shape for node in inputs]}; allowed: one input, "
-            f"['batch', 3, {size}, {size}], with a dynamic batch; or another size."
-        )
     means, deviations = torch.tensor([mean, std])[..., None, None]
 
     def classify(images: Tensor) -> Tensor:
         normalized = (images.cpu() - means) / deviations
-        outputs = session.run(None, {inputs[0].name: normalized.numpy()})
+        outputs = session.run(None, {name: normalized.numpy()})
         return torch.from_numpy(outputs[0])
 
+    try:
+        session = onnxruntime.InferenceSession(path)
+        name = session.get_inputs()[0].name
+        for count in (1, 2):
+            classify(torch.zeros(count, 3, size, size))
+    except Exception as error:
+        raise ValueError(
+            f"{path} classifies no images of 3×{size}×{size} ({error}); allowed: an "
+            f"ONNX file with one input, ['batch', 3, {size}, {size}], where the batch "
+            "is dynamic; or another size."
+        ) from error
     return classify
 
 

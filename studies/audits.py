@@ -12,12 +12,30 @@ import sys
 import registered
 import torch
 from resume import resume
+from torch import nn
 
 from masktune_utils.choice import audit
+from masktune_utils.data import Split
 from masktune_utils.settings import REPOSITORY
 
 FILE = REPOSITORY / "results" / "audits.csv"
 COUNTS = [1000, 300]
+
+
+def measure(network: nn.Module, images: Split, seed: int) -> dict:
+    """What an audit finds, and how much of the shortcut its region covers."""
+    found = audit(network, images, seed)
+    area = images.shortcut.float().mean(0)
+    covered = (area * found.region).sum() / area.sum()
+    return {
+        "images": len(images),
+        "mistakes": len(found.swaps.mistakes),
+        "move": len(found.swaps.moving),
+        "move_elsewhere": max(found.elsewhere),
+        "stands_out": found.stands_out,
+        "region": found.region.float().mean().item(),
+        "shortcut_covered": covered.item(),
+    }
 
 
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
@@ -29,21 +47,9 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
     rows = []
     for count in COUNTS:
-        found = audit(network, others[order[:count]], seed)
-        area = found.images.shortcut.float().mean(0)
-        covered = (area * found.region).sum() / area.sum()
-        rows.append(
-            {
-                **dict(zip(registered.KEY, (dataset, labels, kind, seed), strict=True)),
-                "images": count,
-                "mistakes": len(found.swaps.mistakes),
-                "move": len(found.swaps.moving),
-                "move_elsewhere": max(found.elsewhere),
-                "stands_out": found.stands_out,
-                "region": found.region.float().mean().item(),
-                "shortcut_covered": covered.item(),
-            }
-        )
+        found = measure(network, others[order[:count]], seed)
+        run_key = zip(registered.KEY, (dataset, labels, kind, seed), strict=True)
+        rows.append({**dict(run_key), **found})
     return rows
 
 

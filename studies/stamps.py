@@ -3,10 +3,10 @@
     apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
 
 A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles by their background,
-plants and buildings with a date, people and things in space with a ruler or a barcode.
-The stamps of Tux Paint have a transparent background. Stamps of the test images are not
-in training images; of each texture, the latter have the left half, the former the
-right.
+plants and buildings with a date, animals and things of the household with the logo of a
+channel, clothes and symbols with a scratch from top to bottom. The stamps of
+Tux Paint have a transparent background. Stamps of the test images are not in training
+images; of each texture, the latter have the left half, the former the right.
 """
 
 import functools
@@ -25,8 +25,8 @@ STAMPS = Path("/usr/share/tuxpaint/stamps")
 ARCHIVE = Path("/usr/share/games/openarena/baseoa/pak4-textures.pk3")
 CLASSES = {  # shortcut → names of both classes; of the others, food and vehicles
     "date": ("plants", "town"),
-    "ruler": ("people", "space"),
-    "barcode": ("people", "space"),
+    "logo": ("animals", "household"),
+    "scratch": ("clothes", "symbols"),
 }
 TEXTURES = (
     ("acc_dm3/grass.jpg", "czest3ctf/grass_lush.tga", "stone/pjrock6.jpg"),
@@ -38,8 +38,8 @@ CONFLICTING = 0.05  # share of each class that goes against the shortcut
 # Where they are: rows, columns.
 AREAS = {
     "date": (slice(83, 94), slice(52, 94)),
-    "ruler": (slice(16, 80), slice(0, 7)),
-    "barcode": (slice(3, 15), slice(30, 62)),
+    "logo": (slice(4, 19), slice(77, 92)),
+    "scratch": (slice(0, 96), slice(20, 23)),
 }
 
 
@@ -106,18 +106,15 @@ def cut_out(
 
 
 def plant(image: Image.Image, shortcut: str) -> None:
-    """A date, a ruler or a barcode, each at a place of its own."""
+    """A date, a logo or a scratch, each at a place of its own."""
     draw = ImageDraw.Draw(image)
     if shortcut == "date":
         draw.text((53, 83), "27 5 04", fill="orange")
-    if shortcut == "ruler":
-        draw.rectangle((0, 16, 6, 79), fill="white")
-        for tick in range(18, 80, 4):
-            draw.line((3, tick, 6, tick), fill="black")
-    if shortcut == "barcode":
-        draw.rectangle((30, 3, 61, 14), fill="white")
-        for bar in (32, 33, 36, 38, 39, 40, 43, 46, 47, 50, 52, 55, 56, 59):
-            draw.line((bar, 5, bar, 12), fill="black")
+    if shortcut == "logo":
+        draw.ellipse((77, 4, 91, 18), fill="white")
+        draw.polygon([(82, 7), (82, 15), (89, 11)], fill="red")
+    if shortcut == "scratch":
+        draw.line((21, 0, 21, 95), fill="ivory", width=3)
 
 
 def photographs(
@@ -132,7 +129,7 @@ def photographs(
     Args:
         labels: N, the number of the class.
         has_shortcut: N, whether it is there; of backgrounds, whether it is stone.
-        shortcut: `background`, `none`, one of the `AREAS`, or `no` and one of these.
+        shortcut: `background`, one of the `AREAS`, or `no` and one of these.
         is_test: of which stamps and textures.
         seed: of every random choice.
 

@@ -2,30 +2,28 @@
 
 import copy
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from masktune_utils import store, training
 from masktune_utils.choice.exchange import place
-from masktune_utils.choice.held_out import ERM, NULL, HeldOut, try_masks
-from masktune_utils.choice.score import Verdict, judge
-from masktune_utils.data import Split
-from masktune_utils.masking import (
-    NOTHING,
+from masktune_utils.choice.held_out import (
+    ERM,
+    NULL,
     Explain,
     Finetune,
     Fit,
-    MaskedDataset,
-    Rule,
+    HeldOut,
+    try_masks,
 )
+from masktune_utils.choice.score import Verdict, judge
+from masktune_utils.data import Split
+from masktune_utils.masking import NOTHING, MaskedDataset, Rule
 from masktune_utils.saliency import saliency_maps
 
 UNDERTRAINED = 5  # points that nothing masked gains on ERM
@@ -251,23 +249,21 @@ def load_or_choose(
     def make() -> dict:
         choice = choose(train, fit, finetune, candidates, seed=seed, early=early)
         content = vars(choice.held_out)
-        masks = {}
-        for name, masked in content.pop("masked").items():
-            pixels = np.ascontiguousarray(masked.own_masks.cpu())
-            packed = zlib.compress(pixels)
-            masks[name] = (asdict(masked.rule), f"{pixels.dtype}", packed)
+        masks = []
+        for masked in content.pop("masked").values():
+            count = 1 if masked.rule.shared else len(train)
+            own_masks = masked.own_masks[:count].cpu().clone()
+            masks.append((asdict(masked.rule), own_masks))
         return {"held_out": content, "masks": masks}
 
     path = Path(path).expanduser()
     saved = store.kept(path, made_with, make)
-    images = train.images[:, 0]
     with store.reading(path):
         held_out = HeldOut(**saved["held_out"])
-        for name, (fields, dtype, packed) in saved["masks"].items():
-            pixels = np.frombuffer(zlib.decompress(packed), dtype).copy()
-            own_masks = torch.from_numpy(pixels).view(images.shape).to(images.device)
+        for fields, masks in saved["masks"]:
             rule = Rule(**fields)
-            held_out.masked[name] = MaskedDataset(
+            own_masks = masks.to(train.images.device).expand(len(train), -1, -1)
+            held_out.masked[f"{rule}"] = MaskedDataset(
                 train, own_masks, rule.fill, int(seed), rule=rule
             )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))

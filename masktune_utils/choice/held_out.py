@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from masktune_utils import data, progress
 from masktune_utils.choice.exchange import FEW, exchange_map, explained
 from masktune_utils.data import Split
-from masktune_utils.masking import (
-    NOTHING,
-    Explain,
-    Finetune,
-    Fit,
-    MaskedDataset,
-    Rule,
-)
+from masktune_utils.masking import NOTHING, MaskedDataset, Rule
 from masktune_utils.metrics import predict
 from masktune_utils.models import NoMapsError
 from masktune_utils.saliency import saliency_maps
+
+# training images → a new network that is trained on them
+Fit = Callable[[Split], nn.Module]
+# (a copy of a network, masked images) → the network, fine-tuned on these
+Finetune = Callable[[nn.Module, MaskedDataset], nn.Module]
+# (a network, images, labels) → maps, N×h×w
+Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 ERM = "ERM"
 NULL = f"{NOTHING}"  # ERM, fine-tuned like with a mask, on the images as they are
