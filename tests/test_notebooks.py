@@ -1,10 +1,15 @@
-"""The notebooks' form; that they run is in test_sweep.py and test_studies.py."""
+"""The notebooks' form; that they run is in test_sweep.py and test_studies.py.
+
+And the code in answers to exercises, which runs after the last cell.
+"""
 
 import ast
 import re
 
 import nbformat
+import papermill
 import pytest
+from conftest import TINY, write_photographs
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import DEFAULTS, Settings
@@ -30,6 +35,11 @@ OTHER_DEFAULTS = {
         "weights": "",
         "epochs": 20,
     },
+}
+ANSWERS = {  # notebooks with code in an answer, and how they run on tiny data
+    "06_choice": TINY | {"limit": 60},
+    "07_your_own": {"epochs": 1, "size": 32},
+    "08_seeds": {},
 }
 
 
@@ -83,3 +93,34 @@ def test_parameters_are_few_literals_with_default_and_documentation(notebook):
     assert len({*assigned}) == len(assigned)
     assert "directory" in assigned
     assert others.keys() <= {*assigned}
+
+
+def answers(notebook):
+    """The Python code in the folded answers to a notebook's exercises."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    code = []
+    for answer in re.findall("<details>.*?</details>", "\n".join(cells), re.DOTALL):
+        code += re.findall("^```python\n(.*?)^```$", answer, re.DOTALL | re.MULTILINE)
+    return code
+
+
+def test_code_in_answers_is_run_by_the_next_test(notebook):
+    assert bool(answers(notebook)) == (notebook.path.stem in ANSWERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ANSWERS)
+def test_code_in_answers_runs_after_the_last_cell_and_shows_something(stem, tmp_path):
+    values = {"directory": str(tmp_path), **ANSWERS[stem]}
+    if stem == "07_your_own":
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        write_photographs(folder, {"goats": 10, "sheep": 10})
+        values["folder"] = str(folder)
+    notebook = nbformat.read(jobs.NOTEBOOKS / f"{stem}.ipynb", as_version=4)
+    cells = [nbformat.v4.new_code_cell(code) for code in answers(notebook)]
+    notebook.cells += cells
+    path = tmp_path / f"{stem}.ipynb"
+    nbformat.write(notebook, path)
+    executed = papermill.execute_notebook(path, None, values, progress_bar=False)
+    assert all(cell.outputs for cell in executed.cells[-len(cells) :])

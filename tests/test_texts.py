@@ -21,6 +21,7 @@ MOST_WORDS = {
     "results/README.md": 900,
     "studies/benchmarks/README.md": 700,
     "tests/README.md": 500,
+    "06_choice": 900,
     "07_your_own": 900,
     "10_methods": 700,
 }
