@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command sees
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -62,9 +61,6 @@ def outcome(directory):
             result = json.loads(path.read_text())
             result.pop("seconds", None)  # a choice has none
             contents[path.name] = result
-        elif path.name == "results.csv":
-            table = pd.read_csv(path)
-            contents[path.name] = table.drop(columns="seconds").to_csv()
     return contents
 
 
@@ -88,9 +84,7 @@ def settings(tmp_path) -> Settings:
 @pytest.fixture(scope="session")
 def splits() -> datasets.BiasedSets:
     """Two hundred real digits to train on and a thousand to test on."""
-    settings = Settings(
-        dataset="mnist5k", limit=200, conflicting_share=0.2, device="cpu"
-    )
+    settings = Settings(**TINY, conflicting_share=0.2)
     return datasets.load(settings)
 
 
