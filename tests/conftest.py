@@ -12,8 +12,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command sees
 
+import nbformat
 import numpy as np
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from masktune_utils import datasets, models, training
@@ -21,6 +23,7 @@ from masktune_utils.settings import Settings
 
 # The command, as it is installed.
 MASKTUNE = str(Path(sys.executable).with_name("masktune"))
+KERNEL = {"name": "python3", "language": "python", "display_name": "Python"}
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
 TINY["device"] = "cpu"  # where there is a GPU, too
 
@@ -44,6 +47,13 @@ def write_idx_files(folder, labels):
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(pixels)
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(digits)
     return images
+
+
+def write_notebook(path, sources):
+    """A notebook with a cell of code for each source."""
+    cells = [new_code_cell(source) for source in sources]
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(notebook, path)
 
 
 def outcome(directory):

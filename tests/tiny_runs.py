@@ -36,16 +36,20 @@ def tiny(directory, **settings):
     return Settings(**(TINY | settings), directory=str(directory))
 
 
+def sweep(directory, *arguments):
+    """The arguments of `masktune sweep`."""
+    return ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
+
+
 def masktune(directory, *arguments):
     """Exit code of `masktune sweep` in this process."""
-    return command.main(["sweep", *OPTIONS, "--directory", str(directory), *arguments])
+    return command.main(sweep(directory, *arguments))
 
 
 def start(directory, *arguments):
     """`masktune sweep` in a process group of its own."""
-    options = ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
     return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, *options],
+        [sys.executable, "-c", SWEEP, *sweep(directory, *arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
