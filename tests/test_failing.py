@@ -9,7 +9,8 @@ from unittest.mock import MagicMock, Mock
 import papermill
 import psutil
 import pytest
-from tiny_runs import checked_results, kernels_of, masktune, start, tiny
+from conftest import outcome
+from tiny_runs import kernels_of, masktune, start, tiny
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import BaseSettings
@@ -50,9 +51,9 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
     for path in damaged:
         assert path.read_bytes() == b"damaged"
         path.unlink()
-    saved = checked_results(directory).keys()
-    assert "top_k_0.8" in saved
-    assert "top_k_0.6" not in saved
+    saved = outcome(directory)
+    assert "top_k_0.8.json" in saved
+    assert "top_k_0.6.json" not in saved
 
 
 def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
@@ -116,7 +117,7 @@ def test_notebooks_are_executed_by_a_dask_cluster(tmp_path):
         _, error = process.communicate()
         counts = client.run(kernels_kept).values()
     assert process.returncode == 0, error
-    assert "top_k_0.4" in checked_results(tmp_path)
+    assert "top_k_0.4.json" in outcome(tmp_path)
     assert sum(counts) > 0
 
 

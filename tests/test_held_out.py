@@ -170,7 +170,6 @@ def test_each_image_is_predicted_by_the_models_that_have_not_seen_it(
     known, pairs, train
 ):
     assert [*known.predictions] == [ERM, NULL, *NAMES]
-    assert known.tried == [*known.mean_masks] == NAMES
     assert torch.equal(known.labels, train.labels)
     for fold, other in pairs:
         images, _ = fold.images[ERM].batch(ALL)
@@ -289,7 +288,6 @@ def test_maps_are_computed_only_if_a_rule_needs_them(few):
     first = next(held_out.try_masks(few, fit, unchanged, [BY_EXCHANGE, OWN], no_maps))
     assert first.tried == [NAMES[2]]
     assert first.has_maps
-    assert try_all(few, rules=[BY_EXCHANGE], explain=no_maps).has_maps
 
 
 def test_a_network_without_maps_is_masked_by_exchange_alone(few):
@@ -305,7 +303,6 @@ def test_a_round_that_hides_nothing_more_is_not_tried(few):
     weak = Rule(param=28.0, rounds=3)  # hides nothing
     known = try_all(few, rules=[weak])
     assert known.tried == ["mean_std 28"]
-    assert [*known.masked] == [NULL, "mean_std 28"]
 
 
 def wrapped(network):

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import nbformat
 import psutil
 import pytest
-from conftest import MASKTUNE, TINY, outcome
+from conftest import MASKTUNE, TINY
 
-from masktune_utils import store
 from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
@@ -62,25 +60,6 @@ def kernels_of(pid):
     """The kernels that a process has started."""
     family = psutil.Process(pid).children(recursive=True)
     return [child for child in family if "ipykernel_launcher" in child.cmdline()]
-
-
-def contents(directory):
-    """What `masktune` left of the digits with seed 0, by folder and name."""
-    left = {}
-    for folder in directory.glob("*/mnist5k*/seed0"):
-        for name, content in outcome(folder).items():
-            left[folder.relative_to(directory), name] = content
-    return left
-
-
-def checked_results(directory):
-    """The results and the choice of seed 0; all that is saved is whole."""
-    for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
-        store.read(path)
-    for path in directory.glob("runs/*/*/*.ipynb"):
-        nbformat.read(path, as_version=4)
-    paths = directory.glob("results/*/seed0/*.json")
-    return {path.stem: json.loads(path.read_bytes()) for path in paths}
 
 
 class Run(NamedTuple):
