@@ -122,12 +122,10 @@ def test_a_choice_refuses_what_it_cannot_work_with(train):
     for candidates in ([], [NOTHING]):
         with pytest.raises(ValueError, match="there are 0 candidates that hide"):
             choose(train, fit, candidates=candidates)
-    message = r"have \[120\] images; allowed: 2 classes or more, of 2"
-    with pytest.raises(ValueError, match=message):
-        choose(train[::2], fit)
-    message = r"have \[2, 1\] images"
-    with pytest.raises(ValueError, match=message):
-        choose(train[:3], fit)
+    message = r"have \[(120|2, 1)\] images; allowed: 2 classes or more, of 2"
+    for images in (train[::2], train[:3]):
+        with pytest.raises(ValueError, match=message):
+            choose(images, fit)
 
 
 def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):

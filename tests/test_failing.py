@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 from unittest.mock import MagicMock, Mock
 
 import papermill
@@ -18,24 +17,16 @@ from masktune_utils.settings import BaseSettings
 pytest_plugins = ["tiny_runs"]
 
 
-@pytest.fixture
-def damaged(directory) -> list[Path]:
+def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys):
     """Two files that are no checkpoints: of a fine-tuned model, and of a base model."""
-    paths = [
-        tiny(directory).checkpoint_path("top_k_0.6"),
-        tiny(directory, seed=1).checkpoint_path("base"),
-    ]
-    for path in paths:
-        path.parent.mkdir(exist_ok=True)
+    tuned = tiny(directory).checkpoint_path("top_k_0.6")
+    base = tiny(directory, seed=1).checkpoint_path("base")
+    base.parent.mkdir()
+    for path in (tuned, base):
         path.write_bytes(b"damaged")
-    return paths
-
-
-def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, capsys):
     arguments = ["--param", "0.6", "0.8", "--seed", "0", "1"]
     assert masktune(directory, *arguments) == 1
     error = capsys.readouterr().err
-    tuned, base = damaged
     name = tiny(directory).experiment
     missing = "not run, because its base model is missing"
     for line in (
@@ -48,9 +39,8 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
     assert error.count("failed: ") == 5
     copies = sorted(directory.glob("runs/*/*/*_unfinished.ipynb"))
     assert [path.stem[:2] for path in copies] == ["04", "02"]
-    for path in damaged:
+    for path in (tuned, base):
         assert path.read_bytes() == b"damaged"
-        path.unlink()
     saved = outcome(directory)
     assert "top_k_0.8.json" in saved
     assert "top_k_0.6.json" not in saved
@@ -80,8 +70,8 @@ def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
     """Else a sweep that goes on after a stop would have other bits."""
     shares = []
     monkeypatch.setattr(jobs.Job, "run", lambda _, together: shares.append(together))
-    grid = [tiny(tmp_path, param=param) for param in (0.1, 0.5, 0.9)]
-    stage = jobs.make_stage("04_finetune_sweep", grid)
+    grid = [tiny(tmp_path, seed=seed) for seed in range(3)]
+    stage = jobs.make_stage("03_saliency_masks", grid)
     stage[0].copy.parent.mkdir(parents=True)
     stage[0].copy.touch()
     jobs.execute([stage], 8)

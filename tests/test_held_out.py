@@ -305,10 +305,6 @@ def test_a_round_that_hides_nothing_more_is_not_tried(few):
     assert known.tried == ["mean_std 28"]
 
 
-def wrapped(network):
-    return nn.Sequential(network)
-
-
 def assigned(network):
     """A new network with new parameters, in the same memory."""
     other = models.new_model(1)
@@ -316,7 +312,7 @@ def assigned(network):
     return other
 
 
-@pytest.mark.parametrize("again", [wrapped, assigned])
+@pytest.mark.parametrize("again", [nn.Sequential, assigned])
 def test_one_network_for_both_folds_is_refused(few, again):
     network = models.new_model(0)
     message = "fit returned two networks that share weights; allowed: a new one"
