@@ -12,9 +12,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command sees
 
+import nbformat
 import numpy as np
-import pandas as pd
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from masktune_utils import datasets, models, training
@@ -22,6 +23,7 @@ from masktune_utils.settings import Settings
 
 # The command, as it is installed.
 MASKTUNE = str(Path(sys.executable).with_name("masktune"))
+KERNEL = {"name": "python3", "language": "python", "display_name": "Python"}
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
 TINY["device"] = "cpu"  # where there is a GPU, too
 
@@ -47,6 +49,13 @@ def write_idx_files(folder, labels):
     return images
 
 
+def write_notebook(path, sources):
+    """A notebook with a cell of code for each source."""
+    cells = [new_code_cell(source) for source in sources]
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(notebook, path)
+
+
 def outcome(directory):
     """What a run leaves, by name of the file.
 
@@ -62,9 +71,6 @@ def outcome(directory):
             result = json.loads(path.read_text())
             result.pop("seconds", None)  # a choice has none
             contents[path.name] = result
-        elif path.name == "results.csv":
-            table = pd.read_csv(path)
-            contents[path.name] = table.drop(columns="seconds").to_csv()
     return contents
 
 
@@ -88,9 +94,7 @@ def settings(tmp_path) -> Settings:
 @pytest.fixture(scope="session")
 def splits() -> datasets.BiasedSets:
     """Two hundred real digits to train on and a thousand to test on."""
-    settings = Settings(
-        dataset="mnist5k", limit=200, conflicting_share=0.2, device="cpu"
-    )
+    settings = Settings(**TINY, conflicting_share=0.2)
     return datasets.load(settings)
 
 

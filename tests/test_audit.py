@@ -8,6 +8,14 @@ from masktune_utils.choice import audit
 from masktune_utils.data import Split
 from masktune_utils.models import from_onnx
 
+CORNER = (..., slice(20, 26), slice(2, 8))
+MEANS = """
+<ir_version: 8, opset_import: ["": 13]>
+means (float[batch, 3, 8, 8] x) => (float[batch, 3] y) {
+    y = ReduceMean <axes = [2, 3], keepdims = 0> (x)
+}
+"""
+
 
 def toy(mistakes):
     """A hundred images of noise; a corner is bright in class 1, and in some of 0."""
@@ -16,66 +24,67 @@ def toy(mistakes):
     labels = torch.arange(100) % 2
     is_bright = labels == 1
     is_bright[: 2 * mistakes : 2] = True
-    images[is_bright, :, 20:26, 2:8] = 1
+    images[CORNER][is_bright] = 1
     return Split(images, labels, class_names=("dark", "bright"))
 
 
 def logits(images):
-    brightness = images[:, :, 20:26, 2:8].mean((1, 2, 3))
-    return 10 * torch.stack([0.5 - brightness, brightness - 0.5], 1)
+    corners = images[CORNER]
+    brightness = corners.mean((1, 2, 3))
+    darkness = 1 - brightness
+    return 5 * torch.stack([darkness, brightness], 1)
 
 
 def test_an_audit_names_the_part_with_which_mistakes_move():
     found = audit(logits, toy(mistakes=6))
     assert found.stands_out
-    assert found.region[20:26, 2:8].all()
+    assert found.region[CORNER].all()
     assert found.region.float().mean() < 0.3
     assert found.elsewhere == [0, 0, 0]
-    assert found.kinds.loc[("dark", "bright")].tolist() == [6, 6]
+    kind = found.kinds.loc["dark", "bright"]
+    assert kind.tolist() == [6, 6]
     assert found.reason.startswith("6 of 6 mistakes move with the bottom left (")
 
 
-def test_an_audit_takes_probabilities_of_a_network_and_leaves_its_mode():
-    class Network(nn.Module):
+def test_an_audit_takes_probabilities_of_a_network_as_well():
+    class Network(nn.Module):  # which has no weights
         def forward(self, images):
             return logits(images).softmax(1)
 
-    network = Network().train()
-    found = audit(network, toy(mistakes=6))
-    assert network.training
-    assert found.reason == audit(logits, toy(mistakes=6)).reason
+    images = toy(mistakes=6)
+    found = audit(Network(), images)
+    assert found.reason == audit(logits, images).reason
 
 
 def test_few_mistakes_and_another_number_of_classes_are_said():
-    assert audit(logits, toy(mistakes=4)).reason.startswith("4 mistakes of 100 images")
+    images = toy(mistakes=4)
+    found = audit(logits, images)
+    assert found.reason.startswith("4 mistakes of 100 images")
+
+    def one_logit(images):
+        return logits(images)[:, :1]
+
     with pytest.raises(ValueError, match="predicts 1 classes; allowed: the 2 of the"):
-        audit(lambda images: logits(images)[:, :1], toy(mistakes=4))
+        audit(one_logit, images)
 
 
 def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):
     onnx = pytest.importorskip("onnx")
-    helper = onnx.helper
     path = tmp_path / "network.onnx"
-    image = ["batch", 3, 8, 8]
-    kind = onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)],
-        "mean",
-        [helper.make_tensor_value_info("x", kind, image)],
-        [helper.make_tensor_value_info("y", kind, ["batch", 3])],
-    )
-    opset = helper.make_opsetid("", 13)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    model = onnx.parser.parse_model(MEANS)
     onnx.save(model, path)
-    classify = from_onnx(path, 8, [0.5, 0, 0], [2.0, 1, 1])
+    mean = [0.5, 0, 0]
+    std = [2.0, 1, 1]
+    classify = from_onnx(path, 8, mean, std)
+    white = torch.ones(1, 3, 8, 8)
     expected = torch.tensor([[0.25, 1, 1]])
-    torch.testing.assert_close(classify(torch.ones(1, 3, 8, 8)), expected)
-    with pytest.raises(
-        ValueError, match=r"network\.onnx takes \[\['batch', 3, 8, 8\]\]"
-    ):
-        from_onnx(path, 9, [0, 0, 0], [1, 1, 1])
+    torch.testing.assert_close(classify(white), expected)
+    message = r"network\.onnx takes \[\['batch', 3, 8, 8\]\]"
+    with pytest.raises(ValueError, match=message):
+        from_onnx(path, 9, mean, std)
     path.write_bytes(b"no network")
     with pytest.raises(ValueError, match=r"network\.onnx is no ONNX"):
-        from_onnx(path, 8, [0, 0, 0], [1, 1, 1])
-    with pytest.raises(FileNotFoundError, match=r"other\.onnx is no file"):
-        from_onnx(tmp_path / "other.onnx", 8, [0, 0, 0], [1, 1, 1])
+        from_onnx(path, 8, mean, std)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"network\.onnx is no file"):
+        from_onnx(path, 8, mean, std)

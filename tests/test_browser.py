@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from conftest import write_notebook
 
 from masktune_utils.settings import REPOSITORY
 
@@ -48,10 +47,7 @@ KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 @pytest.fixture
 def address(tmp_path):
     """JupyterLab with a notebook that has both panels, `panels.ipynb`."""
-    cells = [new_code_cell(source) for source in (MOVE_SQUARE, EXPLORE)]
-    kernel = {"name": "python3", "display_name": "Python", "language": "python"}
-    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    nbformat.write(notebook, tmp_path / "panels.ipynb")
+    write_notebook(tmp_path / "panels.ipynb", [MOVE_SQUARE, EXPLORE])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     tests = Path(__file__).parent

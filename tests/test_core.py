@@ -19,7 +19,6 @@ from torchvision.models import (
 )
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from masktune_utils import metrics
 from masktune_utils.choice import choose
 from masktune_utils.data import Split
 from masktune_utils.masking import NOTHING, MaskedDataset, Rule
@@ -52,17 +51,10 @@ def own_loop(network, images):
 
 @pytest.fixture(scope="module")
 def train() -> Split:
-    """Noise, which is brighter in class 1.
-
-    So is a patch in the corner, but for every fifteenth image, where it misleads.
-    """
-    labels = torch.arange(240) % 2
+    """Noise of two classes."""
     random = torch.Generator().manual_seed(0)
-    images = torch.randint(200, (240, 3, 32, 32), generator=random)
-    told = labels.clone()
-    told[::15] ^= 1
-    images += 50 * labels.view(-1, 1, 1, 1)
-    images[..., :6, :6] = 255 * told.view(-1, 1, 1, 1)
+    images = torch.randint(256, (240, 3, 32, 32), generator=random)
+    labels = torch.arange(240) % 2
     return Split(images.byte(), labels)
 
 
@@ -116,15 +108,10 @@ class Named(list):
     target_transform = None
 
 
-def test_the_names_of_classes_and_groups_are_kept_for_reports():
-    dataset = Named([(RED, 0), (RED, 1), (RED, 1)])
+def test_the_names_of_classes_are_kept_for_reports():
+    dataset = Named([(RED, 0), (RED, 1)])
     split = Split.from_dataset(dataset)
     assert split[1:].class_names == ("cats", "dogs")
-    split.groups = torch.tensor([0, 1, 0])
-    split.group_names = ("on land", "on water")
-    logits = F.one_hot(torch.tensor([0, 0, 1]))
-    accuracies = metrics.group_accuracy(logits, split)
-    assert accuracies == {"on land": 1, "on water": 0}
     dataset.target_transform = "any"  # so that names are those of other labels
     assert Split.from_dataset(dataset).class_names == ("class 0", "class 1")
 
@@ -135,12 +122,10 @@ def test_a_choice_refuses_what_it_cannot_work_with(train):
     for candidates in ([], [NOTHING]):
         with pytest.raises(ValueError, match="there are 0 candidates that hide"):
             choose(train, fit, candidates=candidates)
-    message = r"have \[120\] images; allowed: 2 classes or more, of 2"
-    with pytest.raises(ValueError, match=message):
-        choose(train[::2], fit)
-    message = r"have \[2, 1\] images"
-    with pytest.raises(ValueError, match=message):
-        choose(train[:3], fit)
+    message = r"have \[(120|2, 1)\] images; allowed: 2 classes or more, of 2"
+    for images in (train[::2], train[:3]):
+        with pytest.raises(ValueError, match=message):
+            choose(images, fit)
 
 
 def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):
@@ -155,16 +140,20 @@ def test_each_epoch_of_a_data_loader_has_its_own_partners(train, monkeypatch):
     assert torch.equal(labels, train.labels)
 
 
+def explain(network, **options):
+    images = torch.rand(2, 3, 32, 32)
+    labels = torch.tensor([0, 1])
+    return saliency_maps(network, images, labels, **options)
+
+
 def test_a_transformer_has_no_maps():
     network = VisionTransformer(32, 16, 2, 3, 48, 96, num_classes=2)
-    images = torch.rand(2, 3, 32, 32)
-    explain = partial(saliency_maps, network, images, torch.tensor([0, 1]))
     with pytest.raises(NoMapsError, match="VisionTransformer computes with tokens"):
-        explain()
+        explain(network)
     with pytest.raises(TypeError, match="allowed: N×C×h×w, in the proportions"):
-        explain(layer="encoder.layers.encoder_layer_0")
+        explain(network, layer="encoder.layers.encoder_layer_0")
     with pytest.raises(AttributeError, match="no attribute `layer9`"):
-        explain(layer="layer9")
+        explain(network, layer="layer9")
 
 
 class Frozen(nn.Sequential):
@@ -173,11 +162,13 @@ class Frozen(nn.Sequential):
         return super().forward(images)
 
 
-def test_a_network_whose_layers_have_no_gradients_has_no_maps():
-    body = Frozen(nn.Conv2d(3, 4, 3), nn.Flatten())
-    network = nn.Sequential(body, nn.Linear(144, 2))
+def test_a_network_without_layers_or_without_gradients_in_them_has_no_maps():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+    with pytest.raises(NoMapsError, match="or no layer of it has a map N×C×h×w; name"):
+        explain(flat)
+    frozen = Frozen(nn.Conv2d(3, 1, 3), nn.Flatten())
     with pytest.raises(NoMapsError, match="without gradients"):
-        saliency_maps(network, torch.rand(2, 3, 8, 8), torch.arange(2))
+        explain(nn.Sequential(frozen, nn.Linear(900, 2)))
 
 
 def test_the_last_layer_with_six_cells_or_more_is_explained():
@@ -220,12 +211,10 @@ def test_networks_of_torchvision_are_explained_one_by_one_as_in_batches(make):
     """In float64, since a small network's map may amplify the rounding of float32."""
     torch.manual_seed(0)
     network = make(num_classes=3).eval()
-    target = target_layer(network, (3, 96, 96))
-    names = {module: name for name, module in network.named_modules()}
-    images = torch.rand(4, 3, 96, 96).double()
-    explain = partial(saliency_maps, network.double(), images, layer=names[target])
+    images = torch.rand(4, 3, 96, 96)
     labels = torch.arange(4) % 3
-    maps = explain(labels)
+    of_double = partial(saliency_maps, network.double(), images.double(), labels)
+    maps = of_double()
     assert maps.any()
-    alone = explain(labels, batch_size=1)
+    alone = of_double(batch_size=1)
     torch.testing.assert_close(alone, maps, rtol=0, atol=1e-6)

@@ -24,7 +24,8 @@ def full() -> datasets.BiasedSets:
 
 def test_mnist5k_has_400_images_to_train_and_100_to_test_on_of_each_digit(full):
     pixels, _ = mnist_data()
-    images = torch.from_numpy(pixels).view(10, 500, 1, 28, 28)
+    images = torch.from_numpy(pixels)
+    images = images.view(10, 500, 1, 28, 28)
     first = images[:, :400].flatten(0, 1)
     last = images[:, 400:].flatten(0, 1)
     train = load(shortcut="none").train
@@ -110,7 +111,6 @@ def test_ordered_placement_is_counted_exactly_whatever_the_classes(labels):
 
 def test_what_is_held_out_is_a_tenth(full):
     train, _, _, validation = load(validation_share=0.1)
-    assert len(train) == 3600
     assert len(validation) == 400
     total = train.images.sum() + validation.images.sum()
     assert total == full.train.images.sum()
@@ -147,13 +147,16 @@ LABELS = torch.arange(4)
         (IMAGES.int(), LABELS, "images are torch.int32"),
         (IMAGES, LABELS.float(), "labels are torch.float32; allowed: torch.int64"),
         (IMAGES, LABELS[:3], "there are 4 images, 3 labels and 3 groups; allowed: as"),
+        (IMAGES, LABELS - 1, "bincount"),
+        (IMAGES, LABELS[:, None], "bincount"),
+        (IMAGES, LABELS + 1, r"are \('a', 'b', 'c', 'd'\); allowed: 5 or more"),
     ],
 )
-def test_images_of_your_own_of_another_shape_type_or_range_are_refused(
+def test_images_and_labels_of_another_shape_type_or_range_are_refused(
     images, labels, message
 ):
-    with pytest.raises(ValueError, match=message):
-        Split(images, labels)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        Split(images, labels, class_names=tuple("abcd"))
 
 
 @pytest.fixture
@@ -163,20 +166,10 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def test_a_class_without_a_name_is_refused():
-    with pytest.raises(ValueError, match=r"are \('a',\); allowed: 4 or more"):
-        Split(IMAGES, LABELS, class_names=("a",))
-
-
-def test_labels_that_are_negative_or_no_row_are_refused_with_class_names_too():
-    for labels in (LABELS - 1, LABELS[:, None]):
-        with pytest.raises(RuntimeError, match="bincount"):
-            Split(IMAGES, labels, class_names=tuple("abcd"))
-
-
 def test_a_folder_of_folders_is_read_as_squares(photographs, monkeypatch):
     photograph = Image.new("RGB", (30, 40))
-    for hidden in (photographs / "goats" / ".a", photographs / ".b"):
+    for name in ("goats/.a", ".b"):
+        hidden = photographs / name
         hidden.mkdir()
         photograph.save(hidden / "00.png")
     monkeypatch.setenv("HOME", str(photographs))
@@ -202,7 +195,7 @@ def test_a_photograph_is_read_upright_and_padded_by_its_mean_colour(photographs)
 
 
 def test_colours_of_transparent_pixels_are_not_seen(photographs):
-    photograph = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    photograph = Image.new("RGBA", (16, 16), "#ff000000")
     photograph.save(photographs / "sheep" / "z.png")
     split = Split.from_folder(photographs, 16)
     assert (split.images[-1] == 255).all()
@@ -213,12 +206,11 @@ def test_colours_of_transparent_pixels_are_not_seen(photographs):
     [
         ({"goats": 10}, r"\['goats'\] have \[10\] images; allowed: 2 folders"),
         ({"goats": 10, "sheep": 9}, r"\[10, 9\] images; .* of 10 images or more"),
-        ({"goats": 10, "sheep": 0}, "no valid file for the classes sheep"),
     ],
 )
 def test_a_folder_without_enough_images_is_refused(counts, message, tmp_path):
     write_photographs(tmp_path, counts)
-    with pytest.raises((FileNotFoundError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         Split.from_folder(tmp_path, 16)
 
 
@@ -244,13 +236,10 @@ def test_images_that_do_not_fit_into_memory_are_refused(photographs):
 
 def test_groups_are_class_times_shortcut_without_the_empty_ones():
     labels = torch.tensor([2, 0, 2, 0])
-    area = torch.tensor([True, False, True, True])
-    area = area.view(4, 1, 1)
-    split = Split(IMAGES, labels, shortcut=area)
-    index = shortcuts.groups(split)
-    numbers = {}
-    for name in index:
-        numbers[name] = index[name].tolist()
+    has_shortcut = torch.tensor([True, False, True, True])
+    split = Split(IMAGES, labels, shortcut=has_shortcut.view(4, 1, 1))
+    groups = shortcuts.groups(split)
+    numbers = {name: index.tolist() for name, index in groups.items()}
     assert numbers == {
         "class 0, shortcut": [3],
         "class 0, no shortcut": [1],

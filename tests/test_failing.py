@@ -3,13 +3,13 @@
 import os
 import signal
 import time
-from pathlib import Path
 from unittest.mock import MagicMock, Mock
 
 import papermill
 import psutil
 import pytest
-from tiny_runs import checked_results, kernels_of, masktune, start, tiny
+from conftest import outcome
+from tiny_runs import kernels_of, masktune, start, tiny
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import BaseSettings
@@ -17,24 +17,16 @@ from masktune_utils.settings import BaseSettings
 pytest_plugins = ["tiny_runs"]
 
 
-@pytest.fixture
-def damaged(directory) -> list[Path]:
+def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys):
     """Two files that are no checkpoints: of a fine-tuned model, and of a base model."""
-    paths = [
-        tiny(directory).checkpoint_path("top_k_0.6"),
-        tiny(directory, seed=1).checkpoint_path("base"),
-    ]
-    for path in paths:
-        path.parent.mkdir(exist_ok=True)
+    tuned = tiny(directory).checkpoint_path("top_k_0.6")
+    base = tiny(directory, seed=1).checkpoint_path("base")
+    base.parent.mkdir()
+    for path in (tuned, base):
         path.write_bytes(b"damaged")
-    return paths
-
-
-def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, capsys):
     arguments = ["--param", "0.6", "0.8", "--seed", "0", "1"]
     assert masktune(directory, *arguments) == 1
     error = capsys.readouterr().err
-    tuned, base = damaged
     name = tiny(directory).experiment
     missing = "not run, because its base model is missing"
     for line in (
@@ -47,12 +39,11 @@ def test_a_failure_is_named_and_stops_only_what_needs_it(directory, damaged, cap
     assert error.count("failed: ") == 5
     copies = sorted(directory.glob("runs/*/*/*_unfinished.ipynb"))
     assert [path.stem[:2] for path in copies] == ["04", "02"]
-    for path in damaged:
+    for path in (tuned, base):
         assert path.read_bytes() == b"damaged"
-        path.unlink()
-    saved = checked_results(directory).keys()
-    assert "top_k_0.8" in saved
-    assert "top_k_0.6" not in saved
+    saved = outcome(directory)
+    assert "top_k_0.8.json" in saved
+    assert "top_k_0.6.json" not in saved
 
 
 def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
@@ -79,8 +70,8 @@ def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
     """Else a sweep that goes on after a stop would have other bits."""
     shares = []
     monkeypatch.setattr(jobs.Job, "run", lambda _, together: shares.append(together))
-    grid = [tiny(tmp_path, param=param) for param in (0.1, 0.5, 0.9)]
-    stage = jobs.make_stage("04_finetune_sweep", grid)
+    grid = [tiny(tmp_path, seed=seed) for seed in range(3)]
+    stage = jobs.make_stage("03_saliency_masks", grid)
     stage[0].copy.parent.mkdir(parents=True)
     stage[0].copy.touch()
     jobs.execute([stage], 8)
@@ -116,7 +107,7 @@ def test_notebooks_are_executed_by_a_dask_cluster(tmp_path):
         _, error = process.communicate()
         counts = client.run(kernels_kept).values()
     assert process.returncode == 0, error
-    assert "top_k_0.4" in checked_results(tmp_path)
+    assert "top_k_0.4.json" in outcome(tmp_path)
     assert sum(counts) > 0
 
 

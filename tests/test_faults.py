@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, outcome
-from tiny_runs import contents, masktune
+from tiny_runs import masktune
 
 from masktune_utils import datasets, experiment, plotting
 from masktune_utils.settings import Settings
@@ -128,8 +128,8 @@ def test_disk_full_during_a_sweep(directory, disk, capfd):
     assert masktune(copy, "--param", "0.1") == 1
     error = capfd.readouterr().err
     assert "04_finetune_sweep_top_k_0.1.ipynb: OSError: [Errno 28] No space" in error
-    assert contents(copy).items() <= contents(directory).items()
+    assert outcome(copy).items() <= outcome(directory).items()
     assert {path.name for path in copy.glob("**/.*")} <= {".gitignore"}
     filler.unlink()
     assert masktune(copy, "--param", "0.1") == 0
-    assert contents(copy) == contents(directory)
+    assert outcome(copy) == outcome(directory)

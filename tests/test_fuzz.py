@@ -52,16 +52,11 @@ def test_every_setting_is_tried_below():
 def test_two_settings_share_a_file_only_if_they_are_the_same(first, other, name):
     with_one_change = first.replace(**{name: getattr(other, name)})
     for second in (other, with_one_change):
-        is_one_path = base_path(first) == base_path(second)
-        assert is_one_path == (first.base.identity == second.base.identity)
-        is_one_path = tuned_path(first) == tuned_path(second)
-        assert is_one_path == (first.identity == second.identity)
-        assert max(map(len, tuned_path(second).parts)) <= 220
+        for one, two in ((first, second), (first.base, second.base)):
+            is_one_path = path_of(one) == path_of(two)
+            assert is_one_path == (one.identity == two.identity)
+        assert max(map(len, path_of(second).parts)) <= 220
 
 
-def base_path(settings):
-    return settings.checkpoint_path("base")
-
-
-def tuned_path(settings):
+def path_of(settings):
     return settings.checkpoint_path(settings.configuration)

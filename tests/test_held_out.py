@@ -1,13 +1,13 @@
 """What models predict for images that they have not seen, recomputed by plain code."""
 
 import copy
-import math
 from functools import partial
 from types import SimpleNamespace
 
 import joblib
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 
 from masktune_utils import data, datasets, models, training
@@ -48,7 +48,7 @@ SAMPLE = 80  # of the 100 images of each fold
 @pytest.fixture(scope="module")
 def train() -> Split:
     """Two hundred digits, a tenth of which conflict with the square."""
-    settings = Settings(dataset="mnist5k", limit=200, conflicting_share=0.1)
+    settings = Settings(**TINY, conflicting_share=0.1)
     return datasets.load(settings).train
 
 
@@ -170,7 +170,6 @@ def test_each_image_is_predicted_by_the_models_that_have_not_seen_it(
     known, pairs, train
 ):
     assert [*known.predictions] == [ERM, NULL, *NAMES]
-    assert known.tried == [*known.mean_masks] == NAMES
     assert torch.equal(known.labels, train.labels)
     for fold, other in pairs:
         images, _ = fold.images[ERM].batch(ALL)
@@ -184,12 +183,8 @@ def test_masks_are_made_for_all_images_by_the_maps_of_both_halves(known, pairs):
     assert [*known.masked] == [NULL, *NAMES]
     assert not known.masked[NULL].own_masks.any()
     for name in NAMES:
-        masked = known.masked[name]
-        own_masks = masked.own_masks
+        own_masks = known.masked[name].own_masks
         assert own_masks.any()
-        assert masked.fill == "resample"
-        assert masked.seed == SEED
-        assert f"{masked.rule}" == name
         for fold, _ in pairs:
             expected = fold.images[name].own_masks
             assert torch.equal(own_masks[fold.index], expected)
@@ -293,7 +288,6 @@ def test_maps_are_computed_only_if_a_rule_needs_them(few):
     first = next(held_out.try_masks(few, fit, unchanged, [BY_EXCHANGE, OWN], no_maps))
     assert first.tried == [NAMES[2]]
     assert first.has_maps
-    assert try_all(few, rules=[BY_EXCHANGE], explain=no_maps).has_maps
 
 
 def test_a_network_without_maps_is_masked_by_exchange_alone(few):
@@ -309,11 +303,6 @@ def test_a_round_that_hides_nothing_more_is_not_tried(few):
     weak = Rule(param=28.0, rounds=3)  # hides nothing
     known = try_all(few, rules=[weak])
     assert known.tried == ["mean_std 28"]
-    assert [*known.masked] == [NULL, "mean_std 28"]
-
-
-def wrapped(network):
-    return nn.Sequential(network)
 
 
 def assigned(network):
@@ -323,7 +312,7 @@ def assigned(network):
     return other
 
 
-@pytest.mark.parametrize("again", [wrapped, assigned])
+@pytest.mark.parametrize("again", [nn.Sequential, assigned])
 def test_one_network_for_both_folds_is_refused(few, again):
     network = models.new_model(0)
     message = "fit returned two networks that share weights; allowed: a new one"
@@ -333,48 +322,34 @@ def test_one_network_for_both_folds_is_refused(few, again):
         try_all(few, finetune=lambda *_: again(network))
 
 
-class Tuple(nn.Linear):
-    def forward(self, images):
-        return (super().forward(images.flatten(1)),)
-
-
-@pytest.mark.parametrize("shape", [(1,), (), (2, 1)])
-def test_a_network_without_a_number_for_each_class_is_refused(few, shape):
-    linear = nn.Linear(3 * 28 * 28, math.prod(shape))
-    reshape = nn.Unflatten(0, (-1, *shape))
-    network = nn.Sequential(nn.Flatten(), linear, nn.Flatten(0), reshape)
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Conv2d(3, 2, 28),
+        nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten()),
+        nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten(0)),
+    ],
+)
+def test_a_network_without_a_number_for_each_class_is_refused(few, network):
     message = r"predicts \[.*\] for two images; allowed: a number for each of 2"
     with pytest.raises(ValueError, match=message):
         try_all(few, lambda _: network)
 
 
-class Log(nn.Flatten):
-    def forward(self, images):
-        return super().forward(images).log()
-
-
-def test_what_is_predicted_must_be_finite_for_every_image_and_every_mask(few):
-    def fit_logarithms(_fold):
-        return nn.Sequential(Log(), nn.Linear(3 * 28 * 28, 2))
-
+def test_what_is_predicted_must_be_finite_with_every_mask(few):
     def ruin(network, masked):
         if masked.rule == SHARED:
             network.linear[3].bias.data[1] = torch.nan
         return network
 
-    images = torch.full_like(few.images, 255)
-    images[-1, 0, 0, 0] = 0
-    with_a_black_pixel = Split(images, few.labels)
-    message = "predicts numbers that are not finite"
-    with pytest.raises(ValueError, match=message):
-        try_all(with_a_black_pixel, fit_logarithms)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="predicts numbers that are not finite"):
         try_all(few, finetune=ruin)
 
 
+OF_TUPLES = nn.Sequential(nn.Flatten(), nn.LSTM(3 * 28 * 28, 2))
 BAD_NETWORKS = {
     "fit returned None; allowed: the network": None,
-    "the network returns a tuple; allowed: logits": Tuple(3 * 28 * 28, 2),
+    "the network returns a tuple; allowed: logits": OF_TUPLES,
     "torch.bfloat16.*; allowed: torch.float32": models.new_model(0).bfloat16(),
 }
 

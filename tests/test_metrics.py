@@ -1,8 +1,10 @@
 """Predictions."""
 
+import pytest
 import torch
 
 from masktune_utils import metrics
+from masktune_utils.data import Split
 
 
 def test_predictions_are_made_in_evaluation_mode_in_any_batch(model, splits):
@@ -13,3 +15,11 @@ def test_predictions_are_made_in_evaluation_mode_in_any_batch(model, splits):
     torch.testing.assert_close(in_small_batches, expected)
     assert model.training
     assert not model.backbone[1].training
+
+
+def test_what_is_predicted_must_be_finite_for_every_image():
+    images = torch.ones(200, 3, 1, 1)
+    images[-1] = 0  # whose logarithm is infinite
+    split = Split(images, torch.arange(200))
+    with pytest.raises(ValueError, match="predicts numbers that are not finite"):
+        metrics.predict(torch.log, split)

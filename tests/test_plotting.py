@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import TINY
 
 from masktune_utils import datasets, metrics, models, panels, plotting
 from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
@@ -14,7 +15,7 @@ from masktune_utils.settings import Settings
 
 @pytest.fixture(scope="module")
 def eight():
-    return datasets.eight(Settings(dataset="mnist5k", device="cpu"))
+    return datasets.eight(Settings(**TINY))
 
 
 def choice_of_two(train):
@@ -60,22 +61,16 @@ def titles_of_rows(figure):
 
 
 def test_a_figure_is_saved_as_it_is_displayed_and_tells_of_what_it_is(
-    monkeypatch, tmp_path
+    monkeypatch, settings
 ):
     display = Mock()
     monkeypatch.setattr(plotting, "display", display)
-    settings = Settings(
-        directory=str(tmp_path),
-        dataset="mnist5k",
-        seed=3,
-        epochs=2,
-    )
     figure = plotting.grid({"image": torch.rand(2, 3, 28, 28)})
     plotting.show(figure, settings, "picture", seeds=[2, 1])
     (displayed,) = display.call_args.args
-    (path,) = tmp_path.glob("figures/mnist5k_epochs=2/seed3/picture.png")
+    path = settings.folder("figures") / "picture.png"
     assert displayed.data == path.read_bytes()
-    assert figure.texts[0].get_text() == "mnist5k_epochs=2, seed 1, 2"
+    assert figure.texts[0].get_text() == f"{settings.experiment}, seed 1, 2"
 
 
 def test_a_grid_shows_images_and_masks_with_their_titles():

@@ -3,21 +3,14 @@
 import re
 from types import SimpleNamespace
 
-import pytest
-
 from masktune_utils import progress
 
 
-@pytest.fixture
-def metadata(monkeypatch) -> dict[str, str]:
-    """What the front end sends with a cell; this process looks like a kernel."""
-    sent = {}
-    shell = SimpleNamespace(kernel=None, get_parent=lambda: {"metadata": sent})
+def test_a_notebook_has_a_bar_only_where_a_person_looks_on(monkeypatch, capsys):
+    metadata = {}  # which the front end sends with a cell
+    shell = SimpleNamespace(kernel=None)
+    shell.get_parent = lambda: {"metadata": metadata}
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
-    return sent
-
-
-def test_a_notebook_has_a_bar_only_where_a_person_looks_on(metadata, capsys):
     hidden = progress.bar(range(3), mininterval=0)
     assert hidden.disable
     assert list(hidden) == [0, 1, 2]
@@ -31,7 +24,8 @@ def test_a_terminal_gets_one_line_that_goes_away(capsys, monkeypatch):
     stderr = SimpleNamespace(isatty=lambda: True)
     terminal = SimpleNamespace(stderr=stderr, modules={})
     monkeypatch.setattr(progress, "sys", terminal)
-    assert list(progress.bar(range(3), desc="maps")) == [0, 1, 2]
+    shown = progress.bar(range(3), desc="maps")
+    assert list(shown) == [0, 1, 2]
     printed = capsys.readouterr().err
     assert re.fullmatch(r"\rmaps:   0%.*\r +\r", printed)
     worker = SimpleNamespace(name="LokyProcess-1")

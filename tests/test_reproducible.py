@@ -5,7 +5,8 @@ import signal
 import time
 
 import pytest
-from tiny_runs import contents, masktune, start
+from conftest import outcome
+from tiny_runs import masktune, start
 
 pytest_plugins = ["tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,6 +22,6 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert masktune(tmp_path, *params) == 0
-    left = contents(tmp_path)
+    left = outcome(tmp_path)
     assert len(left) > 10
-    assert left.items() <= contents(whole_run.directory).items()
+    assert left.items() <= outcome(whole_run.directory).items()

@@ -71,10 +71,11 @@ def test_a_good_mask_gains_ten_points_less_what_the_rest_costs(of_mask, chosen):
 
 
 def test_a_good_mask_gains_beyond_doubt():
+    """A sixth of five mistakes is within it, of forty it is not."""
     few = toy(mistakes=5, a=(1, 995))
-    assert scores(few).loc["a", "gain"] == pytest.approx(1 / 6)
     assert judge(few).chosen == ERM
-    assert judge(toy(a=(7, 960))).chosen == "a"
+    many = toy(mistakes=40, a=(7, 960))
+    assert judge(many).chosen == "a"
 
 
 @pytest.mark.parametrize(("lost", "chosen"), [(90, "a"), (91, "b")])
@@ -95,8 +96,6 @@ def test_kinds_that_move_count_more_and_their_mistakes_the_same():
     of_mask[:16:2] = 1  # twelve are corrected
     of_mask[1:40:2] = 0
     row = scores(predicted).loc["a"]
-    assert row["moves"] == 20
-    assert row["mask_corrects"] == 12
     assert row["score"] == pytest.approx(0.8 * 12 / 20)
     counts = "corrects 12, nothing masked 0; 20 move with what it hides. By kind of "
     assert f"{counts}mistake, those that" in judge(predicted).reason

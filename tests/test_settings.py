@@ -27,7 +27,6 @@ def test_names_of_files_tell_what_is_not_the_default(tmp_path):
         ({"lr": float("nan")}, "lr = nan: Input should be a finite number"),
         ({"param": 7}, "param = 7: Value error, top_k hides a share: at most 1"),
         ({"square_color": "rgb(1, 2, 3)"}, "square_color = 'rgb(1, 2, 3)': String"),
-        ({"sede": 1}, "sede = 1: Extra inputs are not permitted; known: directory, "),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line_with_what_is_allowed(values, message):

@@ -83,7 +83,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    "content", [Malicious(), {"settings": Malicious()}, {"settings": 1}, [1], {}]
+    "content", [Malicious(), {"settings": Malicious()}, {"settings": 1}, {}]
 )
 def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(path, content):
     path.parent.mkdir()
@@ -133,7 +133,7 @@ def test_weights_of_a_plain_state_dict_are_loaded_wherever_they_were_saved(
     assert store.sha256(loaded.state_dict()) == store.sha256(weights)
 
 
-@pytest.mark.parametrize("content", [[1], {"a": 1}, {"state_dict": {}}])
+@pytest.mark.parametrize("content", [[1], {"a": 1}])
 def test_what_are_no_weights_is_refused_by_name(content, tmp_path):
     path = tmp_path / "foreign.pth"
     torch.save(content, path)

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import nbformat
 import psutil
 import pytest
-from conftest import MASKTUNE, TINY, outcome
+from conftest import MASKTUNE, TINY
 
-from masktune_utils import store
 from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
@@ -36,16 +34,20 @@ def tiny(directory, **settings):
     return Settings(**(TINY | settings), directory=str(directory))
 
 
+def sweep(directory, *arguments):
+    """The arguments of `masktune sweep`."""
+    return ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
+
+
 def masktune(directory, *arguments):
     """Exit code of `masktune sweep` in this process."""
-    return command.main(["sweep", *OPTIONS, "--directory", str(directory), *arguments])
+    return command.main(sweep(directory, *arguments))
 
 
 def start(directory, *arguments):
     """`masktune sweep` in a process group of its own."""
-    options = ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
     return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, *options],
+        [sys.executable, "-c", SWEEP, *sweep(directory, *arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,25 +60,6 @@ def kernels_of(pid):
     """The kernels that a process has started."""
     family = psutil.Process(pid).children(recursive=True)
     return [child for child in family if "ipykernel_launcher" in child.cmdline()]
-
-
-def contents(directory):
-    """What `masktune` left of the digits with seed 0, by folder and name."""
-    left = {}
-    for folder in directory.glob("*/mnist5k*/seed0"):
-        for name, content in outcome(folder).items():
-            left[folder.relative_to(directory), name] = content
-    return left
-
-
-def checked_results(directory):
-    """The results and the choice of seed 0; all that is saved is whole."""
-    for path in directory.glob("checkpoints/*/*/CNN_checkpoint_*.pth"):
-        store.read(path)
-    for path in directory.glob("runs/*/*/*.ipynb"):
-        nbformat.read(path, as_version=4)
-    paths = directory.glob("results/*/seed0/*.json")
-    return {path.stem: json.loads(path.read_bytes()) for path in paths}
 
 
 class Run(NamedTuple):
