@@ -108,7 +108,7 @@ def from_onnx(
             classify(torch.zeros(count, 3, size, size))
     except Exception as error:
         raise ValueError(
-            f"{path} classifies no images of 3×{size}×{size} ({error}); allowed: an "
+            f"{path} does not classify images of 3×{size}×{size} ({error}); allowed: an "
             f"ONNX file with one input, ['batch', 3, {size}, {size}], where the batch "
             "is dynamic; or another size."
         ) from error

@@ -79,11 +79,15 @@ def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):
     white = torch.ones(1, 3, 8, 8)
     expected = torch.tensor([[0.25, 1, 1]])
     torch.testing.assert_close(classify(white), expected)
-    message = r"network\.onnx takes \[\['batch', 3, 8, 8\]\]"
-    with pytest.raises(ValueError, match=message):
+    refused = r"(?s)network\.onnx does not classify images of 3×{0}×{0} \(.*{1}"
+    with pytest.raises(ValueError, match=refused.format(9, "Expected: 8")):
         from_onnx(path, 9, mean, std)
+    fixed = MEANS.replace("batch", "1")
+    onnx.save(onnx.parser.parse_model(fixed), path)
+    with pytest.raises(ValueError, match=refused.format(8, "Expected: 1")):
+        from_onnx(path, 8, mean, std)
     path.write_bytes(b"no network")
-    with pytest.raises(ValueError, match=r"network\.onnx is no ONNX"):
+    with pytest.raises(ValueError, match=refused.format(8, "Protobuf")):
         from_onnx(path, 8, mean, std)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"network\.onnx is no file"):

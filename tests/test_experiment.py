@@ -116,7 +116,6 @@ def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model():
 
 @pytest.mark.parametrize("fill", ["zero", "resample"])
 def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, fill):
-    """By `masking.masktune`, which caches nothing."""
     masking_rule = {"method": "mean", "param": 2, "fill": fill, "rounds": 3}
     settings = settings.replace(
         **masking_rule,
@@ -124,22 +123,25 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
         finetune_batch_size=50,
         seed=3,
     )
-    train = splits.train
-
-    def finetune(network, masked):
-        options = {"lr": settings.lr, "schedule": "linear", "batch_size": 50}
+    labels = splits.train.labels
+    options = {"lr": settings.lr, "schedule": "linear", "batch_size": 50}
+    network = base.model
+    images = splits.train.images
+    masked = None
+    steps = {}
+    for rule in Rule(**masking_rule).each_round:
+        maps = saliency.saliency_maps(network, images, labels)
+        masked = rule.mask(splits.train, maps, masked, seed=3)
+        network = copy.deepcopy(base.model)
         training.train(network, masked, epochs=1, seed=3, **options)
-        return network
-
-    rule = Rule(**masking_rule)
-    maps = saliency.saliency_maps(base.model, train.images, train.labels)
-    steps = [*masking.masktune(base.model, train, rule, finetune, maps, seed=3)]
+        images = masked.images
+        steps[rule.rounds] = sha256(network), masked.own_masks
     # the last one first; the models of the rounds before are saved with it
     for rounds in (3, 2, 1):
         tuned = experiment.masktune(settings.replace(rounds=rounds), base)
-        model, masked = steps[rounds - 1]
-        assert tuned.sha256 == sha256(model)
-        assert torch.equal(tuned.images.own_masks, masked.own_masks)
+        weights, own_masks = steps[rounds]
+        assert tuned.sha256 == weights
+        assert torch.equal(tuned.images.own_masks, own_masks)
         assert (tuned.seconds is None) == (rounds < 3)
 
 
