@@ -54,15 +54,11 @@ def summary(runs: pd.DataFrame) -> pd.Series:
     )
 
 
-def summaries(seeds: str = "") -> pd.DataFrame:
-    """Of each range of seeds.
-
-    Args:
-        seeds: how they begin.
-    """
+def summaries() -> pd.DataFrame:
+    """Of each range of seeds."""
     rows = []
     for name in trials.names():
-        if "/" not in name and name.rpartition("_")[2].startswith(seeds):
+        if "/" not in name:
             rows.append(outcome(name, *results.read_trial(name)))
     return pd.DataFrame(rows).groupby("range")[[*rows[0]]].apply(summary)
 

@@ -4,9 +4,9 @@
 
 A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles by their background,
 plants and buildings with a date, animals and things of the household with the logo of a
-channel, clothes and symbols with a scratch from top to bottom. The stamps of
-Tux Paint have a transparent background. Stamps of the test images are not in training
-images; of each texture, the latter have the left half, the former the right.
+channel, clothes and symbols with a scratch from top to bottom. The stamps of Tux Paint
+have a transparent background. Stamps of the test images are not in training images; of
+each texture, the latter have the left half, the former the right.
 """
 
 import functools
