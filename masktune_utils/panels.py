@@ -69,13 +69,15 @@ def explore(choice: Choice) -> interactive:
     Returns:
         A panel; its `result` is the choice as it is decided.
     """
+    chosen = choice.verdict.chosen
 
-    def look(take: str = choice.verdict.chosen) -> Choice:
-        is_unchanged = take == choice.verdict.chosen
-        decided = choice if is_unchanged else choice.take(take)
+    def look(take: str = chosen) -> Choice:
+        decided = choice if take == chosen else choice.take(take)
         print(decided.reason)
         draw(plotting.dumbbells(choice.held_out, take))
         draw(plotting.choice_masks(decided))
         return decided
 
-    return interactive(look, take=[ERM, *choice.held_out.tried])
+    panel = interactive(look, take=[ERM, *choice.held_out.tried])
+    panel.children[0].layout.width = "max-content"  # names of masks are long
+    return panel

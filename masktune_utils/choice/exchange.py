@@ -189,7 +189,5 @@ def place(mask: Tensor) -> str:
 def _windows(side: int) -> list[slice]:
     """At most thirteen, a seventh of a side each, from edge to edge."""
     size = max(1, side // 7)
-    starts = set()
-    for number in range(13):
-        starts.add(round(number * (side - size) / 12))
+    starts = {round(number * (side - size) / 12) for number in range(13)}
     return [slice(start, start + size) for start in sorted(starts)]
