@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 from unittest.mock import Mock
 
 import pytest
@@ -68,6 +69,11 @@ def test_what_has_an_executed_copy_is_done_and_skipped(directory):
     again = {path.stem for path in before if before[path] != after[path]}
     figures = {"04_masked", "04_eight", "04_fill_top_k_0.1", "04_move_top_k_0.1"}
     assert again == {copy.stem, *figures}
+
+
+def test_results_may_be_deleted(directory):
+    shutil.rmtree(directory / "results")
+    assert command.main(["choose", *sweep(directory)[1:]]) == 0
 
 
 def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, dry_run):
