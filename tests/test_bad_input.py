@@ -38,7 +38,6 @@ BAD_OPTIONS = {
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--limit 5000": "limit = 5000: at most 4000 here",
     "--device mps": "device = 'mps'; here there are auto, cpu",
-    "--dask nowhere": "missing port number in address 'nowhere'",
 }
 BAD_GRIDS = {
     "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",

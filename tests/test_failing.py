@@ -93,26 +93,3 @@ def test_an_interrupt_ends_the_kernels_too(tmp_path):
     assert len(running) == 2
     _, alive = psutil.wait_procs(running, timeout=10)
     assert not alive
-
-
-@pytest.mark.slow
-def test_notebooks_are_executed_by_a_dask_cluster(tmp_path):
-    distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with (
-        distributed.LocalCluster(**options) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        process = start(tmp_path, "--param", "0.4", "--dask", cluster.scheduler_address)
-        _, error = process.communicate()
-        counts = client.run(kernels_kept).values()
-    assert process.returncode == 0, error
-    assert "top_k_0.4.json" in outcome(tmp_path)
-    assert sum(counts) > 0
-
-
-def kernels_kept():
-    """How many kernels this process has kept."""
-    from masktune_utils.runner import kernels
-
-    return sum(map(len, kernels.idle.values()))

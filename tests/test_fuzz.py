@@ -11,10 +11,10 @@ VALUES = {
     "seed": [1, 11],
     "limit": [20, 200],
     "labels": ["digits"],
-    "square_size": [16],
+    "square_size": [1, 16],
     "square_color": ["red", "#0000ff"],
     "placement": ["ordered"],
-    "shortcut": ["none", "two_squares"],
+    "shortcut": ["none", "frame", "two_squares"],
     "conflicting_share": [0.0, 0.1],
     "validation_share": [0.1],
     "epochs": [1, 10],
@@ -29,10 +29,10 @@ VALUES = {
     "fill": ["resample"],
     "rounds": [2, 12],
     "finetune_optimizer": ["adam"],
-    "finetune_lr": [0.1],
+    "finetune_lr": [0.01, 0.1],
     "finetune_schedule": ["linear"],
-    "finetune_batch_size": [3],
-    "finetune_epochs": [2],
+    "finetune_batch_size": [3, 32],
+    "finetune_epochs": [2, 10],
 }
 FIELDS = {}
 for setting, others in VALUES.items():

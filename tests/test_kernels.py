@@ -37,7 +37,6 @@ print(sorted(name for name in globals() if not name.startswith("_")))
 print([*filter(None, In)][:-1], Out)
 print(torch.get_num_threads())
 print(warnings.filters)
-gc.unfreeze()
 left = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
 print([tensor.shape for tensor in left if tensor.numel() > 10**5])
 print([thing for thing in gc.get_objects() if type(thing) is torch.nn.Linear])

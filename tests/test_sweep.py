@@ -118,7 +118,7 @@ def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):
 def test_directories_become_absolute_and_each_has_a_table(
     tmp_path, monkeypatch, capsys
 ):
-    """Since a Dask worker may be elsewhere; with - in the name of an option, too."""
+    """With - in the name of an option, too."""
     monkeypatch.chdir(tmp_path)
     execute = Mock(return_value={})
     monkeypatch.setattr(jobs, "execute", execute)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from functools import cache
 from pathlib import Path
 
-from joblib import cpu_count, parallel_config
+from joblib import cpu_count
 from yaml import YAMLError
 
 from masktune_utils import datasets, results, store
@@ -16,7 +16,7 @@ from masktune_utils.runner.grids import read_grid
 from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, root
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
-       [--jobs N] [--dask ADDRESS] [--dry-run]"""
+       [--jobs N] [--dry-run]"""
 PUBLISHED = REPOSITORY / "studies" / "sweeps" / "published.yaml"
 SWEEP = ["02_erm", "03_saliency_masks", "04_finetune_sweep"]
 CHOICE = "06_choice"
@@ -52,7 +52,6 @@ def _parser() -> ArgumentParser:
         help="YAML file, see studies/sweeps/",
     )
     add("--jobs", type=int, help="notebooks at once")
-    add("--dask", help="address of a Dask scheduler whose cluster shares the files")
     add("--dry-run", action="store_true", help="count the notebooks, and run nothing")
     for name, field in Settings.model_fields.items():
         add(
@@ -70,18 +69,12 @@ def _run(arguments: Namespace) -> int:
         FileNotFoundError: see `datasets.load`.
         ValueError: see `read_grid` and `datasets.load`.
     """
-    if arguments.dask:
-        from distributed import Client  # heavy, and seldom wanted
-
-        Client(arguments.dask, timeout=5)
-        parallel_config(backend="dask")
     given = vars(arguments)
     options = {name: given[name] for name in DEFAULTS if given[name]}
     notebook, grid = read_grid(arguments.grid, options)
     resolve = cache(datasets.resolve_dataset)  # which may read MNIST
     resolved = []
     for settings in grid:
-        # A Dask worker may have another working directory.
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))

@@ -102,7 +102,6 @@ def reset() -> None:
     """Undo, in a kernel, what a notebook has left behind."""
     get_ipython().reset(new_session=True)  # names, In and Out
     gc.collect()  # with the names go models, hooks and images
-    gc.freeze()  # what is left are modules; the next collection passes over them
     torch.cuda.empty_cache()
     warnings.resetwarnings()  # Python also forgets which were shown already
     for restore, value in FRESH:
