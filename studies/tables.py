@@ -73,7 +73,7 @@ def main_table() -> list[str]:
         "earlier reproduction's best on raw, `top_k` 0.1, by SGD": mnist.loc[
             "top_k_0.1"
         ],
-        "the same, by Adam as there (98.28 raw)": mnist.loc[by_adam],
+        "the same, by Adam as there (98.28 raw there)": mnist.loc[by_adam],
         "ours: `mean_std` 4 dilated by 4, found on this task": mnist.loc[
             f"mean_std_4.0_dilation=4{LINEAR}"
         ],
@@ -90,9 +90,12 @@ def main_table() -> list[str]:
 def short_table() -> list[str]:
     """The registered test in three lines."""
     runs = registered()
+    on_objects = runs[runs["kind"].isin(OUT_OF_REACH)]
+    more_training = on_objects["nothing masked"].mean()
+    words = f"colour, tint, scattered pixels (more training alone: {more_training:.0f})"
     parts = {
         "a mask can hide it": runs[can_hide(runs)],
-        "colour, tint, scattered pixels": runs[runs["kind"].isin(OUT_OF_REACH)],
+        words: on_objects,
         "no shortcut": runs.query("kind == 'none'"),
     }
     return means_and_ranges(parts, IN_HINDSIGHT)
@@ -191,7 +194,7 @@ def table_of_measures() -> list[str]:
     is_repaired = gains >= 20
     return [
         measured(
-            "regret, a mask can hide the shortcut",
+            "mean regret, a mask can hide the shortcut",
             hidden["regret"].mean(),
             "at most",
             1.8,
@@ -218,18 +221,18 @@ def table_of_measures() -> list[str]:
         ),
         measured("the same, in one run", without["loss"].max(), "at most", 4),
         measured(
-            "share of runs harmed, if ERM has 50% or more",
+            "share of runs harmed, of those with ERM at 50% or more",
             is_harmed.mean(),
             "at most",
             0.02,
-            f"{is_harmed.sum()} of {len(is_harmed)}",
+            f"{is_harmed.mean():.2f} ({is_harmed.sum()} of {len(is_harmed)})",
         ),
         measured(
-            "mnist5k, ten classes: share of runs that rise by 20",
+            "mnist5k, ten classes: share of runs that rise by 20 or more",
             is_repaired.mean(),
             "at least",
             0.7,
-            f"{is_repaired.sum()} of {len(is_repaired)}",
+            f"{is_repaired.mean():.2f} ({is_repaired.sum()} of {len(is_repaired)})",
         ),
         measured("the same: below ERM in one run", -gains.min(), "at most", 2),
     ]
@@ -346,7 +349,6 @@ def phrases_of_readme() -> list[str]:
     runs = registered()
     hidden = runs[can_hide(runs)]
     without = runs.query("kind == 'none'")["gain"]
-    photos = photographs().drop("none")
     audited = audits().query("images == 1000")
     stands_out = audited.query("kind == 'none'")["stands_out"]
     with_shortcut = audited[can_hide(audited)]
@@ -354,14 +356,13 @@ def phrases_of_readme() -> list[str]:
     return [
         f"rises from {flagship['base']:.0f}% to {flagship['chosen']:.0f}%",
         f"{(hidden['gain'] >= 20).sum()} of {len(hidden)} runs rise by 20 points",
-        f"median regret is {hidden['regret'].median():.1f} points",
-        f"{(without < -1).sum()} of {len(without)} runs without a shortcut falls",
+        f"end {hidden['regret'].mean():.1f} points behind the best in hindsight (limit: 1.8)",
+        f"{(without < -1).sum()} of {len(without)} runs falls by more",
         f"by {-without.min():.0f} points",
         f"one falls, by {-gains_on_mnist5k().min():.0f}",
-        f"{(photos['chosen'] > photos[ERM]).sum()} of {len(photos)} runs rise",
-        f"{counts['can_tell']} of {len(with_shortcut)} classifiers with a shortcut",
-        f"in {counts['stands_out']} of these a place stands out",
-        f"in {counts['finds']} it covers half of the shortcut",
+        f"in {counts['stands_out']} of {len(with_shortcut)} classifiers",
+        f"covers half of the shortcut in {counts['finds']}",
+        f"({len(with_shortcut) - counts['can_tell']} make too few mistakes)",
         f"stands out in {stands_out.sum()} of {len(stands_out)}",
     ]
 
