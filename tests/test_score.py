@@ -97,7 +97,7 @@ def test_kinds_that_move_count_more_and_their_mistakes_the_same():
     of_mask[1:40:2] = 0
     row = scores(predicted).loc["a"]
     assert row["score"] == pytest.approx(0.8 * 12 / 20)
-    counts = "corrects 12, nothing masked 0; 20 move with what it hides. By kind of "
+    counts = "corrects 12, nothing masked 0; 20 move with what it hides.\nBy kind of "
     assert f"{counts}mistake, those that" in judge(predicted).reason
 
 
@@ -120,8 +120,8 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     verdict = judge(toy(nothing=nothing, a=(17, 960), b=nothing))
     assert (verdict.chosen, verdict.best) == (ERM, "b")
     assert verdict.reason == (
-        'ERM is kept: no mask clearly corrects its mistakes. The best: "b".\nOf 40 '
-        "mistakes the mask corrects 18, nothing masked 18; 40 move with what it hides. "
+        'ERM is kept: no mask clearly corrects its mistakes.\nThe best: "b".\nOf 40 '
+        "mistakes the mask corrects 18, nothing masked 18; 40 move with what it hides.\n"
         "A gain of +0 points (needed: 10, and 4 to be beyond doubt)."
     )
 
@@ -222,7 +222,7 @@ def choice_of(predicted):
 
 def test_the_reason_tells_what_is_hidden_and_what_it_costs():
     choice = choice_of(toy(a=(30, 950)))
-    assert choice.reason.splitlines()[2:] == [
+    assert choice.reason.splitlines()[4:] == [
         '"a" hides 9% of the image, mostly top right.',
         (
             "Accuracy on images not seen in training: 96.0% (ERM), 96.0% (nothing "

@@ -76,8 +76,9 @@ class Audit:
             )
         words = (
             f"{len(self.swaps.moving)} of {count} mistakes move with the "
-            f"{place(self.region)} ({self.region.float().mean():.0%} of the image); with other places of "
-            f"this shape {min(self.elsewhere)} to {max(self.elsewhere)}.\n"
+            f"{place(self.region)} ({self.region.float().mean():.0%} of the image);\n"
+            f"with other places of this shape {min(self.elsewhere)} to "
+            f"{max(self.elsewhere)}.\n"
         )
         if not self.stands_out:
             return f"{words}No place stands out: this says nothing."

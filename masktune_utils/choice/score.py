@@ -118,30 +118,30 @@ def judge(held_out: HeldOut) -> Verdict:
         best = gain.idxmax()
     counts = _counts(held_out, best, table.loc[best])
     if good.empty:
-        kept = "ERM is kept: no mask clearly corrects its mistakes. The best:"
+        kept = "ERM is kept: no mask clearly corrects its mistakes.\nThe best:"
         return Verdict(ERM, best, f"{kept} {counts}")
     return Verdict(best, best, f"Chosen: {counts}", is_final=len(clear) > 0)
 
 
 def _counts(held_out: HeldOut, mask: str, row: pd.Series) -> str:
-    """What decides, in words."""
+    """What decides, in words: a line a sentence."""
     mistakes = held_out.is_mistake.sum().item()
     plain = (row["mask_corrects"] - row["nothing_corrects"]) / mistakes
     words = (
         f'"{mask}".\nOf {mistakes} mistakes the mask corrects '
         f"{row['mask_corrects']:.0f}, nothing masked {row['nothing_corrects']:.0f}; "
-        f"{row['moves']:.0f} move with what it hides. "
+        f"{row['moves']:.0f} move with what it hides.\n"
     )
     if math.isnan(row["error"]):
         return f"{words}No swap moves a mistake: it has no score."
     if abs(row["score"] - plain) >= 0.005:
         words += (
             "By kind of mistake, those that move counted more: "
-            f"{row['mask']:.0%} and {row['nothing']:.0%}. "
+            f"{row['mask']:.0%} and {row['nothing']:.0%}.\n"
         )
     loss = row["score"] - row["gain"]
     if loss >= 0.005:
-        words += f"Of the other images it loses {loss:.0%}. "
+        words += f"Of the other images it loses {loss:.0%}.\n"
     return words + (
         f"A gain of {100 * row['gain']:+.0f} points (needed: {100 * ENOUGH:.0f}, and "
         f"{100 * SURE * row['error']:.0f} to be beyond doubt)."
@@ -159,8 +159,8 @@ def _prior(held_out: HeldOut) -> Verdict:
     decision = f'Chosen: "{best}"' if is_enough else "ERM is kept"
     reason = (
         f"{decision}, by a prior: too few held-out mistakes "
-        f"({held_out.is_mistake.sum()}) to tell which evidence misleads. Gain of "
-        f'"{best}" over nothing masked, where masks hide a part: '
+        f"({held_out.is_mistake.sum()}) to tell which evidence misleads.\n"
+        f'Gain of "{best}" over nothing masked,\nwhere masks hide a part: '
         f"{100 * gain[best]:+.0f} points."
     )
     return Verdict(best if is_enough else ERM, best, reason, is_final=True)

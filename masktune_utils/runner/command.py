@@ -17,7 +17,7 @@ from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, roo
 
 USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
        [--jobs N] [--dry-run]"""
-PUBLISHED = REPOSITORY / "studies" / "sweeps" / "published.yaml"
+PUBLISHED = REPOSITORY / "studies/sweeps/published.yaml"
 SWEEP = ["02_erm", "03_saliency_masks", "04_finetune_sweep"]
 CHOICE = "06_choice"
 COMMANDS = {
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="masktune", usage=USAGE, description=__doc__)
+    parser = ArgumentParser(usage=USAGE, description=__doc__)
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add(

@@ -117,7 +117,9 @@ def write_page(job: Job) -> Path:
     """Write an executed notebook without its code, as one file to be read offline."""
     from nbconvert import HTMLExporter  # heavy, and seldom wanted
 
-    page, _ = HTMLExporter(exclude_input=True).from_filename(job.copy)
+    # The default template leaves out what pictures show, in words.
+    exporter = HTMLExporter(template_name="classic", exclude_input=True)
+    page, _ = exporter.from_filename(job.copy)
     # Scripts would be loaded from the network.
     page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
     path = job.settings.folder("results") / f"{job.stem}.html"
