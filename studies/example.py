@@ -2,7 +2,7 @@
 
     python studies/example.py
 
-makes `results/reference_07_example.csv`, in a quarter of an hour on two cores.
+makes `results/reference_07_example.csv`, in twenty minutes on two cores.
 """
 
 import itertools
