@@ -389,13 +389,19 @@ def phrases_of_test() -> list[str]:
 
 def phrases_of_photographs() -> list[str]:
     """What results/README.md says of photographs."""
+    rows = read("photographs.csv").query("seed == 6 and model == 'ERM'")
+    rows = rows.set_index("shortcut")
+    audited = rows[["audit_move", "audit_mistakes"]].astype("Int64").T
+    region = rows.loc["logo", "audit_region"]
     repaired, count = repaired_photographs()
     runs = photographs(is_of_test=False)
     loss = (runs[ERM] - runs["chosen"]).max()
     biased = runs.drop("none")
     gain = (biased["chosen"] - biased[ERM])[biased["chosen"] != biased[ERM]]
     return [
-        f"All {len(runs)} runs",
+        f"all {len(runs)} runs",
+        "{} of {} mistakes move with it (a date; ".format(*audited["date"]),
+        "and {} of {} (a logo; {:.0%} of the image)".format(*audited["logo"], region),
         f"**missed, {repaired} of {count}**",
         f"ERM is kept in {len(biased) - len(gain)} of {len(biased)} runs",
         f"{len(gain)} rise, by {gain.min():.1f} to {gain.max():.1f} points",
