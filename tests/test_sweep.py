@@ -143,6 +143,7 @@ def test_a_page_needs_no_other_file_no_network_and_no_script(name, whole_run):
     page = path.read_text()
     assert "experiment.from_notebook" not in page  # no code
     assert "<script" not in page
+    assert "No description" not in page  # of a picture
     sources = re.findall('src="(.*?)[,"]', page)
     assert {*sources} == {"data:image/png;base64"}
     assert not re.findall(r'<link [^>]*href="http|@import|url\(.?http', page)
