@@ -340,13 +340,13 @@ class Rule:
             raise ValueError(
                 f"maps are {tuple(maps.shape)}; allowed: {len(split)}×h×w, one per image."
             )
-        if self.shared:
+        if self.shared or self.exchange:
             maps = mean_map(maps)
         parts = [self.image_masks(part, size) for part in maps.split(1000)]
         own_masks = torch.cat(parts).expand(len(split), *size)
         if earlier is not None:
             own_masks = torch.maximum(own_masks, earlier.own_masks)
-        return MaskedDataset(split, own_masks, self.fill, seed, rule=self)
+        return MaskedDataset(split, own_masks, self.fill, int(seed), rule=self)
 
 
 NOTHING = Rule("threshold", math.inf, "nearest", shared=True)

@@ -29,7 +29,7 @@ def predict(
         batch_size: images at a time; it changes nothing but the speed.
 
     Raises:
-        TypeError: the network returns no tensor.
+        TypeError: the network returns no tensor, or one that is not N×classes.
         ValueError: a number that it predicts is not finite.
     """
     modes = {}
@@ -47,9 +47,10 @@ def predict(
     finally:
         for module, was_training in modes.items():
             module.training = was_training
-    if not isinstance(logits[0], Tensor):
-        kind = type(logits[0]).__name__
-        raise TypeError(f"the network returns a {kind}; allowed: logits, N×classes.")
+    first = logits[0]
+    if not isinstance(first, Tensor) or first.ndim != 2:
+        kind = getattr(first, "shape", type(first))
+        raise TypeError(f"the network returns {kind}; allowed: logits, N×classes.")
     predicted = torch.cat(logits).float().cpu()
     if not predicted.isfinite().all():
         raise ValueError(

@@ -64,7 +64,7 @@ def new_model(
         num_classes: number of logits.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         model = SmallCNN(num_classes)
     return model.to(device, memory_format=torch.channels_last)
 

@@ -50,7 +50,11 @@ def saliency_maps(
                 f"the layer gives {tuple(output.shape)}; allowed: N×C×h×w, in the "
                 "proportions of the image. Name another by layer=."
             )
-        return output.requires_grad_().clone()
+        return output.requires_grad_()
+
+    def pass_copy(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        """What follows may change it in place, as a ReLU does."""
+        return output.clone()
 
     device = next(explained.parameters()).device
     batches = torch.arange(len(images)).split(batch_size)
@@ -58,6 +62,7 @@ def saliency_maps(
     with (
         target.register_forward_hook(start_graph),
         XGradCAM(explained, target) as extractor,
+        target.register_forward_hook(pass_copy),
         torch.enable_grad(),
         models.in_float32(),
     ):

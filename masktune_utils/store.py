@@ -6,6 +6,7 @@ No module of the package is imported here.
 import contextlib
 import hashlib
 import io
+import json
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ def kept(
 
     Args:
         path: the file.
-        made_with: all that the content depends on, by name, as plain values.
+        made_with: all that the content depends on, by name, as values that JSON has.
         make: returns the content: tensors and plain values by name.
 
     Returns:
@@ -122,7 +123,9 @@ def kept(
     Raises:
         CheckpointError: the file is damaged or foreign, or was made with something
             else.
+        TypeError: a value that JSON does not have.
     """
+    made_with = json.loads(json.dumps(made_with))
     if not path.exists():
         # It fails before anything is made.
         path.parent.mkdir(parents=True, exist_ok=True)

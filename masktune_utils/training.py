@@ -78,7 +78,7 @@ def train(
         )
     else:
         raise ValueError(f"schedule is {schedule!r}; allowed: constant or linear.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     history = []
     bfloat16 = has_bfloat16(device)
     model.train()

@@ -1,31 +1,33 @@
-"""How long should the networks of halves be trained? A choice by each length.
+"""How should the networks of halves be trained? Ways to choose by them, compared.
 
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/lengths.py
 
-makes the rows that are missing in `results/lengths.csv`, two runs at a time, five
-minutes of one core each: kinds of registered.py, a development seed, masks of first
-rounds alone. `is_conflicting` is looked at here; a choice does not know it. (The rows
-that are there were made when a mask was clear from four fifths of what is left.)
+makes the rows that are missing in `results/lengths.csv`, two runs at a time, a quarter
+of an hour of one core each: kinds of registered.py, a development seed, masks of first
+rounds alone. `is_conflicting` is looked at here; a choice does not know it.
 """
 
 import copy
-from functools import partial
+from dataclasses import dataclass, replace
 
 import registered
 import torch
 from resume import resume
-from torch import Tensor
+from torch import Tensor, nn
 
-from masktune_utils import results, shortcuts
-from masktune_utils.choice import ERM, score
+from masktune_utils import data, results, shortcuts
+from masktune_utils.choice import ERM, NULL, HeldOut, audit, score
 from masktune_utils.choice.chosen import CANDIDATES
 from masktune_utils.choice.held_out import try_masks
 from masktune_utils.data import Split
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY
 
 FILE = REPOSITORY / "results" / "lengths.csv"
 KEY = ["dataset", "labels", "kind", "seed"]
-LENGTHS = [2, 4, 8, 50]  # epochs
+LENGTHS = [1, 2, 4, 8, 16, 50]  # epochs
+EARLY = 4
+LATE = 50
 SEED = 207
 KINDS = [
     ("mnist", "halves", "square 6"),
@@ -39,6 +41,27 @@ KINDS = [
 ]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A candidate whose masks are there: those of another record."""
+
+    masked: MaskedDataset
+    rounds: int = 1
+    exchange: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.masked.rule}"
+
+    @property
+    def each_round(self) -> list["Ready"]:
+        """Itself."""
+        return [self]
+
+    def mask(self, *_: object) -> MaskedDataset:
+        """The masks."""
+        return self.masked
+
+
 def is_conflicting(train: Split, kind: str) -> Tensor:
     """N, bool: does the image go against the shortcut?"""
     if kind == "none":
@@ -46,21 +69,65 @@ def is_conflicting(train: Split, kind: str) -> Tensor:
     return train.has_shortcut != (shortcuts.halves(train.labels) == 0)
 
 
+def audited(halves: list[nn.Module], train: Split, seed: int) -> dict[str, int]:
+    """How many mistakes move with the region of each half's audit, and elsewhere."""
+    counts = {"move": 0, "move_elsewhere": 0}
+    folds = data.folds(train.labels, seed)
+    for network, others in zip(halves, reversed(folds), strict=True):
+        found = audit(network, train[others], seed)
+        counts["move"] += len(found.swaps.moving)
+        counts["move_elsewhere"] += max(found.elsewhere)
+    return counts
+
+
+def try_ways(train: Split, seed: int) -> tuple[dict[str, HeldOut], dict[str, dict]]:
+    """By way: what held-out images say; and by length, what audits of halves say."""
+    train = replace(train, groups=torch.arange(len(train)))  # an image knows its number
+    by_rule = [rule.each_round[0] for rule in CANDIDATES]
+    records = {}
+    audits = {}
+
+    def try_way(way: str, fit: object, candidates: list) -> None:
+        stages = try_masks(train, fit, registered.fine_tune, candidates, seed=seed)
+        *_, records[way] = stages
+
+    def try_length(epochs: int) -> None:
+        halves = []
+
+        def fit(half: Split) -> nn.Module:
+            halves.append(registered.fit(half, seed, epochs))
+            return halves[-1]
+
+        try_way(f"{epochs}", fit, by_rule)
+        audits[f"{epochs}"] = audited(halves, train, seed)
+
+    def fit_late(half: Split) -> nn.Module:
+        return registered.fit(half, seed, LATE)
+
+    def fit_rest(half: Split) -> nn.Module:
+        """On what the other half's network predicts correctly."""
+        is_mistake = records[f"{LATE}"].is_mistake[half.groups]
+        return fit_late(half[~is_mistake])
+
+    for epochs in LENGTHS:
+        try_length(epochs)
+    early = records[f"{EARLY}"].masked
+    ready = [Ready(masked) for name, masked in early.items() if name != NULL]
+    try_way("early masks", fit_late, ready)
+    try_way("without mistakes", fit_rest, by_rule)
+    return records, audits
+
+
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
-    """A row for each length."""
+    """A row for each way."""
     torch.set_num_threads(1)
     sets = registered.load(dataset, labels, kind, seed)
     erm = registered.fit(sets.train, seed)
     conflicting = is_conflicting(sets.train, kind)
-    rules = [rule.each_round[0] for rule in CANDIDATES]
+    records, audits = try_ways(sets.train, seed)
     rows = []
-    for epochs in LENGTHS:
-        fit = partial(registered.fit, seed=seed, epochs=epochs)
-        stages = try_masks(sets.train, fit, registered.fine_tune, rules, seed=seed)
-        for held_out in stages:
-            verdict = score.judge(held_out)
-            if verdict.is_final:
-                break
+    for way, held_out in records.items():
+        verdict = score.judge(held_out)
         network = erm
         if verdict.chosen != ERM:
             masked = held_out.masked[verdict.chosen]
@@ -69,11 +136,13 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
         rows.append(
             {
                 **dict(zip(KEY, (dataset, labels, kind, seed), strict=True)),
-                "epochs": epochs,
+                "way": way,
                 "mistakes": is_mistake.sum().item(),
                 "conflicting_mistakes": (is_mistake & conflicting).sum().item(),
                 "conflicting": conflicting.sum().item(),
+                **audits.get(way, {}),
                 "chosen": verdict.chosen,
+                "gain": score.scores(held_out).loc[verdict.best, "gain"],
                 "erm": results.evaluate(erm, sets)["worst_group"],
                 "worst_group": results.evaluate(network, sets)["worst_group"],
             }

@@ -1,5 +1,6 @@
 """The audit of a classifier that looks at one corner; classifiers as files."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -66,6 +67,14 @@ def test_few_mistakes_and_another_number_of_classes_are_said():
 
     with pytest.raises(ValueError, match="predicts 1 classes; allowed: the 2 of the"):
         audit(one_logit, images)
+    with pytest.raises(TypeError, match="allowed: logits, N×classes"):
+        audit(lambda images: logits(images).argmax(1), images)
+
+
+def test_a_classifier_that_looks_at_nothing_is_said_to_have_no_region():
+    found = audit(lambda images: torch.ones(len(images), 2), toy(6), np.int64(0))
+    assert not found.stands_out
+    assert found.reason == "No part of the image lowers the loss of its mistakes."
 
 
 def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import joblib
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -246,6 +247,18 @@ def test_all_is_known_after_each_mask_or_once_of_few_mistakes(few, monkeypatch):
         assert bool(known.resampled) == (fewest > mistakes)
 
 
+def test_rounds_that_two_rules_share_are_tried_once(few):
+    tuned = []
+
+    def finetune(network, masked):
+        tuned.append(masked.rule)
+        return network
+
+    rule = Rule("threshold", 0.5)
+    try_all(few, finetune=finetune, rules=[rule, Rule("threshold", 0.5, rounds=2)])
+    assert tuned.count(rule) == 2  # once for each half
+
+
 def test_masks_are_tried_until_one_is_clear(few, monkeypatch):
     tuned = []
 
@@ -280,23 +293,29 @@ def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(few):
     torch.testing.assert_close(again, found, rtol=0, atol=0)
 
 
-def no_maps(*_):
-    raise NoMapsError("tokens")
+@pytest.fixture
+def no_maps(monkeypatch):
+    def refuse(*_):
+        raise NoMapsError("tokens")
+
+    monkeypatch.setattr(held_out, "saliency_maps", refuse)
 
 
+@pytest.mark.usefixtures("no_maps")
 def test_maps_are_computed_only_if_a_rule_needs_them(few):
-    first = next(held_out.try_masks(few, fit, unchanged, [BY_EXCHANGE, OWN], no_maps))
+    first = next(held_out.try_masks(few, fit, unchanged, [BY_EXCHANGE, OWN]))
     assert first.tried == [NAMES[2]]
     assert first.has_maps
 
 
+@pytest.mark.usefixtures("no_maps")
 def test_a_network_without_maps_is_masked_by_exchange_alone(few):
-    known = try_all(few, explain=no_maps)
+    known = try_all(few)
     assert known.tried[0] == NAMES[2]
     assert {*known.tried} <= {NAMES[2], NAMES[4]}
     assert not known.has_maps
     with pytest.raises(NoMapsError, match="tokens"):
-        try_all(few, rules=[OWN, SHARED], explain=no_maps)
+        try_all(few, rules=[OWN, SHARED])
 
 
 def test_a_round_that_hides_nothing_more_is_not_tried(few):
@@ -322,15 +341,8 @@ def test_one_network_for_both_folds_is_refused(few, again):
         try_all(few, finetune=lambda *_: again(network))
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        nn.Conv2d(3, 2, 28),
-        nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten()),
-        nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten(0)),
-    ],
-)
-def test_a_network_without_a_number_for_each_class_is_refused(few, network):
+def test_a_network_without_a_number_for_each_class_is_refused(few):
+    network = nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten())
     message = r"predicts \[.*\] for two images; allowed: a number for each of 2"
     with pytest.raises(ValueError, match=message):
         try_all(few, lambda _: network)
@@ -349,7 +361,8 @@ def test_what_is_predicted_must_be_finite_with_every_mask(few):
 OF_TUPLES = nn.Sequential(nn.Flatten(), nn.LSTM(3 * 28 * 28, 2))
 BAD_NETWORKS = {
     "fit returned None; allowed: the network": None,
-    "the network returns a tuple; allowed: logits": OF_TUPLES,
+    "the network returns <class 'tuple'>; allowed: logits": OF_TUPLES,
+    r"returns torch.Size\(\[2, 2, 1, 1\]\); allowed": nn.Conv2d(3, 2, 28),
     "torch.bfloat16.*; allowed: torch.float32": models.new_model(0).bfloat16(),
 }
 
@@ -388,6 +401,9 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
     assert kept.verdict == first.verdict
     known = without_masks(first.held_out)
     torch.testing.assert_close(without_masks(kept.held_out), known, rtol=0, atol=0)
+    keep(**arguments | {"candidates": tuple(arguments["candidates"])}, fit=None)
+    with pytest.raises(TypeError, match="int64 is not JSON"):  # before any training
+        load_or_choose(tmp_path / "new.pth", few, fit=None, size=np.int64(28))
     for name, masked in kept.held_out.masked.items():
         made = first.held_out.masked[name]
         torch.testing.assert_close(masked.own_masks, made.own_masks, rtol=0, atol=0)

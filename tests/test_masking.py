@@ -210,6 +210,8 @@ def test_a_shared_mask_is_that_of_the_mean_map():
     assert 0 < expected.mean() < 1
     for mask in masked.masks(ALL):
         torch.testing.assert_close(mask, expected)
+    by_exchange = Rule("threshold", 0.3, exchange=True).mask(TRAIN, FIRST_MAPS)
+    assert torch.equal(by_exchange.own_masks, masked.own_masks)
 
 
 def test_what_an_earlier_masking_hides_stays_hidden():

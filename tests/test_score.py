@@ -122,8 +122,27 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     assert verdict.reason == (
         'ERM is kept: no mask clearly corrects its mistakes.\nThe best: "b".\nOf 40 '
         "mistakes the mask corrects 18, nothing masked 18; 40 move with what it hides.\n"
-        "A gain of +0 points (needed: 10, and 4 to be beyond doubt)."
+        "It gains 0.0 points (needed to be beyond doubt: 4.0).\n"
+        "On other images it loses 0.0, which leaves 0.0 (needed: 10)."
     )
+
+
+def test_a_best_mask_that_is_refused_for_a_class_is_said_to_be():
+    predicted = toy(classes=10, a=(40, 960))
+    predicted.predictions["a"][-910::10] = 5
+    reason = judge(predicted).reason
+    assert reason.startswith("ERM is kept: the best mask brings a class below chance.")
+
+
+def test_a_loss_is_told_apart_from_what_must_be_beyond_doubt():
+    reason = judge(toy(12, a=(4, 858))).reason
+    gain = "It gains 33.3 points (needed to be beyond doubt: 25.1).\n"
+    left = "On other images it loses 13.2, which leaves 20.2 (needed: 10)."
+    assert reason.endswith(gain + left)
+
+
+def test_if_all_images_are_mistakes_there_are_no_others_to_lose():
+    assert judge(toy(1000, a=(500, 0))).chosen == "a"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +242,7 @@ def choice_of(predicted):
 def test_the_reason_tells_what_is_hidden_and_what_it_costs():
     choice = choice_of(toy(a=(30, 950)))
     assert choice.reason.splitlines()[4:] == [
-        '"a" hides 9% of the image, mostly top right.',
+        '"a" covers 9% of the image, above all the top right.',
         (
             "Accuracy on images not seen in training: 96.0% (ERM), 96.0% (nothing "
             "masked), 98.0% (mask)."
@@ -235,7 +254,7 @@ def test_the_reason_tells_what_is_hidden_and_what_it_costs():
     untrained = choice_of(toy(mistakes=150, nothing=(100, 850), a=(140, 850)))
     assert "train it longer" in untrained.reason
     choice.held_out.mean_masks["a"] = torch.zeros(30, 30)
-    assert '"a" hides 0% of the image.' in choice.reason
+    assert '"a" covers 0% of the image.' in choice.reason
     choice.held_out.has_maps = False
     assert choice.reason.endswith("masks are by exchange alone.")
 
@@ -244,10 +263,10 @@ def test_a_choice_can_be_changed_by_hand():
     choice = choice_of(toy(a=(35, 960), b=(40, 960)))
     by_hand = choice.take("b")
     assert by_hand.verdict.chosen == "b"
-    assert '"b" hides 9%' in by_hand.reason
+    assert '"b" covers 9%' in by_hand.reason
     kept = choice.take(ERM)
     assert kept.is_kept
-    assert kept.reason.startswith('By hand: "ERM".\n"a" hides 9%')
+    assert kept.reason.startswith('By hand: "ERM".\n"a" covers 9%')
     with pytest.raises(ValueError, match="name is 'c'; allowed: ERM; a; b"):
         choice.take("c")
 

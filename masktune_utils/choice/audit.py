@@ -74,6 +74,8 @@ class Audit:
                 f"{count} mistakes of {len(self.images)} images: too few to tell where "
                 f"they come from ({FEW} are needed)."
             )
+        if not self.region.any():
+            return "No part of the image lowers the loss of its mistakes."
         words = (
             f"{len(self.swaps.moving)} of {count} mistakes move with the "
             f"{place(self.region)} ({self.region.float().mean():.0%} of the image);\n"
@@ -111,6 +113,7 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
             f"of the images, {', '.join(images.class_names)}."
         )
     predicted = outputs.argmax(1)
+    seed = int(seed)  # of NumPy, too
     falls = exchange_map(network, images, predicted, seed)
     maps = falls.clamp(min=0).expand(len(images), -1, -1)
     region = REGION.mask(images, maps).own_masks[0]

@@ -15,7 +15,6 @@ from masktune_utils.choice.exchange import place
 from masktune_utils.choice.held_out import (
     ERM,
     NULL,
-    Explain,
     Finetune,
     Fit,
     HeldOut,
@@ -24,7 +23,6 @@ from masktune_utils.choice.held_out import (
 from masktune_utils.choice.score import Verdict, judge
 from masktune_utils.data import Split
 from masktune_utils.masking import NOTHING, MaskedDataset, Rule
-from masktune_utils.saliency import saliency_maps
 
 UNDERTRAINED = 5  # points that nothing masked gains on ERM
 # Fine-tuning on all images takes as many whole epochs as make this many steps, but no
@@ -75,9 +73,10 @@ class Choice:
         best = self.verdict.best
         mean_mask = self.held_out.mean_masks[best]
         lines = [self.verdict.reason]
-        hides = f'"{best}" hides {mean_mask.mean():.0%} of the image'
-        is_even = mean_mask.min() == mean_mask.max()
-        lines.append(f"{hides}." if is_even else f"{hides}, mostly {place(mean_mask)}.")
+        covers = f'"{best}" covers {mean_mask.mean():.0%} of the image'
+        if mean_mask.min() < mean_mask.max():
+            covers += f", above all the {place(mean_mask)}"
+        lines.append(f"{covers}.")
         erm, nothing, mask = [
             100 * self.held_out.is_right(model).double().mean()
             for model in (ERM, NULL, best)
@@ -146,7 +145,6 @@ def choose(
     fit: Fit,
     finetune: Finetune | None = None,
     candidates: Sequence[Rule] = CANDIDATES,
-    explain: Explain = saliency_maps,
     seed: int = 0,
     early: Fit | None = None,
 ) -> Choice:
@@ -168,7 +166,6 @@ def choose(
         finetune: (a copy of a network, masked images) → the network, fine-tuned; by
             default our `fine_tune`.
         candidates: how masks are made; each round of a rule is tried.
-        explain: (network, images, labels) → maps N×h×w.
         seed: of every random choice.
         early: like `fit`, with a small part of its training: a tenth, say, but long
             enough for most images to be predicted correctly.
@@ -198,7 +195,7 @@ def choose(
         )
     schedule = finetune or partial(fine_tune, epochs=default_epochs(len(train)))
     for fit_half in (early, fit) if early else (fit,):
-        stages = try_masks(train, fit_half, schedule, candidates, explain, int(seed))
+        stages = try_masks(train, fit_half, schedule, candidates, int(seed))
         for held_out in stages:
             verdict = judge(held_out)
             if verdict.is_final:
@@ -232,16 +229,17 @@ def load_or_choose(
         candidates: how masks are made.
         seed: of every random choice.
         early: as `fit`.
-        **made_with: plain values, by name.
+        **made_with: values that JSON has, by name.
 
     Raises:
         CheckpointError: the file is damaged or foreign, or was made with other images,
             candidates, seed or values.
+        TypeError: one of `made_with` is no such value.
     """
     tensors = {"images": train.images, "labels": train.labels}
     made_with = {
         **made_with,
-        "candidates": repr(candidates),
+        "candidates": repr(tuple(candidates)),
         "seed": int(seed),
         "train_sha256": store.sha256(tensors),
     }

@@ -27,8 +27,6 @@ from masktune_utils.saliency import saliency_maps
 Fit = Callable[[Split], nn.Module]
 # (a copy of a network, masked images) → the network, fine-tuned on these
 Finetune = Callable[[nn.Module, MaskedDataset], nn.Module]
-# (a network, images, labels) → maps, N×h×w
-Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 ERM = "ERM"
 NULL = f"{NOTHING}"  # ERM, fine-tuned like with a mask, on the images as they are
@@ -49,7 +47,7 @@ class HeldOut:
             `exchange.explained`; 0 for other images.
         resampled: mask → model → accuracy on images whose hidden part comes from
             another image at random; if ERM makes fewer than `FEW` mistakes.
-        mean_masks: mask → H×W in [0, 1], in how many images each pixel is hidden.
+        mean_masks: mask → H×W in [0, 1], in how many images it covers each pixel.
         has_maps: False if the network gives no maps, so that masks by saliency are left
             out.
         masked: `NULL` and mask → all images with it.
@@ -84,7 +82,6 @@ def try_masks(
     fit: Fit,
     finetune: Finetune,
     candidates: Sequence[Rule],
-    explain: Explain = saliency_maps,
     seed: int = 0,
 ) -> Iterator[HeldOut]:
     """Train on both halves; fine-tune with mask after mask, and predict.
@@ -94,7 +91,6 @@ def try_masks(
         fit: training images → a network.
         finetune: (network, masked images) → the network.
         candidates: how masks are made.
-        explain: (network, images, labels) → maps.
         seed: of every random choice.
 
     Yields:
@@ -134,7 +130,7 @@ def try_masks(
 
     def look(networks: list[nn.Module], images: Sequence) -> Tensor:
         """Saliency maps, N×h×w."""
-        return join(_both(_maps, networks, images, explain=explain))
+        return join(_both(_maps, networks, images))
 
     trained = _both(_fit, parts, fit=fit)
     _refuse_shared_weights(trained, "fit")
@@ -164,7 +160,7 @@ def try_masks(
     has_few = held_out.is_mistake.sum() < FEW
     rounds = [of_round for rule in candidates for of_round in rule.each_round]
     rounds.sort(key=lambda rule: rule.rounds)
-    bar = progress.bar(rounds)
+    bar = progress.bar(dict.fromkeys(rounds))
     for rule in bar:
         bar.set_description(f"{rule}")
         name = f"{rule}"
@@ -221,7 +217,7 @@ def _fit(fold: Split, fit: Fit) -> nn.Module:
     if types != {torch.float32}:
         raise TypeError(f"weights are {types}; allowed: torch.float32.")
     logits = predict(network, fold[:2])
-    if logits.ndim != 2 or logits.shape[1] < classes:
+    if logits.shape[1] < classes:
         raise ValueError(
             f"the trained network predicts {logits.tolist()} for two images; allowed: "
             f"a number for each of {classes} classes."
@@ -252,8 +248,8 @@ def _refuse_shared_weights(networks: list[nn.Module], made_by: str) -> None:
         )
 
 
-def _maps(network: nn.Module, fold: Split | MaskedDataset, explain: Explain) -> Tensor:
-    return explain(network, fold.images, fold.labels)
+def _maps(network: nn.Module, fold: Split | MaskedDataset) -> Tensor:
+    return saliency_maps(network, fold.images, fold.labels)
 
 
 def _classes(network: nn.Module, images: Split | MaskedDataset) -> Tensor:

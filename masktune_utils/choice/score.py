@@ -72,7 +72,7 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
     count = 1 / (weights**2).sum()  # of equal weights that would be as exact
     error = ((count * variance + 1) / (count + 1) / count) ** 0.5
 
-    of_rest = better[~is_mistake].groupby(labels).mean().mean()
+    of_rest = better[~is_mistake].groupby(labels).mean().mean().fillna(0)
     of_classes = right.groupby(labels).mean()
     chance = 1 / len(of_classes)
     floor = of_classes[NULL].clip(upper=chance)
@@ -118,8 +118,10 @@ def judge(held_out: HeldOut) -> Verdict:
         best = gain.idxmax()
     counts = _counts(held_out, best, table.loc[best])
     if good.empty:
-        kept = "ERM is kept: no mask clearly corrects its mistakes.\nThe best:"
-        return Verdict(ERM, best, f"{kept} {counts}")
+        why = "no mask clearly corrects its mistakes"
+        if table.loc[best, "destroys"]:
+            why = "the best mask brings a class below chance"
+        return Verdict(ERM, best, f"ERM is kept: {why}.\nThe best: {counts}")
     return Verdict(best, best, f"Chosen: {counts}", is_final=len(clear) > 0)
 
 
@@ -139,12 +141,11 @@ def _counts(held_out: HeldOut, mask: str, row: pd.Series) -> str:
             "By kind of mistake, those that move counted more: "
             f"{row['mask']:.0%} and {row['nothing']:.0%}.\n"
         )
-    loss = row["score"] - row["gain"]
-    if loss >= 0.005:
-        words += f"Of the other images it loses {loss:.0%}.\n"
+    score, error, gain = 100 * row[["score", "error", "gain"]]
     return words + (
-        f"A gain of {100 * row['gain']:+.0f} points (needed: {100 * ENOUGH:.0f}, and "
-        f"{100 * SURE * row['error']:.0f} to be beyond doubt)."
+        f"It gains {score:.1f} points (needed to be beyond doubt: {SURE * error:.1f}).\n"
+        f"On other images it loses {score - gain:.1f}, which leaves {gain:.1f} (needed: "
+        f"{100 * ENOUGH:.0f})."
     )
 
 
@@ -160,7 +161,8 @@ def _prior(held_out: HeldOut) -> Verdict:
     reason = (
         f"{decision}, by a prior: too few held-out mistakes "
         f"({held_out.is_mistake.sum()}) to tell which evidence misleads.\n"
-        f'Gain of "{best}" over nothing masked,\nwhere masks hide a part: '
-        f"{100 * gain[best]:+.0f} points."
+        f'Gain of "{best}" over nothing masked,\nwhere masks hide a part, less what it '
+        f"loses on other images: {100 * gain[best]:.1f} points (needed: "
+        f"{100 * ENOUGH:.0f})."
     )
     return Verdict(best if is_enough else ERM, best, reason, is_final=True)
