@@ -199,9 +199,12 @@ def masktune(settings: Settings, base: Trained) -> Trained:
     """
     maps = training_saliency(base)
     masked = None
+    made_with = {}
     for rule in settings.rule.each_round:
         masked = rule.mask(base.images, maps, masked, settings.seed)
-        tuned = load_or_train(settings.replace(rounds=rule.rounds), masked, base)
+        of_round = settings.replace(rounds=rule.rounds)
+        tuned = load_or_train(of_round, masked, base, **made_with)
+        made_with["earlier_sha256"] = tuned.sha256
         if rule.rounds < settings.rounds:
             maps = saliency.saliency_maps(tuned.model, masked.images, masked.labels)
     return tuned

@@ -135,8 +135,8 @@ def collect(directory: str = "") -> pd.DataFrame:
         return pd.DataFrame(columns=KEY)
     table = pd.DataFrame(rows)
     bases = table[table["configuration"] == "base"]
-    is_current = table["base_sha256"].isin(bases["sha256"])
-    return table[is_current].sort_values(KEY, ignore_index=True)
+    current = table.merge(bases[["experiment", "seed", "base_sha256"]])
+    return current.sort_values(KEY, ignore_index=True)
 
 
 def summarize(

@@ -55,6 +55,11 @@ def test_options_of_the_command(arguments, refused):
     refused(BAD_OPTIONS[arguments], "--dataset=mnist5k", *arguments.split())
 
 
+def test_a_home_that_there_is_not(capsys):
+    assert command.main(["sweep", "--dataset=mnist5k", "--directory=~nobody/x"]) == 2
+    assert "Could not determine home directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", BAD_GRIDS)
 def test_grid_files(content, refused, tmp_path):
     path = tmp_path / "grid.yaml"

@@ -145,6 +145,17 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base, 
         assert (tuned.seconds is None) == (rounds < 3)
 
 
+def test_a_round_is_refused_after_another_one_than_it_was_made_after(settings, base):
+    twice = settings.replace(rounds=2)
+    experiment.masktune(twice, base)
+    path = settings.checkpoint_path(settings.configuration)
+    first = store.read(path)
+    first["state_dict"]["linear.3.bias"] += 1
+    torch.save(first, path)
+    with pytest.raises(CheckpointError, match="was made with earlier_sha256 = "):
+        experiment.masktune(twice, base)
+
+
 def test_saliency_is_computed_once_per_base_model(base, monkeypatch):
     compute = Mock(wraps=saliency.saliency_maps)
     monkeypatch.setattr(saliency, "saliency_maps", compute)

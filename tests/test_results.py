@@ -73,7 +73,12 @@ def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
     write_json(path, result("base", 1) | other)
     assert collect(str(saved))["seed"].tolist() == [0, 1, 0]
     path.unlink()
-    assert collect(str(saved))["seed"].tolist() == [0, 0]
+    elsewhere = saved / "results" / "other" / "seed0" / "base.json"
+    same = {"experiment": "other", "sha256": "base 1", "base_sha256": "base 1"}
+    write_json(elsewhere, result("base", 0) | same)
+    table = collect(str(saved))
+    assert table["seed"].tolist() == [0, 0, 0]
+    assert table["experiment"].tolist() == ["mnist", "mnist", "other"]
 
 
 @pytest.mark.parametrize("content", [b'{"raw": ', b'{"seed": 0}', b"3", b"\xff"])

@@ -85,6 +85,9 @@ def test_a_dry_run_counts_what_is_to_run_and_runs_nothing(directory, dry_run):
         "04_finetune_sweep: 1 of 2 to run",
     ]
     assert times_of_writing(directory) == before
+    tiny(directory).checkpoint_path("base").touch()  # as if it were made anew
+    printed = dry_run(sweep(directory, "--param", "0.3"))
+    assert [line.split()[1] for line in printed.splitlines()] == ["0", "1", "1"]
 
 
 def test_options_win_over_the_blocks_of_a_grid_file(tmp_path):
@@ -104,6 +107,15 @@ def test_a_grid_may_name_its_notebook(tmp_path, dry_run):
     file.write_text("- {notebook: 01_dataset, seed: [0, 1]}\n")
     printed = dry_run(sweep(tmp_path, str(file)))
     assert printed == "01_dataset: 2 of 2 to run\n"
+    printed = dry_run(["choose", *sweep(tmp_path, str(file))[1:]])
+    assert printed == "02_erm: 2 of 2 to run\n06_choice: 2 of 2 to run\n"
+
+
+def test_images_are_tried_with_the_seeds_of_the_grid(tmp_path, dry_run):
+    """With seed 0 a class would have one image."""
+    options = ["--dataset=mnist5k", "--limit=60", "--labels=digits", "--seed=2"]
+    directory = f"--directory={tmp_path}"
+    dry_run(["sweep", *options, "--validation_share=0.3", directory])
 
 
 def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):

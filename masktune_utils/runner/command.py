@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
         return 130
-    except (ValueError, OSError, YAMLError) as error:
+    except (ValueError, OSError, RuntimeError, YAMLError) as error:
         print("masktune:", *f"{error}".split(), file=sys.stderr)
         return 2
 
@@ -80,9 +80,12 @@ def _run(arguments: Namespace) -> int:
         resolved.append(settings.replace(dataset=dataset, directory=directory))
     # What cannot be read or drawn is refused here, once for each kind of images.
     plain = Settings().base.training
+    del plain["seed"]
     for images in {settings.base.replace(**plain) for settings in resolved}:
         datasets.load(images)
-    stems = [f"{notebook}"] if notebook else COMMANDS[arguments.command]
+    stems = COMMANDS[arguments.command]
+    if notebook and arguments.command == "sweep":
+        stems = [f"{notebook}"]
     stages = [jobs.make_stage(stem, resolved) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)

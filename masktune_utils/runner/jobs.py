@@ -14,6 +14,7 @@ from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
+ERM = "02_erm"  # makes the base model, on which all later ones depend
 FINETUNE = "04_finetune_sweep"  # once for each configuration; the others, once
 PLOTS = "05_plots"
 
@@ -36,6 +37,14 @@ class Job(NamedTuple):
         if name == FINETUNE:
             name += f"_{self.settings.configuration}"
         return self.settings.folder("runs") / f"{name}.ipynb"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its copy is there, and no older than the base model that it used."""
+        base = self.settings.checkpoint_path("base")
+        if not self.copy.exists() or self.stem <= ERM or not base.exists():
+            return self.copy.exists()
+        return self.copy.stat().st_mtime >= base.stat().st_mtime
 
     def run(self, together: int) -> str | None:
         """Execute the notebook; if it fails, what there is of it has another name.
@@ -96,9 +105,9 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
     for stage in stages:
         todo = []
         for job in stage:
-            if Job("02_erm", job.settings.base) in errors:
+            if Job(ERM, job.settings.base) in errors:
                 errors[job] = "not run, because its base model is missing"
-            elif not job.copy.exists() or job.stem == PLOTS:  # which shows all there is
+            elif not job.is_done or job.stem == PLOTS:  # which shows all there is
                 todo.append(job)
         print(f"{stage[0].stem}: {len(todo)} of {len(stage)} to run", flush=True)
         if not count:
