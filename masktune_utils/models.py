@@ -82,9 +82,8 @@ def from_onnx(
         std: of each channel, by which they are divided after that.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ImportError: onnxruntime is not installed.
-        ValueError: the file is no ONNX file, or refuses such images.
+        ValueError: the file is not there, is no ONNX file, or refuses such images.
     """
     try:
         import onnxruntime
@@ -92,8 +91,6 @@ def from_onnx(
         words = "a classifier needs onnxruntime: pip install onnxruntime"
         raise ImportError(words) from error
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; allowed: an ONNX file.")
     means, deviations = torch.tensor([mean, std])[..., None, None]
 
     def classify(images: Tensor) -> Tensor:

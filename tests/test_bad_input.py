@@ -56,7 +56,10 @@ def test_options_of_the_command(arguments, refused):
 
 
 def test_a_home_that_there_is_not(capsys):
-    assert command.main(["sweep", "--dataset=mnist5k", "--directory=~nobody/x"]) == 2
+    assert (
+        command.main(["sweep", "--dataset=mnist5k", "--directory=~who_is_not_here/x"])
+        == 2
+    )
     assert "Could not determine home directory" in capsys.readouterr().err
 
 

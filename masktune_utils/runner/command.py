@@ -78,11 +78,9 @@ def _run(arguments: Namespace) -> int:
         directory = str(root(settings.directory).absolute())
         dataset = resolve(settings.dataset)
         resolved.append(settings.replace(dataset=dataset, directory=directory))
-    # What cannot be read or drawn is refused here, once for each kind of images.
-    plain = Settings().base.training
-    del plain["seed"]
-    for images in {settings.base.replace(**plain) for settings in resolved}:
-        datasets.load(images)
+    # What cannot be read or drawn is refused here, once for each base model.
+    for base in {settings.base for settings in resolved}:
+        datasets.load(base)
     stems = COMMANDS[arguments.command]
     if notebook and arguments.command == "sweep":
         stems = [f"{notebook}"]

@@ -41,10 +41,9 @@ class Job(NamedTuple):
     @property
     def is_done(self) -> bool:
         """Whether its copy is there, and no older than the base model that it used."""
-        base = self.settings.checkpoint_path("base")
-        if not self.copy.exists() or self.stem <= ERM or not base.exists():
+        if self.stem <= ERM:
             return self.copy.exists()
-        return self.copy.stat().st_mtime >= base.stat().st_mtime
+        return store.is_current(self.copy, self.settings.checkpoint_path("base"))
 
     def run(self, together: int) -> str | None:
         """Execute the notebook; if it fails, what there is of it has another name.
