@@ -173,12 +173,11 @@ def choice_masks(choice: Choice) -> Figure:
     return grid(columns, titles)
 
 
-def swaps(found: Audit, count: int = 4) -> Figure:
-    """Mistakes that move with a region: cut out, and pasted into another image.
+def swaps(found: Audit) -> Figure:
+    """Four mistakes that move with a region: cut out, and pasted into another image.
 
     Args:
         found: see `choice.audit`.
-        count: at most this many rows.
     """
     names = found.images.class_names
     device = found.images.labels.device
@@ -186,7 +185,7 @@ def swaps(found: Audit, count: int = 4) -> Figure:
     masked = MaskedDataset(found.images, masks, "resample")
     rows = []
     titles = []
-    for mistake in found.swaps.moving[:count]:
+    for mistake in found.swaps.moving[:4]:
         of_mistake = found.swaps.mistakes == mistake
         moves = found.swaps.moves[:, of_mistake]
         partner = found.swaps.partners[:, of_mistake][moves][:1]
