@@ -22,4 +22,4 @@ def test_what_is_predicted_must_be_finite_for_every_image():
     images[-1] = 0  # whose logarithm is infinite
     split = Split(images, torch.arange(200))
     with pytest.raises(ValueError, match="predicts numbers that are not finite"):
-        metrics.predict(torch.log, split)
+        metrics.predict(lambda images: images.flatten(1).log(), split)
