@@ -353,7 +353,7 @@ def table_of_lengths() -> list[str]:
 
 
 def table_of_ways() -> list[str]:
-    """Ways to choose by halves: worst group, regret against all of them, and epochs."""
+    """Ways to choose by halves: worst group, and how far behind the best of them."""
     of_ways = ways()
     points = 100 * of_ways["worst_group"]
     is_kept = of_ways["chosen"] == ERM
@@ -369,11 +369,11 @@ def table_of_ways() -> list[str]:
         return pd.Series({kind: points.loc[kind, way] for kind, way in chosen.items()})
 
     early, late = points["4"], points["50"]
-    found = {f"{epochs} epochs": points[epochs] for epochs in LENGTHS}
-    found["4; if they keep ERM, 50"] = early.mask(is_kept["4"], late)
+    found = {epochs: points[epochs] for epochs in LENGTHS}
+    found["4; 50 if they keep ERM"] = early.mask(is_kept["4"], late)
     found["4 or 50, by the larger gain"] = early.where(gains["4"] >= gains["50"], late)
-    found["the first that the next is not a point ahead of"] = by_length(settled)
-    found["the most mistakes that move, less elsewhere"] = by_length(most)
+    found["the first that the next is less than a point ahead of"] = by_length(settled)
+    found["the largest share of mistakes that move"] = by_length(most)
     found["masks by 4, judged by 50"] = points["early masks"]
     found["50, and again without the mistakes"] = points["without mistakes"]
     behind = -pd.DataFrame(found).sub(pd.DataFrame(found).max(axis=1), axis=0)
@@ -447,7 +447,7 @@ TABLES = {
         table_of_photographs, is_of_test=False
     ),
     "|kind|1|2|4|8|50|": table_of_lengths,
-    "|halves|mean|mean regret|largest|": table_of_ways,
+    "|epochs|mean|mean regret|largest|": table_of_ways,
     "|audit|images|runs|five mistakes|stands out|covers half|": table_of_audits,
     "|red 4×4, ordered|raw|biased|worst group|": authors_table,
     "|text|square, placement, conflicting images|ERM|fine-tuned|": table_of_others,
