@@ -2,7 +2,7 @@
 
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/lengths.py
 
-makes the rows that are missing in `results/lengths.csv`, two runs at a time, ten
+makes the rows that are missing in `results/lengths.csv`, two runs at a time, twelve
 minutes of one core each: kinds of registered.py, a development seed, masks of first
 rounds alone. `is_conflicting` is looked at here; a choice does not know it.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from masktune_utils import data, results, shortcuts
 from masktune_utils.choice import ERM, NULL, HeldOut, audit, score
 from masktune_utils.choice.chosen import CANDIDATES
-from masktune_utils.choice.held_out import try_masks
+from masktune_utils.choice.held_out import Fit, try_masks
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY
@@ -87,7 +87,7 @@ def try_ways(train: Split, seed: int) -> tuple[dict[str, HeldOut], dict[str, dic
     records = {}
     audits = {}
 
-    def try_way(way: str, fit: object, candidates: list) -> None:
+    def try_way(way: str, fit: Fit, candidates: list) -> None:
         stages = try_masks(train, fit, registered.fine_tune, candidates, seed=seed)
         *_, records[way] = stages
 

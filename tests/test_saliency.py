@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_is(model, few):
 
 
 def test_a_layer_is_explained_whose_output_is_changed_in_place():
-    """It is not that of the ReLU after it."""
+    """Its map is not that of the ReLU after it."""
     images = torch.rand(4, 3, 28, 28)
     labels = torch.tensor([0, 1, 0, 1])
     layers = [nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 26 * 26, 2)]

@@ -12,9 +12,6 @@ from torchvision.models import resnet18
 from masktune_utils.runner import jobs
 from masktune_utils.settings import Settings
 
-WITHOUT_MISTAKES = {"limit": 100, "conflicting_share": 0, "square_size": 14}
-WITHOUT_MISTAKES["epochs"] = 20
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -26,7 +23,7 @@ WITHOUT_MISTAKES["epochs"] = 20
         ("02_erm", {"limit": 40, "batch_size": 3}),
         ("03_saliency_masks", {"shortcut": "none"}),
         ("06_choice", {"limit": 20, "conflicting_share": 1}),
-        ("06_choice", WITHOUT_MISTAKES),
+        ("06_choice", {"conflicting_share": 0, "square_size": 14, "epochs": 10}),
     ],
 )
 def test_notebooks_run_on_tiny_data(stem, values, tmp_path):

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ def test_same_seed_same_bits_whatever_the_global_generator(splits):
     state = torch.manual_seed(99).get_state()
     assert train(splits) == expected
     assert torch.equal(state, torch.get_rng_state())
-    of_another_seed, _ = train(splits, seed=1)
+    of_another_seed, _ = train(splits, seed=np.int64(1))
     assert of_another_seed != expected[0]
 
 

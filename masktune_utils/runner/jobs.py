@@ -14,7 +14,7 @@ from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 NOTEBOOKS = REPOSITORY / "notebooks"
-ERM = "02_erm"  # makes the base model, on which all later ones depend
+BASE = "02_erm"  # makes the base model, on which all later ones depend
 FINETUNE = "04_finetune_sweep"  # once for each configuration; the others, once
 PLOTS = "05_plots"
 
@@ -41,7 +41,7 @@ class Job(NamedTuple):
     @property
     def is_done(self) -> bool:
         """Whether its copy is there, and no older than the base model that it used."""
-        if self.stem <= ERM:
+        if self.stem <= BASE:
             return self.copy.exists()
         return store.is_current(self.copy, self.settings.checkpoint_path("base"))
 
@@ -104,7 +104,7 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
     for stage in stages:
         todo = []
         for job in stage:
-            if Job(ERM, job.settings.base) in errors:
+            if Job(BASE, job.settings.base) in errors:
                 errors[job] = "not run, because its base model is missing"
             elif not job.is_done or job.stem == PLOTS:  # which shows all there is
                 todo.append(job)
