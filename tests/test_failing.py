@@ -17,6 +17,7 @@ from masktune_utils.settings import BaseSettings
 pytest_plugins = ["tiny_runs"]
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys):
     """Two files that are no checkpoints: of a fine-tuned model, and of a base model."""
     tuned = tiny(directory).checkpoint_path("top_k_0.6")
