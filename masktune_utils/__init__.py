@@ -14,7 +14,7 @@ The core, plain functions on networks and images, which know no settings:
     choice/      where do mistakes come from, which mask? exchange, audit, held_out,
                  score, chosen
 
-The shell, which gives the core settings, caching, notebooks and a command:
+The shell, which gives the core settings, names of files and a command:
 
     settings     every setting, its range and default; where files lie
     datasets     digits as the sets of an experiment

@@ -97,8 +97,8 @@ def test_kinds_that_move_count_more_and_their_mistakes_the_same():
     of_mask[1:40:2] = 0
     row = scores(predicted).loc["a"]
     assert row["score"] == pytest.approx(0.8 * 12 / 20)
-    counts = "corrects 12, nothing masked 0; 20 move with what it hides.\nBy kind of "
-    assert f"{counts}mistake, those that" in judge(predicted).reason
+    counts = "corrects 12, nothing masked 0; 20 move with what it hides.\n"
+    assert f"{counts}Weighted by how far each kind moves: " in judge(predicted).reason
 
 
 @pytest.mark.parametrize(("of_first", "chosen"), [(29, "a"), (27, "b")])
@@ -122,8 +122,8 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     assert verdict.reason == (
         'ERM is kept: no mask clearly corrects its mistakes.\nThe best: "b".\nOf 40 '
         "mistakes the mask corrects 18, nothing masked 18; 40 move with what it hides.\n"
-        "It gains 0.0 points (needed to be beyond doubt: 4.0).\n"
-        "On other images it loses 0.0, which leaves 0.0 (needed: 10)."
+        "Its score: 0.0 points (needed to be beyond doubt: 4.0).\n"
+        "On other images it loses 0.0, which leaves a gain of 0.0 (needed: 10)."
     )
 
 
@@ -136,8 +136,8 @@ def test_a_best_mask_that_is_refused_for_a_class_is_said_to_be():
 
 def test_a_loss_is_told_apart_from_what_must_be_beyond_doubt():
     reason = judge(toy(12, a=(4, 858))).reason
-    gain = "It gains 33.3 points (needed to be beyond doubt: 25.1).\n"
-    left = "On other images it loses 13.2, which leaves 20.2 (needed: 10)."
+    gain = "Its score: 33.3 points (needed to be beyond doubt: 25.1).\n"
+    left = "On other images it loses 13.2, which leaves a gain of 20.2 (needed: 10)."
     assert reason.endswith(gain + left)
 
 
@@ -242,7 +242,7 @@ def choice_of(predicted):
 def test_the_reason_tells_what_is_hidden_and_what_it_costs():
     choice = choice_of(toy(a=(30, 950)))
     assert choice.reason.splitlines()[4:] == [
-        '"a" covers 9% of the image, above all the top right.',
+        '"a" covers 9% of the image, mainly the top right.',
         (
             "Accuracy on images not seen in training: 96.0% (ERM), 96.0% (nothing "
             "masked), 98.0% (mask)."

@@ -79,11 +79,11 @@ class Audit:
         words = (
             f"{len(self.swaps.moving)} of {count} mistakes move with the "
             f"{place(self.region)} ({self.region.float().mean():.0%} of the image);\n"
-            f"with other places of this shape {min(self.elsewhere)} to "
+            f"with this shape at other places, {min(self.elsewhere)} to "
             f"{max(self.elsewhere)}.\n"
         )
         if not self.stands_out:
-            return f"{words}No place stands out: this says nothing."
+            return f"{words}No place stands out: no conclusion."
         return (
             f"{words}Look at the pictures: if your classes are not about this part, the "
             "network is misled there."

@@ -75,7 +75,7 @@ class Choice:
         lines = [self.verdict.reason]
         covers = f'"{best}" covers {mean_mask.mean():.0%} of the image'
         if mean_mask.min() < mean_mask.max():
-            covers += f", above all the {place(mean_mask)}"
+            covers += f", mainly the {place(mean_mask)}"
         lines.append(f"{covers}.")
         erm, nothing, mask = [
             100 * self.held_out.is_right(model).double().mean()

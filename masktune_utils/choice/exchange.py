@@ -64,7 +64,7 @@ def swap(network: Network, masked: MaskedDataset, predicted: Tensor) -> Swaps:
     """Swap what masks hide between each mistake and other images of its class.
 
     A mistake moves with this part if the image is then right, and the other one is
-    mistaken for what it was. What the mask of either image hides is swapped.
+    mistaken for the same wrong class. What either mask hides is swapped.
 
     Args:
         network: any network.

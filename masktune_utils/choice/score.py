@@ -138,14 +138,14 @@ def _counts(held_out: HeldOut, mask: str, row: pd.Series) -> str:
         return f"{words}No swap moves a mistake: it has no score."
     if abs(row["score"] - plain) >= 0.005:
         words += (
-            "By kind of mistake, those that move counted more: "
-            f"{row['mask']:.0%} and {row['nothing']:.0%}.\n"
+            f"Weighted by how far each kind moves: mask {row['mask']:.0%}, nothing "
+            f"masked {row['nothing']:.0%}.\n"
         )
     score, error, gain = 100 * row[["score", "error", "gain"]]
     return words + (
-        f"It gains {score:.1f} points (needed to be beyond doubt: {SURE * error:.1f}).\n"
-        f"On other images it loses {score - gain:.1f}, which leaves {gain:.1f} (needed: "
-        f"{100 * ENOUGH:.0f})."
+        f"Its score: {score:.1f} points (needed to be beyond doubt: {SURE * error:.1f}).\n"
+        f"On other images it loses {score - gain:.1f}, which leaves a gain of {gain:.1f} "
+        f"(needed: {100 * ENOUGH:.0f})."
     )
 
 

@@ -1,7 +1,7 @@
 """Kernels that execute notebook after notebook; each forgets one before the next.
 
 It forgets names, the random state of PyTorch, NumPy and Python, the number of threads,
-and warnings: what notebooks change. What they do not, stays as it is: the working
+and warnings: what notebooks change. The rest stays as it is: the working
 directory, the environment, options of libraries.
 """
 
