@@ -98,7 +98,8 @@ def test_kinds_that_move_count_more_and_their_mistakes_the_same():
     row = scores(predicted).loc["a"]
     assert row["score"] == pytest.approx(0.8 * 12 / 20)
     counts = "corrects 12, nothing masked 0; 20 move with what it hides.\n"
-    assert f"{counts}Weighted by how far each kind moves: " in judge(predicted).reason
+    shares = "Weighted by how far each kind moves: mask 48%, nothing masked 0%.\n"
+    assert counts + shares in judge(predicted).reason
 
 
 @pytest.mark.parametrize(("of_first", "chosen"), [(29, "a"), (27, "b")])
