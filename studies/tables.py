@@ -7,7 +7,6 @@ in the two files is written by hand; the numbers in it are looked up: phrases th
 file lacks are printed.
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
 PAPER = "mean_std_2.0_finetune_lr=0.01"
 RUN = ["dataset", "labels", "kind", "seed"]
 KINDS = 45  # of runs, for each seed
+FIRST_OF_PHOTOGRAPHS = 6
 KINDS_OF_PHOTOGRAPHS = 7
 FIRST = 400  # seed of the newest registered test
 LENGTHS = ["1", "2", "4", "8", "50"]  # epochs of halves in lengths.csv
@@ -195,7 +195,7 @@ def table_of_measures() -> list[str]:
     is_harmed = half_right["loss"] > 1
     gains = gains_on_mnist5k()
     is_repaired = gains >= 20
-    of_photographs = photographs(is_of_test=True).drop("background")
+    of_photographs = photographs().drop("background")
     biased = of_photographs.dropna(subset="oracle")
     is_near = biased["oracle"] - biased["chosen"] <= 10
     of_photographs["loss"] = of_photographs[ERM] - of_photographs["chosen"]
@@ -280,37 +280,31 @@ def measured(
     return line(name, [words or f"{value:.2f}", f"{bound} {limit}", verdict])
 
 
-def photographs(is_of_test: bool) -> pd.DataFrame:
-    """Photographs by the rule before, or whole seeds of the test: a row a run."""
-    rows = read("photographs.csv")
-    rows = rows[(rows["seed"] >= 6) == is_of_test]
-    if is_of_test:
-        counts = rows.groupby("seed")["shortcut"].transform("nunique")
-        rows = rows[counts == KINDS_OF_PHOTOGRAPHS]
+def rows_of_photographs() -> pd.DataFrame:
+    """The rows of the test's photographs, seeds of which all kinds are there."""
+    rows = read("photographs.csv").query(f"seed >= {FIRST_OF_PHOTOGRAPHS}")
+    kinds = rows.groupby("seed")["shortcut"].transform("nunique")
+    return rows[kinds == KINDS_OF_PHOTOGRAPHS]
+
+
+def photographs() -> pd.DataFrame:
+    """The test's photographs: a row a run, in points."""
+    rows = rows_of_photographs()
     rows = rows.assign(points=100 * rows["worst_group"])
     table = rows.pivot(index=["shortcut", "seed"], columns="model", values="points")
     return table.reindex(rows["shortcut"].unique(), level="shortcut")
 
 
-def repaired_photographs() -> tuple[int, int]:
-    """How many are within ten points of an oracle 20 above ERM; of how many."""
-    runs = photographs(is_of_test=False)
-    counted = runs[runs["oracle"] - runs[ERM] >= 20]
-    return (counted["oracle"] - counted["chosen"] <= 10).sum(), len(counted)
-
-
-def table_of_photographs(is_of_test: bool) -> list[str]:
+def table_of_photographs() -> list[str]:
     """By shortcut."""
-    runs = photographs(is_of_test)
+    runs = photographs()
     parts = {name: runs.loc[[name]] for name in runs.index.unique("shortcut")}
     return means_and_ranges(parts, [ERM, "chosen", "oracle"])
 
 
 def table_of_audited_photographs() -> list[str]:
     """What ERM's audits say, where there is a shortcut that a mask can hide."""
-    rows = read("photographs.csv").query("seed >= 6 and model == 'ERM'")
-    whole_seeds = photographs(is_of_test=True).index.unique("seed")
-    rows = rows[rows["seed"].isin(whole_seeds)]
+    rows = rows_of_photographs().query("model == 'ERM'")
     lines = []
     for row in rows.to_dict("records"):
         covered = row["audit_shortcut_covered"]
@@ -434,14 +428,9 @@ TABLES = {
     f"|shortcut|{RANGES}": short_table,
     f"|a mask can hide it|{RANGES}": table_by_set,
     "|announced, points|outcome|limit||": table_of_measures,
-    "|photographs of the test|runs|ERM|chosen|oracle|": partial(
-        table_of_photographs, is_of_test=True
-    ),
+    "|photographs|runs|ERM|chosen|oracle|": table_of_photographs,
     "|audited|mistakes|move|elsewhere|stands out|region|covers|": (
         table_of_audited_photographs
-    ),
-    "|photographs before|runs|ERM|chosen|oracle|": partial(
-        table_of_photographs, is_of_test=False
     ),
     "|kind|1|2|4|8|50|": table_of_lengths,
     "|epochs|mean|mean regret|largest|": table_of_ways,
@@ -495,22 +484,6 @@ def phrases_of_test() -> list[str]:
     ]
 
 
-def phrases_of_photographs() -> list[str]:
-    """What results/README.md says of photographs."""
-    repaired, count = repaired_photographs()
-    runs = photographs(is_of_test=False)
-    loss = (runs[ERM] - runs["chosen"]).max()
-    biased = runs.drop("none")
-    gain = (biased["chosen"] - biased[ERM])[biased["chosen"] != biased[ERM]]
-    return [
-        f"all {len(runs)} runs",
-        f"**missed, {repaired} of {count}**",
-        f"ERM is kept in {len(biased) - len(gain)} of {len(biased)} runs",
-        f"{len(gain)} rise, by {gain.min():.1f} to {gain.max():.1f} points",
-        f"falls by {loss:.1f} points",
-    ]
-
-
 def phrases_of_controls() -> list[str]:
     """What results/README.md says of masks that are not ERM's, and of the authors'."""
     runs = read("reference_09_limits.csv")
@@ -548,7 +521,7 @@ def phrases_of(file: Path) -> list[str]:
     """What is looked up in one of the `FILES`."""
     if file.parent == REPOSITORY:
         return phrases_of_readme()
-    return phrases_of_test() + phrases_of_photographs() + phrases_of_controls()
+    return phrases_of_test() + phrases_of_controls()
 
 
 def with_tables(text: str) -> str:

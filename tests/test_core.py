@@ -72,7 +72,7 @@ def test_the_lines_of_the_readme_run_as_they_are(capsys):
 
 def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):
     rule = Rule(param=1.0, fill="resample")
-    choice = choose(train[:80], fit, own_loop, [rule], seed=np.int64(0))
+    choice = choose(train[:40], fit, own_loop, [rule], seed=np.int64(0))
     assert '"mean_std 1, resampled" covers ' in choice.reason
     taken = choice.take("mean_std 1, resampled")
     assert isinstance(taken.finetune(small_resnet()), ResNet)

@@ -19,6 +19,7 @@ from masktune_utils import datasets, experiment, plotting
 from masktune_utils.settings import Settings
 
 pytest_plugins = ["tiny_runs"]
+pytestmark = pytest.mark.slow
 SMALLEST = TINY | {"limit": 60, "epochs": 1}
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["preloaded"])
@@ -97,13 +98,10 @@ def undisturbed(tmp_path_factory) -> dict[str, object]:
     return left
 
 
-@pytest.mark.parametrize(
-    "names", [WRITES[:1], pytest.param(WRITES, marks=pytest.mark.slow)]
-)
-def test_killed_during_each_write(names, undisturbed, tmp_path):
+def test_killed_during_each_write(undisturbed, tmp_path):
     """One directory, two faults for each write, one after the other."""
     before = {}
-    for name in names:
+    for name in WRITES:
         half_written = ("open", unfinished(name), stop_at_500_bytes)
         assert in_process(disturbed, tmp_path, *half_written) == -signal.SIGXFSZ
         assert outcome(tmp_path) == before
@@ -116,7 +114,6 @@ def test_killed_during_each_write(names, undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_disk_full_during_a_sweep(directory, disk, capfd):
     """What is there stays whole, no half file is left, and the next one goes on."""

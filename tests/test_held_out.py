@@ -280,6 +280,7 @@ def without_masks(known):
     return {name: value for name, value in vars(known).items() if name != "masked"}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(few):
     class Own(nn.Sequential):  # cannot be pickled by name
         pass

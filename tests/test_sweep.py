@@ -57,6 +57,7 @@ def test_a_run_prints_what_each_model_is_worth_and_last_why_one_is_chosen(whole_
     assert whole_run.printed.endswith(f"{reason(directory)}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_what_has_an_executed_copy_is_done_and_skipped(directory):
     before = times_of_writing(directory)
