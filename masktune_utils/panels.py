@@ -1,6 +1,5 @@
 """Panels for JupyterLab: move the square; look at masks, and decide."""
 
-import torch
 from IPython.core.pylabtools import print_figure
 from IPython.display import Image, clear_output, display
 from ipywidgets import interactive
@@ -12,23 +11,10 @@ from masktune_utils.choice import ERM, Choice
 from masktune_utils.data import Split
 from masktune_utils.shortcuts import add_square
 
-PLACES = ((0, 0), (0, 22), (11, 11), (22, 0))  # row and column of a square
-
 
 def draw(figure: Figure) -> None:
     """Show a figure in a panel."""
     display(Image(print_figure(figure, dpi=180), retina=True))
-
-
-def moved(digit: Split) -> Split:
-    """A digit four times, with a blue square at each of the `PLACES`.
-
-    Args:
-        digit: one image.
-    """
-    images = [add_square(digit.images, 6, "blue", *place) for place in PLACES]
-    labels = digit.labels.expand(len(PLACES))
-    return Split(torch.cat(images), labels, class_names=digit.class_names)
 
 
 def move_square(networks: dict[str, nn.Module], split: Split) -> interactive:

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.style
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from IPython.core.pylabtools import print_figure
 from IPython.display import Image, display
 from matplotlib import colormaps
@@ -263,16 +264,35 @@ def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:
     for network in networks.values():
         probabilities, classes = metrics.predict(network, split).softmax(1).max(1)
         maps = saliency_maps(network, images, classes)
-        outlines = resize(maps, images.shape[-2:]).numpy()
+        maps = resize(maps, images.shape[-2:])
         for k, predicted in enumerate(classes):
             ax = next(axes)
-            if outlines[k].any():  # else matplotlib warns
-                ax.contour(outlines[k], [0.5], colors="#F0E442", linewidths=1.2)
+            outline(ax, maps[k])
             ax.set_xlabel(
                 f"{split.class_names[predicted]} {probabilities[k]:.0%}",
                 color="#009E73" if predicted == labels[k] else "#D55E00",
             )
     return figure
+
+
+def outline(ax: Axes, area: Tensor) -> None:
+    """Draw the outline of an area on a picture; along an edge of the picture, too.
+
+    Args:
+        ax: where the picture is.
+        area: H×W, bool, or a map: where it is above 0.5.
+    """
+    if not area.any():  # matplotlib would warn
+        return
+    height, width = area.shape
+    ax.set_autoscale_on(False)
+    ax.contour(
+        F.pad(area.float(), (1, 1, 1, 1)),
+        [0.5],
+        extent=(-1, width, -1, height),
+        colors="#F0E442",
+        linewidths=1.4,
+    )
 
 
 def dots(

@@ -70,7 +70,7 @@ def test_a_good_mask_gains_ten_points_less_what_the_rest_costs(of_mask, chosen):
     assert not verdict.is_final
 
 
-def test_a_good_mask_gains_beyond_doubt():
+def test_a_good_mask_gains_more_than_its_error():
     """A sixth of five mistakes is within it, of forty it is not."""
     few = toy(mistakes=5, a=(1, 995))
     assert judge(few).chosen == ERM
@@ -123,7 +123,7 @@ def test_erm_is_kept_if_no_mask_is_good_and_the_best_is_named():
     assert verdict.reason == (
         'ERM is kept: no mask clearly corrects its mistakes.\nThe best: "b".\nOf 40 '
         "mistakes the mask corrects 18, nothing masked 18; 40 move with what it hides.\n"
-        "Its score: 0.0 points (needed to be beyond doubt: 4.0).\n"
+        "Its score: 0.0 points (needed: 4.0, which is 1.64 standard errors).\n"
         "On other images it loses 0.0, which leaves a gain of 0.0 (needed: 10)."
     )
 
@@ -135,9 +135,9 @@ def test_a_best_mask_that_is_refused_for_a_class_is_said_to_be():
     assert reason.startswith("ERM is kept: the best mask brings a class below chance.")
 
 
-def test_a_loss_is_told_apart_from_what_must_be_beyond_doubt():
+def test_a_loss_is_told_apart_from_the_error():
     reason = judge(toy(12, a=(4, 858))).reason
-    gain = "Its score: 33.3 points (needed to be beyond doubt: 25.1).\n"
+    gain = "33.3 points (needed: 25.1, which is 1.64 standard errors).\n"
     left = "On other images it loses 13.2, which leaves a gain of 20.2 (needed: 10)."
     assert reason.endswith(gain + left)
 

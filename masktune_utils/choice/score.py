@@ -93,10 +93,10 @@ def scores(held_out: HeldOut) -> pd.DataFrame:
 def judge(held_out: HeldOut) -> Verdict:
     """Choose a mask of those that were tried, or keep ERM.
 
-    A mask is good if its score is positive beyond doubt, it gains `ENOUGH`, and it
-    brings no class below chance. The first good one that gains `CLEAR` of what nothing
-    masked leaves is taken; else the first good one within `BETTER` standard errors of
-    the best.
+    A mask is good if its score exceeds `SURE` standard errors, it gains `ENOUGH`, and
+    it brings no class below chance. The first good one that gains `CLEAR` of what
+    nothing masked leaves is taken; else the first good one within `BETTER` standard
+    errors of the best.
     """
     if held_out.is_mistake.sum() < FEW:
         return _prior(held_out)
@@ -143,7 +143,8 @@ def _counts(held_out: HeldOut, mask: str, row: pd.Series) -> str:
         )
     score, error, gain = 100 * row[["score", "error", "gain"]]
     return words + (
-        f"Its score: {score:.1f} points (needed to be beyond doubt: {SURE * error:.1f}).\n"
+        f"Its score: {score:.1f} points (needed: {SURE * error:.1f}, which is {SURE} "
+        "standard errors).\n"
         f"On other images it loses {score - gain:.1f}, which leaves a gain of {gain:.1f} "
         f"(needed: {100 * ENOUGH:.0f})."
     )
