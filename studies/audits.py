@@ -1,6 +1,6 @@
 """Does an audit find the shortcut? Kinds and seeds of registered.py.
 
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/audits.py 400 401
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/audits.py 400 401 402
 
 makes the rows that are missing in `results/audits.csv`, two runs at a time, one minute
 of one core each: ERM of 4,000 images is audited by 1,000 and by 300 other training
