@@ -21,7 +21,7 @@ from masktune_utils.settings import REPOSITORY
 
 FOLDER = REPOSITORY / "results"
 FILES = (REPOSITORY / "README.md", FOLDER / "README.md")
-LINEAR = "_finetune_lr=0.02_finetune_schedule=linear"
+OF_MODELS = ["experiment", "configuration"]
 PAPER = "mean_std_2.0_finetune_lr=0.01"
 RUN = ["dataset", "labels", "kind", "seed"]
 KINDS = 45  # of runs, for each seed
@@ -35,6 +35,20 @@ IN_HINDSIGHT = ["ERM", "chosen", "best"]
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "animals": "animals"}
 CLASSES = {"halves": "two classes", "digits": "ten classes"}
 RANGES = "runs|ERM|chosen|best in hindsight|"
+ON_MNIST = {  # configuration → name in the text
+    "base": "ERM",
+    "threshold_1.0_finetune_lr=0.01": "no-mask control",
+    PAPER: "published: the paper's `mean_std` 2",
+    "top_k_0.1": "earlier reproduction's best on raw, `top_k` 0.1, by SGD at 0.0025",
+    "top_k_0.1_finetune_optimizer=adam_finetune_lr=0.001": (
+        "the same, by Adam as there (98.28 raw there)"
+    ),
+    "mean_std_4.0_dilation=4_finetune_lr=0.02_finetune_schedule=linear": (
+        "ours: `mean_std` 4 dilated by 4, found on this task"
+    ),
+    "chosen": "ours: chosen without group labels",
+    "oracle": "oracle: no square in training, 20 epochs",
+}
 OF_AUTHORS = {  # model of reference_paper_setting.csv → name in the text
     "ERM, last checkpoint": "ERM",
     "the authors' code": "the authors' code",
@@ -48,46 +62,30 @@ def read(name: str) -> pd.DataFrame:
     return pd.read_csv(FOLDER / name)
 
 
-def cells(rows: pd.DataFrame) -> list[str]:
-    """Raw, biased and worst group of rows, as mean ± standard deviation in %."""
-    *accuracies, _ = results.summarize(rows.assign(all=0), "all").iloc[0]
-    return accuracies
+def summary(name: str, by: str | list[str]) -> pd.DataFrame:
+    """Raw, biased and worst group by model, as mean ± standard deviation in %."""
+    return results.summarize(read(name), by).drop(columns="seeds")
 
 
-def line(name: str, values: list[str]) -> str:
+def line(*cells: str) -> str:
     """A row of a Markdown table."""
-    return f"|{name}|{'|'.join(values)}|"
+    return f"|{'|'.join(cells)}|"
 
 
-def by_model(name: str) -> pd.DataFrame:
-    """A table of the results, by experiment and configuration."""
-    return read(name).set_index(["experiment", "configuration"]).sort_index()
+def lines(table: pd.DataFrame) -> list[str]:
+    """The rows of a table of text and counts, each with its index."""
+    rows = table.reset_index().itertuples(index=False)
+    return [line(*map(str, row)) for row in rows]
 
 
 def main_table() -> list[str]:
     """ERM, published, ours and the oracle, on the full MNIST."""
-    runs = by_model("reference.csv")
+    runs = summary("reference.csv", OF_MODELS)
+    choices = summary("reference_choices.csv", OF_MODELS)
     mnist = runs.loc["mnist"]
-    by_adam = "top_k_0.1_finetune_optimizer=adam_finetune_lr=0.001"
-    rows = {
-        "ERM": mnist.loc["base"],
-        "no-mask control": mnist.loc["threshold_1.0_finetune_lr=0.01"],
-        "published: the paper's `mean_std` 2": mnist.loc[PAPER],
-        "earlier reproduction's best on raw, `top_k` 0.1, by SGD at 0.0025": mnist.loc[
-            "top_k_0.1"
-        ],
-        "the same, by Adam as there (98.28 raw there)": mnist.loc[by_adam],
-        "ours: `mean_std` 4 dilated by 4, found on this task": mnist.loc[
-            f"mean_std_4.0_dilation=4{LINEAR}"
-        ],
-        "ours: chosen without group labels": by_model("reference_choices.csv").loc[
-            "mnist", "chosen"
-        ],
-        "oracle: no square in training, 20 epochs": runs.loc[
-            "mnist_shortcut=none_epochs=20", "base"
-        ],
-    }
-    return [line(name, cells(members)) for name, members in rows.items()]
+    mnist.loc["chosen"] = choices.loc[("mnist", "chosen")]
+    mnist.loc["oracle"] = runs.loc[("mnist_shortcut=none_epochs=20", "base")]
+    return lines(mnist.loc[[*ON_MNIST]].rename(ON_MNIST))
 
 
 def short_table() -> list[str]:
@@ -129,7 +127,7 @@ def means_and_ranges(parts: dict[str, pd.DataFrame], models: list[str]) -> list[
             if len(known) > 1:
                 text += f" ({low:.0f}–{high:.0f})"
             values.append(text)
-        lines.append(line(name, values))
+        lines.append(line(name, *values))
     return lines
 
 
@@ -277,7 +275,7 @@ def measured(
     """A measure, in words or by its value; and whether it keeps its limit."""
     is_met = value <= limit if bound == "at most" else value >= limit
     verdict = "met" if is_met else "**missed**"
-    return line(name, [words or f"{value:.2f}", f"{bound} {limit}", verdict])
+    return line(name, words or f"{value:.2f}", f"{bound} {limit}", verdict)
 
 
 def rows_of_photographs() -> pd.DataFrame:
@@ -316,7 +314,7 @@ def table_of_audited_photographs() -> list[str]:
             f"{row['audit_region']:.0%}",
             "" if np.isnan(covered) else f"{covered:.0%}",
         ]
-        lines.append(line(row["shortcut"], values))
+        lines.append(line(row["shortcut"], *values))
     return lines
 
 
@@ -338,7 +336,7 @@ def table_of_lengths() -> list[str]:
             mistakes = of_ways["mistakes"].loc[kind, way]
             conflicting = of_ways["conflicting_mistakes"].loc[kind, way]
             values.append(f"{100 * shares[way]:.1f} ({mistakes}; {conflicting})")
-        lines.append(line(kind, values))
+        lines.append(line(kind, *values))
     return lines
 
 
@@ -371,7 +369,7 @@ def table_of_ways() -> list[str]:
     lines = []
     for way, of_kinds in table.items():
         numbers = (of_kinds.mean(), regret[way].mean(), regret[way].max())
-        lines.append(line(way, [f"{number:.1f}" for number in numbers]))
+        lines.append(line(way, *[f"{number:.1f}" for number in numbers]))
     return lines
 
 
@@ -396,14 +394,14 @@ def table_of_audits() -> list[str]:
         for images, rows in members.groupby("images", sort=False):
             counts = rows[["can_tell", "stands_out", "finds"]].sum()
             values = [images, len(rows), *counts]
-            lines.append(line(name, [f"{value}" for value in values]))
+            lines.append(line(name, *[f"{value}" for value in values]))
     return lines
 
 
 def authors_table() -> list[str]:
     """The setting of the authors' code, and its differences from ours."""
-    runs = read("reference_paper_setting.csv").set_index("model").sort_index()
-    return [line(name, cells(runs.loc[model])) for model, name in OF_AUTHORS.items()]
+    models = summary("reference_paper_setting.csv", "model")
+    return lines(models.loc[[*OF_AUTHORS]].rename(OF_AUTHORS))
 
 
 def table_of_others() -> list[str]:
@@ -412,7 +410,7 @@ def table_of_others() -> list[str]:
     for row in others().to_dict("records"):
         erm = "{erm_raw} / {erm_biased}".format(**row)
         tuned = "{tuned_raw} / {tuned_biased}".format(**row).removesuffix(" / ")
-        lines.append(line(row["text"], [row["setting"], erm, tuned]))
+        lines.append(line(row["text"], row["setting"], erm, tuned))
     return lines
 
 
@@ -442,8 +440,9 @@ TABLES = {
 
 def phrases_of_readme() -> list[str]:
     """What README says in numbers, outside its tables."""
-    choices = by_model("reference_choices.csv").loc["mnist"]
-    flagship = 100 * choices.query("seed == 0")["worst_group"]
+    choices = read("reference_choices.csv").set_index("configuration")
+    is_flagship = "experiment == 'mnist' and seed == 0"
+    flagship = 100 * choices.query(is_flagship)["worst_group"]
     runs = registered()
     hidden = runs[can_hide(runs)]
     losses = -runs.query("kind == 'none'")["gain"]
@@ -486,19 +485,18 @@ def phrases_of_test() -> list[str]:
 
 def phrases_of_authors() -> list[str]:
     """What results/README.md says of the authors' setting, and of others' numbers."""
-    reference = by_model("reference.csv")
-    paper_rows = reference.loc["mnist5k_conflicting_share=0.0", PAPER]
-    *_, without = cells(paper_rows)
+    paper = ("mnist5k_conflicting_share=0.0", PAPER)
+    *_, without = summary("reference.csv", OF_MODELS).loc[paper]
     runs = read("reference_paper_setting.csv")
     points = 100 * runs.pivot(index="seed", columns="model", values="worst_group")
     theirs = points["the authors' code"]
     ours = points["both, momentum from zero"]
-    paper, mmalejky, _, _, earlier = others()["erm_biased"]
+    quoted, mmalejky, _, _, earlier = others()["erm_biased"]
     first, second, third = theirs - ours
     return [
         f"at {without} on mnist5k",
         f"lower than theirs by {first:.2f}, {second:.2f} and {third:.2f} points",
-        f"paper quotes {paper}% for ERM",
+        f"paper quotes {quoted}% for ERM",
         f"have {float(earlier):.0f} and {float(mmalejky):.0f}%",
         f"p = {ttest_rel(theirs, ours).pvalue:.2f}, paired",
     ]
