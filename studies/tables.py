@@ -7,6 +7,7 @@ in the two files is written by hand; the numbers in it are looked up: phrases th
 file lacks are printed.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ FIRST_OF_PHOTOGRAPHS = 6
 KINDS_OF_PHOTOGRAPHS = 7
 FIRST = 400  # seed of the newest registered test
 LENGTHS = ["1", "2", "4", "8", "50"]  # epochs of halves in lengths.csv
-LATE = "late "  # before the names of masks by halves that are trained to the end
 NOT_MASKS = ["ERM", "nothing masked", "oracle"]
 IN_HINDSIGHT = ["ERM", "chosen", "best"]
 DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "animals": "animals"}
@@ -90,45 +90,41 @@ def main_table() -> list[str]:
 
 def short_table() -> list[str]:
     """The registered test in three lines."""
-    runs = registered()
-    on_objects = runs[runs["kind"].isin(OUT_OF_REACH)]
+    parts = by_kind(registered())
+    _, on_objects, _ = parts.values()
     more_training = on_objects["nothing masked"].mean()
-    words = f"colour, tint, scattered pixels (more training alone: {more_training:.0f})"
-    parts = {
-        "a mask can hide it": runs[can_hide(runs)],
-        words: on_objects,
-        "no shortcut": runs.query("kind == 'none'"),
-    }
-    return means_and_ranges(parts, IN_HINDSIGHT)
+    words = f"pixels (more training alone: {more_training:.0f})"
+    rows = means_and_ranges(parts.items(), IN_HINDSIGHT)
+    return [row.replace("pixels", words) for row in rows]
 
 
 def table_by_set() -> list[str]:
     """The registered test by data set, where a mask can hide the shortcut."""
-    runs = registered()
-    runs = runs[can_hide(runs)]
+    hidden, _, _ = by_kind(registered()).values()
     parts = {}
-    for dataset, name in DATASETS.items():
-        for labels, words in CLASSES.items():
-            members = runs.query(f"dataset == '{dataset}' and labels == '{labels}'")
-            if len(members):
-                parts[f"{name}, {words}"] = members
-    return means_and_ranges(parts, [*IN_HINDSIGHT, "oracle"])
+    for (dataset, labels), runs in hidden.groupby(["dataset", "labels"]):
+        parts[f"{DATASETS[dataset]}, {CLASSES[labels]}"] = runs
+    rows = means_and_ranges(parts.items(), [*IN_HINDSIGHT, "oracle"])
+    return rows[::-1]  # MNIST first
 
 
-def means_and_ranges(parts: dict[str, pd.DataFrame], models: list[str]) -> list[str]:
+def means_and_ranges(
+    parts: Iterable[tuple[str, pd.DataFrame]], models: list[str]
+) -> list[str]:
     """Number of runs; mean, lowest and highest worst group of models, in points."""
-    lines = []
-    for name, members in parts.items():
-        values = [f"{len(members)}"]
-        for model in models:
-            known = members[model].dropna()
-            low, mean, high = known.agg(["min", "mean", "max"])
-            text = f"{mean:.0f}" if len(known) else ""
-            if len(known) > 1:
-                text += f" ({low:.0f}–{high:.0f})"
-            values.append(text)
-        lines.append(line(name, *values))
-    return lines
+    rows = []
+    for name, runs in parts:
+        ranges = runs[models].agg(mean_and_range)
+        rows.append(line(name, f"{len(runs)}", *ranges))
+    return rows
+
+
+def mean_and_range(points: pd.Series) -> str:
+    """Of several values; one as it is; of none, nothing."""
+    low, mean, high = points.agg(["min", "mean", "max"])
+    if points.count() > 1:
+        return f"{mean:.0f} ({low:.0f}–{high:.0f})"
+    return f"{mean:.0f}".removeprefix("nan")
 
 
 def registered() -> pd.DataFrame:
@@ -137,27 +133,29 @@ def registered() -> pd.DataFrame:
     A column for each model that all runs have, for the choice, for the best of all but
     the oracle, and for the best single mask; and what is measured.
     """
-    runs = read("registered.csv").query(f"seed >= {FIRST}")
-    kinds = runs["is_chosen"].groupby(runs["seed"]).transform("sum")
-    runs = runs[kinds == KINDS].assign(points=100 * runs["worst_group"])
-    is_late = runs["halves"] == "late"
-    runs["model"] = runs["model"].mask(is_late, LATE + runs["model"])
-    models = runs.pivot(index=RUN, columns="model", values="points")
-    is_early = ~models.columns.str.startswith(LATE)
-    table = models[NOT_MASKS].assign(
-        chosen=runs[runs["is_chosen"]].set_index(RUN)["points"],
-        best=models.drop(columns="oracle").max(axis=1),
-        single=best_single(models.loc[:, is_early].drop(columns=NOT_MASKS)),
+    rows = read("registered.csv").query(f"seed >= {FIRST}")
+    kinds = rows["is_chosen"].groupby(rows["seed"]).transform("sum")
+    rows = rows[kinds == KINDS].assign(points=100 * rows["worst_group"])
+    models = rows.query("halves != 'late'").pivot(
+        index=RUN, columns="model", values="points"
     )
-    table["regret"] = table["best"] - table["chosen"]
-    table["ahead"] = table["chosen"] - table["single"]
-    table["gain"] = table["chosen"] - table["ERM"]
-    return table.reset_index()
+    runs = models[NOT_MASKS].assign(
+        chosen=rows[rows["is_chosen"]].set_index(RUN)["points"],
+        best=rows.query("model != 'oracle'").groupby(RUN)["points"].max(),
+        single=best_single(models.drop(columns=NOT_MASKS)),
+    )
+    runs["regret"] = runs["best"] - runs["chosen"]
+    runs["ahead"] = runs["chosen"] - runs["single"]
+    runs["loss"] = runs["ERM"] - runs["chosen"]
+    return runs.reset_index()
 
 
-def can_hide(runs: pd.DataFrame) -> pd.Series:
-    """Whether there is a shortcut that a mask can hide without the object."""
-    return ~runs["kind"].isin([*OUT_OF_REACH, "none"])
+def by_kind(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Runs whose shortcut a mask can hide without the object, or cannot; and others."""
+    names = dict.fromkeys(OUT_OF_REACH, "colour, tint, scattered pixels")
+    names["none"] = "no shortcut"
+    parts = runs["kind"].map(names).fillna("a mask can hide it")
+    return dict(iter(runs.groupby(parts)))
 
 
 def best_single(masks: pd.DataFrame) -> pd.Series:
@@ -168,8 +166,8 @@ def best_single(masks: pd.DataFrame) -> pd.Series:
     rules = masks.columns.str.replace(r", \d rounds", "", regex=True)
     parts = [masks.loc[:, rules == rule].ffill(axis=1) for rule in rules.unique()]
     filled = pd.concat(parts, axis=1)
-    is_hidden = can_hide(filled.reset_index()).to_numpy()
-    return filled[filled[is_hidden].mean().idxmax()]
+    hidden, _, _ = by_kind(filled.reset_index("kind")).values()
+    return filled[hidden.mean(numeric_only=True).idxmax()]
 
 
 def with_interval(runs: pd.DataFrame, name: str) -> str:
@@ -185,18 +183,16 @@ def with_interval(runs: pd.DataFrame, name: str) -> str:
 def table_of_measures() -> list[str]:
     """What the registered test measures, and the limits of registered.md."""
     runs = registered()
-    runs["loss"] = -runs["gain"]
-    hidden = runs[can_hide(runs)]
+    hidden, _, without = by_kind(runs).values()
     clothes = hidden.query("dataset == 'fashion_mnist' and labels == 'digits'")
-    without = runs.query("kind == 'none'")
-    half_right = runs.query("ERM >= 50")
-    is_harmed = half_right["loss"] > 1
+    is_harmed = runs.query("ERM >= 50")["loss"] > 1
     gains = gains_on_mnist5k()
     is_repaired = gains >= 20
     of_photographs = photographs().drop("background")
     biased = of_photographs.dropna(subset="oracle")
     is_near = biased["oracle"] - biased["chosen"] <= 10
-    of_photographs["loss"] = of_photographs[ERM] - of_photographs["chosen"]
+    half_right = of_photographs.query("ERM >= 50")
+    losses = half_right[ERM] - half_right["chosen"]
     return [
         measured(
             "mean regret, a mask can hide the shortcut",
@@ -230,14 +226,14 @@ def table_of_measures() -> list[str]:
             is_harmed.mean(),
             "at most",
             0.02,
-            f"{is_harmed.mean():.2f} ({is_harmed.sum()} of {len(is_harmed)})",
+            share(is_harmed),
         ),
         measured(
             "mnist5k, ten classes: share of runs that rise by 20 or more",
             is_repaired.mean(),
             "at least",
             0.7,
-            f"{is_repaired.mean():.2f} ({is_repaired.sum()} of {len(is_repaired)})",
+            share(is_repaired),
         ),
         measured("the same: below ERM in one run", -gains.min(), "at most", 2),
         measured(
@@ -245,15 +241,20 @@ def table_of_measures() -> list[str]:
             is_near.mean(),
             "at least",
             0.75,
-            f"{is_near.mean():.2f} ({is_near.sum()} of {len(is_near)})",
+            share(is_near),
         ),
         measured(
             "the same: below ERM in one run, of those with ERM at 50% or more",
-            of_photographs.query("ERM >= 50")["loss"].max(),
+            losses.max(),
             "at most",
             5,
         ),
     ]
+
+
+def share(runs: pd.Series) -> str:
+    """Of runs, True or False, how many are; in words."""
+    return f"{runs.mean():.2f} ({runs.sum()} of {len(runs)})"
 
 
 def gains_on_mnist5k() -> pd.Series:
@@ -295,27 +296,20 @@ def photographs() -> pd.DataFrame:
 
 def table_of_photographs() -> list[str]:
     """By shortcut."""
-    runs = photographs()
-    parts = {name: runs.loc[[name]] for name in runs.index.unique("shortcut")}
+    parts = photographs().groupby("shortcut", sort=False)
     return means_and_ranges(parts, [ERM, "chosen", "oracle"])
 
 
 def table_of_audited_photographs() -> list[str]:
     """What ERM's audits say, where there is a shortcut that a mask can hide."""
     rows = rows_of_photographs().query("model == 'ERM'")
-    lines = []
-    for row in rows.to_dict("records"):
-        covered = row["audit_shortcut_covered"]
-        values = [
-            f"{row['audit_mistakes']:.0f}",
-            f"{row['audit_move']:.0f}",
-            f"{row['audit_move_elsewhere']:.0f}",
-            "yes" if row["audit_stands_out"] else "no",
-            f"{row['audit_region']:.0%}",
-            "" if np.isnan(covered) else f"{covered:.0%}",
-        ]
-        lines.append(line(row["shortcut"], *values))
-    return lines
+    words = rows["audit_stands_out"].map({True: "yes", False: "no"})
+    template = (
+        "|{shortcut}|{audit_mistakes:.0f}|{audit_move:.0f}|{audit_move_elsewhere:.0f}"
+        "|{words}|{audit_region:.0%}|{audit_shortcut_covered:.0%}|"
+    )
+    records = rows.assign(words=words).to_dict("records")
+    return [template.format(**row).replace("nan%", "") for row in records]
 
 
 def ways() -> pd.DataFrame:
@@ -329,15 +323,11 @@ def ways() -> pd.DataFrame:
 def table_of_lengths() -> list[str]:
     """Worst group, mistakes and those that conflict, by how long halves are trained."""
     of_ways = ways()
-    lines = []
-    for kind, shares in of_ways["worst_group"].iterrows():
-        values = []
-        for way in LENGTHS:
-            mistakes = of_ways["mistakes"].loc[kind, way]
-            conflicting = of_ways["conflicting_mistakes"].loc[kind, way]
-            values.append(f"{100 * shares[way]:.1f} ({mistakes}; {conflicting})")
-        lines.append(line(kind, *values))
-    return lines
+    points = (100 * of_ways["worst_group"]).map("{:.1f}".format)
+    mistakes = of_ways["mistakes"].astype(str)
+    conflicting = of_ways["conflicting_mistakes"].astype(str)
+    cells = points + " (" + mistakes + "; " + conflicting + ")"
+    return lines(cells[LENGTHS])
 
 
 def table_of_ways() -> list[str]:
@@ -348,29 +338,33 @@ def table_of_ways() -> list[str]:
     gains = of_ways["gain"].mask(is_kept, -1)
     mistakes = of_ways["mistakes"][LENGTHS]
     # The first length after which held-out accuracy rises by less than a point.
-    rises = -mistakes.diff(axis=1).shift(-1, axis=1) / LIMIT
+    rises = mistakes.diff(-1, axis=1) / LIMIT
     settled = (rises.fillna(0) < 0.01).idxmax(axis=1)
     explained = (of_ways["move"] - of_ways["move_elsewhere"])[LENGTHS] / mistakes
     most = explained.idxmax(axis=1)
 
-    def by_length(chosen: pd.Series) -> pd.Series:
-        return pd.Series({kind: points.loc[kind, way] for kind, way in chosen.items()})
+    def pick(chosen: pd.Series) -> pd.Series:
+        return points.stack()[[*chosen.items()]].droplevel("way")
 
-    early, late = points["4"], points["50"]
-    found = {epochs: points[epochs] for epochs in LENGTHS}
-    found["4; 50 if they keep ERM"] = early.mask(is_kept["4"], late)
-    found["4 or 50, by the larger gain"] = early.where(gains["4"] >= gains["50"], late)
-    found["the first after which accuracy gains less than a point"] = by_length(settled)
-    found["the largest share of mistakes that move"] = by_length(most)
-    found["masks by 4, judged by 50"] = points["early masks"]
-    found["50, and again without the mistakes"] = points["without mistakes"]
-    table = pd.DataFrame(found)
+    early = points["4"]
+    late = points["50"]
+    table = points[LENGTHS].assign(
+        **{
+            "4; 50 if they keep ERM": early.mask(is_kept["4"], late),
+            "4 or 50, by the larger gain": early.where(gains["4"] >= gains["50"], late),
+            "the first after which accuracy gains less than a point": pick(settled),
+            "the largest share of mistakes that move": pick(most),
+            "masks by 4, judged by 50": points["early masks"],
+            "50, and again without the mistakes": points["without mistakes"],
+        }
+    )
     regret = table.rsub(table.max(axis=1), axis=0)
-    lines = []
-    for way, of_kinds in table.items():
-        numbers = (of_kinds.mean(), regret[way].mean(), regret[way].max())
-        lines.append(line(way, *[f"{number:.1f}" for number in numbers]))
-    return lines
+    numbers = {
+        "mean": table.mean(),
+        "regret": regret.mean(),
+        "largest": regret.max(),
+    }
+    return lines(pd.DataFrame(numbers).map("{:.1f}".format))
 
 
 def audits() -> pd.DataFrame:
@@ -383,19 +377,12 @@ def audits() -> pd.DataFrame:
 
 def table_of_audits() -> list[str]:
     """How often an audit has enough mistakes, and finds the shortcut."""
-    runs = audits()
-    parts = {
-        "a mask can hide it": runs[can_hide(runs)],
-        "colour, tint, scattered pixels": runs[runs["kind"].isin(OUT_OF_REACH)],
-        "no shortcut": runs.query("kind == 'none'"),
-    }
-    lines = []
-    for name, members in parts.items():
-        for images, rows in members.groupby("images", sort=False):
-            counts = rows[["can_tell", "stands_out", "finds"]].sum()
-            values = [images, len(rows), *counts]
-            lines.append(line(name, *[f"{value}" for value in values]))
-    return lines
+    rows = []
+    for name, part in by_kind(audits()).items():
+        for images, runs in part.groupby("images", sort=False):
+            counts = runs[["can_tell", "stands_out", "finds"]].sum()
+            rows.append(line(name, *map(str, [images, len(runs), *counts])))
+    return rows
 
 
 def authors_table() -> list[str]:
@@ -406,12 +393,11 @@ def authors_table() -> list[str]:
 
 def table_of_others() -> list[str]:
     """Raw / biased accuracy as others have it, digit for digit."""
-    lines = []
-    for row in others().to_dict("records"):
-        erm = "{erm_raw} / {erm_biased}".format(**row)
-        tuned = "{tuned_raw} / {tuned_biased}".format(**row).removesuffix(" / ")
-        lines.append(line(row["text"], row["setting"], erm, tuned))
-    return lines
+    template = (
+        "|{text}|{setting}|{erm_raw} / {erm_biased}|{tuned_raw} / {tuned_biased}|"
+    )
+    rows = [template.format(**row) for row in others().to_dict("records")]
+    return [row.replace(" / |", "|") for row in rows]
 
 
 def others() -> pd.DataFrame:
@@ -443,12 +429,11 @@ def phrases_of_readme() -> list[str]:
     choices = read("reference_choices.csv").set_index("configuration")
     is_flagship = "experiment == 'mnist' and seed == 0"
     flagship = 100 * choices.query(is_flagship)["worst_group"]
-    runs = registered()
-    hidden = runs[can_hide(runs)]
-    losses = -runs.query("kind == 'none'")["gain"]
+    hidden, _, without = by_kind(registered()).values()
+    losses = without["loss"]
     audited = audits().query("images == 1000")
-    stands_out = audited.query("kind == 'none'")["stands_out"]
-    with_shortcut = audited[can_hide(audited)]
+    with_shortcut, _, plain = by_kind(audited).values()
+    stands_out = plain["stands_out"]
     counts = with_shortcut[["can_tell", "stands_out", "finds"]].sum()
     regions = with_shortcut[with_shortcut["finds"]]["region"]
     verdicts = table_of_measures()
@@ -456,7 +441,7 @@ def phrases_of_readme() -> list[str]:
     return [
         f"Limits missed: {missed} of {len(verdicts)}.",
         f"rises from {flagship['base']:.0f}% to {flagship['chosen']:.0f}%",
-        f"{(hidden['gain'] >= 20).sum()} of {len(hidden)} runs rise by 20 points",
+        f"{(hidden['loss'] <= -20).sum()} of {len(hidden)} runs rise by 20 points",
         f"end {hidden['regret'].mean():.1f} points behind the best",
         "in hindsight (limit: 1.8)",
         f"{(losses > 1).sum()} of {len(losses)} runs are harmed,",
@@ -473,13 +458,13 @@ def phrases_of_readme() -> list[str]:
 def phrases_of_test() -> list[str]:
     """What results/README.md says of the registered test."""
     runs = registered()
-    hidden = runs[can_hide(runs)]
+    hidden, _, _ = by_kind(runs).values()
     regret = hidden["regret"].nlargest(4)
-    half_right = runs.query("ERM >= 50")["gain"]
+    half_right = runs.query("ERM >= 50")["loss"]
     return [
         "({:.1f}, {:.1f}, {:.1f} and {:.1f} points)".format(*regret),
         f"{regret.sum() / hidden['regret'].sum():.0%} of all regret",
-        f"loses {-half_right.min():.1f} points",
+        f"loses {half_right.max():.1f} points",
     ]
 
 
