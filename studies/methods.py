@@ -23,7 +23,6 @@ in words, how it was made.
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from functools import partial
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Generator, Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import LinearLR, StepLR
 from torchvision.transforms.v2 import RandomErasing
 
 from masktune_utils import (
@@ -74,8 +73,6 @@ NEEDS = {  # method → what it must know; the others: classes
 }
 
 Networks = Iterator[tuple[str, nn.Module]]  # how each was made, and the network
-
-new_sgd = partial(SGD, momentum=0.9, weight_decay=1e-4)
 
 
 class Task(NamedTuple):
@@ -140,46 +137,11 @@ def worst(right: Tensor, groups: Tensor) -> float:
     return min(accuracies).item()
 
 
-def draw_batches(
-    task: Task,
-    epochs: int,
-    batch_size: int,
-    weights: Tensor | None,
-) -> list[Tensor]:
-    """The index of each batch; with weights, drawn by these, with replacement."""
-    count = len(task.train)
-    shares = torch.ones(count) if weights is None else weights
-    rng = task.rng
-    batches = []
-    for _ in range(epochs):
-        order = torch.multinomial(shares, count, weights is not None, generator=rng)
-        batches += order.split(batch_size)
-    # Batch normalisation needs more than one image.
-    return [index for index in batches if len(index) > 1]
-
-
 def descend(optimizer: Optimizer, loss: Tensor) -> None:
     """One step."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
-
-def train_on(
-    images: Split,
-    batches: list[Tensor],
-    loss_of: Callable,
-    sgd: SGD,
-    scheduler: LRScheduler,
-) -> None:
-    """A step for each batch."""
-    is_supported = training.has_bfloat16(torch.device("cpu"))
-    for index in batches:
-        batch, labels = images.batch(index)
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_supported):
-            loss = loss_of(batch, labels, index)
-        descend(sgd, loss)
-        scheduler.step()
 
 
 def fit(
@@ -196,20 +158,37 @@ def fit(
         network: all of its weights are trained.
         loss_of: (images, labels, their index) → the loss of a batch.
         epochs: of the first schedule.
-        weights: see `draw_batches`.
+        weights: if there are any, images are drawn by these, with replacement.
     """
+    train = task.train
     settings = task.settings
-    epochs = epochs or settings.epochs
-    batches = draw_batches(task, epochs, settings.batch_size, weights)
-    every = settings.lr_decay_epochs * len(batches) // epochs
-    sgd = new_sgd(network.parameters(), settings.lr)
-    train_on(task.train, batches, loss_of, sgd, StepLR(sgd, every, 0.5))
-    yield "ERM's schedule", network
+    is_supported = training.has_bfloat16(torch.device("cpu"))
+    count = len(train)
+    shares = torch.ones(count) if weights is None else weights
 
-    epochs = chosen.default_epochs(len(task.train))
-    batches = draw_batches(task, epochs, chosen.BATCH_SIZE, weights)
-    sgd = new_sgd(network.parameters(), chosen.LR)
-    train_on(task.train, batches, loss_of, sgd, LinearLR(sgd, 1, 0, len(batches)))
+    def run(epochs: int, batch_size: int, lr: float, schedule: str) -> None:
+        rng = task.rng
+        batches = []
+        for _ in range(epochs):
+            order = torch.multinomial(shares, count, weights is not None, generator=rng)
+            # Batch normalisation needs more than one image.
+            batches += [index for index in order.split(batch_size) if len(index) > 1]
+        sgd = SGD(network.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+        steps = len(batches)
+        if schedule == "linear":
+            scheduler = LinearLR(sgd, 1, 0, steps)
+        else:
+            scheduler = StepLR(sgd, settings.lr_decay_epochs * steps // epochs, 0.5)
+        for index in batches:
+            batch, labels = train.batch(index)
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_supported):
+                loss = loss_of(batch, labels, index)
+            descend(sgd, loss)
+            scheduler.step()
+
+    run(epochs or settings.epochs, settings.batch_size, settings.lr, "constant")
+    yield "ERM's schedule", network
+    run(chosen.default_epochs(count), chosen.BATCH_SIZE, chosen.LR, "linear")
     yield "then ours", network
 
 
