@@ -133,8 +133,7 @@ def is_right(network: nn.Module, images: Split) -> Tensor:
 
 def worst(right: Tensor, groups: Tensor) -> float:
     """The lowest accuracy of a group, by the number of each image's group."""
-    accuracies = [right[groups == k].double().mean() for k in groups.unique()]
-    return min(accuracies).item()
+    return pd.Series(right).groupby(groups.numpy()).mean().min()
 
 
 def descend(optimizer: Optimizer, loss: Tensor) -> None:
@@ -224,16 +223,14 @@ def judge(
     started = perf_counter()
     for how, network in networks:
         earlier += perf_counter() - started
-        accuracies = results.evaluate(network, task.sets)
+        accuracies = pd.Series(results.evaluate(network, task.sets))
         right = is_right(network, held_out)
         row = {
             "method": method,
             "needs": NEEDS.get(method, "classes"),
             "tried": f"{tried}, {how}".strip(", "),
             "seconds": earlier,
-            "raw": accuracies["raw"],
-            "biased": accuracies["biased"],
-            "worst_group": accuracies["worst_group"],
+            **accuracies[results.ACCURACIES],
             "held-out groups": worst(right, 2 * labels + held_out.has_shortcut),
             "ERM's mistakes": worst(right, is_right(task.base, held_out)),
             "worst class": worst(right, labels),
