@@ -15,6 +15,7 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,36 +42,32 @@ ORACLE = "oracle"
 EPOCHS = {"early": 4, "late": 50}  # of networks of halves
 
 
-def square(
-    images: Tensor,
-    _generator: Generator,
-    color: str,
-    size: int,
-    row: int,
-    column: int,
-) -> Tensor:
+def square(size: int, color: str, row: int, column: int) -> Callable:
     """A square at one place."""
-    return shortcuts.add_square(images, size, color, row, column)
+    return lambda images, _: shortcuts.add_square(images, size, color, row, column)
 
 
-def line(images: Tensor, _generator: Generator, color: str) -> Tensor:
+def of_package(name: str) -> Callable:
+    """One of the package's shortcuts."""
+    return lambda images, rng: shortcuts.add_shortcut(images, name, "gold", 6, rng)
+
+
+def line(images: Tensor, _generator: Generator) -> Tensor:
     """A horizontal line, two pixels thick, near the lower edge."""
-    images = images.clone()
-    images[:, :, 24:26] = shortcuts.pixel(color)
+    images[:, :, 24:26] = shortcuts.pixel("lime")
     return images
 
 
-def letters(images: Tensor, _generator: Generator, color: str) -> Tensor:
+def letters(images: Tensor, _generator: Generator) -> Tensor:
     """The word `OK` in the top right corner, in the font of Pillow."""
     canvas = Image.new("L", (28, 28))
     ImageDraw.Draw(canvas).text((15, -1), "OK", fill=255, font_size=9)
     is_text = torch.from_numpy(np.asarray(canvas) > 100)
-    return torch.where(is_text, shortcuts.pixel(color), images)
+    return torch.where(is_text, shortcuts.pixel("red"), images)
 
 
 def texture(images: Tensor, _generator: Generator) -> Tensor:
     """A patch of 8×8 random grey pixels in the lower left corner, always the same."""
-    images = images.clone()
     same = Generator().manual_seed(0)
     images[:, :, 20:, :8] = torch.randint(256, (8, 8), generator=same).byte()
     return images
@@ -78,94 +75,44 @@ def texture(images: Tensor, _generator: Generator) -> Tensor:
 
 def bars(images: Tensor, _generator: Generator) -> Tensor:
     """Black and white bars along the right edge, four pixels wide."""
-    images = images.clone()
     rows = torch.arange(28) // 2 % 2
     images[..., 24:] = (255 * rows).byte()[:, None]
     return images
 
 
-def cross(images: Tensor, generator: Generator, color: str) -> Tensor:
+def cross(images: Tensor, generator: Generator) -> Tensor:
     """A cross of seven pixels in one of the four corners, at random."""
-    images = images.clone()
     corners = torch.randint(2, (len(images), 2), generator=generator)
     for image, (bottom, right) in zip(images, corners.tolist(), strict=True):
         corner = image[:, 21 * bottom :, 21 * right :]
-        corner[:, 2:5, :7] = shortcuts.pixel(color)
-        corner[:, :7, 2:5] = shortcuts.pixel(color)
+        corner[:, 2:5, :7] = shortcuts.pixel("gold")
+        corner[:, :7, 2:5] = shortcuts.pixel("gold")
     return images
 
 
-def of_package(images: Tensor, generator: Generator, name: str) -> Tensor:
-    """One of the package's shortcuts."""
-    return shortcuts.add_shortcut(images, name, "gold", 6, generator)
-
-
-BLUE = partial(
-    square,
-    color="blue",
-    size=6,
-    row=0,
-    column=0,
-)
-TEAL = partial(
-    square,
-    color="teal",
-    size=6,
-    row=22,
-    column=0,
-)
-PLANTED = {  # kind → what is planted in (images, generator)
-    "square 4": partial(
-        square,
-        color="orange",
-        size=4,
-        row=0,
-        column=24,
-    ),
-    "square 6": BLUE,
-    "square 8": partial(
-        square,
-        color="purple",
-        size=8,
-        row=20,
-        column=0,
-    ),
-    "square 10": partial(
-        square,
-        color="green",
-        size=10,
-        row=18,
-        column=18,
-    ),
-    "square 12": partial(
-        square,
-        color="deeppink",
-        size=12,
-        row=0,
-        column=16,
-    ),
-    "ordered": partial(
-        square,
-        color="cyan",
-        size=6,
-        row=22,
-        column=22,
-    ),
-    "two squares": partial(of_package, name="two_squares"),
-    "square anywhere": partial(of_package, name="square_anywhere"),
-    "frame": partial(of_package, name="frame"),
-    "line": partial(line, color="lime"),
-    "letters": partial(letters, color="red"),
+TEAL = square(6, "teal", 22, 0)
+PLANTED = {  # kind → what is planted in (a copy of images, generator)
+    "square 4": square(4, "orange", 0, 24),
+    "square 6": square(6, "blue", 0, 0),
+    "square 8": square(8, "purple", 20, 0),
+    "square 10": square(10, "green", 18, 18),
+    "square 12": square(12, "deeppink", 0, 16),
+    "ordered": square(6, "cyan", 22, 22),
+    "two squares": of_package("two_squares"),
+    "square anywhere": of_package("square_anywhere"),
+    "frame": of_package("frame"),
+    "line": line,
+    "letters": letters,
     "texture": texture,
     "bars": bars,
-    "cross in a corner": partial(cross, color="gold"),
+    "cross in a corner": cross,
     "no exception": TEAL,
     "0.2 % exceptions": TEAL,
     "5 % exceptions": TEAL,
-    "pixels": partial(of_package, name="pixels"),
-    "coloured digit": partial(of_package, name="digit_color"),
-    "tint": partial(of_package, name="background"),
-    "none": BLUE,  # in test images alone
+    "pixels": of_package("pixels"),
+    "coloured digit": of_package("digit_color"),
+    "tint": of_package("background"),
+    "none": square(6, "blue", 0, 0),  # in test images alone
 }
 CHANGES = {  # kind → what is not the default of `Settings`
     "ordered": {"placement": "ordered"},
