@@ -122,17 +122,24 @@ CHANGES = {  # kind → what is not the default of `Settings`
     "none": {"shortcut": "none"},
 }
 TEN = ("square 6", "square 8", "letters", "none")  # kinds with ten classes
-FASHION = ("square 6", "square 10", "frame", "line", "letters", "texture")
-FASHION += ("no exception", "none")
-ANIMALS = ("square 6", "square 10", "letters", "none")
-PLAN = [
-    *(("mnist", "halves", kind) for kind in PLANTED),
-    *(("mnist", "digits", kind) for kind in TEN),
-    *(("fashion_mnist", "halves", kind) for kind in FASHION),
-    *(("fashion_mnist", "digits", kind) for kind in TEN),
-    *(("animals", "halves", kind) for kind in ANIMALS),
-    *(("animals", "digits", kind) for kind in TEN),
-]
+KINDS = {  # data set, labels → kinds
+    ("mnist", "halves"): PLANTED,
+    ("mnist", "digits"): TEN,
+    ("fashion_mnist", "halves"): (
+        "square 6",
+        "square 10",
+        "frame",
+        "line",
+        "letters",
+        "texture",
+        "no exception",
+        "none",
+    ),
+    ("fashion_mnist", "digits"): TEN,
+    ("animals", "halves"): ("square 6", "square 10", "letters", "none"),
+    ("animals", "digits"): TEN,
+}
+PLAN = [(*images, kind) for images, kinds in KINDS.items() for kind in kinds]
 OUT_OF_REACH = ("pixels", "coloured digit", "tint")  # no mask can hide these
 
 
@@ -145,7 +152,7 @@ def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
     else:
         train, test = datasets.read(settings.replace(dataset=dataset))
     generator = Generator().manual_seed(seed)
-    which = torch.zeros(len(train), dtype=torch.bool)
+    which = train.has_shortcut  # of none, so far
     if settings.shortcut != "none":
         which = shortcuts.place(
             train, settings.placement, settings.conflicting_share, generator
