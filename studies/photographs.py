@@ -151,13 +151,9 @@ def run(shortcut: str, seed: int) -> list[dict]:
     return rows
 
 
-def main(seeds: list[int]) -> None:
-    """Run what is not done."""
-    runs = [(shortcut, seed) for seed in seeds for shortcut in EPOCHS]
-    resume(FILE, ["shortcut", "seed"], runs, run)
-
-
 if __name__ == "__main__":
     import photographs  # its functions have this name in the other processes, too
 
-    photographs.main([int(seed) for seed in sys.argv[1:]])
+    seeds = [int(seed) for seed in sys.argv[1:]]
+    runs = [(shortcut, seed) for seed in seeds for shortcut in EPOCHS]
+    resume(FILE, ["shortcut", "seed"], runs, photographs.run)

@@ -10,16 +10,14 @@ results/registered.md says. A run that is done is skipped. Rows go to
 
 import copy
 import functools
-import gzip
-import importlib.util
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from importlib.resources import files
 
 import numpy as np
+import pandas as pd
 import torch
 import trials
 from PIL import Image, ImageDraw
@@ -157,7 +155,7 @@ def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
         which = shortcuts.place(
             train, settings.placement, settings.conflicting_share, generator
         )
-    is_upper = shortcuts.halves(test.labels) == 1
+    is_upper = shortcuts.halves(test.labels).bool()
     biased = plant(test, is_upper, kind, generator)
     train = plant(train, which, kind, generator)
     return BiasedSets(train, test, biased, train[:0])
@@ -165,16 +163,13 @@ def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
 
 def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
     """400 silhouettes of each animal of animal-mnist, by the seed; and the rest."""
-    package = Path(importlib.util.find_spec("animal_mnist").origin).parent
-    folder = package / "data" / "Animal_MNIST"
-    parts = []
-    for name in ("data", "label"):
-        packed = (folder / f"animal_{name}_version_3.gz").read_bytes()
-        part = pickle.loads(gzip.decompress(packed))  # noqa: S301 - installed by you
-        parts.append(torch.from_numpy(np.asarray(part)))
-    images, animals = parts[0].byte().view(-1, 28, 28), parts[1].long().view(-1)
-    images = images[:, None].expand(-1, 3, -1, -1).contiguous()
-    classes = animals if labels == "digits" else (animals >= 5).long()
+    folder = files("animal_mnist") / "data" / "Animal_MNIST"
+    grey, animals = [
+        torch.from_numpy(pd.read_pickle(folder / f"animal_{name}_version_3.gz"))  # noqa: S301
+        for name in ("data", "label")
+    ]
+    images = grey[:, None].repeat(1, 3, 1, 1)
+    classes = animals if labels == "digits" else shortcuts.halves(animals)
     generator = Generator().manual_seed(seed)
     is_training = torch.zeros(len(animals), dtype=torch.bool)
     for animal in range(10):
@@ -196,8 +191,7 @@ def plant(split: Split, which: Tensor, kind: str, generator: Generator) -> Split
 def fit(split: Split, seed: int, epochs: int = 50) -> nn.Module:
     """ERM, as in notebook 02."""
     network = models.new_model(seed, "cpu", len(split.labels.unique()))
-    settings = BaseSettings(seed=seed, epochs=epochs)
-    training.train(network, split, **settings.training)
+    training.train(network, split, epochs=epochs, seed=seed)
     return network
 
 
@@ -208,7 +202,7 @@ fine_tune = partial(chosen.fine_tune, epochs=chosen.default_epochs(LIMIT))
 def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
     """ERM on the same images without a shortcut, with the same fine-tuning."""
     train = load(dataset, labels, "none", seed).train
-    nothing = torch.zeros(len(train), 28, 28, dtype=torch.bool)
+    nothing = torch.zeros(len(train), 28, 28)
     masked = MaskedDataset(train, nothing, "resample", seed)
     return fine_tune(fit(train, seed), masked)
 
@@ -277,13 +271,9 @@ def commit() -> str:
     return subprocess.check_output(command, text=True).strip()  # noqa: S603
 
 
-def main(seeds: list[int]) -> None:
-    """Run what is not done."""
-    runs = [(*kind, seed) for seed in seeds for kind in PLAN]
-    resume(FILE, KEY, runs, run)
-
-
 if __name__ == "__main__":
     import registered  # its functions have this name in the other processes, too
 
-    registered.main([int(seed) for seed in sys.argv[1:]])
+    seeds = [int(seed) for seed in sys.argv[1:]]
+    runs = [(*kind, seed) for seed in seeds for kind in PLAN]
+    resume(FILE, KEY, runs, registered.run)
