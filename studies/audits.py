@@ -45,12 +45,7 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     network = registered.fit(train, seed)
     others = registered.load(dataset, labels, kind, seed + 1000).train
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    rows = []
-    for count in COUNTS:
-        found = measure(network, others[order[:count]], seed)
-        run_key = zip(registered.KEY, (dataset, labels, kind, seed), strict=True)
-        rows.append({**dict(run_key), **found})
-    return rows
+    return [measure(network, others[order[:count]], seed) for count in COUNTS]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY
 
 FILE = REPOSITORY / "results" / "lengths.csv"
-KEY = ["dataset", "labels", "kind", "seed"]
 LENGTHS = [1, 2, 4, 8, 50]  # epochs
 EARLY = 4
 LATE = 50
@@ -135,7 +134,6 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
         is_mistake = held_out.is_mistake
         rows.append(
             {
-                **dict(zip(KEY, (dataset, labels, kind, seed), strict=True)),
                 "way": way,
                 "mistakes": is_mistake.sum().item(),
                 "conflicting_mistakes": (is_mistake & conflicting).sum().item(),
@@ -153,4 +151,5 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
 if __name__ == "__main__":
     import lengths  # its functions have this name in the other processes, too
 
-    resume(FILE, KEY, [(*kind, SEED) for kind in KINDS], lengths.run)
+    runs = [(*kind, SEED) for kind in KINDS]
+    resume(FILE, registered.KEY, runs, lengths.run)

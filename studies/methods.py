@@ -756,7 +756,7 @@ def compare(settings: Settings) -> pd.DataFrame:
     for referee in ("held-out groups", "ERM's mistakes", "worst class"):
         best = tries.groupby("method", sort=False)[referee].idxmax()
         parts.append(tries.loc[best].assign(referee=referee))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts)
 
 
 def run(conflicting_share: float, seed: int) -> list[dict]:
@@ -771,9 +771,7 @@ def run(conflicting_share: float, seed: int) -> list[dict]:
             seed=seed,
             validation_share=0.2,
         )
-        table = compare(settings)
-    table = table.assign(conflicting_share=conflicting_share, seed=seed)
-    return table.to_dict("records")
+        return compare(settings).to_dict("records")
 
 
 if __name__ == "__main__":

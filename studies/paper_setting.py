@@ -64,7 +64,7 @@ def run(seed: int) -> list[dict]:
     rows = []
 
     def add(name: str, model: nn.Module, hidden: float | None = None) -> None:
-        row = {"model": name, "seed": seed}
+        row = {"model": name}
         accuracies = results.evaluate(model, sets)
         for accuracy in ("worst_group", "raw", "biased"):
             row[accuracy] = round(accuracies[accuracy], 6)

@@ -132,8 +132,6 @@ def run(shortcut: str, seed: int) -> list[dict]:
         accuracies = metrics.group_accuracy(metrics.predict(network, test), test)
         worst_groups[model] = min(accuracies.values())
         row = {
-            "shortcut": shortcut,
-            "seed": seed,
             "model": model,
             "worst_group": worst_groups[model],
             "mean_group": sum(accuracies.values()) / len(accuracies),

@@ -243,7 +243,6 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     for (halves, model), share in worst_groups.items():
         rows.append(
             {
-                **dict(zip(KEY, (dataset, labels, kind, seed), strict=True)),
                 "halves": halves,
                 "model": model,
                 "worst_group": share,

@@ -1,6 +1,6 @@
 """Runs of a script, two at a time; what is in its table is not run again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,20 +9,20 @@ from joblib import Parallel, delayed
 from masktune_utils.results import save_table
 
 
-def in_parallel(make: Callable, runs: Sequence[tuple]) -> Iterator:
-    """What a function makes of each run, two at a time, as they are ready."""
-    parallel = Parallel(2, return_as="generator_unordered")
-    return parallel(delayed(make)(*run) for run in runs)
+def with_key(make: Callable, key: Sequence[str], run: tuple) -> list[dict]:
+    """The rows of a run, with the columns that tell it from others."""
+    values = dict(zip(key, run, strict=True))
+    return [{**values, **row} for row in make(*run)]
 
 
 def resume(
     file: Path, key: Sequence[str], runs: Sequence[tuple], make: Callable
 ) -> None:
-    """Make the rows of each run that is missing, and save after each.
+    """Make the rows of each run that is missing, and save after each, two at a time.
 
     Args:
         file: the table.
-        key: the columns that tell runs apart.
+        key: the columns that tell runs apart, which are added to the rows.
         runs: their values, which are also the arguments of `make`.
         make: returns the rows of a run.
     """
@@ -32,7 +32,8 @@ def resume(
         tables = [pd.read_csv(file, keep_default_na=False)]  # "null" is a name
         done = set(tables[0][key].itertuples(index=False, name=None))
     missing = [run for run in runs if run not in done]
-    for rows in in_parallel(make, missing):
+    parallel = Parallel(2, return_as="generator_unordered")
+    for rows in parallel(delayed(with_key)(make, key, run) for run in missing):
         tables.append(pd.DataFrame(rows))
         save_table(pd.concat(tables, ignore_index=True), file)
         print(*rows[0].values(), flush=True)
