@@ -4,19 +4,19 @@
 
 makes the rows that are missing in `results/lengths.csv`, two runs at a time, twelve
 minutes of one core each: kinds of registered.py, a development seed, masks of first
-rounds alone. `is_conflicting` is looked at here; a choice does not know it.
+rounds alone. Which images conflict is looked at here; a choice does not know it.
 """
 
-import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import registered
 import torch
 from resume import resume
-from torch import Tensor, nn
+from torch import nn
 
 from masktune_utils import data, results, shortcuts
-from masktune_utils.choice import ERM, NULL, HeldOut, audit, score
+from masktune_utils.choice import NULL, Choice, HeldOut, audit, score
 from masktune_utils.choice.chosen import CANDIDATES
 from masktune_utils.choice.held_out import Fit, try_masks
 from masktune_utils.data import Split
@@ -61,13 +61,6 @@ class Ready:
         return self.masked
 
 
-def is_conflicting(train: Split, kind: str) -> Tensor:
-    """N, bool: does the image go against the shortcut?"""
-    if kind == "none":
-        return torch.zeros_like(train.has_shortcut)
-    return train.has_shortcut != (shortcuts.halves(train.labels) == 0)
-
-
 def audited(halves: list[nn.Module], train: Split, seed: int) -> dict[str, int]:
     """How many mistakes move with the region of each half's audit, and elsewhere."""
     counts = {"move": 0, "move_elsewhere": 0}
@@ -83,36 +76,30 @@ def try_ways(train: Split, seed: int) -> tuple[dict[str, HeldOut], dict[str, dic
     """By way: what held-out images say; and by length, what audits of halves say."""
     train = replace(train, groups=torch.arange(len(train)))  # an image knows its number
     by_rule = [rule.each_round[0] for rule in CANDIDATES]
+    networks = []
     records = {}
     audits = {}
+
+    def fit(half: Split, epochs: int = LATE) -> nn.Module:
+        networks.append(registered.fit(half, seed, epochs))
+        return networks[-1]
+
+    def fit_rest(half: Split) -> nn.Module:
+        """On what the other half's network predicts correctly."""
+        is_mistake = records[f"{LATE}"].is_mistake[half.groups]
+        return fit(half[~is_mistake])
 
     def try_way(way: str, fit: Fit, candidates: list) -> None:
         stages = try_masks(train, fit, registered.fine_tune, candidates, seed=seed)
         *_, records[way] = stages
 
-    def try_length(epochs: int) -> None:
-        halves = []
-
-        def fit(half: Split) -> nn.Module:
-            halves.append(registered.fit(half, seed, epochs))
-            return halves[-1]
-
-        try_way(f"{epochs}", fit, by_rule)
-        audits[f"{epochs}"] = audited(halves, train, seed)
-
-    def fit_late(half: Split) -> nn.Module:
-        return registered.fit(half, seed, LATE)
-
-    def fit_rest(half: Split) -> nn.Module:
-        """On what the other half's network predicts correctly."""
-        is_mistake = records[f"{LATE}"].is_mistake[half.groups]
-        return fit_late(half[~is_mistake])
-
     for epochs in LENGTHS:
-        try_length(epochs)
+        way = f"{epochs}"
+        try_way(way, partial(fit, epochs=epochs), by_rule)
+        audits[way] = audited(networks[-2:], train, seed)
     early = records[f"{EARLY}"].masked
     ready = [Ready(masked) for name, masked in early.items() if name != NULL]
-    try_way("early masks", fit_late, ready)
+    try_way("early masks", fit, ready)
     try_way("without mistakes", fit_rest, by_rule)
     return records, audits
 
@@ -121,16 +108,16 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     """A row for each way."""
     torch.set_num_threads(1)
     sets = registered.load(dataset, labels, kind, seed)
-    erm = registered.fit(sets.train, seed)
-    conflicting = is_conflicting(sets.train, kind)
-    records, audits = try_ways(sets.train, seed)
+    train = sets.train
+    erm = registered.fit(train, seed)
+    conflicting = train.has_shortcut == shortcuts.halves(train.labels).bool()
+    if kind == "none":
+        conflicting[:] = False
+    records, audits = try_ways(train, seed)
     rows = []
     for way, held_out in records.items():
         verdict = score.judge(held_out)
-        network = erm
-        if verdict.chosen != ERM:
-            masked = held_out.masked[verdict.chosen]
-            network = registered.fine_tune(copy.deepcopy(erm), masked)
+        network = Choice(held_out, registered.fine_tune, verdict).finetune(erm)
         is_mistake = held_out.is_mistake
         rows.append(
             {
