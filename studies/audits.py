@@ -40,7 +40,6 @@ def measure(network: nn.Module, images: Split, seed: int) -> dict:
 
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     """A row for each number of images."""
-    torch.set_num_threads(1)
     train = registered.load(dataset, labels, kind, seed).train
     network = registered.fit(train, seed)
     others = registered.load(dataset, labels, kind, seed + 1000).train
@@ -51,6 +50,5 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
 if __name__ == "__main__":
     import audits  # its functions have this name in the other processes, too
 
-    seeds = [int(seed) for seed in sys.argv[1:]]
-    runs = [(*kind, seed) for seed in seeds for kind in registered.PLAN]
+    runs = [(*kind, int(seed)) for seed in sys.argv[1:] for kind in registered.PLAN]
     resume(FILE, registered.KEY, runs, audits.run)

@@ -106,7 +106,6 @@ def try_ways(train: Split, seed: int) -> tuple[dict[str, HeldOut], dict[str, dic
 
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     """A row for each way."""
-    torch.set_num_threads(1)
     sets = registered.load(dataset, labels, kind, seed)
     train = sets.train
     erm = registered.fit(train, seed)

@@ -761,7 +761,6 @@ def compare(settings: Settings) -> pd.DataFrame:
 
 def run(conflicting_share: float, seed: int) -> list[dict]:
     """All rows of one experiment and seed; its models are not kept."""
-    torch.set_num_threads(1)
     with TemporaryDirectory() as directory:
         settings = Settings(
             directory=directory,

@@ -103,7 +103,6 @@ def oracle(shortcut: str, seed: int) -> nn.Module:
 
 def run(shortcut: str, seed: int) -> list[dict]:
     """All rows of one shortcut and seed."""
-    torch.set_num_threads(1)
     train, test, objects = stamps.load(shortcut, seed)
 
     def fit_anew(images: Split | MaskedDataset) -> nn.Module:
@@ -152,6 +151,5 @@ def run(shortcut: str, seed: int) -> list[dict]:
 if __name__ == "__main__":
     import photographs  # its functions have this name in the other processes, too
 
-    seeds = [int(seed) for seed in sys.argv[1:]]
-    runs = [(shortcut, seed) for seed in seeds for shortcut in EPOCHS]
+    runs = [(shortcut, int(seed)) for seed in sys.argv[1:] for shortcut in EPOCHS]
     resume(FILE, ["shortcut", "seed"], runs, photographs.run)

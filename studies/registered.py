@@ -212,7 +212,6 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
 
     By late halves only if early ones choose no mask.
     """
-    torch.set_num_threads(1)
     sets = load(dataset, labels, kind, seed)
     erm = fit(sets.train, seed)
     known = {ERM: erm, ORACLE: oracle(dataset, labels, seed)}
@@ -273,6 +272,5 @@ def commit() -> str:
 if __name__ == "__main__":
     import registered  # its functions have this name in the other processes, too
 
-    seeds = [int(seed) for seed in sys.argv[1:]]
-    runs = [(*kind, seed) for seed in seeds for kind in PLAN]
+    runs = [(*kind, int(seed)) for seed in sys.argv[1:] for kind in PLAN]
     resume(FILE, KEY, runs, registered.run)

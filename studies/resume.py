@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from joblib import Parallel, delayed
 
 from masktune_utils.results import save_table
 
 
 def with_key(make: Callable, key: Sequence[str], run: tuple) -> list[dict]:
-    """The rows of a run, with the columns that tell it from others."""
+    """The rows of a run, made by one thread, with what tells it from others."""
+    torch.set_num_threads(1)
     values = dict(zip(key, run, strict=True))
     return [{**values, **row} for row in make(*run)]
 
