@@ -13,6 +13,7 @@ of ImageNet.
 import copy
 import sys
 import time
+from functools import partial
 
 import audits
 import stamps
@@ -68,11 +69,12 @@ def pretrained() -> nn.Module:
     return InFloat32(network)
 
 
-def fit(images: Split | MaskedDataset, epochs: int, seed: int) -> nn.Module:
-    """ERM."""
+def fit(images: Split | MaskedDataset, shortcut: str, seed: int) -> nn.Module:
+    """ERM; with as many epochs as a shortcut takes."""
     torch.manual_seed(seed)
     network = nn.Sequential(NORMALIZE, pretrained())
     network.to(memory_format=torch.channels_last)
+    epochs = EPOCHS[shortcut]
     training.train(network, images, epochs=epochs, batch_size=32, seed=seed)
     return network
 
@@ -86,16 +88,15 @@ def hidden(masked: MaskedDataset, objects: Tensor) -> dict[str, float]:
     }
     shares = {}
     for name, area in areas.items():
-        total = area.sum()
-        share = (masked.own_masks * area).sum() / total
-        shares[f"hidden_{name}"] = share.item() if total else None
+        share = (masked.own_masks * area).sum() / area.sum()
+        shares[f"hidden_{name}"] = share.item()  # NaN: there is no such area
     return shares
 
 
 def oracle(shortcut: str, seed: int) -> nn.Module:
     """ERM on the same photographs without the shortcut, with the same fine-tuning."""
     unbiased, _, _ = stamps.load(f"no {shortcut}", seed)
-    network = fit(unbiased, EPOCHS[shortcut], seed)
+    network = fit(unbiased, shortcut, seed)
     maps = torch.zeros(len(unbiased), 1, 1)
     epochs = chosen.default_epochs(len(unbiased))
     return chosen.fine_tune(network, NOTHING.mask(unbiased, maps, seed=seed), epochs)
@@ -104,15 +105,11 @@ def oracle(shortcut: str, seed: int) -> nn.Module:
 def run(shortcut: str, seed: int) -> list[dict]:
     """All rows of one shortcut and seed."""
     train, test, objects = stamps.load(shortcut, seed)
-
-    def fit_anew(images: Split | MaskedDataset) -> nn.Module:
-        return fit(images, EPOCHS[shortcut], seed)
-
     started = time.process_time()
-    erm = fit_anew(train)
+    erm = fit(train, shortcut, seed)
     seconds = {ERM: time.process_time() - started}
     started = time.process_time()
-    choice = choose(train, fit_anew, seed=seed)
+    choice = choose(train, partial(fit, shortcut=shortcut, seed=seed), seed=seed)
     seconds["chosen"] = time.process_time() - started
     best = choice.verdict.best
     networks = {
@@ -123,8 +120,6 @@ def run(shortcut: str, seed: int) -> list[dict]:
     }
     if not shortcut.startswith("no "):
         networks["oracle"] = oracle(shortcut, seed)
-    others, _, _ = stamps.load(shortcut, seed + 1000)
-    found = audits.measure(erm, others, seed)
     worst_groups = {}
     rows = []
     for model, network in networks.items():
@@ -141,9 +136,10 @@ def run(shortcut: str, seed: int) -> list[dict]:
         }
         if model in seconds:
             row["seconds"] = round(seconds[model], 1)
-        if model == ERM:
-            row.update({f"audit_{name}": value for name, value in found.items()})
         rows.append(row)
+    others, _, _ = stamps.load(shortcut, seed + 1000)
+    for name, value in audits.measure(erm, others, seed).items():
+        rows[0][f"audit_{name}"] = value
     trials.save(f"photographs/{shortcut}, {seed}", choice.held_out, worst_groups)
     return rows
 
