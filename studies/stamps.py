@@ -13,11 +13,11 @@ import functools
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from masktune_utils.data import Split
 
@@ -35,11 +35,10 @@ TEXTURES = (
 SIZE = 96  # pixels
 COUNT = 450  # training images of each class
 CONFLICTING = 0.05  # share of each class that goes against the shortcut
-# Where they are: rows, columns.
-AREAS = {
-    "date": (slice(83, 94), slice(52, 94)),
-    "logo": (slice(4, 19), slice(77, 92)),
-    "scratch": (slice(0, 96), slice(20, 23)),
+AREAS = {  # shortcut → first row, end of its rows, first column, end of its columns
+    "date": (83, 94, 52, 94),
+    "logo": (4, 19, 77, 92),
+    "scratch": (0, 96, 20, 23),
 }
 
 
@@ -75,8 +74,7 @@ def background(
     rng: Generator,
 ) -> Image.Image:
     """A part of a texture, from its left half, or its right half for a test image."""
-    names = TEXTURES[is_stone]
-    picture = texture(names[rng.integers(len(names))])
+    picture = texture(rng.choice(TEXTURES[is_stone]))
     left = rng.integers(192 - SIZE) + 192 * is_test
     top = rng.integers(384 - SIZE)
     part = picture.crop((left, top, left + SIZE, top + SIZE))
@@ -96,12 +94,10 @@ def cut_out(
         stamp = ImageOps.mirror(stamp)
     stamp = stamp.rotate(rng.uniform(-20, 20), expand=True)
     scale = rng.uniform(0.5, 0.75) * SIZE / max(stamp.size)
-    width = max(1, round(scale * stamp.width))
-    height = max(1, round(scale * stamp.height))
-    left = int(rng.integers(SIZE - width))
-    top = int(rng.integers(SIZE - height))
+    size = [max(1, round(scale * side)) for side in stamp.size]
+    place = tuple(int(rng.integers(SIZE - side)) for side in size)
     canvas = Image.new("RGBA", (SIZE, SIZE))
-    canvas.paste(stamp.resize((width, height)), (left, top))
+    canvas.paste(stamp.resize(size), place)
     return canvas
 
 
@@ -147,16 +143,16 @@ def photographs(
         image.paste(canvas, mask=opacity)
         if planted:
             plant(image, shortcut)
-        images.append(np.array(image))
-        objects.append(np.array(opacity) > 127)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    is_object = torch.from_numpy(np.stack(objects))
+        images.append(pil_to_tensor(image))
+        objects.append(pil_to_tensor(opacity)[0] > 127)
+    pixels = torch.stack(images).contiguous()
+    is_object = torch.stack(objects)
     area = torch.zeros_like(is_object)
     if shortcut == "background":
         area = ~is_object
     if shortcut in AREAS:
-        rows, columns = AREAS[shortcut]
-        area[has_shortcut, rows, columns] = True
+        top, bottom, left, right = AREAS[shortcut]
+        area[has_shortcut, top:bottom, left:right] = True
     return pixels, is_object & ~area, area
 
 
