@@ -238,20 +238,18 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
         if verdict.chosen != ERM:
             chosen_model = (halves, verdict.chosen)
             break
-    rows = []
-    for (halves, model), share in worst_groups.items():
-        rows.append(
-            {
-                "halves": halves,
-                "model": model,
-                "worst_group": share,
-                "is_chosen": (halves, model) == chosen_model,
-                "tried": tried,
-                "mistakes": mistakes,
-                "commit": commit(),
-            }
-        )
-    return rows
+    return [
+        {
+            "halves": halves,
+            "model": model,
+            "worst_group": share,
+            "is_chosen": (halves, model) == chosen_model,
+            "tried": tried,
+            "mistakes": mistakes,
+            "commit": commit(),
+        }
+        for (halves, model), share in worst_groups.items()
+    ]
 
 
 def number_tried(held_out: HeldOut, verdict: score.Verdict) -> int:

@@ -26,31 +26,26 @@ from masktune_utils.store import write_bytes
 FOLDER = REPOSITORY / "results" / "trials"
 
 
-def file_name(name: str) -> str:
-    """A name without blanks."""
-    return name.replace(", ", "_").replace(" ", "-")
-
-
 def save(name: str, held_out: HeldOut, worst_groups: dict[str, float]) -> None:
     """Save a run without its masked images, to be packed later."""
     content = {**vars(held_out), "worst_groups": worst_groups}
     del content["masked"]
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(FOLDER / f"{file_name(name)}.pt", buffer.getvalue())
+    file_name = name.replace(", ", "_").replace(" ", "-")
+    write_bytes(FOLDER / f"{file_name}.pt", buffer.getvalue())
 
 
 def pack(folder: Path = FOLDER) -> None:
     """Add the files of a folder to its archive; a run that is there stays as it is."""
     archive_path = folder.with_suffix(".zip")
-    with zipfile.ZipFile(archive_path, "a", zipfile.ZIP_LZMA) as archive:
+    with zipfile.ZipFile(archive_path, "a") as archive:
         for path in sorted(folder.rglob("*.*")):
             name = path.relative_to(folder).as_posix()
             if name not in archive.namelist():
                 # With one date, the same files make the same archive.
                 entry = zipfile.ZipInfo(name)
-                entry.compress_type = zipfile.ZIP_LZMA
-                archive.writestr(entry, path.read_bytes())
+                archive.writestr(entry, path.read_bytes(), zipfile.ZIP_LZMA)
 
 
 def names() -> list[str]:
