@@ -10,7 +10,8 @@ are tried. (All masks were tried in these runs. They are masks of the rule of th
 
 import pandas as pd
 import trials
-from registered import OUT_OF_REACH, number_tried
+from registered import number_tried
+from tables import by_kind
 
 from masktune_utils import results
 from masktune_utils.choice import ERM, HeldOut, score
@@ -23,14 +24,14 @@ def outcome(name: str, held_out: HeldOut, worst_groups: pd.Series) -> dict:
     """A run, as it is judged now."""
     dataset, labels, kind, seed = name.rsplit("_", 3)
     points = 100 * worst_groups.dropna()
-    masks = [model for model in points.index if model in held_out.predictions]
+    in_hindsight = points.filter([*held_out.predictions]).max()
     verdict = score.judge(held_out)
     return {
         "range": max(first for first in SEEDS if first <= int(seed)),
         "dataset": dataset,
         "labels": labels,
         "kind": kind.replace("-", " "),
-        "regret": points[masks].max() - points[verdict.chosen],
+        "regret": in_hindsight - points[verdict.chosen],
         "loss": points[ERM] - points[verdict.chosen],
         "tried": number_tried(held_out, verdict),
     }
@@ -38,9 +39,8 @@ def outcome(name: str, held_out: HeldOut, worst_groups: pd.Series) -> dict:
 
 def summary(runs: pd.DataFrame) -> pd.Series:
     """What is printed of runs."""
-    hidden = runs[~runs["kind"].isin([*OUT_OF_REACH, "none"])]
-    is_of_clothes = hidden["dataset"].eq("fashion_mnist")
-    clothes = hidden[is_of_clothes & hidden["labels"].eq("digits")]
+    hidden, _, _ = by_kind(runs).values()
+    clothes = hidden.query("dataset == 'fashion_mnist' and labels == 'digits'")
     return pd.Series(
         {
             "runs": len(runs),
