@@ -16,9 +16,7 @@ from torch import nn
 
 from masktune_utils.choice import audit
 from masktune_utils.data import Split
-from masktune_utils.settings import REPOSITORY
 
-FILE = REPOSITORY / "results" / "audits.csv"
 COUNTS = [1000, 300]
 
 
@@ -51,4 +49,4 @@ if __name__ == "__main__":
     import audits  # its functions have this name in the other processes, too
 
     runs = [(*kind, int(seed)) for seed in sys.argv[1:] for kind in registered.PLAN]
-    resume(FILE, registered.KEY, runs, audits.run)
+    resume("audits.csv", registered.KEY, runs, audits.run)

@@ -21,9 +21,7 @@ from masktune_utils.choice.chosen import CANDIDATES
 from masktune_utils.choice.held_out import Fit, try_masks
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import REPOSITORY
 
-FILE = REPOSITORY / "results" / "lengths.csv"
 LENGTHS = [1, 2, 4, 8, 50]  # epochs
 EARLY = 4
 LATE = 50
@@ -138,4 +136,4 @@ if __name__ == "__main__":
     import lengths  # its functions have this name in the other processes, too
 
     runs = [(*kind, SEED) for kind in KINDS]
-    resume(FILE, registered.KEY, runs, lengths.run)
+    resume("lengths.csv", registered.KEY, runs, lengths.run)

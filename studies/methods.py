@@ -55,9 +55,8 @@ from masktune_utils.datasets import BiasedSets
 from masktune_utils.experiment import Trained
 from masktune_utils.metrics import predict
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import Settings
 
-FILE = REPOSITORY / "results" / "reference_10_methods.csv"
 KEY = ["conflicting_share", "seed"]
 PLAN = [
     (0.01, 0),
@@ -776,4 +775,4 @@ def run(conflicting_share: float, seed: int) -> list[dict]:
 if __name__ == "__main__":
     import methods  # its functions have this name in the other processes, too
 
-    resume(FILE, KEY, PLAN, methods.run)
+    resume("reference_10_methods.csv", KEY, PLAN, methods.run)

@@ -25,10 +25,9 @@ from masktune_utils import datasets, masking, metrics, models, results
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.settings import REPOSITORY, Settings
+from masktune_utils.settings import Settings
 
 EPOCHS = 100
-FILE = REPOSITORY / "results" / "reference_paper_setting.csv"
 
 new_sgd = partial(SGD, lr=0.01, momentum=0.9, weight_decay=1e-4)
 
@@ -114,4 +113,4 @@ if __name__ == "__main__":
     import paper_setting  # its functions have this name in the other processes, too
 
     runs = [(int(seed),) for seed in sys.argv[1:]]
-    resume(FILE, ["seed"], runs, paper_setting.run)
+    resume("reference_paper_setting.csv", ["seed"], runs, paper_setting.run)

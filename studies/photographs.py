@@ -29,9 +29,7 @@ from masktune_utils import metrics, training
 from masktune_utils.choice import ERM, NULL, choose, chosen
 from masktune_utils.data import Split
 from masktune_utils.masking import NOTHING, MaskedDataset
-from masktune_utils.settings import REPOSITORY
 
-FILE = REPOSITORY / "results" / "photographs.csv"
 EPOCHS = {
     "date": 15,
     "logo": 15,
@@ -148,4 +146,4 @@ if __name__ == "__main__":
     import photographs  # its functions have this name in the other processes, too
 
     runs = [(shortcut, int(seed)) for seed in sys.argv[1:] for shortcut in EPOCHS]
-    resume(FILE, ["shortcut", "seed"], runs, photographs.run)
+    resume("photographs.csv", ["shortcut", "seed"], runs, photographs.run)

@@ -33,7 +33,6 @@ from masktune_utils.datasets import BiasedSets
 from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import REPOSITORY, BaseSettings
 
-FILE = REPOSITORY / "results" / "registered.csv"
 KEY = ["dataset", "labels", "kind", "seed"]
 LIMIT = 4000
 ORACLE = "oracle"
@@ -271,4 +270,4 @@ if __name__ == "__main__":
     import registered  # its functions have this name in the other processes, too
 
     runs = [(*kind, int(seed)) for seed in sys.argv[1:] for kind in PLAN]
-    resume(FILE, KEY, runs, registered.run)
+    resume("registered.csv", KEY, runs, registered.run)

@@ -8,6 +8,7 @@ import torch
 from joblib import Parallel, delayed
 
 from masktune_utils.results import save_table
+from masktune_utils.settings import REPOSITORY
 
 
 def with_key(make: Callable, key: Sequence[str], run: tuple) -> list[dict]:
@@ -18,24 +19,25 @@ def with_key(make: Callable, key: Sequence[str], run: tuple) -> list[dict]:
 
 
 def resume(
-    file: Path, key: Sequence[str], runs: Sequence[tuple], make: Callable
+    file: str | Path, key: Sequence[str], runs: Sequence[tuple], make: Callable
 ) -> None:
     """Make the rows of each run that is missing, and save after each, two at a time.
 
     Args:
-        file: the table.
+        file: the table, in the folder of the results if no other one is given.
         key: the columns that tell runs apart, which are added to the rows.
         runs: their values, which are also the arguments of `make`.
         make: returns the rows of a run.
     """
     tables = []
     done = set()
-    if file.exists():
-        tables = [pd.read_csv(file, keep_default_na=False)]  # "null" is a name
+    path = REPOSITORY / "results" / file
+    if path.exists():
+        tables = [pd.read_csv(path, keep_default_na=False)]  # "null" is a name
         done = set(tables[0][key].itertuples(index=False, name=None))
     missing = [run for run in runs if run not in done]
     parallel = Parallel(2, return_as="generator_unordered")
     for rows in parallel(delayed(with_key)(make, key, run) for run in missing):
         tables.append(pd.DataFrame(rows))
-        save_table(pd.concat(tables, ignore_index=True), file)
+        save_table(pd.concat(tables, ignore_index=True), path)
         print(*rows[0].values(), flush=True)
