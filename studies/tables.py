@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from registered import LIMIT, OUT_OF_REACH
+from registered import KEY, LIMIT, OUT_OF_REACH
 from scipy.stats import ttest_rel
 
 from masktune_utils import results
@@ -24,7 +24,6 @@ FOLDER = REPOSITORY / "results"
 FILES = (REPOSITORY / "README.md", FOLDER / "README.md")
 OF_MODELS = ["experiment", "configuration"]
 PAPER = "mean_std_2.0_finetune_lr=0.01"
-RUN = ["dataset", "labels", "kind", "seed"]
 KINDS = 45  # of runs, for each seed
 FIRST_OF_PHOTOGRAPHS = 6
 KINDS_OF_PHOTOGRAPHS = 7
@@ -137,11 +136,11 @@ def registered() -> pd.DataFrame:
     kinds = rows["is_chosen"].groupby(rows["seed"]).transform("sum")
     rows = rows[kinds == KINDS].assign(points=100 * rows["worst_group"])
     models = rows.query("halves != 'late'").pivot(
-        index=RUN, columns="model", values="points"
+        index=KEY, columns="model", values="points"
     )
     runs = models[NOT_MASKS].assign(
-        chosen=rows[rows["is_chosen"]].set_index(RUN)["points"],
-        best=rows.query("model != 'oracle'").groupby(RUN)["points"].max(),
+        chosen=rows[rows["is_chosen"]].set_index(KEY)["points"],
+        best=rows.query("model != 'oracle'").groupby(KEY)["points"].max(),
         single=best_single(models.drop(columns=NOT_MASKS)),
     )
     runs["regret"] = runs["best"] - runs["chosen"]
@@ -289,9 +288,10 @@ def rows_of_photographs() -> pd.DataFrame:
 def photographs() -> pd.DataFrame:
     """The test's photographs: a row a run, in points."""
     rows = rows_of_photographs()
-    rows = rows.assign(points=100 * rows["worst_group"])
-    table = rows.pivot(index=["shortcut", "seed"], columns="model", values="points")
-    return table.reindex(rows["shortcut"].unique(), level="shortcut")
+    runs = 100 * rows.pivot(
+        index=["shortcut", "seed"], columns="model", values="worst_group"
+    )
+    return runs.reindex(rows["shortcut"].unique(), level="shortcut")
 
 
 def table_of_photographs() -> list[str]:
