@@ -368,9 +368,9 @@ def salient_parts(task: Task) -> Tensor:
     return maps >= limits[furthest, torch.arange(len(train))]
 
 
-def new_last_layer(network: nn.Module, rng: Generator) -> nn.Linear:
-    """One with random weights."""
-    layer = nn.Linear(network.linear[-1].in_features, 2)
+def new_last_layer(rng: Generator) -> nn.Linear:
+    """One with random weights, for the 256 features of a SmallCNN."""
+    layer = nn.Linear(256, 2)
     nn.init.xavier_uniform_(layer.weight, generator=rng)
     nn.init.zeros_(layer.bias)
     return layer
@@ -390,7 +390,7 @@ def dac(
     losses = each_loss(predict(network, train), train.labels)
     is_sure = losses <= losses.quantile(0.8)
     rng = task.rng
-    layer = new_last_layer(network, rng)
+    layer = new_last_layer(rng)
     network.linear[-1] = layer
     adam = Adam(layer.parameters(), 0.005)
     scheduler = StepLR(adam, 5, 0.5)
@@ -466,7 +466,7 @@ def last_layers(
 ) -> Iterator[nn.Linear]:
     """Yield a new last layer after each of 100 epochs."""
     rng = task.rng
-    layer = new_last_layer(task.base, rng)
+    layer = new_last_layer(rng)
     adam = Adam(layer.parameters(), 0.001)
     scheduler = StepLR(adam, 85, 0.1)
     for _ in range(100):
@@ -490,13 +490,8 @@ def evals(task: Task, late: Split) -> Networks:
     of_others = features(network, others)
     best = -1
     for count, strength in itertools.product((2, 3, 5, 10, 20, 50), (0, 0.01, 0.1)):
-        extremes = [
-            low[:count],
-            low[-count:],
-            high[:count],
-            high[-count:],
-        ]
-        index = torch.cat(extremes)
+        parts = [low[:count], low[-count:], high[:count], high[-count:]]
+        index = torch.cat(parts)
         for layer in last_layers(task, inputs[index], late.labels[index], strength):
             right = layer(of_others).argmax(1) == others.labels
             accuracy = worst(right, groups)
@@ -534,11 +529,11 @@ def group_dro(
 def balanced(members: list[Tensor], rng: Generator) -> Tensor:
     """As many images of each group as the smallest has."""
     few = min(map(len, members))
-    parts = []
-    for index in members:
-        order = torch.randperm(len(index), generator=rng)
-        parts.append(index[order[:few]])
-    return torch.cat(parts)
+
+    def draw(index):
+        return index[torch.randperm(len(index), generator=rng)[:few]]
+
+    return torch.cat([*map(draw, members)])
 
 
 def dfr(task: Task) -> Networks:
