@@ -18,7 +18,7 @@ from torch import nn
 from masktune_utils import data, results, shortcuts
 from masktune_utils.choice import NULL, Choice, HeldOut, audit, score
 from masktune_utils.choice.chosen import CANDIDATES
-from masktune_utils.choice.held_out import Fit, try_masks
+from masktune_utils.choice.held_out import try_masks
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
 
@@ -78,16 +78,16 @@ def try_ways(train: Split, seed: int) -> tuple[dict[str, HeldOut], dict[str, dic
     records = {}
     audits = {}
 
-    def fit(half: Split, epochs: int = LATE) -> nn.Module:
+    def fit(half, epochs=LATE):
         networks.append(registered.fit(half, seed, epochs))
         return networks[-1]
 
-    def fit_rest(half: Split) -> nn.Module:
+    def fit_rest(half):
         """On what the other half's network predicts correctly."""
         is_mistake = records[f"{LATE}"].is_mistake[half.groups]
         return fit(half[~is_mistake])
 
-    def try_way(way: str, fit: Fit, candidates: list) -> None:
+    def try_way(way, fit, candidates):
         stages = try_masks(train, fit, registered.fine_tune, candidates, seed=seed)
         *_, records[way] = stages
 

@@ -164,7 +164,7 @@ def fit(
     count = len(train)
     shares = torch.ones(count) if weights is None else weights
 
-    def run(epochs: int, batch_size: int, lr: float, schedule: str) -> None:
+    def run(epochs, batch_size, lr, schedule):
         rng = task.rng
         batches = []
         for _ in range(epochs):

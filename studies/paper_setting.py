@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from resume import resume
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from torch.optim import SGD
 
 from masktune_utils import datasets, masking, metrics, models, results
@@ -62,7 +62,7 @@ def run(seed: int) -> list[dict]:
     train = sets.train
     rows = []
 
-    def add(name: str, model: nn.Module, hidden: float | None = None) -> None:
+    def add(name, model, hidden=None):
         row = {"model": name}
         accuracies = results.evaluate(model, sets)
         for accuracy in ("worst_group", "raw", "biased"):
@@ -88,7 +88,7 @@ def run(seed: int) -> list[dict]:
     add("ERM, best checkpoint", best)
     add("ERM, last checkpoint", last)
 
-    def finetune(name: str, explained: nn.Module, labels: Tensor, sgd: SGD) -> None:
+    def finetune(name, explained, labels, sgd):
         maps = saliency_maps(explained, train.images, labels)
         masked = masking.mask_dataset(train, maps, "mean_std", 2.0)
         # Together: the optimizer of the copy has its weights.

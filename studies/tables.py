@@ -343,7 +343,7 @@ def table_of_ways() -> list[str]:
     explained = (of_ways["move"] - of_ways["move_elsewhere"])[LENGTHS] / mistakes
     most = explained.idxmax(axis=1)
 
-    def pick(chosen: pd.Series) -> pd.Series:
+    def pick(chosen):
         return points.stack()[[*chosen.items()]].droplevel("way")
 
     early = points["4"]
