@@ -142,8 +142,9 @@ OUT_OF_REACH = ("pixels", "coloured digit", "tint")  # no mask can hide these
 
 def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
     """Fresh training images with a shortcut, and all test images, raw and biased."""
-    changes = CHANGES.get(kind, {})
-    settings = BaseSettings(labels=labels, seed=seed, limit=LIMIT, **changes)
+    settings = BaseSettings(
+        labels=labels, seed=seed, limit=LIMIT, **CHANGES.get(kind, {})
+    )
     if dataset == "animals":
         train, test = read_animals(labels, seed)
     else:

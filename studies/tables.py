@@ -133,7 +133,7 @@ def registered() -> pd.DataFrame:
     the oracle, and for the best single mask; and what is measured.
     """
     rows = read("registered.csv").query(f"seed >= {FIRST}")
-    kinds = rows["is_chosen"].groupby(rows["seed"]).transform("sum")
+    kinds = rows.groupby("seed")["is_chosen"].transform("sum")
     rows = rows[kinds == KINDS].assign(points=100 * rows["worst_group"])
     models = rows.query("halves != 'late'").pivot(
         index=KEY, columns="model", values="points"
@@ -377,12 +377,9 @@ def audits() -> pd.DataFrame:
 
 def table_of_audits() -> list[str]:
     """How often an audit has enough mistakes, and finds the shortcut."""
-    rows = []
-    for name, part in by_kind(audits()).items():
-        for images, runs in part.groupby("images", sort=False):
-            counts = runs[["can_tell", "stands_out", "finds"]].sum()
-            rows.append(line(name, *map(str, [images, len(runs), *counts])))
-    return rows
+    runs = pd.concat(by_kind(audits()), names=["part"]).assign(runs=1)
+    parts = runs.groupby(["part", "images"], sort=False)
+    return lines(parts[["runs", "can_tell", "stands_out", "finds"]].sum())
 
 
 def authors_table() -> list[str]:
