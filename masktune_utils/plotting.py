@@ -24,7 +24,6 @@ from masktune_utils.settings import Settings
 from masktune_utils.shortcuts import groups
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
-CLASS_COLORS = ["#56B4E9", "#E69F00", "#CC79A7", "#F0E442"]
 MODEL_COLORS = {
     "ERM": "#777777",
     "published": "#0072B2",
