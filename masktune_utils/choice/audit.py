@@ -122,15 +122,11 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
         masks = where.expand(len(images), -1, -1)
         return swap(network, MaskedDataset(images, masks, seed=seed), predicted)
 
-    elsewhere = [len(swap_region(where).moving) for where in _elsewhere(region)]
+    # Moved by half of the image; what leaves it at an edge comes in at the other one.
+    down, right = (side // 2 for side in region.shape)
+    elsewhere = []
+    for by in ((down, 0), (0, right), (down, right)):
+        swaps = swap_region(region.roll(by, (0, 1)))
+        elsewhere.append(len(swaps.moving))
     swaps = swap_region(region)
     return Audit(images, predicted, falls, region.cpu(), swaps, elsewhere)
-
-
-def _elsewhere(region: Tensor) -> list[Tensor]:
-    """The region, moved by half of the image: down, right, and both.
-
-    What is moved over an edge comes in at the other one.
-    """
-    down, right = (side // 2 for side in region.shape)
-    return [region.roll(by, (0, 1)) for by in ((down, 0), (0, right), (down, right))]
