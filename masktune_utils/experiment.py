@@ -17,13 +17,7 @@ from masktune_utils import datasets, models, results, saliency, store, training
 from masktune_utils.choice import Choice, chosen, load_or_choose
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import (
-    DEFAULTS,
-    BaseSettings,
-    ChosenSettings,
-    KeptSettings,
-    Settings,
-)
+from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
 
 CHOICE_FILE = "CNN_choice.pth"  # beside the checkpoints
 EARLY = 8000  # images that networks see in training before a choice looks first
@@ -40,6 +34,7 @@ class Trained(NamedTuple):
         sha256: of the weights.
         base_sha256: of the weights of the base model.
         seconds: of training, if it was trained now; None if it was loaded.
+        configuration: its name among the models of the experiment.
     """
 
     model: nn.Module
@@ -49,6 +44,7 @@ class Trained(NamedTuple):
     sha256: str
     base_sha256: str
     seconds: float | None
+    configuration: str
 
 
 def from_notebook(namespace: dict, *other_names: str, **derived: object) -> Settings:
@@ -116,6 +112,7 @@ def load_or_train(
     settings: BaseSettings,
     images: Split | MaskedDataset,
     base: Trained | None = None,
+    configuration: str | None = None,
     **made_with: str,
 ) -> Trained:
     """The saved model, which is trained first if need be.
@@ -125,6 +122,7 @@ def load_or_train(
         images: on which it is trained.
         base: the model that is fine-tuned, which is left as it is; None: a new network
             is trained.
+        configuration: its name; by default that of the settings.
         **made_with: what it depends on besides these.
 
     Raises:
@@ -151,7 +149,8 @@ def load_or_train(
         return {"state_dict": weights, "history": history}
 
     made_with = {**settings.identity, **made_with}
-    path = settings.checkpoint_path(settings.configuration)
+    configuration = configuration or settings.configuration
+    path = settings.checkpoint_path(configuration)
     saved = store.kept(path, made_with, make)
     with store.reading(path):
         network.load_state_dict(saved["state_dict"])
@@ -164,6 +163,7 @@ def load_or_train(
         sha256=sha256,
         base_sha256=made_with.get("base_sha256", sha256),
         seconds=seconds,
+        configuration=configuration,
     )
 
 
@@ -247,7 +247,7 @@ def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
         `hidden_{shortcut,shortcut_whole,rest,digit}`, see `results.hidden_shares`.
     """
     settings = trained.settings
-    path = settings.folder("results") / f"{settings.configuration}.json"
+    path = settings.folder("results") / f"{trained.configuration}.json"
     if path.exists():
         saved = results.read(path)
         if saved["sha256"] == trained.sha256:
@@ -258,7 +258,7 @@ def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
         device_name = torch.cuda.get_device_name(device)
     row = {
         "experiment": settings.experiment,
-        "configuration": settings.configuration,
+        "configuration": trained.configuration,
         "rule": "ERM",
         **settings.identity,
         "seconds": trained.seconds,
@@ -277,7 +277,7 @@ def record(trained: Trained, sets: datasets.BiasedSets) -> dict:
     return row
 
 
-def chosen_settings(settings: BaseSettings, count: int) -> ChosenSettings:
+def chosen_settings(settings: BaseSettings, count: int) -> Settings:
     """The settings of a model with a chosen mask: `choice.fine_tune`, as settings.
 
     Args:
@@ -285,7 +285,7 @@ def chosen_settings(settings: BaseSettings, count: int) -> ChosenSettings:
         count: number of training images. If they are few, fine-tuning takes several
             epochs.
     """
-    return ChosenSettings(
+    return Settings(
         **dict(settings),
         finetune_lr=chosen.LR,
         finetune_schedule="linear",
@@ -339,7 +339,7 @@ def chosen_model(choice: Choice, base: Trained) -> Trained:
         CheckpointError: see `load_or_train`; or another mask had been chosen.
     """
     if choice.is_kept:
-        return base._replace(settings=KeptSettings(**dict(base.settings)))
+        return base._replace(configuration="chosen")
     masked = choice.masked
     rule = asdict(masked.rule)
     del rule["exchange"]  # which is no setting
@@ -348,6 +348,7 @@ def chosen_model(choice: Choice, base: Trained) -> Trained:
         settings,
         masked,
         base,
+        configuration="chosen",
         rule=f"{masked.rule}",
         masks_sha256=store.sha256({"masks": masked.own_masks}),
     )

@@ -216,24 +216,6 @@ class Settings(BaseSettings):
         }
 
 
-class ChosenSettings(Settings):
-    """Of the model with the chosen mask."""
-
-    @property
-    def configuration(self) -> str:
-        """Its name, whatever the mask is."""
-        return "chosen"
-
-
-class KeptSettings(BaseSettings):
-    """Of the base model, where a choice keeps it."""
-
-    @property
-    def configuration(self) -> str:
-        """Its name, whatever the mask is."""
-        return "chosen"
-
-
 DEFAULTS = dict(Settings())
 
 

@@ -32,7 +32,9 @@ def masked(splits) -> MaskedDataset:
 def base(settings, model, splits) -> Trained:
     """A base model as if it had been loaded."""
     weights = sha256(model)
-    return Trained(model, settings.base, splits.train, [], weights, weights, None)
+    history = []
+    train = splits.train
+    return Trained(model, settings.base, train, history, weights, weights, None, "base")
 
 
 def sha256(model):
