@@ -94,8 +94,14 @@ def _run(arguments: Namespace) -> int:
     errors = jobs.execute(stages, arguments.jobs or count)
     for job, error in errors.items():
         print(f"failed: {job.copy}: {error}", file=sys.stderr)
+    experiments = {settings.experiment for settings in resolved}
     for directory in {settings.directory for settings in resolved}:
-        _print_table(directory, {settings.experiment for settings in resolved})
+        table = results.collect(directory)
+        results.save_table(table, Path(directory, "results", "results.csv"))
+        print(f"files: {directory}")
+        rows = table[table["experiment"].isin(experiments)]
+        if len(rows):
+            print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")
     for stage in reversed(stages):
         for job in stage:
             if job not in errors and job.stem in (CHOICE, jobs.PLOTS):
@@ -105,13 +111,3 @@ def _run(arguments: Namespace) -> int:
                 if job.stem == CHOICE and reason.exists():
                     print(reason.read_text())
     return 1 if errors else 0
-
-
-def _print_table(directory: str, experiments: set[str]) -> None:
-    """Save the table of all results; print that of the experiments."""
-    table = results.collect(directory)
-    results.save_table(table, Path(directory, "results", "results.csv"))
-    print(f"files: {directory}")
-    rows = table[table["experiment"].isin(experiments)]
-    if len(rows):
-        print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")
