@@ -67,13 +67,6 @@ def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
             unfinished.replace(path)
 
 
-def is_current(path: Path, source: Path) -> bool:
-    """Whether a file is there, and no older than its source, if that is there."""
-    if not (path.exists() and source.exists()):
-        return path.exists()
-    return path.stat().st_mtime >= source.stat().st_mtime
-
-
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Whatever goes wrong here is blamed on a file.

@@ -41,9 +41,12 @@ class Job(NamedTuple):
     @property
     def is_done(self) -> bool:
         """Whether its copy is there, and no older than the base model that it used."""
-        if self.stem <= BASE:
-            return self.copy.exists()
-        return store.is_current(self.copy, self.settings.checkpoint_path("base"))
+        if not self.copy.exists():
+            return False
+        base = self.settings.checkpoint_path("base")
+        if self.stem <= BASE or not base.exists():
+            return True
+        return self.copy.stat().st_mtime >= base.stat().st_mtime
 
     def run(self, together: int) -> str | None:
         """Execute the notebook; if it fails, what there is of it has another name.
