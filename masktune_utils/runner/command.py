@@ -29,18 +29,6 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
-    arguments = _parser().parse_intermixed_args(argv)
-    try:
-        return _run(arguments)
-    except KeyboardInterrupt:
-        print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, YAMLError) as error:
-        print("masktune:", *f"{error}".split(), file=sys.stderr)
-        return 2
-
-
-def _parser() -> ArgumentParser:
     parser = ArgumentParser(usage=USAGE, description=__doc__)
     add = parser.add_argument
     add("command", choices=COMMANDS)
@@ -59,7 +47,15 @@ def _parser() -> ArgumentParser:
             nargs=1 if name in RUNTIME else "+",
             help=f"{field.description} (default: {field.default!r})",
         )
-    return parser
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("\nmasktune: interrupted; rerun the command to resume", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, YAMLError) as error:
+        print("masktune:", *f"{error}".split(), file=sys.stderr)
+        return 2
 
 
 def _run(arguments: Namespace) -> int:
