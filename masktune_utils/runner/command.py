@@ -69,29 +69,31 @@ def _run(arguments: Namespace) -> int:
     options = {name: given[name] for name in DEFAULTS if given[name]}
     notebook, grid = read_grid(arguments.grid, options)
     resolve = cache(datasets.resolve_dataset)  # which may read MNIST
-    resolved = []
-    for settings in grid:
-        directory = str(root(settings.directory).absolute())
-        dataset = resolve(settings.dataset)
-        resolved.append(settings.replace(dataset=dataset, directory=directory))
+    grid = [
+        settings.replace(
+            dataset=resolve(settings.dataset),
+            directory=str(root(settings.directory).absolute()),
+        )
+        for settings in grid
+    ]
     # What cannot be read or drawn is refused here, once for each base model.
-    for base in {settings.base for settings in resolved}:
+    for base in {settings.base for settings in grid}:
         datasets.load(base)
     stems = COMMANDS[arguments.command]
     if notebook and arguments.command == "sweep":
         stems = [f"{notebook}"]
-    stages = [jobs.make_stage(stem, resolved) for stem in stems]
+    stages = [jobs.make_stage(stem, grid) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
-    device = store.resolve_device(resolved[0].device)
+    device = store.resolve_device(grid[0].device)
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
     errors = jobs.execute(stages, arguments.jobs or count)
     for job, error in errors.items():
         print(f"failed: {job.copy}: {error}", file=sys.stderr)
-    experiments = {settings.experiment for settings in resolved}
-    for directory in {settings.directory for settings in resolved}:
+    experiments = {settings.experiment for settings in grid}
+    for directory in {settings.directory for settings in grid}:
         table = results.collect(directory)
         results.save_table(table, Path(directory, "results", "results.csv"))
         print(f"files: {directory}")
