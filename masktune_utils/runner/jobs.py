@@ -132,7 +132,7 @@ def write_page(job: Job) -> Path:
     exporter = HTMLExporter(template_name="classic", exclude_input=True)
     page, _ = exporter.from_filename(job.copy)
     # Scripts would be loaded from the network.
-    page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    page = re.sub("(?s)<script.*?</script>", "", page)
     path = job.settings.folder("results") / f"{job.stem}.html"
     store.write_bytes(path, page.encode())
     return path
