@@ -52,17 +52,14 @@ def saliency_maps(
             )
         return output.requires_grad_()
 
-    def pass_copy(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        """What follows may change it in place, as a ReLU does."""
-        return output.clone()
-
     device = next(explained.parameters()).device
     batches = torch.arange(len(images)).split(batch_size)
     maps = []
     with (
         target.register_forward_hook(start_graph),
         XGradCAM(explained, target) as extractor,
-        target.register_forward_hook(pass_copy),
+        # What follows may change it in place, as a ReLU does.
+        target.register_forward_hook(lambda _layer, _inputs, output: output.clone()),
         torch.enable_grad(),
         models.in_float32(),
     ):
