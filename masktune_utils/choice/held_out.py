@@ -112,10 +112,9 @@ def try_masks(
 
     def of_parts(masked: MaskedDataset) -> list[MaskedDataset]:
         """The masked images of each fold."""
-        masks = [masked.own_masks[members] for members in folds]
         return [
-            replace(masked, split=part, own_masks=own_masks)
-            for part, own_masks in zip(parts, masks, strict=True)
+            replace(masked, split=part, own_masks=masked.own_masks[members])
+            for part, members in zip(parts, folds, strict=True)
         ]
 
     def predict_others(networks: list[nn.Module], images: Sequence) -> list[Tensor]:
