@@ -117,30 +117,27 @@ def try_masks(
             for part, members in zip(parts, folds, strict=True)
         ]
 
-    def predict_others(networks: list[nn.Module], images: Sequence) -> list[Tensor]:
-        """What each network predicts for the images of the other fold."""
-        return _both(_classes, networks[::-1], images)
-
-    def locate_mistakes(networks: list[nn.Module], images: Sequence) -> Tensor:
+    def locate_mistakes(model: str, images: Sequence) -> Tensor:
         """The mean exchange map of both folds, as that of each image, N×h×w."""
-        predicted = predict_others(networks, images)
-        falls = _both(exchange_map, networks[::-1], images, predicted, seed=seed)
+        predicted = _both(_classes, judges[model], images)
+        falls = _both(exchange_map, judges[model], images, predicted, seed=seed)
         return torch.stack(falls).mean(0).expand(len(train), -1, -1)
 
-    def look(networks: list[nn.Module], images: Sequence) -> Tensor:
-        """Saliency maps, N×h×w."""
-        return join(_both(_maps, networks, images))
+    def look(model: str, images: Sequence) -> Tensor:
+        """Saliency maps, N×h×w, each by the network that has seen the image."""
+        return join(_both(_maps, judges[model][::-1], images))
 
     trained = _both(_fit, parts, fit=fit)
     _refuse_shared_weights(trained, "fit")
-    predicted = predict_others(trained, parts)
-    mistakes = locate_mistakes(trained, parts)
+    # Model → for each fold, the network that has not seen it.
+    judges = {ERM: trained[::-1]}
+    predicted = _both(_classes, judges[ERM], parts)
+    mistakes = locate_mistakes(ERM, parts)
     held_out = HeldOut(
         labels=train.labels.cpu(),
         mistake_map=mistakes[0].clone(),
         predictions={ERM: join(predicted)},
     )
-    tuned = {ERM: trained}
 
     def tune(masked: MaskedDataset) -> None:
         """Fine-tune both networks, and predict."""
@@ -148,12 +145,12 @@ def try_masks(
         held_out.masked[name] = masked
         networks = _both(_tune, trained, of_parts(masked), finetune=finetune)
         _refuse_shared_weights(networks, "finetune")
-        tuned[name] = networks
-        held_out.predictions[name] = join(predict_others(networks, parts))
+        judges[name] = networks[::-1]
+        held_out.predictions[name] = join(_both(_classes, judges[name], parts))
 
     @functools.cache
     def first_look() -> Tensor:
-        return look(trained, parts)
+        return look(ERM, parts)
 
     tune(NOTHING.mask(train, torch.zeros(len(train), 1, 1), seed=seed))
     has_few = held_out.is_mistake.sum() < FEW
@@ -174,17 +171,17 @@ def try_masks(
                 continue
         else:
             before = f"{replace(rule, rounds=rule.rounds - 1)}"
-            if before not in tuned:
+            if before not in judges:
                 continue
             earlier = held_out.masked[before]
             step = locate_mistakes if rule.exchange else look
-            maps = step(tuned[before], of_parts(earlier))
+            maps = step(before, of_parts(earlier))
         if rule.exchange:
             maps = maps.clamp(min=0)  # where the loss falls
         masked = rule.mask(train, maps, earlier, seed)
         if earlier and torch.equal(masked.own_masks, earlier.own_masks):
             continue
-        shares = _both(explained, trained[::-1], of_parts(masked), predicted)
+        shares = _both(explained, judges[ERM], of_parts(masked), predicted)
         held_out.explained[name] = join(shares)
         held_out.mean_masks[name] = masked.own_masks.mean(0, dtype=torch.float32).cpu()
         tune(masked)
@@ -194,8 +191,8 @@ def try_masks(
         for name in held_out.tried:
             images = of_parts(held_out.masked[name])
             accuracies = {}
-            for model, networks in tuned.items():
-                shares = _both(_resampled_accuracy, networks[::-1], images)
+            for model, networks in judges.items():
+                shares = _both(_resampled_accuracy, networks, images)
                 accuracies[model] = sum(shares) / 2
             held_out.resampled[name] = accuracies
         yield held_out
