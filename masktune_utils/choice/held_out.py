@@ -110,89 +110,88 @@ def try_masks(
         """What both folds have, in the order of all images."""
         return torch.cat(of_folds)[order]
 
-    def of_parts(masked: MaskedDataset) -> list[MaskedDataset]:
-        """The masked images of each fold."""
+    def images_of(model: str) -> Sequence:
+        """The images of each fold, as the networks were trained on them."""
+        if model == ERM:
+            return parts
+        masked = held_out.masked[model]
         return [
             replace(masked, split=part, own_masks=masked.own_masks[members])
             for part, members in zip(parts, folds, strict=True)
         ]
 
-    def locate_mistakes(model: str, images: Sequence) -> Tensor:
+    @functools.cache
+    def locate_mistakes(model: str) -> Tensor:
         """The mean exchange map of both folds, as that of each image, N×h×w."""
+        images = images_of(model)
         predicted = _both(_classes, judges[model], images)
         falls = _both(exchange_map, judges[model], images, predicted, seed=seed)
         return torch.stack(falls).mean(0).expand(len(train), -1, -1)
 
-    def look(model: str, images: Sequence) -> Tensor:
+    @functools.cache
+    def look(model: str) -> Tensor:
         """Saliency maps, N×h×w, each by the network that has seen the image."""
-        return join(_both(_maps, judges[model][::-1], images))
+        return join(_both(_maps, judges[model][::-1], images_of(model)))
 
     trained = _both(_fit, parts, fit=fit)
     _refuse_shared_weights(trained, "fit")
     # Model → for each fold, the network that has not seen it.
     judges = {ERM: trained[::-1]}
     predicted = _both(_classes, judges[ERM], parts)
-    mistakes = locate_mistakes(ERM, parts)
     held_out = HeldOut(
         labels=train.labels.cpu(),
-        mistake_map=mistakes[0].clone(),
+        mistake_map=locate_mistakes(ERM)[0].clone(),
         predictions={ERM: join(predicted)},
     )
 
-    def tune(masked: MaskedDataset) -> None:
+    def tune(rule: Rule) -> None:
         """Fine-tune both networks, and predict."""
-        name = f"{masked.rule}"
-        held_out.masked[name] = masked
-        networks = _both(_tune, trained, of_parts(masked), finetune=finetune)
+        name = f"{rule}"
+        networks = _both(_tune, trained, images_of(name), finetune=finetune)
         _refuse_shared_weights(networks, "finetune")
         judges[name] = networks[::-1]
         held_out.predictions[name] = join(_both(_classes, judges[name], parts))
 
-    @functools.cache
-    def first_look() -> Tensor:
-        return look(ERM, parts)
-
-    tune(NOTHING.mask(train, torch.zeros(len(train), 1, 1), seed=seed))
+    nothing = torch.zeros(len(train), 1, 1)
+    held_out.masked[NULL] = NOTHING.mask(train, nothing, seed=seed)
+    tune(NOTHING)
     has_few = held_out.is_mistake.sum() < FEW
     rounds = [of_round for rule in candidates for of_round in rule.each_round]
     rounds.sort(key=lambda rule: rule.rounds)
     bar = progress.bar(dict.fromkeys(rounds))
     for rule in bar:
-        bar.set_description(f"{rule}")
         name = f"{rule}"
-        earlier = None
-        if rule.rounds == 1:
-            try:
-                maps = mistakes if rule.exchange else first_look()
-            except NoMapsError:
-                if not any(rule.exchange for rule in candidates):
-                    raise
-                held_out.has_maps = False
-                continue
-        else:
+        bar.set_description(name)
+        before = ERM
+        if rule.rounds > 1:
             before = f"{replace(rule, rounds=rule.rounds - 1)}"
-            if before not in judges:
-                continue
-            earlier = held_out.masked[before]
-            step = locate_mistakes if rule.exchange else look
-            maps = step(before, of_parts(earlier))
+        if before not in judges:
+            continue
+        try:
+            maps = locate_mistakes(before) if rule.exchange else look(before)
+        except NoMapsError:
+            if not any(rule.exchange for rule in candidates):
+                raise
+            held_out.has_maps = False
+            continue
         if rule.exchange:
             maps = maps.clamp(min=0)  # where the loss falls
+        earlier = held_out.masked.get(before)
         masked = rule.mask(train, maps, earlier, seed)
         if earlier and torch.equal(masked.own_masks, earlier.own_masks):
             continue
-        shares = _both(explained, judges[ERM], of_parts(masked), predicted)
+        held_out.masked[name] = masked
+        shares = _both(explained, judges[ERM], images_of(name), predicted)
         held_out.explained[name] = join(shares)
         held_out.mean_masks[name] = masked.own_masks.mean(0, dtype=torch.float32).cpu()
-        tune(masked)
+        tune(rule)
         if not has_few:
             yield held_out
     if has_few:
         for name in held_out.tried:
-            images = of_parts(held_out.masked[name])
             accuracies = {}
             for model, networks in judges.items():
-                shares = _both(_resampled_accuracy, networks, images)
+                shares = _both(_resampled_accuracy, networks, images_of(name))
                 accuracies[model] = sum(shares) / 2
             held_out.resampled[name] = accuracies
         yield held_out
