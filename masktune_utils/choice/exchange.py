@@ -75,9 +75,8 @@ def swap(network: Network, masked: MaskedDataset, predicted: Tensor) -> Swaps:
     labels = masked.labels.cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     resampled = replace(masked, fill="resample")
-    size = (SWAPS, len(mistakes))
-    partners = torch.zeros(size, dtype=torch.int64)
-    moves = torch.zeros(size, dtype=torch.bool)
+    partners = torch.zeros(SWAPS, len(mistakes), dtype=torch.int64)
+    moves = torch.zeros_like(partners, dtype=torch.bool)
     if not len(mistakes):
         return Swaps(mistakes, partners, moves)
     for number in range(SWAPS):
