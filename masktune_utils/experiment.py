@@ -143,9 +143,10 @@ def load_or_train(
         started = time.perf_counter()
         history = training.train(network, images, **options)
         seconds = time.perf_counter() - started
-        weights = {}
-        for name, weight in network.state_dict().items():
-            weights[name] = weight.cpu().contiguous()
+        weights = {
+            name: weight.cpu().contiguous()
+            for name, weight in network.state_dict().items()
+        }
         return {"state_dict": weights, "history": history}
 
     made_with = {**settings.identity, **made_with}

@@ -78,7 +78,5 @@ def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
         split: the images.
     """
     right = is_right(logits, split.labels).double()
-    accuracies = {}
-    for name, index in groups(split).items():
-        accuracies[name] = right[index].mean().item()
-    return accuracies
+    members = groups(split)
+    return {name: right[index].mean().item() for name, index in members.items()}

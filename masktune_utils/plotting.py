@@ -255,9 +255,10 @@ def predictions(networks: dict[str, nn.Module], split: Split) -> Figure:
         split: a few images.
     """
     images, labels = split.batch(slice(None), torch.device("cpu"))
-    columns = {}
-    for number, image in enumerate(images, 1):
-        columns[f"{number}"] = image.repeat(len(networks), 1, 1, 1)
+    columns = {
+        f"{number}": image.repeat(len(networks), 1, 1, 1)
+        for number, image in enumerate(images, 1)
+    }
     figure = grid(columns, networks)
     axes = iter(figure.axes)
     for network in networks.values():

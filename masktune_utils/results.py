@@ -67,10 +67,10 @@ def hidden_shares(masked: MaskedDataset) -> dict[str, float]:
         "rest": outside,
         "digit": ink,
     }
-    shares = {}
-    for name, area in areas.items():
-        hidden_area = (hidden * area).sum((1, 2))
-        shares[name] = hidden_area / area.sum((1, 2))
+    shares = {
+        name: (hidden * area).sum((1, 2)) / area.sum((1, 2))
+        for name, area in areas.items()
+    }
     shares["shortcut_whole"] = (shares["shortcut"] > 0.99).float()
     # An image without any ink outside the shortcut has no share of it.
     return {name: values.nanmean().item() for name, values in shares.items()}

@@ -33,10 +33,10 @@ def groups(split: Split) -> dict[str, Tensor]:
         words = ("shortcut", "no shortcut")
         names = [f"{name}, {word}" for name in split.class_names for word in words]
         numbers = 2 * split.labels + ~split.has_shortcut
-    index = {}
-    for number in numbers.unique().tolist():
-        index[names[number]] = (numbers == number).nonzero()[:, 0].cpu()
-    return index
+    return {
+        names[number]: (numbers == number).nonzero()[:, 0].cpu()
+        for number in numbers.unique().tolist()
+    }
 
 
 def add_square(
