@@ -37,9 +37,9 @@ def read_grid(
     notebook = blocks[0].pop("notebook", None)
     configurations = []
     for block in blocks:
-        values = {}
-        for name, value in {**block, **options}.items():
-            values[name] = value if isinstance(value, list) else [value]
-        for combination in ParameterGrid(values):
-            configurations.append(Settings(**combination))
+        values = {
+            name: value if isinstance(value, list) else [value]
+            for name, value in {**block, **options}.items()
+        }
+        configurations += [Settings(**combined) for combined in ParameterGrid(values)]
     return notebook, configurations
