@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
         unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
         # Cells of 04 that do not depend on its parameters run with the default ones.
-        is_default = self.copy.stem.endswith(Settings().configuration)
+        is_default = self.settings.configuration == Settings().configuration
         try:
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             with kernels.take(max(1, cpu_count() // together)) as kernel:
