@@ -15,8 +15,6 @@ from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
 from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, root
 
-USAGE = """masktune run|sweep|choose [GRID] [--SETTING VALUE …]
-       [--jobs N] [--dry-run]"""
 PUBLISHED = REPOSITORY / "studies/sweeps/published.yaml"
 SWEEP = ["02_erm", "03_saliency_masks", "04_finetune_sweep"]
 CHOICE = "06_choice"
@@ -29,7 +27,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
-    parser = ArgumentParser(usage=USAGE, description=__doc__)
+    parser = ArgumentParser(
+        usage="masktune run|sweep|choose [GRID] [--SETTING VALUE …]\n"
+        "       [--jobs N] [--dry-run]",
+        description=__doc__,
+    )
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add(
