@@ -221,4 +221,4 @@ DEFAULTS = dict(Settings())
 
 def root(directory: str) -> Path:
     """Where the files of an experiment go: its `directory`, or the repository."""
-    return Path(directory).expanduser() if directory else REPOSITORY
+    return Path(directory or REPOSITORY).expanduser()
