@@ -3,14 +3,3 @@
 from masktune_utils.choice.audit import Audit, audit
 from masktune_utils.choice.chosen import Choice, choose, load_or_choose
 from masktune_utils.choice.held_out import ERM, NULL, HeldOut
-
-__all__ = [
-    "ERM",
-    "NULL",
-    "Audit",
-    "Choice",
-    "HeldOut",
-    "audit",
-    "choose",
-    "load_or_choose",
-]
