@@ -80,8 +80,10 @@ def printed(cell):
 
 
 def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
+    """And no module of the working directory is imported."""
     monkeypatch.chdir(tmp_path)
     cold = run(tmp_path, "1 + 1", STATE)
+    (tmp_path / "torch.py").write_text("1 / 0")
     printed = []
     pids = set()
     for sources in (["1 + 1", STATE], [LITTER], ["1 + 1", STATE]):
@@ -95,6 +97,8 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
     assert before_litter.startswith(state)
     # which is not the same in another process
     assert random.count("UserWarning: is shown once") == 1
+    kernels.close()
+    assert not kernel.is_alive()
 
 
 @pytest.mark.slow
@@ -109,29 +113,15 @@ def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
     assert len(kernels.idle[1]) == 1
 
 
-def test_a_kernel_in_which_a_notebook_failed_is_ended(tmp_path):
-    with pytest.raises(PapermillExecutionError), kernels.take(1) as kernel:
-        run(tmp_path, "1 / 0", km=kernel)
-    assert not kernels.idle[1]
-    assert not kernel.is_alive()
-
-
-def test_a_kernel_that_died_is_replaced(tmp_path):
+def test_a_kernel_that_died_or_in_which_a_notebook_failed_is_not_used_again(tmp_path):
     with kernels.take(1) as kernel:
         run(tmp_path, "1", km=kernel)
         pid = kernel.provisioner.pid
     psutil.Process(pid).kill()
     while kernel.is_alive():
         time.sleep(0.01)
-    with kernels.take(1) as kernel:
+    with pytest.raises(PapermillExecutionError), kernels.take(1) as kernel:
         assert kernel.provisioner.pid != pid
-        assert run(tmp_path, "print(6)", km=kernel) == "6\n"
-    kernels.close()
+        run(tmp_path, "1 / 0", km=kernel)
+    assert not kernels.idle[1]
     assert not kernel.is_alive()
-
-
-def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "torch.py").write_text("1 / 0")
-    with kernels.take(1) as kernel:
-        assert run(tmp_path, "import torch; print(torch.ones(1))", km=kernel)
