@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from masktune_utils import datasets, models, training
+from masktune_utils.choice import exchange
 from masktune_utils.settings import Settings
 
 # The command, as it is installed.
@@ -110,6 +111,18 @@ def trained(splits) -> models.SmallCNN:
 def model(trained) -> models.SmallCNN:
     """The trained network, one copy for each test."""
     return copy.deepcopy(trained)
+
+
+@pytest.fixture(scope="module")
+def few_windows():
+    """Exchange maps of 16 windows: 169 take most of the time of a tiny choice.
+
+    What is yielded makes all windows.
+    """
+    all_windows = exchange._windows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "_windows", lambda side: all_windows(side)[::4])
+        yield all_windows
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def own_loop(network, images):
 
 
 @pytest.fixture(scope="module")
-def train() -> Split:
+def train(few_windows) -> Split:
     """Noise of two classes."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (240, 3, 32, 32), generator=random)

@@ -78,7 +78,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
 
 
 def test_the_choice_of_an_experiment_is_kept_and_refused_for_another_base_model(
-    base, monkeypatch
+    base, monkeypatch, few_windows
 ):
     monkeypatch.setattr(chosen, "MOST_EPOCHS", 1)
     base = base._replace(images=base.images[::4])

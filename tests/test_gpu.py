@@ -29,7 +29,7 @@ def gpu():
 
 
 @pytest.fixture
-def train(splits) -> Split:
+def train(splits, few_windows) -> Split:
     """Fifty images."""
     return splits.train[::4]
 

@@ -17,6 +17,7 @@ from masktune_utils.choice import (
     NULL,
     choose,
     chosen,
+    exchange,
     held_out,
     load_or_choose,
 )
@@ -47,7 +48,7 @@ SAMPLE = 80  # of the 100 images of each fold
 
 
 @pytest.fixture(scope="module")
-def train() -> Split:
+def train(few_windows) -> Split:
     """Two hundred digits, a tenth of which conflict with the square."""
     settings = Settings(**TINY, conflicting_share=0.1)
     return datasets.load(settings).train
@@ -281,7 +282,11 @@ def without_masks(known):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(few):
+def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(
+    few, few_windows, monkeypatch
+):
+    monkeypatch.setattr(exchange, "_windows", few_windows)  # as in other processes
+
     class Own(nn.Sequential):  # cannot be pickled by name
         pass
 
