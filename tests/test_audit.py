@@ -61,12 +61,8 @@ def test_few_mistakes_and_another_number_of_classes_are_said():
     images = toy(mistakes=4)
     found = audit(logits, images)
     assert found.reason.startswith("4 mistakes of 100 images")
-
-    def one_logit(images):
-        return logits(images)[:, :1]
-
     with pytest.raises(ValueError, match="predicts 1 classes; allowed: the 2 of the"):
-        audit(one_logit, images)
+        audit(lambda images: logits(images)[:, :1], images)
     with pytest.raises(TypeError, match="allowed: logits, N×classes"):
         audit(lambda images: logits(images).argmax(1), images)
 
@@ -88,16 +84,17 @@ def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):
     white = torch.ones(1, 3, 8, 8)
     expected = torch.tensor([[0.25, 1, 1]])
     torch.testing.assert_close(classify(white), expected)
-    refused = r"(?s)network\.onnx does not classify images of 3×{0}×{0} \(.*{1}"
-    with pytest.raises(ValueError, match=refused.format(9, "Expected: 8")):
-        from_onnx(path, 9, mean, std)
+
+    def refuse(size, reason):
+        words = rf"network\.onnx does not classify images of 3×{size}×{size} \("
+        with pytest.raises(ValueError, match=f"(?s){words}.*{reason}"):
+            from_onnx(path, size, mean, std)
+
+    refuse(9, "Expected: 8")
     fixed = MEANS.replace("batch", "1")
     onnx.save(onnx.parser.parse_model(fixed), path)
-    with pytest.raises(ValueError, match=refused.format(8, "Expected: 1")):
-        from_onnx(path, 8, mean, std)
+    refuse(8, "Expected: 1")
     path.write_bytes(b"no network")
-    with pytest.raises(ValueError, match=refused.format(8, "Protobuf")):
-        from_onnx(path, 8, mean, std)
+    refuse(8, "Protobuf")
     path.unlink()
-    with pytest.raises(ValueError, match=refused.format(8, "File doesn't exist")):
-        from_onnx(path, 8, mean, std)
+    refuse(8, "File doesn't exist")
