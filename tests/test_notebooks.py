@@ -4,6 +4,7 @@ And the code in answers to exercises, which runs after the last cell.
 """
 
 import ast
+import dis
 import re
 
 import nbformat
@@ -52,10 +53,6 @@ def notebook(request) -> nbformat.NotebookNode:
     return content
 
 
-def test_the_first_cell_of_code_has_the_parameters(notebook):
-    assert notebook.code[0].metadata["tags"] == ["parameters"]
-
-
 def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
     counts = [cell.execution_count for cell in notebook.code]
     assert counts == list(range(1, len(counts) + 1))
@@ -80,7 +77,9 @@ def test_notebooks_are_short(notebook):
 def test_parameters_are_few_literals_with_default_and_documentation(notebook):
     others = OTHER_DEFAULTS.get(notebook.path.stem, {})
     defaults = DEFAULTS | others
-    lines = notebook.code[0].source.splitlines()
+    first = notebook.code[0]
+    assert first.metadata["tags"] == ["parameters"]
+    lines = first.source.splitlines()
     assert len(lines) <= MOST_PARAMETERS
     assigned = []
     for line in lines:
@@ -93,6 +92,20 @@ def test_parameters_are_few_literals_with_default_and_documentation(notebook):
     assert len({*assigned}) == len(assigned)
     assert "directory" in assigned
     assert others.keys() <= {*assigned}
+
+
+def test_no_other_cell_uses_the_name_of_a_setting_for_something_else(notebook):
+    """Else it would be read as the setting once the first cells are run again."""
+    if notebook.path.stem == "07_your_own":  # which reads its parameters itself
+        return
+    for cell in notebook.code[1:]:
+        assert not names_assigned(cell.source) & DEFAULTS.keys()
+
+
+def names_assigned(source):
+    """Global names that a cell assigns."""
+    instructions = dis.get_instructions(compile(source, "cell", "exec"))
+    return {step.argval for step in instructions if step.opname == "STORE_NAME"}
 
 
 def answers(notebook):

@@ -1,13 +1,11 @@
 """Settings: what is allowed, and where files go. More bad values: test_bad_input.py."""
 
-import dis
 import re
 
-import nbformat
 import pytest
 
 from masktune_utils import experiment
-from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
+from masktune_utils.settings import REPOSITORY, Settings
 
 
 def test_names_of_files_tell_what_is_not_the_default(tmp_path):
@@ -45,16 +43,8 @@ def test_nothing_is_saved_as_of_a_data_set_that_is_not_known():
         Settings().folder("checkpoints")
 
 
-@pytest.fixture
-def shown(tmp_path) -> str:
-    """A notebook's cell of parameters."""
-    return f'directory = "{tmp_path}"\ndataset = "mnist5k"\nseed = 0  # of all\n'
-
-
-@pytest.fixture
-def expected(tmp_path) -> Settings:
-    """What that cell stands for."""
-    return Settings(directory=str(tmp_path), dataset="mnist5k")
+# A notebook's cell of parameters.
+SHOWN = 'directory = "here"\ndataset = "mnist5k"\nseed = 0  # of all\n'
 
 
 def run(*cells):
@@ -64,35 +54,19 @@ def run(*cells):
     return namespace
 
 
-def test_settings_of_a_notebook_are_its_names_when_it_asks(shown, expected):
-    namespace = run(shown, "lrs = [1]")
+def test_settings_of_a_notebook_are_its_names_when_it_asks():
+    expected = Settings(directory="here", dataset="mnist5k")
+    namespace = run(SHOWN, "lrs = [1]")
     assert experiment.from_notebook(namespace) == expected
     assert experiment.from_notebook(namespace, epochs=7) == expected.replace(epochs=7)
-    by_hand = run(shown, "seed = 3")
+    by_hand = run(SHOWN, "seed = 3")
     assert experiment.from_notebook(by_hand) == expected.replace(seed=3)
-    by_papermill = run(shown, "# Parameters\nseed = 3\nrounds = 2\n")
+    by_papermill = run(SHOWN, "# Parameters\nseed = 3\nrounds = 2\n")
     changed = expected.replace(seed=3, rounds=2)
     assert experiment.from_notebook(by_papermill) == changed
 
 
-def test_no_notebook_uses_the_name_of_a_setting_for_something_else():
-    """Else it would be read as the setting once its first cells are run again."""
-    for path in REPOSITORY.glob("notebooks/*.ipynb"):
-        if path.stem == "07_your_own":  # which reads its parameters itself
-            continue
-        for cell in nbformat.read(path, as_version=4).cells:
-            is_first = "parameters" in cell.metadata.get("tags", [])
-            if cell.cell_type == "code" and not is_first:
-                assert not names_assigned(cell.source) & DEFAULTS.keys(), path
-
-
-def names_assigned(source):
-    """Global names that a cell assigns."""
-    instructions = dis.get_instructions(compile(source, "cell", "exec"))
-    return {step.argval for step in instructions if step.opname == "STORE_NAME"}
-
-
-def test_unknown_parameters_are_refused_with_those_that_are_known(shown):
-    namespace = run(shown, "# Parameters\nseed = 1\nx = 3\n")
+def test_unknown_parameters_are_refused_with_those_that_are_known():
+    namespace = run(SHOWN, "# Parameters\nseed = 1\nx = 3\n")
     with pytest.raises(ValueError, match="x is not a parameter; known: batch_size, "):
         experiment.from_notebook(namespace)
