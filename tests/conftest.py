@@ -22,6 +22,7 @@ from masktune_utils import datasets, models, training
 from masktune_utils.choice import exchange
 from masktune_utils.settings import Settings
 
+pytest_plugins = ["tiny_runs"]  # its fixtures
 # The command, as it is installed.
 MASKTUNE = str(Path(sys.executable).with_name("masktune"))
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python"}

@@ -14,8 +14,6 @@ from tiny_runs import kernels_of, masktune, start, tiny
 from masktune_utils.runner import jobs
 from masktune_utils.settings import BaseSettings
 
-pytest_plugins = ["tiny_runs"]
-
 
 @pytest.mark.slow
 def test_a_failure_is_named_and_stops_only_what_needs_it(directory, capsys):
@@ -77,6 +75,23 @@ def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
     stage[0].copy.touch()
     jobs.execute([stage], 8)
     assert shares == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
+    """In another order than the run it is compared with, and without 01 and 05."""
+    params = ["--param", "0.3", "0.1"]
+    process = start(tmp_path, *params)
+    while not any(tmp_path.glob("checkpoints/*/*/CNN_saliency.pth")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert masktune(tmp_path, *params) == 0
+    left = outcome(tmp_path)
+    assert len(left) > 10
+    assert left.items() <= outcome(whole_run.directory).items()
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from tiny_runs import masktune
 from masktune_utils import datasets, experiment, plotting
 from masktune_utils.settings import Settings
 
-pytest_plugins = ["tiny_runs"]
 pytestmark = pytest.mark.slow
 SMALLEST = TINY | {"limit": 60, "epochs": 1}
 PROCESSES = multiprocessing.get_context("forkserver")

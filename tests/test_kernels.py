@@ -12,7 +12,6 @@ from tiny_runs import tiny
 
 from masktune_utils.runner import jobs, kernels
 
-pytest_plugins = ["tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread", "no_kernels")
 
 LITTER = """

@@ -1,7 +1,6 @@
 """The command `masktune` on tiny data, as a plugin of pytest (PYTEST_DONT_REWRITE)."""
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -63,39 +62,31 @@ def kernels_of(pid):
 
 
 class Run(NamedTuple):
-    """A finished process."""
+    """What a finished `masktune run` left, and what it printed."""
 
     directory: Path
-    code: int
     printed: str
-    error: str
 
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory, worker_id) -> Run:
-    """A finished `masktune run`, which all processes of pytest share."""
+    """`masktune run` with two configurations, which all processes of pytest share."""
     directory = tmp_path_factory.getbasetemp() / "run"
     if worker_id != "master":  # each process has a folder of its own in a shared one
         directory = directory.parents[1] / "run"
-    outcome_file = directory.with_suffix(".json")
+    printed = directory.with_suffix(".txt")
     with directory.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not outcome_file.exists():
-            outcome_file.write_text(json.dumps(run_all(directory)))
-    return Run(directory, *json.loads(outcome_file.read_text()))
-
-
-def run_all(directory):
-    """`masktune run` with two configurations: its exit code, and what it prints."""
-    options = [*OPTIONS, "--param", "0.1", "0.3"]
-    process = subprocess.run(
-        [MASKTUNE, "run", *options, "--directory", directory],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | ONE_THREAD,
-    )
-    return process.returncode, process.stdout, process.stderr
+        if not printed.exists():
+            options = [*OPTIONS, "--param", "0.1", "0.3", "--directory", directory]
+            printed.write_text(
+                subprocess.check_output(
+                    [MASKTUNE, "run", *options],
+                    text=True,
+                    env=os.environ | ONE_THREAD,
+                )
+            )
+    return Run(directory, printed.read_text())
 
 
 @pytest.fixture
