@@ -42,9 +42,7 @@ def name_of(path):
     return name.removesuffix(".__init__")
 
 
-def path_of(name):
-    path = PACKAGE / name.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imported(path):
@@ -63,18 +61,17 @@ def imported(path):
 
 def test_the_order_of_the_modules_lists_them_all():
     without_code = {"__init__", "runner"}
-    names = {name_of(path) for path in PACKAGE.rglob("*.py")}
-    assert names - without_code == {*ORDER}
+    assert MODULES.keys() - without_code == {*ORDER}
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_no_module_imports_one_that_comes_after_it(name):
-    assert imported(path_of(name)) <= {*ORDER[: ORDER.index(name)]}
+    assert imported(MODULES[name]) <= {*ORDER[: ORDER.index(name)]}
 
 
 def count_tokens(name):
     """Of a module, without comments and docstrings."""
-    tree = ast.parse(path_of(name).read_text())
+    tree = ast.parse(MODULES[name].read_text())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node):
