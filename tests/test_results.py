@@ -81,7 +81,7 @@ def test_a_result_of_a_base_model_that_has_been_replaced_is_left_out(saved):
     assert table["experiment"].tolist() == ["mnist", "mnist", "other"]
 
 
-@pytest.mark.parametrize("content", [b'{"raw": ', b'{"seed": 0}', b"3", b"\xff"])
+@pytest.mark.parametrize("content", [b'{"raw": ', b'{"seed": 0}', b"3"])
 def test_a_damaged_or_foreign_result_is_refused_by_name(content, tmp_path):
     path = tmp_path / "results" / "mnist" / "seed0" / "mine.json"
     store.write_bytes(path, content)

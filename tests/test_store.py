@@ -82,9 +82,7 @@ class Malicious:
         return exec, ("raise SystemExit",)
 
 
-@pytest.mark.parametrize(
-    "content", [Malicious(), {"settings": Malicious()}, {"settings": 1}, {}]
-)
+@pytest.mark.parametrize("content", [Malicious(), {"settings": 1}, {}])
 def test_a_foreign_file_is_refused_by_name_and_its_code_is_not_run(path, content):
     path.parent.mkdir()
     torch.save(content, path)
