@@ -142,7 +142,7 @@ def write_photographs(folder, counts):
     """A folder of photographs, all noise, for each class."""
     rng = np.random.default_rng(0)
     for name, count in counts.items():
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         for k in range(count):
             pixels = rng.integers(0, 256, (30, 40, 3), np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{k:02}.jpg")

@@ -127,7 +127,6 @@ def test_code_in_answers_runs_after_the_last_cell_and_shows_something(stem, tmp_
     values = {"directory": str(tmp_path), **ANSWERS[stem]}
     if stem == "07_your_own":
         folder = tmp_path / "mine"
-        folder.mkdir()
         write_photographs(folder, {"goats": 10, "sheep": 10})
         values["folder"] = str(folder)
     notebook = nbformat.read(jobs.NOTEBOOKS / f"{stem}.ipynb", as_version=4)

@@ -38,7 +38,6 @@ def test_notebooks_run_on_tiny_data(stem, values, tmp_path):
 
 def execute_07(folder, **values):
     """The cells of notebook 07, executed on a new folder of 20 photographs."""
-    folder.mkdir()
     write_photographs(folder, {"goats": 10, "sheep": 10})
     given = {"folder": str(folder), "directory": str(folder.parent), "epochs": 1}
     source = jobs.NOTEBOOKS / "07_your_own.ipynb"
