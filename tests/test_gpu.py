@@ -6,9 +6,8 @@ from unittest.mock import Mock
 import papermill
 import pytest
 import torch
-from nbclient import NotebookClient
-from papermill.parameterize import parameterize_notebook
-from pretended_gpu import GPU, pretended_gpu
+from conftest import TINY
+from pretended_gpu import CPU, GPU, pretended_gpu
 
 from masktune_utils import metrics, models, training
 from masktune_utils.choice import choose
@@ -16,16 +15,14 @@ from masktune_utils.data import Split
 from masktune_utils.masking import Rule
 from masktune_utils.runner import command, jobs
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.settings import REPOSITORY
 
-CPU = torch.device("cpu")
-RULE = Rule("mean_std", 2.0, dilation=2, fill="resample", rounds=2)
+RULE = Rule(dilation=2, fill="resample", rounds=2)
 
 
 @pytest.fixture
 def gpu():
-    with pretended_gpu() as device:
-        yield device
+    with pretended_gpu():
+        yield
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def test_the_pretended_gpu_refuses_what_cuda_refuses(gpu):
 
 @pytest.mark.parametrize(
     ("network_device", "image_device"),
-    [(GPU, GPU), (GPU, CPU), (CPU, GPU)],
+    [(GPU, CPU), (CPU, GPU)],
     ids=str,
 )
 def test_network_and_images_may_be_on_different_devices(
@@ -98,16 +95,15 @@ ENTER = [
 @pytest.mark.slow
 def test_the_course_runs_on_it(tmp_path):
     """Notebooks 01 to 06, on tiny data."""
-    values = {"directory": str(tmp_path), "dataset": "mnist5k", "device": "cuda"}
-    values.update(limit=200, epochs=2, batch_size=20)
-    for path in sorted((REPOSITORY / "notebooks").glob("0[1-6]_*.ipynb")):
-        notebook = papermill.iorw.load_notebook_node(str(path))
-        notebook = parameterize_notebook(notebook, values)
-        client = NotebookClient(
-            notebook,
-            resources={"metadata": {"path": str(path.parent)}},
+    values = TINY | {"directory": str(tmp_path), "device": "cuda"}
+    for path in sorted(jobs.NOTEBOOKS.glob("0[1-6]_*.ipynb")):
+        executed = papermill.execute_notebook(
+            path,
+            None,
+            values,
+            cwd=path.parent,
+            progress_bar=False,
             extra_arguments=[f"--IPKernelApp.exec_lines={ENTER!r}"],
         )
-        client.execute()
-        assert "Device: cuda." in str(notebook.cells)
+        assert "Device: cuda." in str(executed.cells)
     assert len(list(tmp_path.rglob("*base.pth"))) == 1
