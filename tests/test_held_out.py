@@ -382,7 +382,7 @@ BAD_NETWORKS = {
 def test_a_network_that_we_cannot_work_with_is_refused(few):
     for message, network in BAD_NETWORKS.items():
         with pytest.raises(TypeError, match=message):
-            try_all(few, lambda _, network=network: network)
+            try_all(few, partial(unchanged, network))
     with pytest.raises(TypeError, match="finetune returned None; allowed"):
         try_all(few, finetune=lambda *_: None)
 
@@ -409,11 +409,11 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
     }
     keep = partial(load_or_choose, tmp_path / "choice.pth", finetune=unchanged)
     first = keep(**arguments, fit=fit)
+    arguments["candidates"] = tuple(arguments["candidates"])  # in place of a list
     kept = keep(**arguments, fit=None)
     assert kept.verdict == first.verdict
     known = without_masks(first.held_out)
     torch.testing.assert_close(without_masks(kept.held_out), known, rtol=0, atol=0)
-    keep(**arguments | {"candidates": tuple(arguments["candidates"])}, fit=None)
     with pytest.raises(TypeError, match="int64 is not JSON"):  # before any training
         load_or_choose(tmp_path / "new.pth", few, fit=None, size=np.int64(28))
     for name, masked in kept.held_out.masked.items():

@@ -13,11 +13,6 @@ from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
 
 
-@pytest.fixture(scope="module")
-def eight():
-    return datasets.eight(Settings(**TINY))
-
-
 def choice_of_two(train):
     """Two masks: `a` corrects all of six mistakes, `b` none."""
     is_right = (torch.arange(len(train)) >= 6).long()
@@ -93,7 +88,8 @@ def test_examples_are_spread_over_each_group():
     assert titles[1:3] == ["class 0\nno shortcut", "class 1\nno shortcut"]
 
 
-def test_predictions_are_shown_right_or_wrong(eight):
+def test_predictions_are_shown_right_or_wrong():
+    eight = datasets.eight(Settings(**TINY))
     network = models.new_model(0)
     figure = plotting.predictions({"a": network, "b": network}, eight)
     assert titles_of_rows(figure) == ["a", "b"]

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from masktune_utils import data, metrics, saliency
+from masktune_utils import metrics, saliency
 from masktune_utils.choice import exchange
 from masktune_utils.data import Split
 
 
 @pytest.fixture
-def few(splits) -> data.Split:
+def few(splits) -> Split:
     """Some images of both classes, with and without the square."""
     return splits.train[::8]
 

@@ -12,8 +12,6 @@ from masktune_utils.settings import REPOSITORY, Settings
 from masktune_utils.store import CheckpointError
 
 MADE_WITH = {"seed": 0, "lr": 0.1}
-COMMITTED_FOLDER = REPOSITORY / "checkpoints" / "mnist" / "seed0"
-COMMITTED = sorted(COMMITTED_FOLDER.glob("CNN_checkpoint*.pth"))
 
 
 @pytest.fixture
@@ -103,9 +101,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, pa
 
 
 def test_the_committed_checkpoints_were_made_with_what_their_names_say():
-    base = experiment.with_weights(COMMITTED[0])
+    folder = REPOSITORY / "checkpoints" / "mnist" / "seed0"
+    base = experiment.with_weights(folder / "CNN_checkpoint_base.pth")
     base_sha256 = store.sha256(base.state_dict())
-    paths = [path for path in COMMITTED if "chosen" not in path.name]
+    committed = folder.glob("CNN_checkpoint*.pth")
+    paths = [path for path in committed if "chosen" not in path.name]
     assert len(paths) == 19
     for path in paths:
         made_with = store.read(path)["settings"]
