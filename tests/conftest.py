@@ -1,12 +1,15 @@
-"""What several tests share: a tiny experiment, sets of images, what a run leaves."""
+"""What several tests share: a tiny experiment, sets of images, a finished run."""
 
 import copy
+import fcntl
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 # Before PyTorch is imported: two processes that both take all cores are slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,20 +17,35 @@ os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command s
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from masktune_utils import datasets, models, training
 from masktune_utils.choice import exchange
+from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
-pytest_plugins = ["tiny_runs"]  # its fixtures
-# The command, as it is installed.
-MASKTUNE = str(Path(sys.executable).with_name("masktune"))
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python"}
 TINY = {"dataset": "mnist5k", "limit": 200, "epochs": 2, "batch_size": 20}
 TINY["device"] = "cpu"  # where there is a GPU, too
+OPTIONS = []  # of the command
+for setting, value in TINY.items():
+    OPTIONS += [f"--{setting}", str(value)]
+OPTIONS += ["--method", "top_k"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# A process group of its own does not hear Ctrl-C, unless it is told to.
+SWEEP = """
+import signal, sys
+from masktune_utils.runner.command import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
+
+def tiny(directory, **settings):
+    return Settings(**(TINY | settings), directory=str(directory))
 
 
 def write_idx_files(folder, labels):
@@ -76,6 +94,46 @@ def outcome(directory):
     return contents
 
 
+def times_of_writing(directory):
+    """Of each file."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
+
+
+def sweep(directory, *arguments):
+    """The arguments of `masktune sweep`."""
+    return ["sweep", *OPTIONS, "--directory", str(directory), *arguments]
+
+
+def masktune(directory, *arguments):
+    """Exit code of `masktune sweep` in this process."""
+    return command.main(sweep(directory, *arguments))
+
+
+def start(directory, *arguments):
+    """`masktune sweep` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, *sweep(directory, *arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | ONE_THREAD,
+    )
+
+
+def kernels_of(pid):
+    """The kernels that a process has started."""
+    family = psutil.Process(pid).children(recursive=True)
+    return [child for child in family if "ipykernel_launcher" in child.cmdline()]
+
+
+class Run(NamedTuple):
+    """What a finished `masktune run` left, and what it printed."""
+
+    directory: Path
+    printed: str
+
+
 def pytest_collection_modifyitems(items):
     """Only with the full MNIST have the notebooks' tables their committed numbers."""
     if (datasets.data_root() / "MNIST").is_dir():
@@ -90,7 +148,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def settings(tmp_path) -> Settings:
     """The tiny experiment, in a directory of its own."""
-    return Settings(**TINY, directory=str(tmp_path))
+    return tiny(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +182,39 @@ def few_windows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "_windows", lambda side: all_windows(side)[::4])
         yield all_windows
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, worker_id) -> Run:
+    """`masktune run` with two configurations, which all processes of pytest share."""
+    directory = tmp_path_factory.getbasetemp() / "run"
+    if worker_id != "master":  # each process has a folder of its own in a shared one
+        directory = directory.parents[1] / "run"
+    printed = directory.with_suffix(".txt")
+    with directory.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            options = [*OPTIONS, "--param", "0.1", "0.3", "--directory", directory]
+            installed = Path(sys.executable).with_name("masktune")
+            text = subprocess.check_output(
+                [installed, "run", *options],
+                text=True,
+                env=os.environ | ONE_THREAD,
+            )
+            printed.write_text(text)
+    return Run(directory, printed.read_text())
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Notebooks compute with one thread, as in that run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def directory(whole_run, tmp_path) -> Path:
+    """A copy of what that run left, to do things to."""
+    return shutil.copytree(whole_run.directory, tmp_path / "copy")
 
 
 @pytest.fixture

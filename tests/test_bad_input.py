@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torchvision
-from conftest import write_idx_files
+from conftest import times_of_writing, write_idx_files
 
 from masktune_utils import datasets
 from masktune_utils.runner import command
@@ -16,18 +16,15 @@ from masktune_utils.settings import Settings
 def refused(capsys, tmp_path):
     """Runs `masktune sweep`, which must end with a message and write nothing."""
 
-    def written():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
-
     def run(message, *arguments):
-        before = written()
+        before = times_of_writing(tmp_path)
         assert command.main(["sweep", f"--directory={tmp_path}/new", *arguments]) == 2
         printed = capsys.readouterr()
         (line,) = printed.err.split("\r")[-1].splitlines()  # after a progress bar
         assert printed.out == ""
         assert line.startswith("masktune: ")
         assert message in line
-        assert written() == before
+        assert times_of_writing(tmp_path) == before
 
     return run
 

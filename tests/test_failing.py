@@ -8,8 +8,7 @@ from unittest.mock import MagicMock, Mock
 import papermill
 import psutil
 import pytest
-from conftest import outcome
-from tiny_runs import kernels_of, masktune, start, tiny
+from conftest import kernels_of, masktune, outcome, start, tiny
 
 from masktune_utils.runner import jobs
 from masktune_utils.settings import BaseSettings
@@ -77,15 +76,20 @@ def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
     assert shares == [3, 3]
 
 
+def wait_for(count, folder, pattern, process):
+    """Until a process has made some files."""
+    while len([*folder.glob(pattern)]) < count:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
     """In another order than the run it is compared with, and without 01 and 05."""
     params = ["--param", "0.3", "0.1"]
     process = start(tmp_path, *params)
-    while not any(tmp_path.glob("checkpoints/*/*/CNN_saliency.pth")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    wait_for(1, tmp_path, "checkpoints/*/*/CNN_saliency.pth", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert masktune(tmp_path, *params) == 0
@@ -98,9 +102,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
 def test_an_interrupt_ends_the_kernels_too(tmp_path):
     options = ["--epochs", "10000", "--param", "0.1", "--seed", "0", "1", "--jobs", "2"]
     process = start(tmp_path, *options)
-    while len([*tmp_path.glob("runs/*/*/02_erm_unfinished.ipynb")]) < 2:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
+    wait_for(2, tmp_path, "runs/*/*/02_erm_unfinished.ipynb", process)
     running = kernels_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=30)

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, outcome
-from tiny_runs import masktune
+from conftest import masktune, outcome, tiny
 
 from masktune_utils import datasets, experiment, plotting
-from masktune_utils.settings import Settings
 
 pytestmark = pytest.mark.slow
-SMALLEST = TINY | {"limit": 60, "epochs": 1}
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["preloaded"])
 WRITES = [  # in their order
@@ -35,7 +32,7 @@ WRITES = [  # in their order
 def pipeline(directory):
     """What the notebooks write, in their order."""
     torch.set_num_threads(1)
-    settings = Settings(**SMALLEST, directory=str(directory))
+    settings = tiny(directory, limit=60, epochs=1)
     sets = datasets.load(settings)
     sets = sets._replace(raw=sets.raw[::10], biased=sets.biased[::10])
     base = experiment.base_model(settings, sets.train)

@@ -6,9 +6,8 @@ import nbformat
 import papermill
 import psutil
 import pytest
-from conftest import write_notebook
+from conftest import tiny, write_notebook
 from papermill.exceptions import PapermillExecutionError
-from tiny_runs import tiny
 
 from masktune_utils.runner import jobs, kernels
 

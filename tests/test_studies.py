@@ -6,11 +6,10 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from conftest import TINY, write_photographs
+from conftest import tiny, write_photographs
 from torchvision.models import resnet18
 
 from masktune_utils.runner import jobs
-from masktune_utils.settings import Settings
 
 
 @pytest.mark.slow
@@ -28,7 +27,7 @@ from masktune_utils.settings import Settings
 )
 def test_notebooks_run_on_tiny_data(stem, values, tmp_path):
     """And notebook 05 after them, whether ERM was kept or not."""
-    settings = Settings(**TINY | values, directory=str(tmp_path))
+    settings = tiny(tmp_path, **values)
     for name in (stem, "05_plots"):
         (job,) = jobs.make_stage(name, [settings])
         assert job.run(together=1) is None
