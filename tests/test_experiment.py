@@ -32,9 +32,8 @@ def masked(splits) -> MaskedDataset:
 def base(settings, model, splits) -> Trained:
     """A base model as if it had been loaded."""
     weights = sha256(model)
-    history = []
     train = splits.train
-    return Trained(model, settings.base, train, history, weights, weights, None, "base")
+    return Trained(model, settings.base, train, [], weights, weights, None, "base")
 
 
 def sha256(model):
@@ -126,7 +125,6 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base):
         seed=3,
     )
     labels = splits.train.labels
-    options = {"lr": settings.lr, "schedule": "linear", "batch_size": 50}
     network = base.model
     images = splits.train.images
     masked = None
@@ -135,7 +133,15 @@ def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base):
         maps = saliency.saliency_maps(network, images, labels)
         masked = rule.mask(splits.train, maps, masked, seed=3)
         network = copy.deepcopy(base.model)
-        training.train(network, masked, epochs=1, seed=3, **options)
+        training.train(
+            network,
+            masked,
+            epochs=1,
+            batch_size=50,
+            lr=settings.lr,
+            schedule="linear",
+            seed=3,
+        )
         images = masked.images
         steps[rule.rounds] = sha256(network), masked.own_masks
     # the last one first; the models of the rounds before are saved with it
