@@ -301,15 +301,21 @@ def table_of_photographs() -> list[str]:
 
 
 def table_of_audited_photographs() -> list[str]:
-    """What ERM's audits say, where there is a shortcut that a mask can hide."""
+    """What ERM's audits say, by shortcut: a value for each seed."""
     rows = rows_of_photographs().query("model == 'ERM'")
-    words = rows["audit_stands_out"].map({True: "yes", False: "no"})
-    template = (
-        "|{shortcut}|{audit_mistakes:.0f}|{audit_move:.0f}|{audit_move_elsewhere:.0f}"
-        "|{words}|{audit_region:.0%}|{audit_shortcut_covered:.0%}|"
+    columns = {  # of the table → how a value is written
+        "audit_mistakes": "{:.0f}",
+        "audit_move": "{:.0f}",
+        "audit_move_elsewhere": "{:.0f}",
+        "audit_stands_out": "{}",
+        "audit_region": "{:.0%}",
+        "audit_shortcut_covered": "{:.0%}",
+    }
+    texts = pd.DataFrame(
+        {name: rows[name].map(columns[name].format) for name in columns}
     )
-    records = rows.assign(words=words).to_dict("records")
-    return [template.format(**row).replace("nan%", "") for row in records]
+    texts = texts.replace({"True": "yes", "False": "no", "nan%": "–"})
+    return lines(texts.groupby(rows["shortcut"], sort=False).agg(", ".join))
 
 
 def ways() -> pd.DataFrame:
