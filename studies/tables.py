@@ -151,10 +151,13 @@ def registered() -> pd.DataFrame:
 
 def by_kind(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Runs whose shortcut a mask can hide without the object, or cannot; and others."""
-    names = dict.fromkeys(OUT_OF_REACH, "colour, tint, scattered pixels")
-    names["none"] = "no shortcut"
-    parts = runs["kind"].map(names).fillna("a mask can hide it")
-    return dict(iter(runs.groupby(parts)))
+    is_out_of_reach = runs["kind"].isin(OUT_OF_REACH)
+    is_none = runs["kind"] == "none"
+    return {
+        "a mask can hide it": runs[~(is_out_of_reach | is_none)],
+        "colour, tint, scattered pixels": runs[is_out_of_reach],
+        "no shortcut": runs[is_none],
+    }
 
 
 def best_single(masks: pd.DataFrame) -> pd.Series:
