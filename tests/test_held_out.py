@@ -273,12 +273,7 @@ def test_masks_are_tried_until_one_is_clear(few, monkeypatch):
 
     monkeypatch.setattr(chosen, "judge", judge)
     choice = choose(few, fit, finetune, RULES)
-    assert tuned == [
-        NULL,
-        NULL,
-        NAMES[0],
-        NAMES[0],
-    ]
+    assert tuned == [NULL, NULL, NAMES[0], NAMES[0]]
     assert [*choice.held_out.masked] == [NULL, NAMES[0]]
 
 
