@@ -75,11 +75,9 @@ def test_shortcuts_have_their_size_and_all_but_one_the_same_place(
     assert areas.any(0).sum() == all_pixels
 
 
-def test_a_shortcut_that_nobody_sees_is_refused_and_a_class_without_images():
+def test_a_shortcut_that_nobody_sees_is_refused():
     with pytest.raises(ValueError, match="'white' changes no pixel of any image"):
         load(shortcut="digit_color", square_color="white")
-    with pytest.raises(ValueError, match=r"have \[0, 3, 1, .*by a larger limit"):
-        load(limit=30, labels="digits", validation_share=0.5)
 
 
 def test_the_square_may_change_none_of_the_four_digits_that_are_shown():

@@ -109,13 +109,6 @@ def test_a_grid_may_name_its_notebook(tmp_path, dry_run):
     assert printed == "02_erm: 2 of 2 to run\n06_choice: 2 of 2 to run\n"
 
 
-def test_images_are_tried_with_the_seeds_of_the_grid(tmp_path, dry_run):
-    """With seed 0 a class would have one image."""
-    options = ["--dataset=mnist5k", "--limit=60", "--labels=digits", "--seed=2"]
-    directory = f"--directory={tmp_path}"
-    dry_run(["sweep", *options, "--validation_share=0.3", directory])
-
-
 def test_the_help_tells_every_setting_and_its_default(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
