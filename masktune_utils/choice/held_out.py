@@ -133,8 +133,10 @@ def try_masks(
         """Saliency maps, N×h×w, each by the network that has seen the image."""
         return join(_both(_maps, judges[model][::-1], images_of(model)))
 
-    trained = _both(_fit, parts, fit=fit)
-    _refuse_shared_weights(trained, "fit")
+    fitted = _both(fit, parts)
+    # Of a compiled network, the one that was compiled.
+    trained = [getattr(network, "_orig_mod", network) for network in fitted]
+    _check(trained, "fit", train)
     # Model → for each fold, the network that has not seen it.
     judges = {ERM: trained[::-1]}
     predicted = _both(_classes, judges[ERM], parts)
@@ -147,8 +149,8 @@ def try_masks(
     def tune(rule: Rule) -> None:
         """Fine-tune both networks, and predict."""
         name = f"{rule}"
-        networks = _both(_tune, trained, images_of(name), finetune=finetune)
-        _refuse_shared_weights(networks, "finetune")
+        networks = _both(finetune, copy.deepcopy(trained), images_of(name))
+        _check(networks, "finetune", train)
         judges[name] = networks[::-1]
         held_out.predictions[name] = join(_both(_classes, judges[name], parts))
 
@@ -203,35 +205,24 @@ def _both(step: Callable, *pairs: Sequence, **options: Any) -> list:
     return Parallel()(delayed(step)(*of_fold, **options) for of_fold in calls)
 
 
-def _fit(fold: Split, fit: Fit) -> nn.Module:
-    """A trained network, unless we cannot work with it."""
-    classes = len(fold.labels.bincount())
-    network = _checked(fit(fold), "fit")
-    network = getattr(network, "_orig_mod", network)  # of a compiled one
-    types = {weight.dtype for weight in network.parameters()}
-    if types != {torch.float32}:
-        raise TypeError(f"weights are {types}; allowed: torch.float32.")
-    logits = predict(network, fold[:2])
-    if logits.shape[1] < classes:
-        raise ValueError(
-            f"the trained network predicts {logits.tolist()} for two images; allowed: "
-            f"a number for each of {classes} classes."
-        )
-    return network
+def _check(networks: list[nn.Module], made_by: str, train: Split) -> None:
+    """Refuse networks that we cannot work with.
 
-
-def _tune(network: nn.Module, masked: MaskedDataset, finetune: Finetune) -> nn.Module:
-    return _checked(finetune(copy.deepcopy(network), masked), "finetune")
-
-
-def _checked(network: nn.Module, made_by: str) -> nn.Module:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"{made_by} returned {network!r}; allowed: the network.")
-    return network
-
-
-def _refuse_shared_weights(networks: list[nn.Module], made_by: str) -> None:
-    """A network that shares memory with one of the other fold has seen its images."""
+    A network that shares memory with that of the other fold has seen its images.
+    """
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{made_by} returned {network!r}; allowed: the network.")
+        types = {weight.dtype for weight in network.parameters()}
+        if types != {torch.float32}:
+            raise TypeError(f"weights are {types}; allowed: torch.float32.")
+        logits = predict(network, train[:2])
+        classes = len(train.labels.bincount())
+        if logits.shape[1] < classes:
+            raise ValueError(
+                f"the trained network predicts {logits.tolist()} for two images; "
+                f"allowed: a number for each of {classes} classes."
+            )
     first, second = [
         {weight.untyped_storage().data_ptr() for weight in network.parameters()}
         for network in networks
