@@ -17,44 +17,18 @@ from torch.utils.data import Dataset
 
 from masktune_utils.data import Split
 
-
-def threshold(maps: Tensor, param: float) -> Tensor:
-    """Hide where `s > param`."""
-    return maps > param
-
-
-def top_k(maps: Tensor, param: float) -> Tensor:
-    """Hide the share `param` of the pixels: where `s` exceeds a quantile."""
-    pixels = maps.flatten(-2)
-    limit = pixels.quantile(1 - param, dim=-1)
-    return maps > limit[..., None, None]
-
-
-def mean(maps: Tensor, param: float) -> Tensor:
-    """Hide where `s > param · mean(s)`."""
-    return maps > param * maps.mean((-2, -1), keepdim=True)
-
-
-def mean_std(maps: Tensor, param: float) -> Tensor:
-    """Hide where `s` exceeds mean + param · standard deviation of its positive values.
-
-    The paper's rule, with param 2.
-    """
-    positive = maps.where(maps > 0, torch.nan)
-    center = positive.nanmean((-2, -1), keepdim=True)
-    variance = (positive - center).square().nanmean((-2, -1), keepdim=True)
-    return maps > center + param * variance.sqrt()
-
-
-RULES = {"threshold": threshold, "top_k": top_k, "mean": mean, "mean_std": mean_std}
+RULES = ("threshold", "top_k", "mean", "mean_std")
 
 
 def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
-    """Turn saliency maps `s` into hard masks of the same size.
+    """Turn saliency maps `s` into hard masks of the same size, by a limit.
 
     Args:
         saliency_map: ...×H×W, in [0, 1]; a tensor or a NumPy array.
-        method: name of one of the `RULES`.
+        method: what `s` must exceed to be hidden. `threshold`: `param`. `top_k`: a
+            quantile, so that the share `param` of the pixels is hidden. `mean`: param ·
+            mean(s). `mean_std`: mean + param · standard deviation of the positive
+            values of `s`; the paper's rule, with param 2.
         param: of the method.
 
     Returns:
@@ -64,9 +38,23 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
     Raises:
         ValueError: an unknown method.
     """
-    if method not in RULES:
-        raise ValueError(f"method is {method!r}; allowed: {', '.join(RULES)}.")
-    return RULES[method](torch.as_tensor(saliency_map), param)
+    maps = torch.as_tensor(saliency_map)
+    match method:
+        case "threshold":
+            limit = param
+        case "top_k":
+            quantile = maps.flatten(-2).quantile(1 - param, dim=-1)
+            limit = quantile[..., None, None]
+        case "mean":
+            limit = param * maps.mean((-2, -1), keepdim=True)
+        case "mean_std":
+            positive = maps.where(maps > 0, torch.nan)
+            center = positive.nanmean((-2, -1), keepdim=True)
+            variance = (positive - center).square().nanmean((-2, -1), keepdim=True)
+            limit = center + param * variance.sqrt()
+        case _:
+            raise ValueError(f"method is {method!r}; allowed: {', '.join(RULES)}.")
+    return maps > limit
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
