@@ -29,14 +29,14 @@ def class_partners(labels: Tensor, generator: torch.Generator) -> Tensor:
     The only image of a class is its own partner.
 
     Args:
-        labels: N.
+        labels: N, on the CPU.
         generator: source of the random choice.
     """
     partners = torch.empty_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator)
-        circle = members[order.to(members.device)]
+        circle = members[order]
         partners[circle] = circle.roll(1)
     return partners
 
