@@ -22,11 +22,11 @@ class Split(Dataset):
     """A set of images, all on one device.
 
     It is a data set of torch: `split[3]` is an image, C×H×W in [0, 1], and its label. A
-    tensor or a slice as index gives a `Split`.
+    tensor, a list or a slice as index gives a `Split`.
 
     Attributes:
-        images: N×C×H×W, uint8, or floating point in [0, 1].
-        labels: N, int64, 0, 1, ….
+        images: N×C×H×W, uint8, or floating point in [0, 1]; a tensor or a NumPy array.
+        labels: N, int64, 0, 1, …; a tensor, an array or a list.
         groups: N, int64: the number of the group in `group_names`; of digits, 0–9. By
             default the labels. They are for reports only.
         shortcut: N×H×W, bool, True where the shortcut is; by default N×1×1, nowhere.
@@ -46,8 +46,8 @@ class Split(Dataset):
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        images = self.images
-        labels = self.labels
+        images = self.images = torch.as_tensor(self.images)
+        labels = self.labels = torch.as_tensor(self.labels)
         if self.groups is None:
             self.groups = labels
         if self.shortcut is None:
@@ -143,11 +143,11 @@ class Split(Dataset):
                     raise ValueError  # Pillow would cut off all but eight bits
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = _on_white(ImageOps.exif_transpose(image))
+                mean = tuple(map(round, ImageStat.Stat(upright).mean))
+                return ImageOps.pad(upright, (size, size), color=mean)
             except Exception:  # noqa: BLE001 - of Pillow, for damaged files
                 no_images.append(path)
-                upright = Image.new("RGB", (size, size))
-            mean = tuple(map(round, ImageStat.Stat(upright).mean))
-            return ImageOps.pad(upright, (size, size), color=mean)
+                return Image.new("RGB", (size, size))
 
         def is_visible(path: str) -> bool:
             parts = Path(path).relative_to(folder).parts
@@ -188,9 +188,9 @@ class Split(Dataset):
         return type(self)(*tensors, self.group_names, self.class_names)
 
     def __getitem__(self, index: int | Tensor | slice) -> Any:
-        if isinstance(index, slice) or getattr(index, "ndim", 0):
-            return self._change(lambda tensor: tensor[index])
-        return to_float(self.images[index]), self.labels[index].item()
+        if isinstance(index, int) or getattr(index, "ndim", 1) == 0:
+            return to_float(self.images[index]), self.labels[index].item()
+        return self._change(lambda tensor: tensor[index])
 
     def to(self, device: torch.device) -> Self:
         """The images on another device."""
@@ -211,6 +211,19 @@ class Split(Dataset):
         """
         images = self.images[index].to(device)  # then to float: bytes are quicker sent
         return to_float(images), self.labels[index].to(device)
+
+
+def check_split(images: object) -> None:
+    """Refuse images of another kind, where people give their own.
+
+    Raises:
+        TypeError: they are no `Split`.
+    """
+    if not isinstance(images, Split):
+        raise TypeError(
+            f"the images are a {type(images).__name__}; allowed: a Split, as "
+            "Split.from_dataset(images) is one."
+        )
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -35,7 +35,10 @@ def predict(
     modes = {}
     device = None
     if isinstance(model, nn.Module):
-        modes = {module: module.training for module in model.modules()}
+        modes = {
+            module: getattr(module, "training", False)  # frozen TorchScript has none
+            for module in model.modules()
+        }
         device = getattr(next(model.parameters(), None), "device", None)
         model.eval()
     logits = []
@@ -50,7 +53,9 @@ def predict(
     first = logits[0]
     if not isinstance(first, Tensor) or first.ndim != 2:
         kind = getattr(first, "shape", type(first))
-        raise TypeError(f"the network returns {kind}; allowed: logits, N×classes.")
+        raise TypeError(
+            f"the network returns {kind}; allowed: logits, a tensor N×classes."
+        )
     predicted = torch.cat(logits).float().cpu()
     if not predicted.isfinite().all():
         raise ValueError(

@@ -91,11 +91,11 @@ def from_onnx(
         words = "a classifier needs onnxruntime: pip install onnxruntime"
         raise ImportError(words) from error
     path = Path(path).expanduser()
-    means, deviations = torch.tensor([mean, std])[..., None, None]
+    means, deviations = torch.tensor([[*mean], [*std]])[..., None, None]
 
     def classify(images: Tensor) -> Tensor:
         normalized = (images.cpu() - means) / deviations
-        outputs = session.run(None, {name: normalized.numpy()})
+        outputs = session.run(None, {name: normalized.float().numpy()})
         return torch.from_numpy(outputs[0])
 
     try:

@@ -26,7 +26,7 @@ def toy(mistakes):
     is_bright = labels == 1
     is_bright[: 2 * mistakes : 2] = True
     images[CORNER][is_bright] = 1
-    return Split(images, labels, class_names=("dark", "bright"))
+    return Split(images.numpy(), labels.tolist(), class_names=("dark", "bright"))
 
 
 def logits(images):
@@ -63,8 +63,10 @@ def test_few_mistakes_and_another_number_of_classes_are_said():
     assert found.reason.startswith("4 mistakes of 100 images")
     with pytest.raises(ValueError, match="predicts 1 classes; allowed: the 2 of the"):
         audit(lambda images: logits(images)[:, :1], images)
-    with pytest.raises(TypeError, match="allowed: logits, N×classes"):
-        audit(lambda images: logits(images).argmax(1), images)
+    with pytest.raises(TypeError, match="allowed: logits, a tensor N×classes"):
+        audit(lambda _: np.ones((100, 2)), images)
+    with pytest.raises(TypeError, match="the images are a list; allowed: a Split"):
+        audit(logits, [*images])
 
 
 def test_a_classifier_that_looks_at_nothing_is_said_to_have_no_region():
@@ -79,11 +81,12 @@ def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):
     model = onnx.parser.parse_model(MEANS)
     onnx.save(model, path)
     mean = [0.5, 0, 0]
-    std = [2.0, 1, 1]
+    std = np.array([2, 1, 1])
     classify = from_onnx(path, 8, mean, std)
     white = torch.ones(1, 3, 8, 8)
     expected = torch.tensor([[0.25, 1, 1]])
-    torch.testing.assert_close(classify(white), expected)
+    for images in (white, white.double()):
+        torch.testing.assert_close(classify(images), expected)
 
     def refuse(size, reason):
         words = rf"network\.onnx does not classify images of 3×{size}×{size} \("

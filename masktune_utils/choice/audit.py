@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from masktune_utils.choice.exchange import FEW, Swaps, exchange_map, place, swap
-from masktune_utils.data import Split
+from masktune_utils.data import Split, check_split
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.metrics import Network, predict
 
@@ -97,20 +97,22 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
     misleads, too.
 
     Args:
-        network: any network, or a function: images in [0, 1], B×C×H×W → logits or
-            probabilities, B×classes.
+        network: any network, or a function (of a network in evaluation mode): images
+            in [0, 1], B×C×H×W → logits or probabilities, B×classes.
         images: with labels; images that it was not trained on.
         seed: of random choices.
 
     Raises:
+        TypeError: `images` are no `Split`; or see `metrics.predict`.
         ValueError: it predicts a number of classes other than that of the images.
     """
+    check_split(images)
     outputs = predict(network, images)
     count = len(images.class_names)
     if outputs.shape[1] != count:
         raise ValueError(
             f"the classifier predicts {outputs.shape[1]} classes; allowed: the {count} "
-            f"of the images, {', '.join(images.class_names)}."
+            "of the images' class_names, which may name classes without an image."
         )
     predicted = outputs.argmax(1)
     seed = int(seed)  # of NumPy, too

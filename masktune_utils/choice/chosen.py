@@ -21,7 +21,7 @@ from masktune_utils.choice.held_out import (
     try_masks,
 )
 from masktune_utils.choice.score import Verdict, judge
-from masktune_utils.data import Split
+from masktune_utils.data import Split, check_split
 from masktune_utils.masking import NOTHING, MaskedDataset, Rule
 
 UNDERTRAINED = 5  # points that nothing masked gains on ERM
@@ -162,7 +162,8 @@ def choose(
         train: the training images; only these and their classes are used.
         fit: training images → a new network trained on them. It is called once for each
             fold, and must not start from a network that has seen these images. The
-            default `finetune` trains weights that require gradients.
+            default `finetune` trains weights that require gradients, of a network that
+            returns a tensor in training mode, too.
         finetune: (a copy of a network, masked images) → the network, fine-tuned; by
             default our `fine_tune`.
         candidates: how masks are made; each round of a rule is tried.
@@ -179,11 +180,7 @@ def choose(
             hides anything; or `fit` or `finetune` returns networks that share weights,
             or one that does not predict a finite number for each class.
     """
-    if not isinstance(train, Split):
-        raise TypeError(
-            f"train is a {type(train).__name__}; allowed: a Split, as "
-            "Split.from_dataset(train) is one."
-        )
+    check_split(train)
     candidates = [rule for rule in candidates if rule != NOTHING]
     if not candidates:
         raise ValueError("there are 0 candidates that hide; allowed: 1 or more.")
@@ -234,8 +231,9 @@ def load_or_choose(
     Raises:
         CheckpointError: the file is damaged or foreign, or was made with other images,
             candidates, seed or values.
-        TypeError: one of `made_with` is no such value.
+        TypeError: one of `made_with` is no such value; see also `choose`.
     """
+    check_split(train)
     tensors = {"images": train.images, "labels": train.labels}
     made_with = {
         **made_with,
