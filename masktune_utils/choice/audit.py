@@ -29,7 +29,7 @@ class Audit:
         region: H×W, bool, where it points.
         swaps: of the region, see `exchange.swap`.
         elsewhere: how many mistakes move with a region of the same shape at three
-            other places.
+            other places, which may overlap it.
     """
 
     images: Split
