@@ -1,4 +1,4 @@
-"""The audit of a classifier that looks at one corner; classifiers as files."""
+"""The audit of a classifier that looks at a bar; classifiers as files."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from masktune_utils.choice import audit
 from masktune_utils.data import Split
 from masktune_utils.models import from_onnx
 
-CORNER = (..., slice(20, 26), slice(2, 8))
+BAR = (..., slice(2, 8))  # on the left
 MEANS = """
 <ir_version: 8, opset_import: ["": 13]>
 means (float[batch, 3, 8, 8] x) => (float[batch, 3] y) {
@@ -19,19 +19,19 @@ means (float[batch, 3, 8, 8] x) => (float[batch, 3] y) {
 
 
 def toy(mistakes):
-    """A hundred images of noise; a corner is bright in class 1, and in some of 0."""
+    """A hundred images of noise; a bar is bright in class 1, and in some of 0."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(100, 3, 28, 28, generator=generator) / 2
     labels = torch.arange(100) % 2
     is_bright = labels == 1
     is_bright[: 2 * mistakes : 2] = True
-    images[CORNER][is_bright] = 1
+    images[BAR][is_bright] = 1
     return Split(images.numpy(), labels.tolist(), class_names=("dark", "bright"))
 
 
 def logits(images):
-    corners = images[CORNER]
-    brightness = corners.mean((1, 2, 3))
+    bars = images[BAR]
+    brightness = bars.mean((1, 2, 3))
     darkness = 1 - brightness
     return 5 * torch.stack([darkness, brightness], 1)
 
@@ -39,12 +39,12 @@ def logits(images):
 def test_an_audit_names_the_part_with_which_mistakes_move():
     found = audit(logits, toy(mistakes=6))
     assert found.stands_out
-    assert found.region[CORNER].all()
-    assert found.region.float().mean() < 0.3
-    assert found.elsewhere == [0, 0, 0]
+    assert found.region[BAR].all()
+    assert found.region.float().mean() < 0.5
+    assert found.elsewhere == [0, 0, 0, 0]
     kind = found.kinds.loc["dark", "bright"]
     assert kind.tolist() == [6, 6]
-    assert found.reason.startswith("6 of 6 mistakes move with the bottom left (")
+    assert found.reason.startswith("6 of 6 mistakes move with the top left (")
 
 
 def test_an_audit_takes_probabilities_of_a_network_as_well():

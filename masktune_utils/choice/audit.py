@@ -28,8 +28,8 @@ class Audit:
         mistake_map: h×w, see `exchange.exchange_map`.
         region: H×W, bool, where it points.
         swaps: of the region, see `exchange.swap`.
-        elsewhere: how many mistakes move with a region of the same shape at three
-            other places, which may overlap it.
+        elsewhere: how many mistakes move with a region of the same shape at four other
+            places.
     """
 
     images: Split
@@ -124,11 +124,12 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
         masks = where.expand(len(images), -1, -1)
         return swap(network, MaskedDataset(images, masks, seed=seed), predicted)
 
-    # Moved by half of the image; what leaves it at an edge comes in at the other one.
-    down, right = (side // 2 for side in region.shape)
+    # Moved by quarters of a side, so that no thin bar falls onto itself: neither upright,
+    # nor level, nor diagonal. What leaves the image comes in at the other edge.
+    height, width = region.shape
     elsewhere = []
-    for by in ((down, 0), (0, right), (down, right)):
-        swaps = swap_region(region.roll(by, (0, 1)))
-        elsewhere.append(len(swaps.moving))
+    for down, right in ((1, 2), (2, 1), (2, 3), (3, 2)):
+        moved = region.roll((down * height // 4, right * width // 4), (0, 1))
+        elsewhere.append(len(swap_region(moved).moving))
     swaps = swap_region(region)
     return Audit(images, predicted, falls, region.cpu(), swaps, elsewhere)
