@@ -124,8 +124,8 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
         masks = where.expand(len(images), -1, -1)
         return swap(network, MaskedDataset(images, masks, seed=seed), predicted)
 
-    # Moved by quarters of a side, so that no thin bar falls onto itself: neither upright,
-    # nor level, nor diagonal. What leaves the image comes in at the other edge.
+    # Moved by quarters of a side, so that no thin bar falls onto itself, be it upright,
+    # level or diagonal. What leaves the image comes in at the other edge.
     height, width = region.shape
     elsewhere = []
     for down, right in ((1, 2), (2, 1), (2, 3), (3, 2)):
