@@ -9,7 +9,7 @@ from masktune_utils.choice import audit
 from masktune_utils.data import Split
 from masktune_utils.models import from_onnx
 
-BAR = (..., slice(2, 8))  # on the left
+BAR = (..., slice(20, 26))  # on the right
 MEANS = """
 <ir_version: 8, opset_import: ["": 13]>
 means (float[batch, 3, 8, 8] x) => (float[batch, 3] y) {
@@ -44,7 +44,7 @@ def test_an_audit_names_the_part_with_which_mistakes_move():
     assert found.elsewhere == [0, 0, 0, 0]
     kind = found.kinds.loc["dark", "bright"]
     assert kind.tolist() == [6, 6]
-    assert found.reason.startswith("6 of 6 mistakes move with the top left (")
+    assert found.reason.startswith("6 of 6 mistakes move with the top right (")
 
 
 def test_an_audit_takes_probabilities_of_a_network_as_well():

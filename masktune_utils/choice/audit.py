@@ -131,5 +131,4 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
     for down, right in ((1, 2), (2, 1), (2, 3), (3, 2)):
         moved = region.roll((down * height // 4, right * width // 4), (0, 1))
         elsewhere.append(len(swap_region(moved).moving))
-    swaps = swap_region(region)
-    return Audit(images, predicted, falls, region.cpu(), swaps, elsewhere)
+    return Audit(images, predicted, falls, region.cpu(), swap_region(region), elsewhere)
