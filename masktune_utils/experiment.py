@@ -295,7 +295,7 @@ def chosen_settings(settings: BaseSettings, count: int) -> Settings:
     )
 
 
-def choose(base: Trained) -> Choice:
+def choose_mask(base: Trained) -> Choice:
     """Choose a mask, or keep ERM, by `choice.choose`; on a CPU, in two processes.
 
     Args:
@@ -306,8 +306,7 @@ def choose(base: Trained) -> Choice:
     """
     train = base.images
     settings = base.settings
-    early_epochs = min(settings.epochs, math.ceil(2 * EARLY / len(train)))
-    early = settings.replace(epochs=early_epochs)
+    early_epochs = math.ceil(2 * EARLY / len(train))
     jobs = min(2, joblib.cpu_count()) if train.labels.is_cpu else 1
     threads = max(1, torch.get_num_threads() // jobs)
     with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
@@ -315,17 +314,19 @@ def choose(base: Trained) -> Choice:
             settings.folder("checkpoints") / CHOICE_FILE,
             train,
             partial(fit_half, settings),
+            {"base_sha256": base.sha256},
             seed=settings.seed,
-            early=partial(fit_half, early) if early != settings else None,
-            early_epochs=early_epochs,
-            base_sha256=base.sha256,
+            early=early_epochs / settings.epochs
+            if early_epochs < settings.epochs
+            else 0,
         )
 
 
-def fit_half(settings: BaseSettings, half: Split) -> nn.Module:
-    """The base model of a half of the images."""
+def fit_half(settings: BaseSettings, half: Split, share: float) -> nn.Module:
+    """The base model of a half of the images, for a share of the epochs."""
     network = new_network(settings, half)
-    training.train(network, half, **settings.training)
+    epochs = round(share * settings.epochs)
+    training.train(network, half, **{**settings.training, "epochs": epochs})
     return network
 
 
@@ -333,7 +334,7 @@ def chosen_model(choice: Choice, base: Trained) -> Trained:
     """The model with the chosen mask; or the base model itself, if ERM is kept.
 
     Args:
-        choice: see `choose`.
+        choice: see `choose_mask`.
         base: the ERM model.
 
     Raises:

@@ -1,10 +1,10 @@
 """The registered test of the choice: runs that are announced before they are made.
 
     pip install --no-deps animal-mnist
-    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 400 401 402
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/registered.py 500 501 502
 
-runs all kinds of the seeds 400 to 402, two at a time, four minutes of one core each, as
-results/registered.md says. A run that is done is skipped. Rows go to
+runs all kinds of the seeds 500 to 502, two at a time, three minutes of one core each,
+as results/registered.md says. A run that is done is skipped. Rows go to
 `results/registered.csv`, what the models of both folds predict to `results/trials`.
 """
 
@@ -13,6 +13,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 
@@ -26,7 +27,8 @@ from torch import Generator, Tensor, nn
 
 from masktune_utils import datasets, models, results, shortcuts, training
 from masktune_utils.choice import ERM, HeldOut, chosen, score
-from masktune_utils.choice.chosen import CANDIDATES
+from masktune_utils.choice.chosen import CANDIDATES, EARLY
+from masktune_utils.choice.exchange import FEW
 from masktune_utils.choice.held_out import try_masks
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
@@ -36,7 +38,8 @@ from masktune_utils.settings import REPOSITORY, BaseSettings
 KEY = ["dataset", "labels", "kind", "seed"]
 LIMIT = 4000
 ORACLE = "oracle"
-EPOCHS = {"early": 4, "late": 50}  # of networks of halves
+OTHERS = 1000  # images to audit by
+SHARES = {"early": EARLY, "late": 1.0}  # of the training of halves
 
 
 def square(size: int, color: str, row: int, column: int) -> Callable:
@@ -141,28 +144,60 @@ OUT_OF_REACH = ("pixels", "coloured digit", "tint")  # no mask can hide these
 
 
 def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
-    """Fresh training images with a shortcut, and all test images, raw and biased."""
-    settings = BaseSettings(
-        labels=labels, seed=seed, limit=LIMIT, **CHANGES.get(kind, {})
-    )
+    """Fresh training images with a shortcut, and all test images, raw and biased.
+
+    The validation images are `OTHERS`, drawn like the training images.
+    """
+    settings = BaseSettings(labels=labels, **CHANGES.get(kind, {}))
+    generator = seeded(seed)
     if dataset == "animals":
-        train, test = read_animals(labels, seed)
+        every = read_animals(labels)
     else:
-        train, test = datasets.read(settings.replace(dataset=dataset))
-    generator = Generator().manual_seed(seed)
-    which = train.has_shortcut  # of none, so far
-    if settings.shortcut != "none":
-        which = shortcuts.choose_images(
-            train, settings.placement, settings.conflicting_share, generator
-        )
+        every, test = datasets.read(settings.replace(dataset=dataset))
+    drawn = draw(every.groups, LIMIT + OTHERS, seed)
+    train = every[drawn[:, : LIMIT // 10].flatten()]
+    others = every[drawn[:, LIMIT // 10 :].flatten()]
+    if dataset == "animals":
+        is_rest = torch.ones(len(every), dtype=torch.bool)
+        is_rest[drawn] = False
+        test = every[is_rest]
     is_upper = shortcuts.halves(test.labels).bool()
-    biased = plant(test, is_upper, kind, generator)
-    train = plant(train, which, kind, generator)
-    return BiasedSets(train, test, biased, train[:0])
+
+    def with_shortcut(split: Split) -> Split:
+        which = split.has_shortcut  # of none, so far
+        if settings.shortcut != "none":
+            which = shortcuts.choose_images(
+                split, settings.placement, settings.conflicting_share, generator
+            )
+        return plant(split, which, kind, generator)
+
+    return BiasedSets(
+        train=with_shortcut(train),
+        raw=test,
+        biased=plant(test, is_upper, kind, generator),
+        validation=with_shortcut(others),
+    )
 
 
-def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
-    """400 silhouettes of each animal of animal-mnist, by the seed; and the rest."""
+def seeded(seed: int) -> Generator:
+    """A source of random choices."""
+    return Generator().manual_seed(seed)
+
+
+def draw(groups: Tensor, count: int, seed: int) -> Tensor:
+    """The index of images at random, equally many of each of ten groups, 10×…"""
+    generator = seeded(seed)
+    drawn = []
+    for group in range(10):
+        members = (groups == group).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        drawn.append(members[order[: count // 10]])
+    return torch.stack(drawn)
+
+
+@functools.cache
+def read_animals(labels: str) -> Split:
+    """All silhouettes of animal-mnist, 1,000 of each of ten animals."""
     folder = files("animal_mnist") / "data" / "Animal_MNIST"
     grey, animals = [
         torch.from_numpy(pd.read_pickle(folder / f"animal_{name}_version_3.gz"))  # noqa: S301
@@ -170,14 +205,7 @@ def read_animals(labels: str, seed: int) -> tuple[Split, Split]:
     ]
     images = grey[:, None].repeat(1, 3, 1, 1)
     classes = animals if labels == "digits" else shortcuts.halves(animals)
-    generator = Generator().manual_seed(seed)
-    is_training = torch.zeros(len(animals), dtype=torch.bool)
-    for animal in range(10):
-        members = (animals == animal).nonzero()[:, 0]
-        order = torch.randperm(len(members), generator=generator)
-        is_training[members[order[: LIMIT // 10]]] = True
-    every = Split(images, classes, animals)
-    return every[is_training], every[~is_training]
+    return Split(images, classes, animals)
 
 
 def plant(split: Split, which: Tensor, kind: str, generator: Generator) -> Split:
@@ -188,10 +216,10 @@ def plant(split: Split, which: Tensor, kind: str, generator: Generator) -> Split
     return Split(images, split.labels, split.groups, area)
 
 
-def fit(split: Split, seed: int, epochs: int = 50) -> nn.Module:
-    """ERM, as in notebook 02."""
+def fit(split: Split, share: float = 1.0, seed: int = 0) -> nn.Module:
+    """ERM, as in notebook 02, for a share of its 50 epochs."""
     network = models.new_model(seed, "cpu", len(split.labels.unique()))
-    training.train(network, split, epochs=epochs, seed=seed)
+    training.train(network, split, epochs=round(50 * share), seed=seed)
     return network
 
 
@@ -204,7 +232,7 @@ def oracle(dataset: str, labels: str, seed: int) -> nn.Module:
     train = load(dataset, labels, "none", seed).train
     nothing = torch.zeros(len(train), 28, 28)
     masked = MaskedDataset(train, nothing, "resample", seed)
-    return fine_tune(fit(train, seed), masked)
+    return fine_tune(fit(train, seed=seed), masked)
 
 
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
@@ -213,16 +241,17 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     By late halves only if early ones choose no mask.
     """
     sets = load(dataset, labels, kind, seed)
-    erm = fit(sets.train, seed)
+    erm = fit(sets.train, seed=seed)
     known = {ERM: erm, ORACLE: oracle(dataset, labels, seed)}
     worst_groups = {}
     for name, network in known.items():
         worst_groups["", name] = results.evaluate(network, sets)["worst_group"]
     tried = 0
-    for halves, epochs in EPOCHS.items():
-        fit_half = partial(fit, seed=seed, epochs=epochs)
-        stages = try_masks(sets.train, fit_half, fine_tune, CANDIDATES, seed=seed)
-        *_, held_out = stages
+    fit_half = partial(fit, seed=seed)
+    for halves, share in SHARES.items():
+        *_, held_out = try_masks(
+            sets.train, fit_half, fine_tune, CANDIDATES, seed, share
+        )
         for name, masked in held_out.masked.items():
             tuned = fine_tune(copy.deepcopy(erm), masked)
             worst_group = results.evaluate(tuned, sets)["worst_group"]
@@ -231,8 +260,8 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
         folder = "" if halves == "early" else f"{halves}/"
         run_name = f"{folder}{dataset}, {labels}, {kind}, {seed}"
         trials.save(run_name, held_out, of_models)
-        verdict = score.judge(held_out)
-        tried += number_tried(held_out, verdict)
+        verdict, count = decide(held_out)
+        tried += count
         mistakes = held_out.is_mistake.sum().item()
         chosen_model = ("", ERM)
         if verdict.chosen != ERM:
@@ -252,12 +281,19 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     ]
 
 
-def number_tried(held_out: HeldOut, verdict: score.Verdict) -> int:
-    """How many masks a choice tries: up to a clear one."""
-    names = held_out.tried
-    if verdict.is_final and verdict.chosen in names:
-        return 1 + names.index(verdict.chosen)
-    return len(names)
+def decide(held_out: HeldOut) -> tuple[score.Verdict, int]:
+    """The verdict of a choice, which stops at a clear mask; and how many it tries."""
+    tried = held_out.tried
+    for count in range(1, len(tried) + 1):
+        predictions = {
+            model: classes
+            for model, classes in held_out.predictions.items()
+            if model not in tried[count:]
+        }
+        verdict = score.decide(replace(held_out, predictions=predictions))
+        if verdict.is_final and held_out.is_mistake.sum() >= FEW:
+            return verdict, count
+    return score.decide(held_out), len(tried)
 
 
 @functools.cache

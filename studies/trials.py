@@ -5,8 +5,8 @@
 In the archive, `{data set}_{classes}_{kind}_{seed}.pt` and `photographs/…`. A file
 holds a `HeldOut`, and the accuracy in the worst group of the test sets, by model:
 
-    held_out, worst_groups = results.read_trial("mnist_halves_square-6_300")
-    print(score.judge(held_out).reason, worst_groups)
+    held_out, worst_groups = trials.read("mnist_halves_square-6_300")
+    print(score.decide(held_out).reason, worst_groups)
 
 Files of seeds before 400 (photographs: before 6) are of the masks of the time; those
 before 300 (photographs: 0 to 2) know only what share a mask hides, not where.
@@ -16,14 +16,17 @@ import io
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from masktune_utils.choice import HeldOut
-from masktune_utils.results import TRIALS
+from masktune_utils.choice.chosen import EARLY
 from masktune_utils.settings import REPOSITORY
 from masktune_utils.store import write_bytes
 
 FOLDER = REPOSITORY / "results" / "trials"
+TRIALS = FOLDER.with_suffix(".zip")
+FIRST_EARLY = 400  # seed from which on networks of short trainings were asked first
 
 
 def save(name: str, held_out: HeldOut, worst_groups: dict[str, float]) -> None:
@@ -46,6 +49,17 @@ def pack(folder: Path = FOLDER) -> None:
                 # With one date, the same files make the same archive.
                 entry = zipfile.ZipInfo(name)
                 archive.writestr(entry, path.read_bytes(), zipfile.ZIP_LZMA)
+
+
+def read(name: str) -> tuple[HeldOut, pd.Series]:
+    """A run of the archive: what models predict, and the worst group by model."""
+    with zipfile.ZipFile(TRIALS) as archive:
+        file = io.BytesIO(archive.read(f"{name}.pt"))
+    content = torch.load(file, weights_only=True)
+    worst_groups = content.pop("worst_groups")
+    if "/" not in name and int(name.rpartition("_")[2]) >= FIRST_EARLY:
+        content.setdefault("share", EARLY)
+    return HeldOut(**content), pd.Series(worst_groups)
 
 
 def names() -> list[str]:

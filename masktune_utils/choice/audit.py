@@ -1,112 +1,156 @@
-"""Where do the mistakes of a classifier come from? Forward passes alone tell.
+"""What does a classifier look at, and what hangs on it? Forward passes alone tell.
 
 Ours; see `exchange` for what it builds on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from masktune_utils.choice.exchange import FEW, Swaps, exchange_map, place, swap
+from masktune_utils.choice.chosen import Choice, as_region, hide
+from masktune_utils.choice.exchange import (
+    FEW,
+    ClassSwaps,
+    Swaps,
+    exchange_map,
+    name_ninth,
+    reliance_map,
+    swap,
+    swap_classes,
+)
 from masktune_utils.data import Split, check_split
 from masktune_utils.masking import MaskedDataset, Rule
 from masktune_utils.metrics import Network, predict
 
-# Where the exchange map is above half of its maximum.
-REGION = Rule("threshold", 0.5, "map", dilation=3, shared=True, exchange=True)
+# Where a map is above half of its maximum.
+REGION = Rule("threshold", 0.5, "map", dilation=3)
+LARGEST = 0.5  # share of the image: a larger region is no place
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """Where the mistakes of a classifier come from.
+    """A place in the image, and what hangs on it.
 
     Attributes:
         images: that the classifier has not seen.
         predicted: N, their predicted classes.
-        mistake_map: h×w, see `exchange.exchange_map`.
-        region: H×W, bool, where it points.
-        swaps: of the region, see `exchange.swap`.
-        elsewhere: how many mistakes move with a region of the same shape at four other
-            places.
+        maps: `mistakes`, `reliance` → h×w, see `exchange.exchange_map` and
+            `exchange.reliance_map`; none if a person pointed at a place.
+        found_by: the map that the region is from; `you` if a person pointed at it;
+            empty if no map points at a place, so that there is no region.
+        region: H×W, bool.
+        swaps: of mistakes, see `exchange.swap`; by `mistakes`, only of the half of them
+            that the map has not seen.
+        class_swaps: of all images, see `exchange.swap_classes`.
+        elsewhere: both for a region of the same shape at four other places.
     """
 
     images: Split
     predicted: Tensor
-    mistake_map: Tensor
+    maps: dict[str, Tensor]
+    found_by: str
     region: Tensor
     swaps: Swaps
-    elsewhere: list[int]
+    class_swaps: ClassSwaps
+    elsewhere: list[tuple[Swaps, ClassSwaps]]
 
     @property
-    def stands_out(self) -> bool:
-        """Whether more than twice as many mistakes move with it as with other places.
-
-        Never if there are fewer than `FEW` mistakes.
-        """
-        has_enough = len(self.swaps.mistakes) >= FEW
-        return has_enough and len(self.swaps.moving) > max(1, 2 * max(self.elsewhere))
-
-    @property
-    def kinds(self) -> pd.DataFrame:
-        """Of each class and prediction: how many mistakes, and how many move."""
-        mistakes = self.swaps.mistakes
-        names = self.images.class_names
-        labels = self.images.labels[mistakes]
-        table = pd.DataFrame(
-            {
-                "class": [names[number] for number in labels],
-                "prediction": [names[number] for number in self.predicted[mistakes]],
-                "moves": torch.isin(mistakes, self.swaps.moving),
-            }
-        )
-        by_kind = table.groupby(["class", "prediction"])["moves"]
-        kinds = by_kind.agg(mistakes="size", move="sum")
-        return kinds.sort_values("mistakes", ascending=False)
+    def accuracy(self) -> float:
+        """Of the images as they are."""
+        is_right = self.predicted == self.images.labels.cpu()
+        return is_right.double().mean().item()
 
     @property
     def reason(self) -> str:
-        """What was found, in words. A person says what it means."""
-        count = len(self.swaps.mistakes)
-        if count < FEW:
+        """What hangs on the place, in words. A person says what it means."""
+        is_mistake = self.predicted != self.images.labels.cpu()
+        count = int(is_mistake.sum())
+        first = (
+            f"Accuracy: {self.accuracy:.1%}; {count} mistakes among {len(self.images)} "
+            "images."
+        )
+        if not self.found_by:
             return (
-                f"{count} mistakes of {len(self.images)} images: too few to tell where "
-                f"they come from ({FEW} are needed)."
+                f"{first}\nNo map points at a place of at most {LARGEST:.0%} of the "
+                "image. More images or a longer training may show one; or point at a "
+                "place yourself: audit(…, place=(left, top, right, bottom))."
             )
-        if not self.region.any():
-            return "No part of the image lowers the loss of its mistakes."
+        swapped = self.class_swaps
+        others = [classes for _, classes in self.elsewhere]
+        worst = [100 * classes.worst for classes in others]
+        changed = [100 * classes.changed for classes in others]
+        moving = [len(swaps.moving) for swaps, _ in self.elsewhere]
+        name = self.images.class_names[swapped.worst_class]
         words = (
-            f"{len(self.swaps.moving)} of {count} mistakes move with the "
-            f"{place(self.region)} ({self.region.float().mean():.0%} of the image);\n"
-            f"with this shape at other places, {min(self.elsewhere)} to "
-            f"{max(self.elsewhere)}.\n"
+            f"{first}\n"
+            f"If the {name_ninth(self.region)} ({self.region.float().mean():.0%} of the "
+            f"image) comes from another class, the worst class ({name}) has "
+            f"{swapped.worst:.0%} ± {swapped.error:.0%},\n"
+            f"and {swapped.changed:.0%} of the right predictions change. With this shape "
+            f"at four other places: {min(worst):.0f} to {max(worst):.0f}%,\n"
+            f"and {min(changed):.0f} to {max(changed):.0f}% change.\n"
         )
-        if not self.stands_out:
-            return f"{words}No place stands out: no conclusion."
-        return (
-            f"{words}Look at the pictures: if your classes are not about this part, the "
-            "network is misled there."
-        )
+        if len(self.swaps.mistakes):
+            words += (
+                f"{len(self.swaps.moving)} of {len(self.swaps.mistakes)} mistakes move "
+                f"with it; with the other places {min(moving)} to {max(moving)}.\n"
+            )
+        return f"{words}Is your class about this part? If not, hide it."
+
+    def hide(self, train: Split, **options: object) -> Choice:
+        """Hide the place in training images, see `chosen.hide`.
+
+        Args:
+            train: the training images.
+            **options: see `chosen.hide`.
+
+        Raises:
+            ValueError: there is no place.
+        """
+        return hide(train, self.region, **options)
 
 
-def audit(network: Network, images: Split, seed: int = 0) -> Audit:
-    """Find the part of the image with which the mistakes of a classifier move.
+def audit(
+    network: Network,
+    images: Split,
+    seed: int = 0,
+    place: Tensor | Sequence[float] | None = None,
+) -> Audit:
+    """What hangs on a place in the image? Without a place, find one.
 
-    It names a place. Whether the classes are about it, a person says: evidence
-    misleads, too.
+    A place is found by the mistakes of the network if there are enough, else by its
+    predictions. Whether the classes are about it, a person says: evidence misleads,
+    too.
 
     Args:
         network: any network, or a function (of a network in evaluation mode): images
             in [0, 1], B×C×H×W → logits or probabilities, B×classes.
         images: with labels; images that it was not trained on.
         seed: of random choices.
+        place: see `chosen.as_region`.
 
     Raises:
         TypeError: `images` are no `Split`; or see `metrics.predict`.
-        ValueError: it predicts a number of classes other than that of the images.
+        ValueError: there are no images of two classes; the place is no part of the
+            image; or the network predicts a number of classes other than theirs.
     """
     check_split(images)
+    seed = int(seed)  # of NumPy, too
+    labels = images.labels.cpu()
+    present = labels.unique().tolist()
+    if len(present) < 2:
+        raise ValueError(
+            f"the classes of the images are {present}; allowed: 2 or more."
+        )
+    size = images.images.shape[-2:]
+    region = torch.zeros(size, dtype=torch.bool)
+    maps = {}
+    found_by = ""
+    if place is not None:
+        region = as_region(place, size)
+        found_by = "you"
     outputs = predict(network, images)
     count = len(images.class_names)
     if outputs.shape[1] != count:
@@ -115,20 +159,68 @@ def audit(network: Network, images: Split, seed: int = 0) -> Audit:
             "of the images' class_names, which may name classes without an image."
         )
     predicted = outputs.argmax(1)
-    seed = int(seed)  # of NumPy, too
-    falls = exchange_map(network, images, predicted, seed)
-    maps = falls.clamp(min=0).expand(len(images), -1, -1)
-    region = REGION.mask(images, maps).own_masks[0]
+    counted = predicted
+    if place is None:
+        # A map fits the mistakes that it is made of: half of them make it, the other
+        # half is counted.
+        making, counting = _halves(labels, predicted)
+        maps = {
+            "mistakes": exchange_map(network, images, making, seed),
+            "reliance": reliance_map(network, images, predicted, seed),
+        }
+        regions = {name: region_of(values, size) for name, values in maps.items()}
+        if (making != labels).sum() < FEW:
+            del regions["mistakes"]
+        for name, candidate in regions.items():
+            if 0 < candidate.float().mean() <= LARGEST:
+                found_by = name
+                region = candidate
+                break
+        if found_by == "mistakes":
+            counted = counting
 
-    def swap_region(where: Tensor) -> Swaps:
-        masks = where.expand(len(images), -1, -1)
-        return swap(network, MaskedDataset(images, masks, seed=seed), predicted)
+    def measure(where: Tensor) -> tuple[Swaps, ClassSwaps]:
+        masks = where.to(images.images.device).expand(len(images), -1, -1)
+        masked = MaskedDataset(images, masks, seed=seed)
+        return (
+            swap(network, masked, counted),
+            swap_classes(network, images, where, predicted, seed),
+        )
 
     # Moved by quarters of a side, so that no thin bar falls onto itself, be it upright,
     # level or diagonal. What leaves the image comes in at the other edge.
-    height, width = region.shape
+    height, width = size
     elsewhere = []
     for down, right in ((1, 2), (2, 1), (2, 3), (3, 2)):
         moved = region.roll((down * height // 4, right * width // 4), (0, 1))
-        elsewhere.append(len(swap_region(moved).moving))
-    return Audit(images, predicted, falls, region.cpu(), swap_region(region), elsewhere)
+        elsewhere.append(measure(moved))
+    return Audit(images, predicted, maps, found_by, region, *measure(region), elsewhere)
+
+
+def region_of(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where a map is above half of its maximum, and around, H×W, bool.
+
+    Args:
+        values: h×w.
+        size: H, W.
+    """
+    positive = values.clamp(min=0)
+    maps = positive[None] / positive.max().clamp(min=1e-8)
+    return REGION.image_masks(maps, size)[0]
+
+
+def _halves(labels: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """The predictions, with one half of the mistakes, and with the other, N each.
+
+    Of each kind of mistake (class, prediction), every second one is in a half.
+    """
+    mistakes = (predicted != labels).nonzero()[:, 0]
+    kinds = labels[mistakes] * (predicted.max() + 1) + predicted[mistakes]
+    by_kind = mistakes[kinds.argsort(stable=True)]
+    halves = []
+    for start in (0, 1):
+        half = by_kind[start::2]
+        some = labels.clone()
+        some[half] = predicted[half]
+        halves.append(some)
+    return halves[0], halves[1]

@@ -1,0 +1,135 @@
+"""A place that is pointed at, or found: what hangs on it, and what hiding it is worth.
+
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/places.py 500 501 502
+
+makes the rows that are missing in `results/places.csv`, two runs at a time, a minute of
+one core each: kinds of registered.py. ERM is audited by 1,000 other images. A row for
+each place:
+
+- `box`: what a person points at, the bounding box of the shortcut and a pixel around;
+- `audit`: where the audit finds a place, by mistakes or by reliance;
+- `mistakes`, `reliance`: where each of its maps points;
+- `difference`: the mean of mistakes minus the mean of their class;
+- `occlusion`: where grey windows lower the probability of the image's own class most.
+
+The first two are hidden, too. The true worst group is that of the test sets.
+"""
+
+import sys
+
+import registered
+import torch
+from resume import resume
+from torch import Tensor, nn
+
+from masktune_utils import results
+from masktune_utils.choice import Audit, audit, hide
+from masktune_utils.choice.audit import LARGEST, region_of
+from masktune_utils.choice.exchange import mean_falls
+from masktune_utils.data import Split
+from masktune_utils.metrics import predict
+
+LARGEST_BOX = 0.4  # share of the image: a larger bounding box is no place
+
+
+def box(area: Tensor) -> Tensor:
+    """The bounding box of an area, H×W, and a pixel around."""
+    rows = area.any(1).nonzero()[:, 0]
+    columns = area.any(0).nonzero()[:, 0]
+    region = torch.zeros_like(area)
+    region[
+        max(0, rows.min() - 1) : rows.max() + 2,
+        max(0, columns.min() - 1) : columns.max() + 2,
+    ] = True
+    return region
+
+
+def difference_map(images: Split, predicted: Tensor) -> Tensor:
+    """Where mistakes look unlike their class, H×W: the mean absolute difference."""
+    pixels = images.images.float() / 255
+    is_mistake = predicted != images.labels
+    parts = []
+    for label in images.labels[is_mistake].unique():
+        of_class = images.labels == label
+        mean_mistake = pixels[of_class & is_mistake].mean(0)
+        parts.append((mean_mistake - pixels[of_class].mean(0)).abs().mean(0))
+    return torch.stack(parts).mean(0) if parts else torch.zeros(pixels.shape[-2:])
+
+
+def occlusion_map(network: nn.Module, images: Split) -> Tensor:
+    """By how much a grey window lowers the log-probability of the class, h×w."""
+    sample = images[:100]
+    labels = sample.labels
+
+    def logarithm(pixels: Tensor) -> Tensor:
+        outputs = predict(network, Split(pixels, labels)).log_softmax(1)
+        return outputs.gather(1, labels[:, None])[:, 0]
+
+    grey = torch.full_like(sample.images, 128)
+    weights = torch.full((len(sample),), 1 / len(sample))
+    return mean_falls(logarithm, sample.images, grey, weights)
+
+
+def measured(found: Audit) -> dict:
+    """What an audit says of its place."""
+    swapped = found.class_swaps
+    return {
+        "accuracy": found.accuracy,
+        "estimate": swapped.worst,
+        "error": swapped.error,
+        "any_partner": swapped.accuracy.nanmean(1).min().item(),
+        "changed": swapped.changed,
+        "changed_elsewhere": max(of.changed for _, of in found.elsewhere),
+        "counted": len(found.swaps.mistakes),
+        "moving": len(found.swaps.moving),
+        "moving_elsewhere": max(len(of.moving) for of, _ in found.elsewhere),
+    }
+
+
+def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
+    """A row for each place."""
+    sets = registered.load(dataset, labels, kind, seed)
+    network = registered.fit(sets.train, seed=seed)
+    worst_group = results.evaluate(network, sets)["worst_group"]
+    others = sets.validation
+    others = others[torch.randperm(len(others), generator=registered.seeded(seed))]
+    found = audit(network, others, seed)
+    size = others.images.shape[-2:]
+    regions = {name: region_of(values, size) for name, values in found.maps.items()}
+    regions["difference"] = region_of(difference_map(others, found.predicted), size)
+    regions["occlusion"] = region_of(occlusion_map(network, others), size)
+    mistakes = int((found.predicted != others.labels).sum())
+    if mistakes < 10:  # half of them make a map
+        del regions["mistakes"]
+    audits = {"audit": found} if found.found_by else {}
+    area = others.shortcut.float().mean(0)
+    if area.any() and box(area > 0).float().mean() <= LARGEST_BOX:
+        audits["box"] = audit(network, others, seed, place=box(area > 0))
+    regions |= {name: of.region for name, of in audits.items()}
+    rows = []
+    for name, region in regions.items():
+        row = {
+            "place": name,
+            "found_by": found.found_by if name == "audit" else "",
+            "mistakes": mistakes,
+            "region": region.float().mean().item(),
+            "covers": (area * region).sum().item() / max(area.sum().item(), 1e-8),
+            "is_place": bool(region.float().mean() <= LARGEST),
+            "worst_group": worst_group,
+        }
+        if name in audits:
+            choice = hide(sets.train, region, registered.fine_tune, seed)
+            tuned = choice.finetune(network)
+            after = audit(tuned, others, seed, place=region)
+            row |= measured(audits[name])
+            row["hidden_worst_group"] = results.evaluate(tuned, sets)["worst_group"]
+            row |= {f"hidden_{key}": value for key, value in measured(after).items()}
+        rows.append({**row, "commit": registered.commit()})
+    return rows
+
+
+if __name__ == "__main__":
+    import places  # its functions have this name in the other processes, too
+
+    runs = [(*kind, int(seed)) for seed in sys.argv[1:] for kind in registered.PLAN]
+    resume("places.csv", registered.KEY, runs, places.run)
