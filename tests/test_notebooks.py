@@ -38,6 +38,7 @@ OTHER_DEFAULTS = {
     },
 }
 ANSWERS = {  # notebooks with code in an answer, and how they run on tiny data
+    "02_erm": TINY,
     "04_finetune_sweep": TINY,
     "05_plots": TINY,
     "06_choice": TINY | {"limit": 60},
