@@ -3,10 +3,10 @@
 The core, plain functions on networks and images, which know no settings:
 
     progress     bars
-    store        devices; files that are whole or not there; one cache
-    data         `Split`: images with labels, from any data set of torch; two folds
-    models       networks, and the layer that is explained
-    shortcuts    what is planted in images, and groups
+    store        files that are whole or not there; one cache
+    data         `Split`: images with labels, from any data set of torch; groups, folds
+    models       devices; networks, and the layer that is explained
+    shortcuts    what is planted in images, and in which
     training     one loop, for ERM and fine-tuning
     saliency     maps, by torchcam
     masking      rules from maps to masks; masked images; MaskTune itself

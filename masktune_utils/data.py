@@ -213,6 +213,28 @@ class Split(Dataset):
         return to_float(images), self.labels[index].to(device)
 
 
+def group_members(split: Split) -> dict[str, Tensor]:
+    """Index of the images of each group, on the CPU; empty groups are left out.
+
+    Returns:
+        Name of the group → index. The groups are those of `Split.group_names`, else
+        class × shortcut.
+
+    Raises:
+        IndexError: a group or class has no name.
+    """
+    names = split.group_names
+    numbers = split.groups
+    if not names:
+        words = ("shortcut", "no shortcut")
+        names = [f"{name}, {word}" for name in split.class_names for word in words]
+        numbers = 2 * split.labels + ~split.has_shortcut
+    return {
+        names[number]: (numbers == number).nonzero()[:, 0].cpu()
+        for number in numbers.unique().tolist()
+    }
+
+
 def check_split(images: object) -> None:
     """Refuse images of another kind, where people give their own.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from masktune_utils import shortcuts, store
+from masktune_utils import models, shortcuts, store
 from masktune_utils.data import Split
 from masktune_utils.settings import REPOSITORY, BaseSettings
 
@@ -59,7 +59,7 @@ def load(settings: BaseSettings) -> BiasedSets:
     generator = torch.Generator().manual_seed(settings.seed)
     which = train.has_shortcut  # of none, so far
     if settings.shortcut != "none":
-        which = shortcuts.place(
+        which = shortcuts.choose_images(
             train, settings.placement, settings.conflicting_share, generator
         )
     count = round(settings.validation_share * len(train))
@@ -113,7 +113,7 @@ def plant(
     )
     area = (images != split.images).any(1)
     planted = dataclasses.replace(split, images=images, shortcut=area)
-    return planted.to(store.resolve_device(settings.device))
+    return planted.to(models.resolve_device(settings.device))
 
 
 def data_root() -> Path:
@@ -211,7 +211,7 @@ def _read_torchvision(dataset: str) -> list[tuple[Tensor, Tensor]]:
     folder = data_root() / kind.__name__
     if not folder.is_dir():
         _download(kind, folder)
-    with store.reading(folder):
+    with store.blame(folder):
         if dataset == "mnist":
             files = sorted(folder.glob("raw/*-ubyte"))
             content = b"".join(file.read_bytes() for file in files)

@@ -65,7 +65,7 @@ def from_notebook(namespace: dict, *other_names: str, **derived: object) -> Sett
     values = {name: namespace[name] for name in DEFAULTS if name in namespace}
     settings = Settings(**{**values, **derived})
     settings = settings.replace(dataset=datasets.resolve_dataset(settings.dataset))
-    device = store.resolve_device(settings.device)
+    device = models.resolve_device(settings.device)
     print(f"Images: {settings.dataset}. Device: {device}.")
     return settings
 
@@ -152,8 +152,8 @@ def load_or_train(
     made_with = {**settings.identity, **made_with}
     configuration = configuration or settings.configuration
     path = settings.checkpoint_path(configuration)
-    saved = store.kept(path, made_with, make)
-    with store.reading(path):
+    saved = store.load_or_make(path, made_with, make)
+    with store.blame(path):
         network.load_state_dict(saved["state_dict"])
     sha256 = store.sha256(network.state_dict())
     return Trained(
@@ -181,7 +181,7 @@ def with_weights(path: str | Path) -> nn.Module:
     """
     path = Path(path).expanduser()
     content = store.read(path)
-    with store.reading(path):
+    with store.blame(path):
         weights = content.get("state_dict", content)
         network = models.new_model(0, num_classes=len(weights["linear.3.bias"]))
         network.load_state_dict(weights)
@@ -227,7 +227,7 @@ def training_saliency(base: Trained) -> Tensor:
         return {"maps": maps.cpu()}
 
     path = base.settings.folder("checkpoints") / "CNN_saliency.pth"
-    saved = store.kept(path, {"base_sha256": base.sha256}, make)
+    saved = store.load_or_make(path, {"base_sha256": base.sha256}, make)
     return saved["maps"].to(train.labels.device)
 
 
@@ -339,7 +339,7 @@ def chosen_model(choice: Choice, base: Trained) -> Trained:
     Raises:
         CheckpointError: see `load_or_train`; or another mask had been chosen.
     """
-    if choice.is_kept:
+    if choice.keeps_erm:
         return base._replace(configuration="chosen")
     masked = choice.masked
     rule = asdict(masked.rule)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from masktune_utils.data import Split
+from masktune_utils.data import Split, group_members
 from masktune_utils.models import in_float32
-from masktune_utils.shortcuts import groups
 
 # a network, or a function: images in [0, 1], B×C×H×W → logits, B×classes
 Network = nn.Module | Callable[[Tensor], Tensor]
@@ -76,12 +75,12 @@ def is_right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def group_accuracy(logits: Tensor, split: Split) -> dict[str, float]:
-    """Accuracy of each group that has images, see `shortcuts.groups`.
+    """Accuracy of each group that has images, see `data.group_members`.
 
     Args:
         logits: N×classes.
         split: the images.
     """
     right = is_right(logits, split.labels).double()
-    members = groups(split)
+    members = group_members(split)
     return {name: right[index].mean().item() for name, index in members.items()}

@@ -1,4 +1,4 @@
-"""Networks, and the layer that is explained."""
+"""Devices; networks, and the layer that is explained."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,20 @@ FEWEST_CELLS = 6  # of a map's shorter side: coarser ones miss what is small
 
 class NoMapsError(TypeError):
     """A network without maps, as one that computes with tokens."""
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    cpu = torch.device("cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or cpu
+    devices = {"auto": best, "cpu": cpu, best.type: best}
+    if device not in devices:
+        raise ValueError(f"device = {device!r}; here there are {', '.join(devices)}")
+    return devices[device]
 
 
 class SmallCNN(nn.Module):

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from masktune_utils import metrics, store
 from masktune_utils.choice import Audit, Choice, HeldOut, score
-from masktune_utils.data import Split, to_float
+from masktune_utils.data import Split, group_members, to_float
 from masktune_utils.masking import MaskedDataset, resize
 from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
-from masktune_utils.shortcuts import groups
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
 MODEL_COLORS = {
@@ -73,7 +72,7 @@ def examples(split: Split, per_group: int = 1) -> tuple[Tensor, list[str]]:
     """
     chosen = []
     titles = []
-    for name, index in groups(split).items():
+    for name, index in group_members(split).items():
         step = max(1, len(index) // per_group)
         spread = index[step // 2 :: step][:per_group]
         chosen.append(spread)

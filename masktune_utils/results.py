@@ -82,7 +82,7 @@ def read(path: Path) -> dict:
     Raises:
         CheckpointError: the file is damaged, or no result.
     """
-    with store.reading(path):
+    with store.blame(path):
         row = json.loads(path.read_bytes())
         if not {*KEY, "base_sha256"} <= row.keys():
             raise ValueError("it is no result")
@@ -167,7 +167,7 @@ def _mean_and_std(shares: pd.Series) -> str:
     return text.removesuffix(" ± nan").removeprefix("nan")
 
 
-def named(table: pd.DataFrame) -> pd.DataFrame:
+def with_model_names(table: pd.DataFrame) -> pd.DataFrame:
     """A table with the column `model`: in words, or the configuration if need be.
 
     Args:
@@ -180,13 +180,13 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(model=model)
 
 
-def worth(table: pd.DataFrame) -> pd.DataFrame:
+def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracies of each model of each experiment, the best one last, as text.
 
     Args:
         table: see `collect`.
     """
-    table = named(table)
+    table = with_model_names(table)
     by = ["model"]
     if table["experiment"].nunique() > 1:
         by = ["experiment", "model"]

@@ -1,4 +1,4 @@
-"""The shortcut that is planted in the images, and the groups."""
+"""The shortcut that is planted in images, and which images get it."""
 
 import torch
 from PIL import ImageColor
@@ -15,28 +15,6 @@ SHORTCUTS = (
     "digit_color",
     "background",
 )
-
-
-def groups(split: Split) -> dict[str, Tensor]:
-    """Index of the images of each group, on the CPU; empty groups are left out.
-
-    Returns:
-        Name of the group → index. The groups are those of `Split.group_names`, else
-        class × shortcut.
-
-    Raises:
-        IndexError: a group or class has no name.
-    """
-    names = split.group_names
-    numbers = split.groups
-    if not names:
-        words = ("shortcut", "no shortcut")
-        names = [f"{name}, {word}" for name in split.class_names for word in words]
-        numbers = 2 * split.labels + ~split.has_shortcut
-    return {
-        names[number]: (numbers == number).nonzero()[:, 0].cpu()
-        for number in numbers.unique().tolist()
-    }
 
 
 def add_square(
@@ -120,7 +98,7 @@ def halves(labels: Tensor) -> Tensor:
     return (labels > labels.max() // 2).long()
 
 
-def place(
+def choose_images(
     split: Split,
     placement: str,
     conflicting: float,

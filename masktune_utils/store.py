@@ -1,4 +1,4 @@
-"""Devices; files, which are whole or not there; and one cache.
+"""Files, which are whole or not there; and one cache.
 
 No module of the package is imported here.
 """
@@ -19,20 +19,6 @@ from torch import Tensor
 
 class CheckpointError(ValueError):
     """A file that is damaged, foreign, or was made with something else."""
-
-
-def resolve_device(device: str = "auto") -> torch.device:
-    """The device to compute on; `auto` takes CUDA if there is one, then MPS, then CPU.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    cpu = torch.device("cpu")
-    best = torch.accelerator.current_accelerator(check_available=True) or cpu
-    devices = {"auto": best, "cpu": cpu, best.type: best}
-    if device not in devices:
-        raise ValueError(f"device = {device!r}; here there are {', '.join(devices)}")
-    return devices[device]
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
@@ -68,8 +54,8 @@ def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong here is blamed on a file.
+def blame(path: Path) -> Iterator[None]:
+    """Whatever goes wrong here is blamed on the file that is read.
 
     Raises:
         CheckpointError: it is damaged or foreign; the message names it.
@@ -94,7 +80,7 @@ def read(path: Path) -> Any:
         CheckpointError: the file is damaged or foreign.
         FileNotFoundError: there is none.
     """
-    with path.open("rb") as file, reading(path):
+    with path.open("rb") as file, blame(path):
         if zipfile.is_zipfile(file):
             damaged = zipfile.ZipFile(file).testzip()
             if damaged:  # torch does not look
@@ -103,7 +89,7 @@ def read(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def kept(
+def load_or_make(
     path: Path,
     made_with: dict,
     make: Callable[[], dict],
@@ -135,7 +121,7 @@ def kept(
         torch.save(content, buffer)
         write_bytes(path, buffer.getvalue(), is_cache=True)
     content = read(path)
-    with reading(path):
+    with blame(path):
         settings = content["settings"]
         names = {**settings, **made_with}
     for name in names:

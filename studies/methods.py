@@ -46,7 +46,6 @@ from masktune_utils import (
     masking,
     models,
     results,
-    shortcuts,
     training,
 )
 from masktune_utils.choice import chosen
@@ -544,7 +543,7 @@ def dfr(task: Task) -> Networks:
     inputs = scaler.transform(features(network, held_out))
     labels = held_out.labels.numpy()
     rng = task.rng
-    members = [*shortcuts.groups(held_out).values()]
+    members = [*data.group_members(held_out).values()]
     large = [index for index in members if len(index) > 1]
     to_fit = balanced([index[::2] for index in large], rng)
 

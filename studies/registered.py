@@ -152,7 +152,7 @@ def load(dataset: str, labels: str, kind: str, seed: int) -> BiasedSets:
     generator = Generator().manual_seed(seed)
     which = train.has_shortcut  # of none, so far
     if settings.shortcut != "none":
-        which = shortcuts.place(
+        which = shortcuts.choose_images(
             train, settings.placement, settings.conflicting_share, generator
         )
     is_upper = shortcuts.halves(test.labels).bool()

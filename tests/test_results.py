@@ -104,7 +104,7 @@ def test_summary_is_mean_and_sample_standard_deviation_in_per_cent():
     assert summary.loc["top_k_0.1"].tolist() == ["90.00", "50.00", "", 1]
 
 
-def test_what_each_model_is_worth_and_what_was_chosen():
+def test_the_accuracies_of_each_model_and_what_was_chosen():
     rows = [
         ("base", "ERM", 0.3),
         ("chosen", "mean_std 3", 0.9),
@@ -114,13 +114,13 @@ def test_what_each_model_is_worth_and_what_was_chosen():
     ]
     table = pd.DataFrame(rows, columns=["configuration", "rule", "worst_group"])
     table = table.assign(experiment="mnist", raw=1.0, biased=1.0)
-    worth = results.worth(table)["worst group"]
-    assert [*worth.items()] == [
+    accuracies = results.accuracy_table(table)["worst group"]
+    assert [*accuracies.items()] == [
         ("top_k_0.1", "10.00"),
         ("top_k_0.1_epochs=2", "20.00"),
         ("ERM", "30.00"),
         (results.CHOSEN, "70.00 ± 28.28"),  # the best one last
     ]
     table["experiment"] = ["other", *table["experiment"][1:]]
-    worth = results.worth(table)["worst group"]
-    assert worth["other", "ERM"] == "30.00"
+    accuracies = results.accuracy_table(table)["worst group"]
+    assert accuracies["other", "ERM"] == "30.00"

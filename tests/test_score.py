@@ -258,7 +258,7 @@ def test_a_choice_can_be_changed_by_hand():
     assert by_hand.verdict.chosen == "b"
     assert '"b" covers 9%' in by_hand.reason
     kept = choice.take(ERM)
-    assert kept.is_kept
+    assert kept.keeps_erm
     assert kept.reason.startswith('By hand: "ERM".\n"a" covers 9%')
     with pytest.raises(ValueError, match="name is 'c'; allowed: ERM; a; b"):
         choice.take("c")

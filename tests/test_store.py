@@ -22,7 +22,7 @@ def path(tmp_path) -> Path:
 def keep(path, value=1.0, made_with=MADE_WITH):
     """What is kept of a value."""
     content = {"values": torch.full((50,), value)}
-    return store.kept(path, made_with, lambda: content)["values"]
+    return store.load_or_make(path, made_with, lambda: content)["values"]
 
 
 def test_what_is_kept_is_made_once_with_the_same_bytes(path, tmp_path):
@@ -57,7 +57,7 @@ def test_of_two_processes_that_write_at_the_same_time_the_first_one_wins(path):
         keep(path, 1.0)  # the other process
         return {"values": torch.zeros(50)}
 
-    assert store.kept(path, MADE_WITH, make)["values"].eq(1).all()
+    assert store.load_or_make(path, MADE_WITH, make)["values"].eq(1).all()
     assert [*path.parent.iterdir()] == [path]
 
 

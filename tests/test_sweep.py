@@ -44,7 +44,7 @@ def test_a_run_executes_every_notebook_and_chooses_one_of_all(whole_run):
 
 def test_a_run_prints_what_each_model_is_worth_and_last_why_one_is_chosen(whole_run):
     directory = whole_run.directory
-    worth = results.worth(results.collect(str(directory))).to_string()
+    worth = results.accuracy_table(results.collect(str(directory))).to_string()
     assert f"Accuracy in %\n\n{worth}\n" in whole_run.printed
     assert max(map(len, worth.splitlines())) <= 80
     assert whole_run.printed.endswith(f"{reason(directory)}\n")

@@ -58,14 +58,14 @@ class Choice:
     verdict: Verdict
 
     @property
-    def is_kept(self) -> bool:
+    def keeps_erm(self) -> bool:
         """Whether ERM is kept."""
         return self.verdict.chosen == ERM
 
     @property
     def masked(self) -> MaskedDataset:
         """The images with the chosen masks; nothing is hidden if ERM is kept."""
-        return self.held_out.masked[NULL if self.is_kept else self.verdict.chosen]
+        return self.held_out.masked[NULL if self.keeps_erm else self.verdict.chosen]
 
     @property
     def reason(self) -> str:
@@ -87,7 +87,7 @@ class Choice:
         )
         if nothing - erm > UNDERTRAINED:
             lines.append("ERM gains by more training alone: train it longer.")
-        if self.is_kept:
+        if self.keeps_erm:
             lines.append(f'To take this mask: choice.take("{best}").')
         else:
             lines.append(
@@ -116,7 +116,7 @@ class Choice:
         It is in evaluation mode.
         """
         tuned = copy.deepcopy(network)
-        if not self.is_kept:
+        if not self.keeps_erm:
             tuned = self.schedule(tuned, self.masked)
         return tuned.eval()
 
@@ -198,7 +198,7 @@ def choose(
             if verdict.is_final:
                 break
         choice = Choice(held_out, schedule, verdict)
-        if not choice.is_kept:
+        if not choice.keeps_erm:
             break
     return choice
 
@@ -253,8 +253,8 @@ def load_or_choose(
         return {"held_out": content, "masks": masks}
 
     path = Path(path).expanduser()
-    saved = store.kept(path, made_with, make)
-    with store.reading(path):
+    saved = store.load_or_make(path, made_with, make)
+    with store.blame(path):
         held_out = HeldOut(**saved["held_out"])
         for fields, masks in saved["masks"]:
             rule = Rule(**fields)

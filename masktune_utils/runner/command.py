@@ -10,7 +10,7 @@ from pathlib import Path
 from joblib import cpu_count
 from yaml import YAMLError
 
-from masktune_utils import datasets, results, store
+from masktune_utils import datasets, models, results
 from masktune_utils.runner import jobs
 from masktune_utils.runner.grids import read_grid
 from masktune_utils.settings import DEFAULTS, REPOSITORY, RUNTIME, Settings, root
@@ -88,7 +88,7 @@ def _run(arguments: Namespace) -> int:
     if arguments.dry_run:
         jobs.execute(stages, 0)
         return 0
-    device = store.resolve_device(grid[0].device)
+    device = models.resolve_device(grid[0].device)
     # Each kernel on a GPU has a context and the images of its own.
     count = min(cpu_count(), 8) if device.type == "cpu" else 1
     errors = jobs.execute(stages, arguments.jobs or count)
@@ -101,7 +101,7 @@ def _run(arguments: Namespace) -> int:
         print(f"files: {directory}")
         rows = table[table["experiment"].isin(experiments)]
         if len(rows):
-            print(f"\nAccuracy in %\n\n{results.worth(rows).to_string()}\n")
+            print(f"\nAccuracy in %\n\n{results.accuracy_table(rows).to_string()}\n")
     for stage in reversed(stages):
         for job in stage:
             if job not in errors and job.stem in (CHOICE, jobs.PLOTS):

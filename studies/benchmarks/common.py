@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from masktune_utils import datasets, experiment, models, store
+from masktune_utils import datasets, experiment, models
 from masktune_utils.settings import Settings
 
 BIN = Path(sys.executable).parent  # where masktune and papermill are installed
@@ -28,7 +28,7 @@ def machine() -> str:
         for line in info.read_text().splitlines()
         if line.startswith("model name")
     ]
-    device = store.resolve_device()
+    device = models.resolve_device()
     accelerator = "none" if device.type == "cpu" else device.type
     if device.type == "cuda":
         accelerator = torch.cuda.get_device_name(device)
