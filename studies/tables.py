@@ -3,17 +3,14 @@
     python studies/tables.py
 
 A table is known by its first line, and is made if a file has that line. Everything else
-in the two files is written by hand; the numbers in it are looked up: phrases that a
-file lacks are printed.
+in the two files is written by hand.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from registered import KEY, LIMIT, OUT_OF_REACH
-from scipy.stats import ttest_rel
 
 from masktune_utils import results
 from masktune_utils.choice import ERM
@@ -383,17 +380,12 @@ def table_of_ways() -> list[str]:
     return lines(pd.DataFrame(numbers).map("{:.1f}".format))
 
 
-def audits() -> pd.DataFrame:
-    """The audits; whether there were enough mistakes, and the shortcut was found."""
-    runs = read("audits.csv")
-    runs["can_tell"] = runs["mistakes"] >= FEW
-    runs["finds"] = runs["stands_out"] & (runs["shortcut_covered"] >= 0.5)
-    return runs
-
-
 def table_of_audits() -> list[str]:
     """How often an audit has enough mistakes, and finds the shortcut."""
-    runs = pd.concat(by_kind(audits()), names=["part"]).assign(runs=1)
+    runs = read("audits.csv").assign(runs=1)
+    runs["can_tell"] = runs["mistakes"] >= FEW
+    runs["finds"] = runs["stands_out"] & (runs["shortcut_covered"] >= 0.5)
+    runs = pd.concat(by_kind(runs), names=["part"])
     parts = runs.groupby(["part", "images"], sort=False)
     return lines(parts[["runs", "can_tell", "stands_out", "finds"]].sum())
 
@@ -409,15 +401,11 @@ def table_of_others() -> list[str]:
     template = (
         "|{text}|{setting}|{erm_raw} / {erm_biased}|{tuned_raw} / {tuned_biased}|"
     )
-    rows = [template.format(**row) for row in others().to_dict("records")]
-    return [row.replace(" / |", "|") for row in rows]
-
-
-def others() -> pd.DataFrame:
-    """Numbers copied from the pages that are linked, as text."""
-    return pd.read_csv(
+    copied = pd.read_csv(
         FOLDER / "reference_others.csv", dtype=str, keep_default_na=False
     )
+    rows = [template.format(**row) for row in copied.to_dict("records")]
+    return [row.replace(" / |", "|") for row in rows]
 
 
 TABLES = {
@@ -437,78 +425,6 @@ TABLES = {
 }
 
 
-def phrases_of_readme() -> list[str]:
-    """What README says in numbers, outside its tables."""
-    choices = read("reference_choices.csv").set_index("configuration")
-    is_flagship = "experiment == 'mnist' and seed == 0"
-    flagship = 100 * choices.query(is_flagship)["worst_group"]
-    hidden, _, without = by_kind(registered()).values()
-    losses = without["loss"]
-    is_near = ends_near_oracle()
-    audited = audits().query("images == 1000")
-    with_shortcut, _, plain = by_kind(audited).values()
-    stands_out = plain["stands_out"]
-    counts = with_shortcut[["can_tell", "stands_out", "finds"]].sum()
-    regions = with_shortcut[with_shortcut["finds"]]["region"]
-    verdicts = table_of_measures()
-    missed = sum("missed" in verdict for verdict in verdicts)
-    return [
-        f"Limits missed: {missed} of {len(verdicts)}.",
-        f"rises from {flagship['base']:.0f}% to {flagship['chosen']:.0f}%",
-        f"{(hidden['loss'] <= -20).sum()} of {len(hidden)} runs rise by 20 points",
-        f"end {hidden['regret'].mean():.1f} points behind the best",
-        "in hindsight (limit: 1.8)",
-        f"{is_near.sum()} of {len(is_near)} photograph runs end within ten points",
-        f"{(losses > 1).sum()} of {len(losses)} runs are harmed,",
-        f"by up to {losses.max():.0f} points",
-        f"one falls, by {-gains_on_mnist5k().min():.0f}",
-        f"in {counts['stands_out']} of {len(with_shortcut)} classifiers",
-        f"covers half of the shortcut in {counts['finds']}",
-        f"with {100 * regions.min():.0f} to {regions.max():.0%} of the image",
-        f"({len(with_shortcut) - counts['can_tell']} make too few mistakes)",
-        f"stands out in {stands_out.sum()} of {len(stands_out)}",
-    ]
-
-
-def phrases_of_test() -> list[str]:
-    """What results/README.md says of the registered test."""
-    runs = registered()
-    hidden, _, _ = by_kind(runs).values()
-    regret = hidden["regret"].nlargest(4)
-    half_right = runs.query("ERM >= 50")["loss"]
-    return [
-        "({:.1f}, {:.1f}, {:.1f} and {:.1f} points)".format(*regret),
-        f"{regret.sum() / hidden['regret'].sum():.0%} of all regret",
-        f"loses {half_right.max():.1f} points",
-    ]
-
-
-def phrases_of_authors() -> list[str]:
-    """What results/README.md says of the authors' setting, and of others' numbers."""
-    paper = ("mnist5k_conflicting_share=0.0", PAPER)
-    *_, without = summary("reference.csv", OF_MODELS).loc[paper]
-    runs = read("reference_paper_setting.csv")
-    points = 100 * runs.pivot(index="seed", columns="model", values="worst_group")
-    theirs = points["the authors' code"]
-    ours = points["both, momentum from zero"]
-    quoted, mmalejky, _, _, earlier = others()["erm_biased"]
-    first, second, third = theirs - ours
-    return [
-        f"at {without} on mnist5k",
-        f"lower than theirs by {first:.2f}, {second:.2f} and {third:.2f} points",
-        f"paper quotes {quoted}% for ERM",
-        f"have {float(earlier):.0f} and {float(mmalejky):.0f}%",
-        f"p = {ttest_rel(theirs, ours).pvalue:.2f}, paired",
-    ]
-
-
-def phrases_of(file: Path) -> list[str]:
-    """What is looked up in one of the `FILES`."""
-    if file.parent == REPOSITORY:
-        return phrases_of_readme()
-    return phrases_of_test() + phrases_of_authors()
-
-
 def with_tables(text: str) -> str:
     """A text with its tables written anew."""
     written = []
@@ -525,8 +441,4 @@ def with_tables(text: str) -> str:
 
 if __name__ == "__main__":
     for file in FILES:
-        text = with_tables(file.read_text())
-        file.write_text(text)
-        for phrase in phrases_of(file):
-            if phrase not in text:
-                print(f"{file.name} lacks: {phrase}")
+        file.write_text(with_tables(file.read_text()))

@@ -38,6 +38,9 @@ OTHER_DEFAULTS = {
     },
 }
 ANSWERS = {  # notebooks with code in an answer, and how they run on tiny data
+    "02_erm": TINY,
+    "04_finetune_sweep": TINY,
+    "05_plots": TINY,
     "06_choice": TINY | {"limit": 60},
     "07_your_own": {"epochs": 1, "size": 32},
     "08_seeds": {},
@@ -109,11 +112,11 @@ def names_assigned(source):
 
 
 def answers(notebook):
-    """The Python code in the folded answers to a notebook's exercises."""
+    """All code in the folded answers to a notebook's exercises: Python."""
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     code = []
     for answer in re.findall("<details>.*?</details>", "\n".join(cells), re.DOTALL):
-        code += re.findall("^```python\n(.*?)^```$", answer, re.DOTALL | re.MULTILINE)
+        code += re.findall(r"^```\w+\n(.*?)^```$", answer, re.DOTALL | re.MULTILINE)
     return code
 
 

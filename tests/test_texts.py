@@ -4,7 +4,6 @@ A word is what `str.split` gives; code does not count.
 """
 
 import re
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -50,15 +49,6 @@ BY = {  # table → what tells its rows apart, but for the seed
     "reference_10_methods": ["conflicting_share", "referee", "needs", "method"],
     "reference_11_abstaining": ["dataset", "labels", "placement", "rule"],
 }
-QUOTED = {  # numbers of README.md and results/README.md that nothing here measured
-    "2210.00055",  # address of the paper
-    "3.11",  # of Python
-    "0.1",  # of top_k
-    "2.5",  # a limit
-    "1%",  # conflicting images
-    "50%",  # from where a run can be harmed
-    "95%",  # of intervals
-}
 
 
 def page(name):
@@ -92,18 +82,13 @@ def test_a_text_says_what_is(name):
     assert not OF_A_DIARY.search(page(name))
 
 
-@pytest.fixture(params=tables.FILES, ids=lambda file: file.parent.name)
-def file(request) -> Path:
-    """A text with tables."""
-    return request.param
-
-
 def test_each_table_is_in_one_of_the_texts():
     rows = [row for file in tables.FILES for row in file.read_text().splitlines()]
     for header in tables.TABLES:
         assert rows.count(header) == 1
 
 
+@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.parent.name)
 def test_tables_are_those_of_the_csv_files(file):
     text = file.read_text()
     assert tables.with_tables(text) == text
@@ -114,17 +99,6 @@ def summary(table):
     runs = pd.read_csv(REPOSITORY / "results" / f"{table}.csv")
     numbers = runs.select_dtypes(float).columns.difference([*BY[table], "seconds"])
     return results.summarize(runs, BY[table], numbers)
-
-
-def test_numbers_outside_the_tables_are_looked_up(file):
-    made = {row for table in tables.TABLES.values() for row in table()}
-    rows = [row for row in file.read_text().splitlines() if row not in made]
-    text = "\n".join(rows)
-    for phrase in tables.phrases_of(file):
-        assert phrase in text
-        text = text.replace(phrase, "")
-    numbers = re.findall(r"\b\d+\.\d+\b|\b\d+%", without_code(text))
-    assert set(numbers) <= QUOTED
 
 
 @pytest.mark.parametrize("stem", ["09_limits", "10_methods", "11_abstaining"])
