@@ -1,6 +1,7 @@
 """Jobs: notebooks executed with settings by papermill, side by side by joblib."""
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,9 @@ class Job(NamedTuple):
         """
         import papermill  # takes a second
 
-        unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
+        # Another process may run the same notebook.
+        name = f"{self.copy.stem}_{os.getpid()}_unfinished"
+        unfinished = self.copy.with_stem(name)
         # Cells of 04 that do not depend on its parameters run with the default ones.
         is_default = self.settings.configuration == Settings().configuration
         try:
