@@ -83,7 +83,7 @@ def _run(arguments: Namespace) -> int:
         datasets.load(base)
     stems = COMMANDS[arguments.command]
     if notebook and arguments.command == "sweep":
-        stems = [f"{notebook}"]
+        stems = [notebook]
     stages = [jobs.make_stage(stem, grid) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)

@@ -10,11 +10,11 @@ from joblib import Parallel, cpu_count, delayed
 
 from masktune_utils import progress, store
 from masktune_utils.runner import kernels
-from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
+from masktune_utils.runner.grids import NOTEBOOKS
+from masktune_utils.settings import BaseSettings, Settings
 
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
-NOTEBOOKS = REPOSITORY / "notebooks"
 BASE = "02_erm"  # makes the base model, on which all later ones depend
 FINETUNE = "04_finetune_sweep"  # once for each configuration; the others, once
 PLOTS = "05_plots"
