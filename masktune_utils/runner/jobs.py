@@ -1,12 +1,13 @@
 """Jobs: notebooks executed with settings by papermill, side by side by joblib."""
 
+import asyncio
 import logging
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, cpu_count, delayed, parallel_config
 
 from masktune_utils import progress, store
 from masktune_utils.runner import kernels
@@ -125,6 +126,28 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
             if error:
                 errors[job] = error
     return errors
+
+
+def use_cluster(address: str) -> None:
+    """From now on, the workers of a Dask cluster execute what joblib gets.
+
+    Args:
+        address: of its scheduler, tcp://HOST:PORT.
+
+    Raises:
+        ValueError: the package distributed is missing; or no scheduler answers there.
+    """
+    try:
+        from distributed import Client  # heavy, and seldom wanted
+        from distributed.comm import connect
+    except ImportError:
+        raise ValueError("--dask: first run pip install distributed") from None
+    try:  # A client would wait for ever for what accepts it and is no scheduler.
+        asyncio.run(asyncio.wait_for(connect(address), 5)).abort()
+    except Exception as problem:  # noqa: BLE001 - whatever it is that answers
+        message = f"--dask {address!r}: there is no Dask scheduler ({problem!r})"
+        raise ValueError(f"{message}; allowed: tcp://HOST:PORT of one") from None
+    parallel_config("dask", client=Client(address))
 
 
 def write_page(job: Job) -> Path:
