@@ -1,13 +1,21 @@
-"""Runs of a script, two at a time; what is in its table is not run again."""
+"""Runs of a script, two at a time; what is in its table is not run again.
 
+    python studies/resume.py tcp://HOST:PORT studies/registered.py 400 401 402
+
+executes them on the workers of a Dask cluster, see benchmarks/README.md.
+"""
+
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 
 from masktune_utils.results import save_table
+from masktune_utils.runner.jobs import use_cluster
 from masktune_utils.settings import REPOSITORY
 
 
@@ -15,7 +23,8 @@ def with_key(make: Callable, key: Sequence[str], run: tuple) -> list[dict]:
     """The rows of a run, made by one thread, with what tells it from others."""
     torch.set_num_threads(1)
     values = dict(zip(key, run, strict=True))
-    return [{**values, **row} for row in make(*run)]
+    with parallel_config("sequential"):  # no worker of a cluster gets a part of it
+        return [{**values, **row} for row in make(*run)]
 
 
 def resume(
@@ -41,3 +50,9 @@ def resume(
         tables.append(pd.DataFrame(rows))
         save_table(pd.concat(tables, ignore_index=True), path)
         print(*rows[0].values(), flush=True)
+
+
+if __name__ == "__main__":
+    _, address, *sys.argv = sys.argv
+    use_cluster(address)
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,5 +1,6 @@
 """The command `masktune` where something fails: it is named, and the rest goes on."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -56,10 +57,30 @@ def test_a_notebook_gets_what_it_depends_on_and_its_share_of_the_cores(
     monkeypatch.setattr(jobs, "cpu_count", lambda: 6)
     assert job.run(together=2) == "OSError: the disk is full"
     _, copy, values = execute.call_args.args
-    assert copy == job.copy.with_stem("02_erm_unfinished")
+    assert copy == job.copy.with_stem(f"02_erm_{os.getpid()}_unfinished")
     assert values.keys() == BaseSettings.model_fields.keys()
     job.run(together=8)
     assert [taken.args for taken in take.call_args_list] == [(3,), (1,)]
+
+
+def test_what_another_process_left_unfinished_is_not_taken_as_done(
+    tmp_path, monkeypatch
+):
+    (job,) = jobs.make_stage("02_erm", [tiny(tmp_path)])
+    other = multiprocessing.get_context("fork").Process(target=job.run, args=(1,))
+
+    def execute(notebook, copy, *_, **__):
+        if multiprocessing.parent_process():
+            copy.write_text("a part")
+            raise OSError("the disk is full")
+        copy.write_text("the whole")
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(jobs.kernels, "take", MagicMock())
+    assert job.run(together=1) is None
+    assert job.copy.read_text() == "the whole"
 
 
 def test_cores_are_shared_by_the_size_of_a_stage_whatever_of_it_is_done(
@@ -102,7 +123,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
 def test_an_interrupt_ends_the_kernels_too(tmp_path):
     options = ["--epochs", "10000", "--param", "0.1", "--seed", "0", "1", "--jobs", "2"]
     process = start(tmp_path, *options)
-    wait_for(2, tmp_path, "runs/*/*/02_erm_unfinished.ipynb", process)
+    wait_for(2, tmp_path, "runs/*/*/02_erm_*_unfinished.ipynb", process)
     running = kernels_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=30)

@@ -99,6 +99,21 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
     assert not kernel.is_alive()
 
 
+PARALLEL = """
+import joblib, os
+print(joblib.Parallel(2)(joblib.delayed(os.path.exists)(name) for name in "ab"))
+"""
+
+
+def test_no_process_of_a_notebook_imports_files_of_the_working_directory(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "joblib.py").write_text("1 / 0")
+    with kernels.take(1) as kernel:
+        assert run(tmp_path, PARALLEL, km=kernel) == "[False, False]\n"
+
+
 @pytest.mark.slow
 def test_in_one_warm_kernel_and_in_another_order_the_same(whole_run, tmp_path):
     grid = [tiny(tmp_path, param=param) for param in (0.3, 0.1)]

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     parser = ArgumentParser(
         usage="masktune run|sweep|choose [GRID] [--SETTING VALUE …]\n"
-        "       [--jobs N] [--dry-run]",
+        "       [--jobs N] [--dask ADDRESS] [--dry-run]",
         description=__doc__,
     )
     add = parser.add_argument
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         help="YAML file, see studies/sweeps/",
     )
     add("--jobs", type=int, help="notebooks at once")
+    add("--dask", help="scheduler of a Dask cluster, tcp://HOST:PORT, that executes")
     add("--dry-run", action="store_true", help="count the notebooks, and run nothing")
     for name, field in Settings.model_fields.items():
         add(
@@ -65,8 +66,10 @@ def _run(arguments: Namespace) -> int:
 
     Raises:
         FileNotFoundError: see `datasets.load`.
-        ValueError: see `read_grid` and `datasets.load`.
+        ValueError: see `read_grid`, `datasets.load` and `use_cluster`.
     """
+    if arguments.dask:
+        jobs.use_cluster(arguments.dask)
     given = vars(arguments)
     options = {name: given[name] for name in DEFAULTS if given[name]}
     notebook, grid = read_grid(arguments.grid, options)
@@ -83,7 +86,7 @@ def _run(arguments: Namespace) -> int:
         datasets.load(base)
     stems = COMMANDS[arguments.command]
     if notebook and arguments.command == "sweep":
-        stems = [f"{notebook}"]
+        stems = [notebook]
     stages = [jobs.make_stage(stem, grid) for stem in stems]
     if arguments.dry_run:
         jobs.execute(stages, 0)

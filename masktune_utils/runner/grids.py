@@ -5,8 +5,9 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, conlist
 
-from masktune_utils.settings import Settings
+from masktune_utils.settings import REPOSITORY, Settings
 
+NOTEBOOKS = REPOSITORY / "notebooks"
 Blocks = TypeAdapter(conlist(dict[str, object], min_length=1))
 
 
@@ -26,7 +27,8 @@ def read_grid(
         The name of the notebook, if there is one, and the settings.
 
     Raises:
-        ValueError: the file has no such blocks; or a setting or value is not allowed.
+        ValueError: the file has no such blocks; or a setting, value or notebook is
+            not allowed.
         OSError: the file cannot be read.
         YAMLError: it is no YAML.
     """
@@ -35,6 +37,9 @@ def read_grid(
     with file.open("rb") as stream:  # by its name, YAML's errors tell the file
         blocks = Blocks.validate_python(yaml.safe_load(stream))
     notebook = blocks[0].pop("notebook", None)
+    allowed = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if notebook not in [None, *allowed]:
+        raise ValueError(f"notebook = {notebook!r}: allowed are {', '.join(allowed)}")
     configurations = []
     for block in blocks:
         values = {

@@ -1,19 +1,21 @@
 """Jobs: notebooks executed with settings by papermill, side by side by joblib."""
 
+import asyncio
 import logging
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, cpu_count, delayed, parallel_config
 
 from masktune_utils import progress, store
 from masktune_utils.runner import kernels
-from masktune_utils.settings import REPOSITORY, BaseSettings, Settings
+from masktune_utils.runner.grids import NOTEBOOKS
+from masktune_utils.settings import BaseSettings, Settings
 
 # It warns of settings that are not in the cell of parameters.
 logging.getLogger("papermill").setLevel(logging.ERROR)
-NOTEBOOKS = REPOSITORY / "notebooks"
 BASE = "02_erm"  # makes the base model, on which all later ones depend
 FINETUNE = "04_finetune_sweep"  # once for each configuration; the others, once
 PLOTS = "05_plots"
@@ -59,7 +61,9 @@ class Job(NamedTuple):
         """
         import papermill  # takes a second
 
-        unfinished = self.copy.with_stem(f"{self.copy.stem}_unfinished")
+        # Another process may run the same notebook.
+        name = f"{self.copy.stem}_{os.getpid()}_unfinished"
+        unfinished = self.copy.with_stem(name)
         # Cells of 04 that do not depend on its parameters run with the default ones.
         is_default = self.settings.configuration == Settings().configuration
         try:
@@ -122,6 +126,28 @@ def execute(stages: list[list[Job]], count: int) -> dict[Job, str]:
             if error:
                 errors[job] = error
     return errors
+
+
+def use_cluster(address: str) -> None:
+    """From now on, the workers of a Dask cluster execute what joblib gets.
+
+    Args:
+        address: of its scheduler, tcp://HOST:PORT.
+
+    Raises:
+        ValueError: the package distributed is missing; or no scheduler answers there.
+    """
+    try:
+        from distributed import Client  # heavy, and seldom wanted
+        from distributed.comm import connect
+    except ImportError:
+        raise ValueError("--dask: first run pip install distributed") from None
+    try:  # A client would wait for ever for what accepts it and is no scheduler.
+        asyncio.run(asyncio.wait_for(connect(address), 5)).abort()
+    except Exception as problem:  # noqa: BLE001 - whatever it is that answers
+        message = f"--dask {address!r}: there is no Dask scheduler ({problem!r})"
+        raise ValueError(f"{message}; allowed: tcp://HOST:PORT of one") from None
+    parallel_config("dask", client=Client(address))
 
 
 def write_page(job: Job) -> Path:

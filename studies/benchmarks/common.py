@@ -59,34 +59,25 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> pd.Se
     return pd.DataFrame(seconds).median()
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds that a command took, and the most GB of resident memory that it had.
-
-    The memory is that of the command and all its children together.
-    The sum over the processes is read 50 times a second; pages that they share count
-    in each.
+def measure(command: list[str]) -> float:
+    """Seconds that a command took.
 
     Raises:
         RuntimeError: the command failed; with what it printed.
     """
-    started, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as output:
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            resident = 0
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for member in [process, *process.children(recursive=True)]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        resident += member.memory_info().rss
-            peak = max(peak, resident)
-            time.sleep(0.02)
-        seconds = time.perf_counter() - started
-        output.seek(0)
-        if process.returncode:
-            raise RuntimeError(
-                f"{' '.join(map(str, command))} failed:\n{output.read().decode()}"
-            )
-    return seconds, peak / 1e9
+    started = time.perf_counter()
+    process = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        words = " ".join(map(str, command))
+        raise RuntimeError(f"{words} failed:\n{process.stdout}")
+    return seconds
 
 
 def gflops(dtype: torch.dtype) -> float:

@@ -46,10 +46,10 @@ def main() -> None:
             sweep = [BIN / "masktune", "sweep", *options, "--directory", directory]
             rows[f"sweep of 15, {jobs} at once"] = measure(
                 [*sweep, "--jobs", str(jobs)]
-            )[0]
+            )
     with base_model_alone() as directory:
         choose = [BIN / "masktune", "choose", *options, "--directory", directory]
-        rows["choice, base model saved"] = measure(choose)[0]
+        rows["choice, base model saved"] = measure(choose)
     with base_model_alone() as directory:
         notebook = REPOSITORY / "notebooks" / "04_finetune_sweep.ipynb"
         values = {"directory": directory, "dataset": "mnist"}
@@ -65,7 +65,7 @@ def main() -> None:
             f"{directory}/04.ipynb",
             *parameters,
         ]
-        rows["one 04"] = measure(command)[0]
+        rows["one 04"] = measure(command)
     print(machine())
     print(pd.Series(rows, name="seconds").round(1).to_string())
     if torch.cuda.is_available():

@@ -34,7 +34,7 @@ def main() -> None:
         parts = [
             plain.configuration(path, tenth, one.method, one.param) for one in grid
         ]
-        ours, _ = measure(
+        ours = measure(
             [BIN / "masktune", "sweep", "--dataset", "mnist", "--directory", directory]
         )
     parts = arguments.share * pd.DataFrame(parts).sum()
