@@ -32,7 +32,7 @@ def small_resnet():
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
 
 
-def fit(images):
+def fit(images, _share=1.0):
     return own_loop(small_resnet(), images)
 
 

@@ -7,9 +7,9 @@ import torch
 from conftest import TINY
 
 from masktune_utils import datasets, metrics, models, panels, plotting
-from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
+from masktune_utils.choice import ERM, NULL, Choice, HeldOut, chosen, score
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import NOTHING, MaskedDataset
 from masktune_utils.settings import Settings
 
 
@@ -24,6 +24,7 @@ def choice_of_two(train):
         "b": is_right,
     }
     masked = {
+        NULL: NOTHING.mask(train, torch.zeros(len(train), 1, 1)),
         "a": MaskedDataset(train, train.shortcut, "resample"),
         "b": MaskedDataset(train, ~train.shortcut, "resample"),
     }
@@ -32,10 +33,10 @@ def choice_of_two(train):
         mistake_map=torch.rand(13, 13),
         predictions=predictions,
         explained=dict.fromkeys("ab", 1 - is_right),
-        mean_masks=dict.fromkeys("ab", torch.eye(28)),
+        mean_masks=dict.fromkeys(["a", "b", NULL], torch.eye(28)),
         masked=masked,
     )
-    return Choice(held_out, None, score.judge(held_out))
+    return chosen._with_verdict(held_out, None, score.decide(held_out))
 
 
 @pytest.fixture
