@@ -85,7 +85,7 @@ def point(network: nn.Module, images: Split, train: Split) -> interactive:
 
     def slider(side: int) -> IntRangeSlider:
         corner = (0, side // 4)
-        return IntRangeSlider(corner, min=0, max=side, continuous_update=False)
+        return IntRangeSlider(value=corner, max=side, continuous_update=False)
 
     button = ToggleButton(description="hide this")
     return interactive(look, rows=slider(height), columns=slider(width), hide=button)

@@ -103,6 +103,26 @@ def test_predictions_are_shown_right_or_wrong():
         assert ax.xaxis.label.get_color() == color
 
 
+def test_in_the_panel_a_place_is_moved_and_hidden(splits, capsys, monkeypatch):
+    monkeypatch.setattr(chosen, "MOST_EPOCHS", 1)
+    train = splits.train
+    panel = panels.point(models.new_model(0), splits.raw[::20], train)
+    rows, columns, button, _ = panel.children
+    panel.update()
+    assert panel.result.region[:7, :7].all()
+    assert panel.result.region.sum() == 49
+    rows.value = (14, 28)
+    columns.value = (0, 28)
+    assert panel.result.region[14:].all()
+    assert panel.result.region.sum() == 14 * 28
+    assert "Once it is hidden" not in capsys.readouterr().out
+    button.value = True
+    printed = capsys.readouterr().out
+    assert printed.count("If the ") == 2
+    assert "Once it is hidden:\nAccuracy: " in printed
+    assert panel.result.hide(train).masked.own_masks[:, 14:].all()
+
+
 def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
     split = choice.masked.split
     labels = split.labels.tolist()
