@@ -49,11 +49,6 @@ class Ready:
     def __str__(self) -> str:
         return f"{self.masked.rule}"
 
-    @property
-    def each_round(self) -> list["Ready"]:
-        """Itself."""
-        return [self]
-
     def mask(self, *_: object) -> MaskedDataset:
         """The masks."""
         return self.masked
@@ -73,7 +68,7 @@ def audited(halves: list[nn.Module], train: Split, seed: int) -> dict[str, int]:
 def try_ways(train: Split, seed: int) -> tuple[dict[str, HeldOut], dict[str, dict]]:
     """By way: what held-out images say; and by length, what audits of halves say."""
     train = replace(train, groups=torch.arange(len(train)))  # an image knows its number
-    by_rule = [rule.each_round[0] for rule in CANDIDATES]
+    by_rule = [replace(rule, rounds=1) for rule in CANDIDATES]
     networks = []
     records = {}
     audits = {}

@@ -1,6 +1,7 @@
 """What models predict for images that they have not seen, recomputed by plain code."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -109,7 +110,8 @@ def pairs(train) -> list[tuple]:
     for rule in RULES:
         before = ERM
         masked = None
-        for of_round in rule.each_round:
+        for number in range(1, rule.rounds + 1):
+            of_round = replace(rule, rounds=number)
             if rule.exchange:
                 mean = mean_exchange_map(folds, before)
                 maps = mean.clamp(min=0).expand(200, -1, -1)
