@@ -30,27 +30,18 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that takes its place only once it is complete.
 
     Args:
         path: the file.
         content: what is in it.
-        is_cache: of two processes that write it at the same time, the first one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
         unfinished = Path(folder) / path.name
         unfinished.write_bytes(content)
-        if not is_cache:
-            unfinished.replace(path)
-            return
-        try:
-            path.hardlink_to(unfinished)
-        except FileExistsError:  # another process was quicker
-            pass
-        except OSError:  # a file system without links
-            unfinished.replace(path)
+        unfinished.replace(path)
 
 
 @contextlib.contextmanager
@@ -81,10 +72,8 @@ def read(path: Path) -> Any:
         FileNotFoundError: there is none.
     """
     with path.open("rb") as file, blame(path):
-        if zipfile.is_zipfile(file):
-            damaged = zipfile.ZipFile(file).testzip()
-            if damaged:  # torch does not look
-                raise ValueError(f"its part {damaged} has another CRC")
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+            raise ValueError("a part has another CRC")  # torch does not look
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -119,7 +108,7 @@ def load_or_make(
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
         torch.save(content, buffer)
-        write_bytes(path, buffer.getvalue(), is_cache=True)
+        write_bytes(path, buffer.getvalue())
     content = read(path)
     with blame(path):
         settings = content["settings"]

@@ -50,17 +50,6 @@ def test_what_was_made_with_something_else_is_refused_by_name(path, made_with, m
     assert path.read_bytes() == before
 
 
-def test_of_two_processes_that_write_at_the_same_time_the_first_one_wins(path):
-    """Else models that were fine-tuned from the first base model would be lost."""
-
-    def make():
-        keep(path, 1.0)  # the other process
-        return {"values": torch.zeros(50)}
-
-    assert store.load_or_make(path, MADE_WITH, make)["values"].eq(1).all()
-    assert [*path.parent.iterdir()] == [path]
-
-
 def test_a_damaged_file_is_refused_by_name_with_what_is_wrong(path):
     values = keep(path)
     whole = path.read_bytes()
