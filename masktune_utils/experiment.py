@@ -17,7 +17,7 @@ from masktune_utils import datasets, models, results, saliency, store, training
 from masktune_utils.choice import Choice, chosen, load_or_choose
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
+from masktune_utils.settings import DEFAULTS, GONE, BaseSettings, Settings
 
 CHOICE_FILE = "CNN_choice.pth"  # beside the checkpoints
 EARLY = 8000  # images that networks see in training before a choice looks first
@@ -152,7 +152,7 @@ def load_or_train(
     made_with = {**settings.identity, **made_with}
     configuration = configuration or settings.configuration
     path = settings.checkpoint_path(configuration)
-    saved = store.load_or_make(path, made_with, make)
+    saved = store.load_or_make(path, made_with, make, **DEFAULTS, **GONE)
     with store.blame(path):
         network.load_state_dict(saved["state_dict"])
     sha256 = store.sha256(network.state_dict())

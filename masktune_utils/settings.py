@@ -215,6 +215,7 @@ class Settings(BaseSettings):
 
 
 DEFAULTS = dict(Settings())
+GONE = {"rounds": 1}  # names in files that are settings no more, and what they meant
 
 
 def root(directory: str) -> Path:

@@ -82,6 +82,7 @@ def load_or_make(
     path: Path,
     made_with: dict,
     make: Callable[[], dict],
+    **defaults: Any,
 ) -> dict:
     """What a file holds; it is made first if it is not there, and never replaced.
 
@@ -91,6 +92,8 @@ def load_or_make(
         path: the file.
         made_with: all that the content depends on, by name, as values that JSON has.
         make: returns the content: tensors and plain values by name.
+        **defaults: by name, the value that is meant where the file, or `made_with`,
+            does not have the name.
 
     Returns:
         The content, and `settings`: with what it was made.
@@ -98,12 +101,15 @@ def load_or_make(
     Raises:
         CheckpointError: the file is damaged or foreign, or was made with something
             else.
+        OSError: it cannot be written; nothing is made then.
         TypeError: a value that JSON does not have.
     """
     made_with = json.loads(json.dumps(made_with))
     if not path.exists():
         # It fails before anything is made.
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(bytes(2**20))  # as much as a checkpoint
         # Through memory: torch hides that a disk is full.
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
@@ -114,8 +120,8 @@ def load_or_make(
         settings = content["settings"]
         names = {**settings, **made_with}
     for name in names:
-        value = settings.get(name)
-        wanted = made_with.get(name)
+        value = settings.get(name, defaults.get(name))
+        wanted = made_with.get(name, defaults.get(name))
         if value != wanted:
             raise CheckpointError(
                 f"{path} was made with {name} = {value!r}, not {wanted!r}. "
