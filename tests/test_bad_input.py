@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 from conftest import times_of_writing, write_idx_files
 
-from masktune_utils import datasets
+from masktune_utils import datasets, store
 from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
@@ -86,10 +87,20 @@ def test_masktune_data_is_empty_and_there_is_no_network(root, refused):
     refused(message, "--dataset=kmnist")
 
 
-def test_files_that_are_not_those_of_mnist(root, refused):
+def test_files_that_are_not_those_of_mnist(root, refused, monkeypatch):
+    """Among them those of an early torchvision, which are read if they are there."""
     folder = root / "MNIST"
-    write_idx_files(folder / "raw", DIGITS)
-    refused(f"{folder} is damaged, foreign or of another version (ValueError: their")
+    message = f"{folder} has other images or labels than MNIST. Delete it."
+    images = torch.from_numpy(write_idx_files(folder / "raw", DIGITS))
+    refused(message)
+    content = {"images": images, "labels": torch.arange(10)}
+    digests = [store.sha256(content)] * 2
+    monkeypatch.setattr(datasets, "MNIST_SHA256", digests)
+    assert datasets.resolve_dataset("auto") == "mnist"
+    (folder / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((images, torch.arange(10).roll(1)), folder / "processed" / name)
+    refused(message)
 
 
 def test_without_mnist_and_a_network_the_5000_of_mnist5k_are_taken(root):
