@@ -1,13 +1,14 @@
-"""Panels for JupyterLab: move the square; look at masks, and decide."""
+"""Panels for JupyterLab: move the square; point at a place; explore a choice."""
 
+import torch
 from IPython.core.pylabtools import print_figure
 from IPython.display import Image, clear_output, display
-from ipywidgets import interactive
+from ipywidgets import IntRangeSlider, ToggleButton, interactive
 from matplotlib.figure import Figure
 from torch import nn
 
 from masktune_utils import plotting
-from masktune_utils.choice import ERM, Choice
+from masktune_utils.choice import ERM, Audit, Choice, audit
 from masktune_utils.data import Split
 from masktune_utils.shortcuts import add_square
 
@@ -47,6 +48,47 @@ def move_square(networks: dict[str, nn.Module], split: Split) -> interactive:
         size=(0, 14),
         color=["blue", "red", "lime", "white"],
     )
+
+
+def point(network: nn.Module, images: Split, train: Split) -> interactive:
+    """What hangs on a place, wherever it is; and what still does once it is hidden.
+
+    Args:
+        network: see `choice.audit`, as for the images.
+        images: that the network has not seen.
+        train: the images on which it is fine-tuned if the place is hidden.
+
+    Returns:
+        A panel; its `result` is the audit of the place, whose `hide` hides it.
+    """
+    height, width = images.images.shape[-2:]
+    mean = images.images.float().mean(0, keepdim=True)
+    four = images[:: len(images) // 4][:4].images
+    pictures = torch.cat([mean.to(four.dtype), four])
+
+    def look(rows: tuple, columns: tuple, hide: bool = False) -> Audit:
+        (top, bottom), (left, right) = rows, columns
+        place = (left / width, top / height, right / width, bottom / height)
+        found = audit(network, images, place=place)
+        print(found.reason)
+        columns = {
+            f"{k or 'mean'}": picture[None] for k, picture in enumerate(pictures)
+        }
+        figure = plotting.grid(columns, size=1.4)
+        for ax in figure.axes:
+            plotting.outline(ax, found.region)
+        draw(figure)
+        if hide:
+            tuned = found.hide(train).finetune(network)
+            print(f"Once it is hidden:\n{audit(tuned, images, place=place).reason}")
+        return found
+
+    def slider(side: int) -> IntRangeSlider:
+        corner = (0, side // 4)
+        return IntRangeSlider(value=corner, max=side, continuous_update=False)
+
+    button = ToggleButton(description="hide this")
+    return interactive(look, rows=slider(height), columns=slider(width), hide=button)
 
 
 def explore(choice: Choice) -> interactive:

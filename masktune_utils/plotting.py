@@ -135,14 +135,14 @@ def grid(
     return figure
 
 
-def mistake_heat(mistake_map: Tensor) -> Tensor:
-    """An exchange map as a picture, 1×3×h×w; black where it lowers no loss.
+def positive_heat(values: Tensor) -> Tensor:
+    """A map of an audit as a picture, 1×3×h×w; black where it is not positive.
 
     Args:
-        mistake_map: see `exchange.exchange_map`.
+        values: h×w, see `exchange.exchange_map`.
     """
-    falls = mistake_map.clamp(min=0)
-    return heat(falls[None] / falls.max().clamp(min=1e-8))
+    positive = values.clamp(min=0)
+    return heat(positive[None] / positive.max().clamp(min=1e-8))
 
 
 def choice_masks(choice: Choice) -> Figure:
@@ -167,12 +167,12 @@ def choice_masks(choice: Choice) -> Figure:
         "image": split.images[index],
         "hidden\n(white)": masked.masks(index),
         "filled from\nanother image": masked.batch(index)[0],
-        "where mistakes\ncome from": mistake_heat(held_out.mistake_map),
+        "where mistakes\ncome from": positive_heat(held_out.mistake_map),
     }
     return grid(columns, titles)
 
 
-def swaps(found: Audit) -> Figure:
+def swap_pictures(found: Audit) -> Figure:
     """Four mistakes that move with a region: cut out, and pasted into another image.
 
     Args:

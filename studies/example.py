@@ -34,9 +34,8 @@ def run(seed: int, threads: int) -> pd.DataFrame:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             texts += output.get("text", "").splitlines()
-    audited = next(text for text in texts if "mistakes move with" in text)
-    moving = audited.partition(" (")[0]  # "8 of 11 mistakes move with the bottom right"
-    return table.assign(seed=seed, threads=threads, audit=moving)
+    place = next(text for text in texts if text.startswith("If the"))
+    return table.assign(seed=seed, threads=threads, audit=place.partition(" comes")[0])
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main() -> None:
     sets = datasets.load(settings)
     eight = datasets.eight(settings)
     base = experiment.base_model(settings, sets.train)
-    masked = experiment.choose(base).masked
+    masked = experiment.choose_mask(base).masked
     network = copy.deepcopy(base.model).train()
     sgd = SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-4)
     rng = torch.Generator().manual_seed(settings.seed)

@@ -632,7 +632,7 @@ def by_paper(task: Task) -> Networks:
 
 def by_choice(task: Task) -> Networks:
     """Ours: a mask that is chosen."""
-    choice = experiment.choose(task.trained)
+    choice = experiment.choose_mask(task.trained)
     trained = experiment.chosen_model(choice, task.trained)
     yield choice.verdict.chosen, trained.model
 

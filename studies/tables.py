@@ -390,6 +390,33 @@ def table_of_audits() -> list[str]:
     return lines(parts[["runs", "can_tell", "stands_out", "finds"]].sum())
 
 
+def table_of_places() -> list[str]:
+    """A place that a person points at: true worst group and estimate, in %."""
+    rows = read("places.csv").query("place == 'box'")
+    sets = rows["dataset"].map(DATASETS) + ", " + rows["labels"].map(CLASSES)
+    columns = [
+        "worst_group",
+        "estimate",
+        "hidden_worst_group",
+        "hidden_estimate",
+        "accuracy",
+        "hidden_accuracy",
+    ]
+    texts = (100 * rows[columns]).map("{:.1f}".format)
+    return lines(texts.set_index(sets + ", " + rows["kind"]))
+
+
+def table_of_found_places() -> list[str]:
+    """How often maps point at the shortcut: half of it, by a third of the image."""
+    rows = read("places.csv")
+    with_box = rows.groupby(KEY)["place"].transform(lambda of: "box" in [*of])
+    rows = rows[with_box & (rows["place"] != "box")]
+    is_found = (rows["covers"] >= 0.5) & (rows["region"] <= 1 / 3)
+    counts = is_found.groupby([rows["labels"].map(CLASSES), rows["place"]])
+    found = counts.agg(["sum", "size"]).astype(str).agg(" of ".join, axis=1)
+    return lines(found.unstack("labels", fill_value="").fillna(""))
+
+
 def authors_table() -> list[str]:
     """The setting of the authors' code, and its differences from ours."""
     models = summary("reference_paper_setting.csv", "model")
@@ -420,6 +447,10 @@ TABLES = {
     "|kind|1|2|4|8|50|": table_of_lengths,
     "|epochs|mean|mean regret|largest|": table_of_ways,
     "|audit|images|runs|five mistakes|stands out|covers half|": table_of_audits,
+    "|place hidden|ERM: true|estimate|hidden: true|estimate|accuracy|hidden|": (
+        table_of_places
+    ),
+    "|place by|ten classes|two classes|": table_of_found_places,
     "|red 4×4, ordered|raw|biased|worst group|": authors_table,
     "|text|square, placement, conflicting images|ERM|fine-tuned|": table_of_others,
 }

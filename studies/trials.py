@@ -19,13 +19,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from masktune_utils import results
 from masktune_utils.choice import HeldOut
 from masktune_utils.choice.chosen import EARLY
+from masktune_utils.results import TRIALS
 from masktune_utils.settings import REPOSITORY
 from masktune_utils.store import write_bytes
 
 FOLDER = REPOSITORY / "results" / "trials"
-TRIALS = FOLDER.with_suffix(".zip")
 FIRST_EARLY = 400  # seed from which on networks of short trainings were asked first
 
 
@@ -53,13 +54,11 @@ def pack(folder: Path = FOLDER) -> None:
 
 def read(name: str) -> tuple[HeldOut, pd.Series]:
     """A run of the archive: what models predict, and the worst group by model."""
-    with zipfile.ZipFile(TRIALS) as archive:
-        file = io.BytesIO(archive.read(f"{name}.pt"))
-    content = torch.load(file, weights_only=True)
-    worst_groups = content.pop("worst_groups")
-    if "/" not in name and int(name.rpartition("_")[2]) >= FIRST_EARLY:
-        content.setdefault("share", EARLY)
-    return HeldOut(**content), pd.Series(worst_groups)
+    held_out, worst_groups = results.read_trial(name)
+    is_early = "/" not in name and int(name.rpartition("_")[2]) >= FIRST_EARLY
+    if is_early:
+        held_out.share = EARLY
+    return held_out, worst_groups
 
 
 def names() -> list[str]:

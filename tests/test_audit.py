@@ -1,11 +1,14 @@
 """The audit of a classifier that looks at a bar; classifiers as files."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from masktune_utils.choice import audit
+from masktune_utils.choice import audit, hide
+from masktune_utils.choice.exchange import swap_classes
 from masktune_utils.data import Split
 from masktune_utils.models import from_onnx
 
@@ -37,14 +40,123 @@ def logits(images):
 
 
 def test_an_audit_names_the_part_with_which_mistakes_move():
-    found = audit(logits, toy(mistakes=6))
-    assert found.stands_out
+    """Half of the mistakes find it, the other half is counted."""
+    found = audit(logits, toy(mistakes=12))
+    assert found.found_by == "mistakes"
     assert found.region[BAR].all()
     assert found.region.float().mean() < 0.5
-    assert found.elsewhere == [0, 0, 0, 0]
-    kind = found.kinds.loc["dark", "bright"]
-    assert kind.tolist() == [6, 6]
-    assert found.reason.startswith("6 of 6 mistakes move with the top right (")
+    assert len(found.swaps.mistakes) == 6
+    assert len(found.swaps.moving) == 6
+    assert [len(swaps.moving) for swaps, _ in found.elsewhere] == [0, 0, 0, 0]
+    lines = found.reason.splitlines()
+    assert lines[0] == "Accuracy: 88.0%; 12 mistakes among 100 images."
+    assert lines[1].startswith("If the top right (")
+    assert "6 of 6 mistakes move with it; with the other places 0 to 0." in lines
+    assert lines[-1] == "Is your class about this part? If not, hide it."
+
+
+def test_without_mistakes_a_place_is_found_by_what_predictions_rely_on():
+    found = audit(logits, toy(mistakes=0))
+    assert found.found_by == "reliance"
+    assert found.region[BAR].all()
+    assert found.class_swaps.worst == 0  # each prediction follows the bar
+    assert found.class_swaps.changed == 1
+    for _, elsewhere in found.elsewhere:
+        assert elsewhere.changed < 0.5
+    assert not len(found.swaps.mistakes)
+
+
+def test_what_hangs_on_a_place_is_what_plain_code_finds():
+    """Three classes; of each, the harder one of the other two."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(90, 3, 4, 4, generator=generator)
+    labels = torch.arange(90) % 3
+    split = Split(images, labels)
+    region = torch.zeros(4, 4, dtype=torch.bool)
+    region[0, :2] = True
+
+    def classify(images):
+        return torch.stack([images[:, k, 0, k] for k in range(3)], 1)
+
+    predicted = classify(images).argmax(1)
+    found = swap_classes(classify, split, region, predicted, seed=2)
+    random = torch.Generator().manual_seed(2)
+    harder = []
+    changed = []
+    for label in range(3):
+        members = (labels == label).nonzero()[:, 0].repeat(2)  # sixty
+        shares = []
+        for other in range(3):
+            if other == label:
+                continue
+            donors = (labels == other).nonzero()[:, 0]
+            drawn = donors[torch.randint(30, (60,), generator=random)]
+            swapped = images[members].clone()
+            swapped[:, :, 0, :2] = images[drawn][:, :, 0, :2]
+            right = classify(swapped).argmax(1) == label
+            shares.append(right.float().mean().item())
+            changed += (~right[predicted[members] == label]).tolist()
+        harder.append(min(shares))
+    np.testing.assert_allclose(found.by_class, harder)
+    worst = min(harder)
+    assert found.worst == pytest.approx(worst)
+    assert found.worst_class == harder.index(worst)
+    assert found.error == pytest.approx((worst * (1 - worst) / 60) ** 0.5)
+    assert found.changed == pytest.approx(np.mean(changed))
+
+
+def test_a_place_that_a_person_points_at_is_measured_and_hidden():
+    images = toy(mistakes=6)
+    place = (20 / 28, 0, 26 / 28, 1)
+    found = audit(logits, images, place=place)
+    assert found.found_by == "you"
+    assert not found.maps
+    expected = torch.zeros(28, 28, dtype=torch.bool)
+    expected[BAR] = True
+    assert torch.equal(found.region, expected)
+    same = audit(logits, images, place=expected)
+    assert same.reason == found.reason
+    choice = found.hide(images)
+    assert choice.reason == "By hand: the top right (21% of the image) is hidden."
+    hidden, _ = choice.masked.batch(slice(None))
+    partners = images.images[choice.masked.partners]
+    assert torch.equal(hidden, torch.where(expected, partners, images.images))
+
+    def schedule(network, masked):
+        network.bias.data += len(masked)
+        return network
+
+    network = nn.Linear(1, 1)
+    bias = network.bias.item()
+    tuned = hide(images, place, schedule).finetune(network)
+    assert tuned.bias.item() == pytest.approx(bias + 100)
+    assert network.bias.item() == bias
+    with pytest.raises(ValueError, match="name is 'a'; allowed: ERM"):
+        choice.take("a")
+
+
+@pytest.mark.parametrize(
+    "place", [(0.5, 0, 0.5, 1), (0, 0, 1, 1.2), (0, 1), torch.zeros(28, 28), ()]
+)
+def test_what_is_no_place_is_refused(place):
+    images = toy(mistakes=6)
+    for step in (partial(audit, logits, images), partial(hide, images)):
+        with pytest.raises(ValueError, match=r"the place is .*; allowed: left, top"):
+            step(place=place)
+
+
+def test_half_of_the_image_is_no_place():
+    def whole(images):
+        brightness = images.mean((1, 2, 3))
+        return 50 * torch.stack([0.5 - brightness, brightness - 0.5], 1)
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    noise = torch.rand(60, 1, 14, 14, generator=generator) / 4
+    found = audit(whole, Split(noise + 0.6 * labels[:, None, None, None], labels))
+    assert found.found_by == ""
+    assert not found.region.any()
+    assert "No map points at a place of at most 50% of the image." in found.reason
 
 
 def test_an_audit_takes_probabilities_of_a_network_as_well():
@@ -57,22 +169,22 @@ def test_an_audit_takes_probabilities_of_a_network_as_well():
     assert found.reason == audit(logits, images).reason
 
 
-def test_few_mistakes_and_another_number_of_classes_are_said():
+def test_what_is_no_classifier_and_no_images_are_refused():
     images = toy(mistakes=4)
-    found = audit(logits, images)
-    assert found.reason.startswith("4 mistakes of 100 images")
     with pytest.raises(ValueError, match="predicts 1 classes; allowed: the 2 of the"):
         audit(lambda images: logits(images)[:, :1], images)
     with pytest.raises(TypeError, match="allowed: logits, a tensor N×classes"):
         audit(lambda _: np.ones((100, 2)), images)
     with pytest.raises(TypeError, match="the images are a list; allowed: a Split"):
         audit(logits, [*images])
+    with pytest.raises(ValueError, match=r"are \[0\]; allowed: 2 or more"):
+        audit(logits, images[::2])
 
 
 def test_a_classifier_that_looks_at_nothing_is_said_to_have_no_region():
     found = audit(lambda images: torch.ones(len(images), 2), toy(6), np.int64(0))
-    assert not found.stands_out
-    assert found.reason == "No part of the image lowers the loss of its mistakes."
+    assert found.found_by == ""
+    assert "No map points at a place" in found.reason
 
 
 def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):

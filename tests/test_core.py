@@ -19,7 +19,7 @@ from torchvision.models import (
 )
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from masktune_utils.choice import choose
+from masktune_utils.choice import audit, choose
 from masktune_utils.data import Split
 from masktune_utils.masking import NOTHING, MaskedDataset, Rule
 from masktune_utils.models import NoMapsError, target_layer
@@ -32,7 +32,7 @@ def small_resnet():
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
 
 
-def fit(images):
+def fit(images, _share=1.0):
     return own_loop(small_resnet(), images)
 
 
@@ -62,12 +62,26 @@ def train(few_windows) -> Split:
 def test_the_lines_of_the_readme_run_as_they_are(capsys):
     readme = (REPOSITORY / "README.md").read_text()
     blocks = re.findall("```python\n(.+?)```", readme, re.DOTALL)
-    (code,) = [block for block in blocks if "choose(" in block]
+    shown = "".join(re.findall("```text\n(.+?)```", readme, re.DOTALL))
     namespace = {}
-    exec(code, namespace)
-    printed = capsys.readouterr().out
-    assert printed.startswith('Chosen: "mean_std 2 dilated by 3, shared')
-    assert isinstance(namespace["tuned"], nn.Module)
+    exec("\n".join(blocks), namespace)
+    printed = without_numbers(capsys.readouterr().out).splitlines()
+    for line in without_numbers(shown.replace("…\n", "")).splitlines():
+        assert line in printed
+    before = namespace["found"].class_swaps.worst
+    again = audit(
+        namespace["network"], namespace["unseen"], place=namespace["found"].region
+    )
+    assert again.class_swaps.worst == before < 0.6
+    after = audit(
+        namespace["tuned"], namespace["unseen"], place=namespace["found"].region
+    )
+    assert after.class_swaps.worst > 0.85
+
+
+def without_numbers(text):
+    """Another processor has other last digits."""
+    return re.sub(r"class \d|\d+(\.\d+)?", "N", text)
 
 
 def test_a_choice_with_a_network_a_loop_and_candidates_of_ones_own(train):

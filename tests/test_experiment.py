@@ -81,12 +81,12 @@ def test_the_choice_of_an_experiment_is_kept_and_refused_for_another_base_model(
 ):
     monkeypatch.setattr(chosen, "MOST_EPOCHS", 1)
     base = base._replace(images=base.images[::4])
-    first = experiment.choose(base)
+    first = experiment.choose_mask(base)
     monkeypatch.setattr(chosen, "choose", Mock(side_effect=AssertionError))
-    again = experiment.choose(base)
+    again = experiment.choose_mask(base)
     assert again.verdict == first.verdict
     with pytest.raises(CheckpointError, match=r"CNN_choice.* with base_sha256"):
-        experiment.choose(changed(base))
+        experiment.choose_mask(changed(base))
 
 
 def test_a_chosen_model_is_refused_if_other_masks_are_chosen(base, masked):

@@ -49,7 +49,7 @@ def test_network_and_images_may_be_on_different_devices(
 ):
     images = train.to(image_device)
 
-    def fit(fold):
+    def fit(fold, _share=1.0):
         network = models.new_model(0, network_device)
         training.train(network, fold, epochs=3, batch_size=20)
         return network

@@ -32,10 +32,16 @@ from masktune_utils.saliency import saliency_maps
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
-BY_EXCHANGE = Rule(param=1.0, shared=True, fill="resample", exchange=True, rounds=2)
-OWN = Rule(param=4.0, dilation=3, fill="resample", rounds=2)
+BY_EXCHANGE = Rule(param=1.0, shared=True, fill="resample", exchange=True)
+OWN = Rule(param=4.0, dilation=3, fill="resample")
 SHARED = Rule(param=2.0, dilation=1, shared=True, fill="resample")
-RULES = (OWN, SHARED, BY_EXCHANGE)
+RULES = (
+    OWN,
+    SHARED,
+    BY_EXCHANGE,
+    replace(OWN, rounds=2),
+    replace(BY_EXCHANGE, rounds=2),
+)
 NAMES = [  # in the order in which they are tried
     "mean_std 4 dilated by 3, resampled",
     "mean_std 2 dilated by 1, shared, resampled",
@@ -61,7 +67,7 @@ def few(train) -> Split:
     return train[::4]
 
 
-def fit(fold):
+def fit(fold, _share=1.0):
     network = models.new_model(0)
     training.train(network, fold, epochs=6, batch_size=10)
     return network
@@ -107,19 +113,16 @@ def pairs(train) -> list[tuple]:
         folds.append(fold)
     nothing = torch.zeros(200, 1, 1)
     tune(folds, NOTHING.mask(train, nothing))
+    masked = {ERM: None}
     for rule in RULES:
-        before = ERM
-        masked = None
-        for number in range(1, rule.rounds + 1):
-            of_round = replace(rule, rounds=number)
-            if rule.exchange:
-                mean = mean_exchange_map(folds, before)
-                maps = mean.clamp(min=0).expand(200, -1, -1)
-            else:
-                maps = saliency_of(folds, before)
-            masked = of_round.mask(train, maps, masked, SEED)
-            tune(folds, masked)
-            before = f"{of_round}"
+        before = f"{replace(rule, rounds=1)}" if rule.rounds > 1 else ERM
+        if rule.exchange:
+            mean = mean_exchange_map(folds, before)
+            maps = mean.clamp(min=0).expand(200, -1, -1)
+        else:
+            maps = saliency_of(folds, before)
+        masked[f"{rule}"] = rule.mask(train, maps, masked[before], SEED)
+        tune(folds, masked[f"{rule}"])
     return [folds, folds[::-1]]
 
 
@@ -149,9 +152,9 @@ def mean_exchange_map(folds, model):
     mean = 0
     for fold, other in (folds, folds[::-1]):
         half = fold.images[model]
-        judge = other.networks[model]
-        predicted = predict(judge, half.images / 255)
-        mean = mean + exchange_map(judge, half, predicted, SEED) / 2
+        network = other.networks[model]
+        predicted = predict(network, half.images / 255)
+        mean = mean + exchange_map(network, half, predicted, SEED) / 2
     return mean
 
 
@@ -180,9 +183,9 @@ def test_each_image_is_predicted_by_the_models_that_have_not_seen_it(
     assert torch.equal(known.labels, train.labels)
     for fold, other in pairs:
         images, _ = fold.images[ERM].batch(ALL)
-        for model, judge in other.networks.items():
+        for model, network in other.networks.items():
             predicted = known.predictions[model][fold.index]
-            assert torch.equal(predicted, predict(judge, images))
+            assert torch.equal(predicted, predict(network, images))
 
 
 def test_masks_are_made_for_all_images_by_the_maps_of_both_halves(known, pairs):
@@ -240,7 +243,7 @@ def test_a_mistake_is_explained_by_the_share_of_swaps_with_which_it_moves(known,
 
 
 def test_all_is_known_after_each_mask_or_once_of_few_mistakes(few, monkeypatch):
-    rules = [OWN, SHARED]
+    rules = [OWN, SHARED, BY_EXCHANGE]
     mistakes = try_all(few, rules=rules).is_mistake.sum().item()
     for fewest, counts in ((mistakes, [1, 2, 3]), (mistakes + 1, [3])):
         monkeypatch.setattr(held_out, "FEW", fewest)
@@ -251,18 +254,6 @@ def test_all_is_known_after_each_mask_or_once_of_few_mistakes(few, monkeypatch):
         assert bool(known.resampled) == (fewest > mistakes)
 
 
-def test_rounds_that_two_rules_share_are_tried_once(few):
-    tuned = []
-
-    def finetune(network, masked):
-        tuned.append(masked.rule)
-        return network
-
-    rule = Rule("threshold", 0.5)
-    try_all(few, finetune=finetune, rules=[rule, Rule("threshold", 0.5, rounds=2)])
-    assert tuned.count(rule) == 2  # once for each half
-
-
 def test_masks_are_tried_until_one_is_clear(few, monkeypatch):
     tuned = []
 
@@ -270,11 +261,11 @@ def test_masks_are_tried_until_one_is_clear(few, monkeypatch):
         tuned.append(f"{masked.rule}")
         return network
 
-    def judge(known):
+    def decide(known):
         return Verdict(ERM, NAMES[0], "", is_final=len(known.tried) == 1)
 
-    monkeypatch.setattr(chosen, "judge", judge)
-    choice = choose(few, fit, finetune, RULES)
+    monkeypatch.setattr(chosen, "decide", decide)
+    choice = choose(few, fit, finetune, RULES, early=0)
     assert tuned == [NULL, NULL, NAMES[0], NAMES[0]]
     assert [*choice.held_out.masked] == [NULL, NAMES[0]]
 
@@ -293,7 +284,7 @@ def test_two_processes_find_what_one_finds_also_for_a_class_of_a_notebook(
     class Own(nn.Sequential):  # cannot be pickled by name
         pass
 
-    def fit_it(fold):
+    def fit_it(fold, _share):
         return Own(fit(fold))
 
     found = without_masks(try_all(few, fit_it, FINETUNE, [SHARED]))
@@ -328,9 +319,10 @@ def test_a_network_without_maps_is_masked_by_exchange_alone(few):
 
 
 def test_a_round_that_hides_nothing_more_is_not_tried(few):
-    weak = Rule(param=28.0, rounds=3)  # hides nothing
-    known = try_all(few, rules=[weak])
-    assert known.tried == ["mean_std 28"]
+    weak = Rule(param=28.0)  # hides nothing
+    rounds = [replace(SHARED, rounds=2), replace(weak, rounds=2)]
+    known = try_all(few, rules=[weak, *rounds])
+    assert known.tried == []
 
 
 def assigned(network):
@@ -345,7 +337,7 @@ def test_one_network_for_both_folds_is_refused(few, again):
     network = models.new_model(0)
     message = "fit returned two networks that share weights; allowed: a new one"
     with pytest.raises(ValueError, match=message):
-        try_all(few, lambda _: again(network))
+        try_all(few, lambda *_: again(network))
     with pytest.raises(ValueError, match=message.replace("fit", "finetune")):
         try_all(few, finetune=lambda *_: again(network))
 
@@ -354,7 +346,7 @@ def test_a_network_without_a_number_for_each_class_is_refused(few):
     network = nn.Sequential(nn.Conv2d(3, 1, 28), nn.Flatten())
     message = r"predicts \[.*\] for two images; allowed: a number for each of 2"
     with pytest.raises(ValueError, match=message):
-        try_all(few, lambda _: network)
+        try_all(few, lambda *_: network)
 
 
 def test_what_is_predicted_must_be_finite_with_every_mask(few):
@@ -379,14 +371,14 @@ BAD_NETWORKS = {
 def test_a_network_that_we_cannot_work_with_is_refused(few):
     for message, network in BAD_NETWORKS.items():
         with pytest.raises(TypeError, match=message):
-            try_all(few, partial(unchanged, network))
+            try_all(few, lambda *_, network=network: network)
     with pytest.raises(TypeError, match="finetune returned None; allowed"):
         try_all(few, finetune=lambda *_: None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
 def test_a_compiled_network_is_worked_with_as_it_was(few):
-    def compiled(fold):
+    def compiled(fold, _share):
         return torch.compile(fit(fold))
 
     def finetune(network, _masked):
@@ -402,7 +394,7 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
         "train": few,
         "candidates": [SHARED, Rule("top_k", 0.2)],
         "seed": 0,
-        "size": 28,
+        "made_with": {"size": 28},
     }
     keep = partial(load_or_choose, tmp_path / "choice.pth", finetune=unchanged)
     first = keep(**arguments, fit=fit)
@@ -412,7 +404,7 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
     known = without_masks(first.held_out)
     torch.testing.assert_close(without_masks(kept.held_out), known, rtol=0, atol=0)
     with pytest.raises(TypeError, match="int64 is not JSON"):  # before any training
-        load_or_choose(tmp_path / "new.pth", few, fit=None, size=np.int64(28))
+        load_or_choose(tmp_path / "new.pth", few, None, {"size": np.int64(28)})
     for name, masked in kept.held_out.masked.items():
         made = first.held_out.masked[name]
         torch.testing.assert_close(masked.own_masks, made.own_masks, rtol=0, atol=0)
@@ -422,8 +414,51 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
         "train": few[:40],
         "candidates": [SHARED],
         "seed": 1,
-        "size": 96,
+        "early": 0.5,
+        "made_with": {"size": 96},
     }
     for name, value in others.items():
-        with pytest.raises(CheckpointError, match=f"choice.pth was made with {name}"):
+        named = "size" if name == "made_with" else name
+        with pytest.raises(CheckpointError, match=f"choice.pth was made with {named}"):
             keep(**arguments | {name: value}, fit=None)
+
+
+def test_short_trainings_are_asked_first_and_whole_ones_if_they_choose_no_mask(
+    few, monkeypatch
+):
+    shares = []
+
+    def fit_share(fold, share):
+        shares.append(share)
+        return fit(fold)
+
+    def keep_erm(known):
+        return Verdict(ERM, known.tried[0], f"after {known.share}")
+
+    monkeypatch.setattr(chosen, "decide", keep_erm)
+    kept = choose(few, fit_share, unchanged, [SHARED], early=0.1)
+    assert shares == [0.1, 0.1, 1.0, 1.0]
+    assert kept.reason.startswith("after 1.0\n")
+    shares.clear()
+    choose(few, fit_share, unchanged, [SHARED], early=0)
+    assert shares == [1.0, 1.0]
+    for bad in ({"early": 1}, {"early": -0.1}, {"seed": -1}):
+        with pytest.raises(ValueError, match="allowed: from 0 to below 1; 0 or more"):
+            choose(few, fit, **bad)
+
+
+def test_threads_do_not_share_random_numbers(few):
+    def fit_by_global_seed(fold, _share):
+        torch.manual_seed(0)
+        return training_of(fold)
+
+    def training_of(fold):
+        network = models.SmallCNN()
+        training.train(network, fold, epochs=1, batch_size=10)
+        return network
+
+    expected = without_masks(try_all(few, fit_by_global_seed, rules=[SHARED]))
+    with joblib.parallel_config("threading", n_jobs=2):
+        for _ in range(3):
+            found = without_masks(try_all(few, fit_by_global_seed, rules=[SHARED]))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -35,6 +35,7 @@ OTHER_DEFAULTS = {
         "network": "small",
         "weights": "",
         "epochs": 20,
+        "place": "",
     },
 }
 ANSWERS = {  # notebooks with code in an answer, and how they run on tiny data

@@ -7,9 +7,9 @@ import torch
 from conftest import TINY
 
 from masktune_utils import datasets, metrics, models, panels, plotting
-from masktune_utils.choice import ERM, NULL, Choice, HeldOut, score
+from masktune_utils.choice import ERM, NULL, Choice, HeldOut, chosen, score
 from masktune_utils.data import Split
-from masktune_utils.masking import MaskedDataset
+from masktune_utils.masking import NOTHING, MaskedDataset
 from masktune_utils.settings import Settings
 
 
@@ -24,6 +24,7 @@ def choice_of_two(train):
         "b": is_right,
     }
     masked = {
+        NULL: NOTHING.mask(train, torch.zeros(len(train), 1, 1)),
         "a": MaskedDataset(train, train.shortcut, "resample"),
         "b": MaskedDataset(train, ~train.shortcut, "resample"),
     }
@@ -32,10 +33,10 @@ def choice_of_two(train):
         mistake_map=torch.rand(13, 13),
         predictions=predictions,
         explained=dict.fromkeys("ab", 1 - is_right),
-        mean_masks=dict.fromkeys("ab", torch.eye(28)),
+        mean_masks=dict.fromkeys(["a", "b", NULL], torch.eye(28)),
         masked=masked,
     )
-    return Choice(held_out, None, score.judge(held_out))
+    return chosen._with_verdict(held_out, None, score.decide(held_out))
 
 
 @pytest.fixture
@@ -100,6 +101,26 @@ def test_predictions_are_shown_right_or_wrong():
         color = "#009E73" if predicted == label else "#D55E00"
         assert ax.get_xlabel() == f"{name} {share.max():.0%}"
         assert ax.xaxis.label.get_color() == color
+
+
+def test_in_the_panel_a_place_is_moved_and_hidden(splits, capsys, monkeypatch):
+    monkeypatch.setattr(chosen, "MOST_EPOCHS", 1)
+    train = splits.train
+    panel = panels.point(models.new_model(0), splits.raw[::20], train)
+    rows, columns, button, _ = panel.children
+    panel.update()
+    assert panel.result.region[:7, :7].all()
+    assert panel.result.region.sum() == 49
+    rows.value = (14, 28)
+    columns.value = (0, 28)
+    assert panel.result.region[14:].all()
+    assert panel.result.region.sum() == 14 * 28
+    assert "Once it is hidden" not in capsys.readouterr().out
+    button.value = True
+    printed = capsys.readouterr().out
+    assert printed.count("If the ") == 2
+    assert "Once it is hidden:\nAccuracy: " in printed
+    assert panel.result.hide(train).masked.own_masks[:, 14:].all()
 
 
 def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):

@@ -143,7 +143,7 @@ def test_a_window_is_worth_by_how_much_it_lowers_the_loss_each_kind_the_same(
 
 
 def test_of_many_mistakes_some_are_exchanged_at_random(misleading, monkeypatch):
-    monkeypatch.setattr(exchange, "MOST_MISTAKES", 5)
+    monkeypatch.setattr(exchange, "MOST_IMAGES", 5)
     batches = []
 
     def network(images):

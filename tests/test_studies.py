@@ -60,13 +60,28 @@ def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(
     torch.save(resnet18().state_dict(), on_disk / "resnet18-f37072fd.pth")
     shown = execute_07(tmp_path / "mine", network=network, weights=weights, size=32)
     assert re.search("hosen|ERM is kept", shown)
-    assert re.search("mistakes (of|move)", shown)
+    assert re.search("mistakes among", shown)
     assert "stderr" not in shown
     (files,) = (tmp_path / "runs" / "your_own").iterdir()
     names = {path.name for path in files.iterdir()}
     assert names == {"choice.pt", "masks.npz", "erm.pt", "chosen.pt"}
     masks = np.load(files / "masks.npz")["masks"]
     assert masks.shape == (20, 32, 32)
+
+
+@pytest.mark.slow
+def test_notebook_07_hides_a_place_and_shows_before_and_after(tmp_path):
+    shown = execute_07(tmp_path / "mine", place="0.5,0.5,1,1", size=32)
+    assert "By hand: the bottom right (25% of the image) is hidden." in shown
+    assert "before: accuracy" in shown
+    assert "after: accuracy" in shown
+    assert "stderr" not in shown
+    (files,) = (tmp_path / "runs" / "your_own").iterdir()
+    names = {path.name for path in files.iterdir()}
+    assert names == {"place.pt", "masks.npz", "erm.pt", "chosen.pt"}
+    masks = np.load(files / "masks.npz")["masks"]
+    assert masks[:, 16:, 16:].all()
+    assert masks.sum() == 20 * 16 * 16
 
 
 @pytest.mark.slow
@@ -80,6 +95,7 @@ def test_notebook_07_reports_on_a_folder_and_saves_what_it_made(
             "none.onnx does not classify images.*doesn't exist",
         ),
         ({"example": "dust"}, "example is 'dust'"),
+        ({"place": "0.5,0,0.2,1"}, "the place is .*; allowed: left, top, right"),
         ({"colour": "blue"}, "colour is not a parameter"),
     ],
 )
