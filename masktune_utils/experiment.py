@@ -17,7 +17,7 @@ from masktune_utils import datasets, models, results, saliency, store, training
 from masktune_utils.choice import Choice, chosen, load_or_choose
 from masktune_utils.data import Split
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import DEFAULTS, BaseSettings, Settings
+from masktune_utils.settings import DEFAULTS, GONE, BaseSettings, Settings
 
 CHOICE_FILE = "CNN_choice.pth"  # beside the checkpoints
 EARLY = 8000  # images that networks see in training before a choice looks first
@@ -152,7 +152,7 @@ def load_or_train(
     made_with = {**settings.identity, **made_with}
     configuration = configuration or settings.configuration
     path = settings.checkpoint_path(configuration)
-    saved = store.load_or_make(path, made_with, make)
+    saved = store.load_or_make(path, made_with, make, **DEFAULTS, **GONE)
     with store.blame(path):
         network.load_state_dict(saved["state_dict"])
     sha256 = store.sha256(network.state_dict())
@@ -189,7 +189,7 @@ def with_weights(path: str | Path) -> nn.Module:
 
 
 def masktune(settings: Settings, base: Trained) -> Trained:
-    """MaskTune: the network of the last round; those of all rounds are saved.
+    """MaskTune: the base model, fine-tuned on masked images.
 
     Args:
         settings: the experiment.
@@ -199,16 +199,8 @@ def masktune(settings: Settings, base: Trained) -> Trained:
         CheckpointError: see `load_or_train`.
     """
     maps = training_saliency(base)
-    masked = None
-    made_with = {}
-    for rule in settings.rule.each_round:
-        masked = rule.mask(base.images, maps, masked, settings.seed)
-        of_round = settings.replace(rounds=rule.rounds)
-        tuned = load_or_train(of_round, masked, base, **made_with)
-        made_with["earlier_sha256"] = tuned.sha256
-        if rule.rounds < settings.rounds:
-            maps = saliency.saliency_maps(tuned.model, masked.images, masked.labels)
-    return tuned
+    masked = settings.rule.mask(base.images, maps, seed=settings.seed)
+    return load_or_train(settings, masked, base)
 
 
 def training_saliency(base: Trained) -> Tensor:
@@ -344,7 +336,8 @@ def chosen_model(choice: Choice, base: Trained) -> Trained:
         return base._replace(configuration="chosen")
     masked = choice.masked
     rule = asdict(masked.rule)
-    del rule["exchange"]  # which is no setting
+    for name in ("rounds", "exchange"):  # which are no settings
+        del rule[name]
     settings = chosen_settings(base.settings, len(masked)).replace(**rule)
     return load_or_train(
         settings,

@@ -274,12 +274,6 @@ class Rule:
             words += f", {self.rounds:.0f} rounds"
         return words
 
-    @property
-    def each_round(self) -> "list[Rule]":
-        """The same with 1, 2, … rounds."""
-        numbers = range(1, self.rounds + 1)
-        return [replace(self, rounds=number) for number in numbers]
-
     def image_masks(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Masks of the size of the images, by maps.
 

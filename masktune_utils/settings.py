@@ -175,8 +175,6 @@ class Settings(BaseSettings):
     """one mask for all images, from the mean of their maps"""
     fill: OF_RULE["fill"] = "zero"
     """what hidden pixels become: zero, or resample (another image's)"""
-    rounds: OF_RULE["rounds"] = 1
-    """of masking; each adds to what is hidden"""
     finetune_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd or adam"""
     finetune_lr: Rate | None = None
@@ -217,6 +215,7 @@ class Settings(BaseSettings):
 
 
 DEFAULTS = dict(Settings())
+GONE = {"rounds": 1}  # names in files that are settings no more, and what they meant
 
 
 def root(directory: str) -> Path:

@@ -30,27 +30,18 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, content: bytes, is_cache: bool = False) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that takes its place only once it is complete.
 
     Args:
         path: the file.
         content: what is in it.
-        is_cache: of two processes that write it at the same time, the first one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
         unfinished = Path(folder) / path.name
         unfinished.write_bytes(content)
-        if not is_cache:
-            unfinished.replace(path)
-            return
-        try:
-            path.hardlink_to(unfinished)
-        except FileExistsError:  # another process was quicker
-            pass
-        except OSError:  # a file system without links
-            unfinished.replace(path)
+        unfinished.replace(path)
 
 
 @contextlib.contextmanager
@@ -81,10 +72,8 @@ def read(path: Path) -> Any:
         FileNotFoundError: there is none.
     """
     with path.open("rb") as file, blame(path):
-        if zipfile.is_zipfile(file):
-            damaged = zipfile.ZipFile(file).testzip()
-            if damaged:  # torch does not look
-                raise ValueError(f"its part {damaged} has another CRC")
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+            raise ValueError("a part has another CRC")  # torch does not look
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -93,6 +82,7 @@ def load_or_make(
     path: Path,
     made_with: dict,
     make: Callable[[], dict],
+    **defaults: Any,
 ) -> dict:
     """What a file holds; it is made first if it is not there, and never replaced.
 
@@ -102,6 +92,8 @@ def load_or_make(
         path: the file.
         made_with: all that the content depends on, by name, as values that JSON has.
         make: returns the content: tensors and plain values by name.
+        **defaults: by name, the value that is meant where the file, or `made_with`,
+            does not have the name.
 
     Returns:
         The content, and `settings`: with what it was made.
@@ -109,24 +101,27 @@ def load_or_make(
     Raises:
         CheckpointError: the file is damaged or foreign, or was made with something
             else.
+        OSError: it cannot be written; nothing is made then.
         TypeError: a value that JSON does not have.
     """
     made_with = json.loads(json.dumps(made_with))
     if not path.exists():
         # It fails before anything is made.
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(bytes(2**20))  # as much as a checkpoint
         # Through memory: torch hides that a disk is full.
         buffer = io.BytesIO()
         content = {**make(), "settings": made_with}
         torch.save(content, buffer)
-        write_bytes(path, buffer.getvalue(), is_cache=True)
+        write_bytes(path, buffer.getvalue())
     content = read(path)
     with blame(path):
         settings = content["settings"]
         names = {**settings, **made_with}
     for name in names:
-        value = settings.get(name)
-        wanted = made_with.get(name)
+        value = settings.get(name, defaults.get(name))
+        wanted = made_with.get(name, defaults.get(name))
         if value != wanted:
             raise CheckpointError(
                 f"{path} was made with {name} = {value!r}, not {wanted!r}. "

@@ -1,13 +1,13 @@
 """Bad input: one message with the value and what is allowed; nothing is written."""
 
-import socket
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 from conftest import times_of_writing, write_idx_files
 
-from masktune_utils import datasets
+from masktune_utils import datasets, store
 from masktune_utils.runner import command
 from masktune_utils.settings import Settings
 
@@ -87,31 +87,27 @@ def test_masktune_data_is_empty_and_there_is_no_network(root, refused):
     refused(message, "--dataset=kmnist")
 
 
-def test_files_that_are_not_those_of_mnist(root, refused):
+def test_files_that_are_not_those_of_mnist(root, refused, monkeypatch):
+    """Among them those of an early torchvision, which are read if they are there."""
     folder = root / "MNIST"
-    write_idx_files(folder / "raw", DIGITS)
-    refused(f"{folder} is damaged, foreign or of another version (ValueError: their")
+    message = f"{folder} has other images or labels than MNIST. Delete it."
+    images = torch.from_numpy(write_idx_files(folder / "raw", DIGITS))
+    refused(message)
+    content = {"images": images, "labels": torch.arange(10)}
+    digests = [store.sha256(content)] * 2
+    monkeypatch.setattr(datasets, "MNIST_SHA256", digests)
+    assert datasets.resolve_dataset("auto") == "mnist"
+    (folder / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((images, torch.arange(10).roll(1)), folder / "processed" / name)
+    refused(message)
 
 
-def test_labels_that_are_not_those_of_fashion_mnist(root, refused):
-    write_idx_files(root / "FashionMNIST" / "raw", [*DIGITS, *DIGITS[:9], 0])
-    message = "the classes have [3, 2, 2, 2, 2, 2, 2, 2, 2, 1] images"
-    refused(message, "--dataset=fashion_mnist")
-
-
-def test_a_server_that_is_silent_is_given_up_and_mnist5k_is_taken(root, monkeypatch):
-    monkeypatch.setattr(datasets, "SILENCE", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        mirrors = [f"http://127.0.0.1:{port}/"]
-        monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", mirrors)
-        message = r"cannot be downloaded.* \(.*timed out"
-        with pytest.raises(FileNotFoundError, match=message):
-            datasets.read(Settings(dataset="mnist"))
-        with pytest.warns(UserWarning, match="'mnist5k'.*MASKTUNE_DATA"):
-            train, _ = datasets.read(Settings())
-        assert len(train) == 4000
-    assert socket.getdefaulttimeout() is None
+def test_without_mnist_and_a_network_the_5000_of_mnist5k_are_taken(root):
+    assert not [*root.iterdir()]
+    with pytest.warns(UserWarning, match="'mnist5k'.*MASKTUNE_DATA"):
+        train, _ = datasets.read(Settings())
+    assert len(train) == 4000
 
 
 def test_a_download_is_there_whole_or_not_at_all(root, monkeypatch):

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from masktune_utils import experiment, masking, results, saliency, store, training
+from masktune_utils import experiment, masking, results, saliency, store
 from masktune_utils.choice import chosen
 from masktune_utils.experiment import (
     Trained,
@@ -17,7 +17,7 @@ from masktune_utils.experiment import (
     record,
     training_saliency,
 )
-from masktune_utils.masking import MaskedDataset, Rule
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.settings import Settings
 from masktune_utils.store import CheckpointError
 
@@ -116,54 +116,6 @@ def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model():
     assert finetuning["lr"] == 0.0025
 
 
-def test_each_round_adds_what_the_model_before_looks_at(settings, splits, base):
-    masking_rule = {"method": "mean", "param": 2, "fill": "resample", "rounds": 3}
-    settings = settings.replace(
-        **masking_rule,
-        finetune_schedule="linear",
-        finetune_batch_size=50,
-        seed=3,
-    )
-    labels = splits.train.labels
-    network = base.model
-    images = splits.train.images
-    masked = None
-    steps = {}
-    for rule in Rule(**masking_rule).each_round:
-        maps = saliency.saliency_maps(network, images, labels)
-        masked = rule.mask(splits.train, maps, masked, seed=3)
-        network = copy.deepcopy(base.model)
-        training.train(
-            network,
-            masked,
-            epochs=1,
-            batch_size=50,
-            lr=settings.lr,
-            schedule="linear",
-            seed=3,
-        )
-        images = masked.images
-        steps[rule.rounds] = sha256(network), masked.own_masks
-    # the last one first; the models of the rounds before are saved with it
-    for rounds in (3, 2, 1):
-        tuned = experiment.masktune(settings.replace(rounds=rounds), base)
-        weights, own_masks = steps[rounds]
-        assert tuned.sha256 == weights
-        assert torch.equal(tuned.images.own_masks, own_masks)
-        assert (tuned.seconds is None) == (rounds < 3)
-
-
-def test_a_round_is_refused_after_another_one_than_it_was_made_after(settings, base):
-    twice = settings.replace(rounds=2)
-    experiment.masktune(twice, base)
-    path = settings.checkpoint_path(settings.configuration)
-    first = store.read(path)
-    first["state_dict"]["linear.3.bias"] += 1
-    torch.save(first, path)
-    with pytest.raises(CheckpointError, match="was made with earlier_sha256 = "):
-        experiment.masktune(twice, base)
-
-
 def test_saliency_is_computed_once_per_base_model(base, monkeypatch):
     compute = Mock(wraps=saliency.saliency_maps)
     monkeypatch.setattr(saliency, "saliency_maps", compute)
@@ -207,8 +159,3 @@ def test_a_result_is_made_anew_for_other_weights(splits, base):
     row = record(changed(base), splits)
     assert row["seconds"] is None
     assert row["worst_group"] == 0
-
-
-def test_a_round_that_hides_nothing_more_has_a_model_of_its_own(settings, base):
-    weak = settings.replace(method="mean_std", param=28.0, rounds=2)
-    assert experiment.masktune(weak, base).settings == weak

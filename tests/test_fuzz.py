@@ -27,7 +27,6 @@ VALUES = {
     "dilation": [1, 11],
     "shared": [True],
     "fill": ["resample"],
-    "rounds": [2, 12],
     "finetune_optimizer": ["adam"],
     "finetune_lr": [0.01, 0.1],
     "finetune_schedule": ["linear"],

@@ -61,8 +61,8 @@ def test_settings_of_a_notebook_are_its_names_when_it_asks():
     assert experiment.from_notebook(namespace, epochs=7) == expected.replace(epochs=7)
     by_hand = run(SHOWN, "seed = 3")
     assert experiment.from_notebook(by_hand) == expected.replace(seed=3)
-    by_papermill = run(SHOWN, "# Parameters\nseed = 3\nrounds = 2\n")
-    changed = expected.replace(seed=3, rounds=2)
+    by_papermill = run(SHOWN, "# Parameters\nseed = 3\ndilation = 2\n")
+    changed = expected.replace(seed=3, dilation=2)
     assert experiment.from_notebook(by_papermill) == changed
 
 

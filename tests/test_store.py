@@ -1,6 +1,7 @@
 """Files: kept, whole, or refused by name."""
 
 import pickle
+import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -50,15 +51,52 @@ def test_what_was_made_with_something_else_is_refused_by_name(path, made_with, m
     assert path.read_bytes() == before
 
 
-def test_of_two_processes_that_write_at_the_same_time_the_first_one_wins(path):
-    """Else models that were fine-tuned from the first base model would be lost."""
+def test_a_name_that_a_file_does_not_have_counts_as_its_default(path):
+    """A new setting refuses no file that exists, and one that has gone neither."""
+    keep(path)
+    newer = {"seed": 0, "warmup": 0}  # without lr
 
-    def make():
-        keep(path, 1.0)  # the other process
-        return {"values": torch.zeros(50)}
+    def load(**changes):
+        made_with = {**newer, **changes}
+        store.load_or_make(path, made_with, dict, warmup=0, lr=0.1)
 
-    assert store.load_or_make(path, MADE_WITH, make)["values"].eq(1).all()
-    assert [*path.parent.iterdir()] == [path]
+    load()
+    with pytest.raises(CheckpointError, match="was made with warmup = 0, not 3"):
+        load(warmup=3)
+    with pytest.raises(CheckpointError, match=r"with lr = 0\.1, not 0\.2"):
+        load(lr=0.2)
+
+
+def test_checkpoints_of_other_versions_are_loaded_if_they_mean_the_same(
+    splits, settings
+):
+    path = settings.checkpoint_path("base")
+    content = {"state_dict": models.new_model(0).state_dict(), "history": []}
+    earlier = {**settings.base.identity, "rounds": 1}
+    del earlier["labels"]
+    store.load_or_make(path, earlier, lambda: content)
+    assert experiment.base_model(settings, splits.train).history == []
+    path.unlink()
+    store.load_or_make(path, {**earlier, "rounds": 2}, lambda: content)
+    with pytest.raises(CheckpointError, match="was made with rounds = 2, not 1"):
+        experiment.base_model(settings, splits.train)
+
+
+def full_disk():
+    """A file in which nothing can be written."""
+    return Path("/dev/full").open("wb")
+
+
+def test_what_cannot_be_written_is_not_made(path, monkeypatch):
+    """Not after hours of training."""
+    make = Mock()
+    with pytest.raises(OSError, match="/proc"):
+        store.load_or_make(Path("/proc/kept.pth"), MADE_WITH, make)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full_disk())
+    with pytest.raises(OSError, match="No space left"):
+        store.load_or_make(path, MADE_WITH, make)
+    make.assert_not_called()
+    assert not [*path.parent.iterdir()]
 
 
 def test_a_damaged_file_is_refused_by_name_with_what_is_wrong(path):
