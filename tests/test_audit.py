@@ -133,6 +133,10 @@ def test_a_place_that_a_person_points_at_is_measured_and_hidden():
     assert network.bias.item() == bias
     with pytest.raises(ValueError, match="name is 'a'; allowed: ERM"):
         choice.take("a")
+    kept = choice.take("ERM")
+    assert kept.keeps_erm
+    as_they_are, _ = kept.masked.batch(slice(None))
+    assert torch.equal(as_they_are, images.images)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ class Choice:
         names = [ERM, *tried]
         if name not in names:
             raise ValueError(f"name is {name!r}; allowed: {'; '.join(names)}.")
+        if self.held_out is None:
+            maps = torch.zeros(len(self.masked), 1, 1)
+            masked = NOTHING.mask(self.masked.split, maps, seed=self.masked.seed)
+            return Choice(masked, self.schedule, f'By hand: "{ERM}".')
         best = self.verdict.best if name == ERM else name
         verdict = Verdict(name, best, f'By hand: "{name}".')
         return _with_verdict(self.held_out, self.schedule, verdict)
