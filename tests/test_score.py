@@ -153,9 +153,9 @@ def test_of_whole_trainings_the_error_is_corrected_for_the_number_of_masks():
 
 
 def test_without_a_mask_erm_is_kept():
-    verdict = decide(toy())
-    assert verdict.chosen == ERM
-    assert verdict.reason == "ERM is kept: no mask hides anything."
+    choice = choice_of(toy())
+    assert choice.keeps_erm
+    assert choice.reason == "ERM is kept: no mask hides anything."
 
 
 @pytest.mark.parametrize(("later", "chosen"), [(13, "a"), (14, "b")])

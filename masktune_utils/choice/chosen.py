@@ -105,6 +105,8 @@ def _with_verdict(held_out: HeldOut, schedule: Finetune, verdict: Verdict) -> Ch
     """The choice that held-out images, or a person who saw them, have made."""
     is_erm = verdict.chosen == ERM
     masked = held_out.masked[NULL if is_erm else verdict.chosen]
+    if not held_out.tried:
+        return Choice(masked, schedule, verdict.reason, held_out, verdict)
     best = verdict.best
     mean_mask = held_out.mean_masks[best]
     covers = f'"{best}" covers {mean_mask.mean():.0%} of the image'
