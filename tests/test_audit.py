@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from masktune_utils.choice import audit, hide
+from masktune_utils.choice.chosen import as_region
 from masktune_utils.choice.exchange import swap_classes
 from masktune_utils.data import Split
 from masktune_utils.models import from_onnx
@@ -114,8 +115,8 @@ def test_a_place_that_a_person_points_at_is_measured_and_hidden():
     expected = torch.zeros(28, 28, dtype=torch.bool)
     expected[BAR] = True
     assert torch.equal(found.region, expected)
-    same = audit(logits, images, place=expected)
-    assert same.reason == found.reason
+    for again in (expected, expected.numpy(), torch.tensor(place)):
+        assert audit(logits, images, place=again).reason == found.reason
     choice = found.hide(images)
     assert choice.reason == "By hand: the top right (21% of the image) is hidden."
     hidden, _ = choice.masked.batch(slice(None))
@@ -140,13 +141,28 @@ def test_a_place_that_a_person_points_at_is_measured_and_hidden():
 
 
 @pytest.mark.parametrize(
-    "place", [(0.5, 0, 0.5, 1), (0, 0, 1, 1.2), (0, 1), torch.zeros(28, 28), ()]
+    "place",
+    [
+        (0.5, 0, 0.5, 1),
+        (0, 0, 1, 1.2),
+        (-0.1, 0, 1, 1),
+        (0, 1),
+        (),
+        0.5,
+        torch.zeros(28, 28),
+        torch.ones(4, 4),
+    ],
 )
 def test_what_is_no_place_is_refused(place):
     images = toy(mistakes=6)
     for step in (partial(audit, logits, images), partial(hide, images)):
         with pytest.raises(ValueError, match=r"the place is .*; allowed: left, top"):
             step(place=place)
+
+
+def test_the_edges_of_a_place_are_rounded():
+    region = as_region((0, 0, 0.35, 1), (10, 10))  # to 3.5 pixels, or 4
+    assert region.sum() == 40
 
 
 def test_half_of_the_image_is_no_place():

@@ -165,23 +165,25 @@ def as_region(place: Tensor | Sequence[float], size: tuple[int, int]) -> Tensor:
 
     Args:
         place: H×W, bool; or a rectangle: left, top, right, bottom, as shares of the
-            image.
+            image; a tensor, an array or a sequence.
         size: H, W.
 
     Raises:
         ValueError: it is no part of the image.
     """
+    # In float32, 0.35 of ten pixels would be 3 pixels, not 4.
+    given = torch.as_tensor(place, dtype=torch.float64, device="cpu")
     region = torch.zeros(size, dtype=torch.bool)
-    if isinstance(place, Tensor) and place.shape == size:
-        region = place.bool()
-    elif len(place) == 4 and all(0 <= share <= 1 for share in place):
-        left, top, right, bottom = place
+    if given.shape == size:
+        region = given.bool()
+    elif given.shape == (4,) and given.min() >= 0 and given.max() <= 1:
+        left, top, right, bottom = given.tolist()
         height, width = size
         rows = slice(round(top * height), round(bottom * height))
         columns = slice(round(left * width), round(right * width))
         region[rows, columns] = True
     if not region.any():
-        words = tuple(place.shape) if isinstance(place, Tensor) else place
+        words = given.tolist() if given.ndim < 2 else tuple(given.shape)
         raise ValueError(
             f"the place is {words}; allowed: left, top, right, bottom, from 0 to 1, or "
             f"a tensor of {size[0]}×{size[1]}; with a pixel or more."
