@@ -9,7 +9,7 @@ from torch import nn
 
 from masktune_utils.choice import audit, hide
 from masktune_utils.choice.chosen import as_region
-from masktune_utils.choice.exchange import swap_classes
+from masktune_utils.choice.exchange import ClassSwaps, swap_classes
 from masktune_utils.data import Split
 from masktune_utils.models import from_onnx
 
@@ -104,6 +104,17 @@ def test_what_hangs_on_a_place_is_what_plain_code_finds():
     assert found.worst_class == harder.index(worst)
     assert found.error == pytest.approx((worst * (1 - worst) / 60) ** 0.5)
     assert found.changed == pytest.approx(np.mean(changed))
+
+
+def test_of_many_classes_the_harder_half_counts():
+    """Of class 7 and three others, without its own column."""
+    accuracy = torch.full((4, 4), 0.9)
+    accuracy[2] = torch.tensor([0.4, 0.8, torch.nan, 0.2])
+    swaps = torch.full((4,), 60)
+    found = ClassSwaps(torch.tensor([1, 4, 7, 9]), accuracy, swaps, changed=0.5)
+    assert found.worst == pytest.approx(0.3)
+    assert found.worst_class == 7
+    assert found.error == pytest.approx((0.3 * 0.7 / 60) ** 0.5)
 
 
 def test_a_place_that_a_person_points_at_is_measured_and_hidden():

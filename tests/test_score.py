@@ -202,6 +202,14 @@ def test_without_mistakes_the_model_is_taken_that_is_best_where_masks_resample(
     assert verdict.reason.startswith(f"{decision}, by a prior: too few")
 
 
+def test_the_prior_takes_the_first_good_mask_and_none_that_destroys_a_class():
+    predicted = toy(4, classes=10, a=(0, 996), b=(0, 996))
+    predicted.resampled = {"a": {ERM: 0.5, NULL: 0.5, "a": 0.8, "b": 0.9}}
+    assert decide(predicted).chosen == "a"
+    predicted.predictions["a"][-910::10] = 5
+    assert decide(predicted).chosen == "b"
+
+
 def test_four_images_that_nobody_can_learn_decide_nothing():
     predicted = toy(a=(30, 960))
     predicted.labels[-4:] = 2  # of a class that no model predicts
