@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from masktune_utils.choice import audit, hide
+from masktune_utils.choice.audit import _halves
 from masktune_utils.choice.chosen import as_region
 from masktune_utils.choice.exchange import ClassSwaps, swap_classes
 from masktune_utils.data import Split
@@ -65,6 +66,36 @@ def test_without_mistakes_a_place_is_found_by_what_predictions_rely_on():
     for _, elsewhere in found.elsewhere:
         assert elsewhere.changed < 0.5
     assert not len(found.swaps.mistakes)
+    assert "mistakes move" not in found.reason
+
+
+def test_fewer_than_five_mistakes_in_a_half_find_no_place():
+    """Then all of them are counted."""
+    found = audit(logits, toy(mistakes=8))
+    assert found.found_by == "reliance"
+    assert len(found.swaps.mistakes) == 8
+
+
+def test_each_half_has_as_many_mistakes_of_each_kind():
+    labels = torch.zeros(9, dtype=torch.int64)
+    predicted = torch.tensor([1, 2, 1, 2, 1, 2, 1, 2, 0])
+    halves = _halves(labels, predicted)
+    for half in halves:
+        assert half.bincount().tolist() == [5, 2, 2]
+    assert torch.equal(sum(halves), predicted)
+
+
+def test_the_seed_decides_from_which_images_a_place_comes():
+    images = toy(mistakes=6)
+    place = (0, 0, 0.5, 0.5)
+    first, same, other = [
+        audit(logits, images, seed, place).swaps for seed in (1, 1, 2)
+    ]
+    assert torch.equal(first.partners, same.partners)
+    assert not torch.equal(first.partners, other.partners)
+    first, same, other = [hide(images, place, seed=seed).masked for seed in (1, 1, 2)]
+    assert torch.equal(first.partners, same.partners)
+    assert not torch.equal(first.partners, other.partners)
 
 
 def test_what_hangs_on_a_place_is_what_plain_code_finds():

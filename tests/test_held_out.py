@@ -435,6 +435,13 @@ def test_short_trainings_are_asked_first_and_whole_ones_if_they_choose_no_mask(
     def keep_erm(known):
         return Verdict(ERM, known.tried[0], f"after {known.share}")
 
+    def take_first(known):
+        return Verdict(known.tried[0], known.tried[0], "taken")
+
+    monkeypatch.setattr(chosen, "decide", take_first)
+    choose(few, fit_share, unchanged, [SHARED], early=0.1)
+    assert shares == [0.1, 0.1]
+    shares.clear()
     monkeypatch.setattr(chosen, "decide", keep_erm)
     kept = choose(few, fit_share, unchanged, [SHARED], early=0.1)
     assert shares == [0.1, 0.1, 1.0, 1.0]

@@ -164,6 +164,30 @@ def test_without_a_mistake_the_map_of_mistakes_is_zero(misleading):
     assert torch.equal(mistakes, torch.zeros(13, 13))
 
 
+def test_a_window_is_relied_on_by_how_far_it_moves_the_log_odds(
+    misleading, monkeypatch
+):
+    """By the formula, image by image, of fifty out of sixty."""
+    monkeypatch.setattr(exchange, "MOST_IMAGES", 50)
+    network = PixelReader()
+    logits = metrics.predict(network, misleading)
+    predicted = logits.argmax(1)
+    random = torch.Generator().manual_seed(3)
+    sample = torch.randperm(60, generator=random)[:50]
+    falls = []
+    for label in range(3):
+        members = sample[predicted[sample] == label]
+        others = (predicted != label).nonzero()[:, 0]
+        drawn = torch.randint(len(others), (len(members),), generator=random)
+        for image, partner in zip(members, others[drawn], strict=True):
+            odds = logits[:, label] - logits[:, predicted[partner]]
+            falls.append(odds[image] - odds[partner])
+    expected = torch.zeros(13, 13)
+    expected[4:6, 2:4] = torch.stack(falls).mean()
+    found = exchange.reliance_map(network, misleading, predicted, seed=3)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_partner_is_another_image_of_the_class_unless_there_is_none():
     labels = torch.tensor([0, 1, 0, 1, 2])
     generator = torch.Generator()
