@@ -1,5 +1,6 @@
 """Images with labels, as one set: a `Split`, made from any data set of torch."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ class Split(Dataset):
         """Read photographs from a folder of folders, one for each class.
 
         Their order is that of torchvision's `ImageFolder`, without what is hidden.
+        Files that are no images of eight bits a channel are skipped. Their number is
+        printed; and a warning, if images of one class are wider than those of another.
 
         Args:
             folder: where the folders are. Their names are those of the classes.
@@ -121,9 +124,9 @@ class Split(Dataset):
         Raises:
             FileNotFoundError: there is no such folder, no folder in it, or no file in
                 one of these.
-            ValueError: there is one class, a class with fewer than `FEWEST` files, or a
-                file that is no image of eight bits a channel; or they do not fit into
-                memory.
+            ValueError: `size` is no number of pixels; there is one class, or a class
+                with fewer than `FEWEST` images; most files are no images; or they do
+                not fit into memory.
         """
         from torchvision.datasets import ImageFolder  # takes seconds
 
@@ -133,7 +136,10 @@ class Split(Dataset):
                 visible = [name for name in names if not name.startswith(".")]
                 return visible, {name: k for k, name in enumerate(visible)}
 
+        if size < 1:
+            raise ValueError(f"size is {size}; allowed: 1 pixel or more.")
         folder = Path(folder).expanduser()
+        proportions = []  # width / height; NaN: no image
         no_images = []
 
         def open_square(path: str) -> Image.Image:
@@ -144,34 +150,37 @@ class Split(Dataset):
                 image.draft("RGB", (size, size))  # a large JPEG is read in less time
                 upright = _on_white(ImageOps.exif_transpose(image))
                 mean = tuple(map(round, ImageStat.Stat(upright).mean))
-                return ImageOps.pad(upright, (size, size), color=mean)
+                square = ImageOps.pad(upright, (size, size), color=mean)
+                proportions.append(upright.width / upright.height)
             except Exception:  # noqa: BLE001 - of Pillow, for damaged files
+                square = Image.new("RGB", (size, size))
+                proportions.append(math.nan)
                 no_images.append(path)
-                return Image.new("RGB", (size, size))
+            return square
 
         def is_visible(path: str) -> bool:
             parts = Path(path).relative_to(folder).parts
             return not any(part.startswith(".") for part in parts)
 
         dataset = VisibleFolder(folder, loader=open_square, is_valid_file=is_visible)
-        counts = torch.tensor(dataset.targets).bincount().tolist()
-        if len(counts) < 2 or min(counts) < FEWEST:
-            raise ValueError(
-                f"the folders {dataset.classes} have {counts} images; allowed: 2 "
-                f"folders or more, of {FEWEST} images or more each."
-            )
+        targets = torch.tensor(dataset.targets)
         needed = BYTES * len(dataset) * size**2
         if needed > psutil.virtual_memory().available:
             raise ValueError(
                 f"{len(dataset)} images take {needed / 1e9:.1f} GB of memory, more than "
                 "is free; allowed: a smaller size, or fewer images."
             )
+        _check_counts(dataset.classes, targets)
         split = cls.from_dataset(dataset)
         if no_images:
-            raise ValueError(
-                f"{len(no_images)} files are no images, as {no_images[:3]}; allowed: "
-                "files that Pillow reads, of eight bits a channel."
-            )
+            words = f"{len(no_images)} of {len(dataset)} files are no images, as "
+            words += f"{no_images[:3]}"
+            if 2 * len(no_images) > len(dataset):
+                raise ValueError(f"{words}; allowed: at most half of them.")
+            print(f"{words}: they are skipped.")
+            split = split[~torch.tensor(proportions).isnan()]
+            _check_counts(dataset.classes, split.labels)
+        _tell_of_padding(dataset.classes, targets, torch.tensor(proportions))
         return split
 
     def __len__(self) -> int:
@@ -245,6 +254,30 @@ def check_split(images: object) -> None:
         raise TypeError(
             f"the images are a {type(images).__name__}; allowed: a Split, as "
             "Split.from_dataset(images) is one."
+        )
+
+
+def _check_counts(names: list[str], labels: Tensor) -> None:
+    """Refuse a class without enough images."""
+    counts = labels.bincount(minlength=len(names)).tolist()
+    if len(counts) < 2 or min(counts) < FEWEST:
+        raise ValueError(
+            f"the folders {names} have {counts} images; allowed: 2 folders or more, of "
+            f"{FEWEST} images or more each."
+        )
+
+
+def _tell_of_padding(names: list[str], labels: Tensor, proportions: Tensor) -> None:
+    """Print it, if the images of one class are wider than those of another."""
+    of_classes = [proportions[labels == k].nanmean().item() for k in range(len(names))]
+    if max(of_classes) > 1.1 * min(of_classes):
+        words = [
+            f"{name} {of_class:.2f}"
+            for name, of_class in zip(names, of_classes, strict=True)
+        ]
+        print(
+            f"Width / height differs by class: {', '.join(words)}. So does the padding: "
+            "a network may learn it, and marks in a corner move. Crop all to one shape."
         )
 
 

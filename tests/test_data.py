@@ -1,7 +1,10 @@
 """The images, and the shortcut that is planted in them."""
 
 import os
+import re
+from collections import namedtuple
 
+import psutil
 import pytest
 import torch
 from conftest import write_photographs
@@ -212,7 +215,11 @@ def test_a_folder_without_enough_images_is_refused(counts, message, tmp_path):
         Split.from_folder(tmp_path, 16)
 
 
-def test_files_that_are_no_images_are_named(photographs, monkeypatch):
+def test_files_that_are_no_images_are_skipped_and_counted(
+    photographs, monkeypatch, capsys
+):
+    whole = Split.from_folder(photographs, 16)
+    assert "no images" not in capsys.readouterr().out
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     goats = photographs / "goats"
     Image.new("RGB", (200, 200)).save(goats / "large.png")
@@ -221,15 +228,42 @@ def test_files_that_are_no_images_are_named(photographs, monkeypatch):
     Image.new("I;16", (30, 40)).save(goats / "d.png")
     content = (goats / "00.jpg").read_bytes()
     (goats / "00.jpg").write_bytes(content[:-100])
-    message = r"6 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]"
-    with pytest.raises(ValueError, match=message):
+    split = Split.from_folder(photographs, 16)
+    words = r"6 of 27 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]: they"
+    assert re.search(words, capsys.readouterr().out)
+    assert torch.equal(split.images, whole.images[1:])
+    assert torch.equal(split.labels, whole.labels[1:])
+
+
+def test_a_folder_of_few_images_among_other_files_is_refused(photographs):
+    for number in range(3):
+        (photographs / "sheep" / f"0{number}.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"\[12, 7\] images; .* of 10 images or more"):
+        Split.from_folder(photographs, 16)
+    for number in range(20):
+        (photographs / "sheep" / f"{number}.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"23 of 42 files .* at most half of them"):
         Split.from_folder(photographs, 16)
 
 
-def test_images_that_do_not_fit_into_memory_are_refused(photographs):
-    message = r"22 images take 1056000\.0 GB .* smaller size"
-    with pytest.raises(ValueError, match=message):
-        Split.from_folder(photographs, 1_000_000)
+def test_a_class_of_wider_images_is_told(photographs, capsys):
+    for number in range(12):
+        Image.new("RGB", (80, 40)).save(photographs / "goats" / f"{number:02}.jpg")
+    Split.from_folder(photographs, 16)
+    words = "Width / height differs by class: goats 2.00, sheep 1.33. So does the"
+    assert words in capsys.readouterr().out
+
+
+def test_a_size_of_no_pixel_is_refused(photographs):
+    with pytest.raises(ValueError, match="size is 0; allowed: 1 pixel or more"):
+        Split.from_folder(photographs, 0)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(photographs, monkeypatch):
+    memory = namedtuple("Memory", "available")(200_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match=r"22 images take 0\.0 GB .* smaller size"):
+        Split.from_folder(photographs, 16)
 
 
 def test_groups_are_class_times_shortcut_without_the_empty_ones():

@@ -148,7 +148,7 @@ class ClassSwaps(NamedTuple):
     def error(self) -> float:
         """The standard error of `worst`."""
         worst = self.by_class.argmin()
-        return (self.worst * (1 - self.worst) / self.swaps[worst]) ** 0.5
+        return (self.worst * (1 - self.worst) / self.swaps[worst].item()) ** 0.5
 
     @property
     def _harder_half(self) -> Tensor:
