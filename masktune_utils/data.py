@@ -35,7 +35,6 @@ class Split(Dataset):
         class_names: by default `class 0`, `class 1`, ….
 
     Raises:
-        RuntimeError: a negative label, or labels that are not N.
         ValueError: another shape, type or range; the message tells what is allowed.
     """
 
@@ -62,19 +61,26 @@ class Split(Dataset):
                 "uint8 or floating point from 0 to 1 (normalise them inside the "
                 "network)."
             )
-        if not len(images) == len(labels) == len(self.groups):
+        counts = [len(of) for of in (images, labels, self.groups, self.shortcut)]
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"there are {len(images)} images, {len(labels)} labels and "
-                f"{len(self.groups)} groups; allowed: as many of each."
+                f"there are {counts} images, labels, groups and areas of the shortcut; "
+                "allowed: as many of each."
             )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels are {labels.dtype}; allowed: torch.int64.")
+        for name, numbers in {"labels": labels, "groups": self.groups}.items():
+            is_number = numbers.dtype == torch.int64 and numbers.ndim == 1
+            if not is_number or (numbers < 0).any():
+                raise ValueError(
+                    f"{name} are {numbers.dtype}, {numbers.unique().tolist()}; allowed: "
+                    "N, torch.int64, 0 or more."
+                )
         count = len(labels.bincount())
         if not self.class_names:
             self.class_names = tuple(f"class {number}" for number in range(count))
-        if len(self.class_names) < count:
+        names = self.class_names
+        if len(names) < count or len(set(names)) < len(names):
             raise ValueError(
-                f"class_names are {self.class_names}; allowed: {count} or more."
+                f"class_names are {names}; allowed: {count} or more, each once."
             )
 
     @classmethod

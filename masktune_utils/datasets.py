@@ -104,12 +104,9 @@ def plant(
         generator: source of random choices.
     """
     images = split.images.clone()
-    images[which] = shortcuts.add_shortcut(
-        images[which],
-        settings.shortcut,
-        settings.square_color,
-        settings.square_size,
-        generator,
+    shortcut = "square" if settings.shortcut == "none" else settings.shortcut
+    images[which] = shortcuts.SHORTCUTS[shortcut](
+        images[which], settings.square_color, settings.square_size, generator
     )
     area = (images != split.images).any(1)
     planted = dataclasses.replace(split, images=images, shortcut=area)

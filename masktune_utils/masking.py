@@ -17,7 +17,25 @@ from torch.utils.data import Dataset
 
 from masktune_utils.data import Split
 
-RULES = ("threshold", "top_k", "mean", "mean_std")
+
+def _top_k(maps: Tensor, share: float) -> Tensor:
+    quantile = maps.flatten(-2).quantile(1 - share, dim=-1)
+    return quantile[..., None, None]
+
+
+def _mean_std(maps: Tensor, param: float) -> Tensor:
+    positive = maps.where(maps > 0, torch.nan)
+    center = positive.nanmean((-2, -1), keepdim=True)
+    variance = (positive - center).square().nanmean((-2, -1), keepdim=True)
+    return center + param * variance.sqrt()
+
+
+RULES = {  # method → (maps, param) → the limit, which hidden pixels exceed
+    "threshold": lambda _maps, param: param,
+    "top_k": _top_k,
+    "mean": lambda maps, param: param * maps.mean((-2, -1), keepdim=True),
+    "mean_std": _mean_std,
+}
 
 
 def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
@@ -25,10 +43,10 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
 
     Args:
         saliency_map: ...×H×W, in [0, 1]; a tensor or a NumPy array.
-        method: what `s` must exceed to be hidden. `threshold`: `param`. `top_k`: a
-            quantile, so that the share `param` of the pixels is hidden. `mean`: param ·
-            mean(s). `mean_std`: mean + param · standard deviation of the positive
-            values of `s`; the paper's rule, with param 2.
+        method: one of `RULES`: what `s` must exceed to be hidden. `threshold`: `param`.
+            `top_k`: a quantile, so that the share `param` of the pixels is hidden.
+            `mean`: param · mean(s). `mean_std`: mean + param · standard deviation of
+            the positive values of `s`; the paper's rule, with param 2.
         param: of the method.
 
     Returns:
@@ -39,22 +57,9 @@ def create_mask(saliency_map: Tensor, method: str, param: float) -> Tensor:
         ValueError: an unknown method.
     """
     maps = torch.as_tensor(saliency_map)
-    match method:
-        case "threshold":
-            limit = param
-        case "top_k":
-            quantile = maps.flatten(-2).quantile(1 - param, dim=-1)
-            limit = quantile[..., None, None]
-        case "mean":
-            limit = param * maps.mean((-2, -1), keepdim=True)
-        case "mean_std":
-            positive = maps.where(maps > 0, torch.nan)
-            center = positive.nanmean((-2, -1), keepdim=True)
-            variance = (positive - center).square().nanmean((-2, -1), keepdim=True)
-            limit = center + param * variance.sqrt()
-        case _:
-            raise ValueError(f"method is {method!r}; allowed: {', '.join(RULES)}.")
-    return maps > limit
+    if method not in RULES:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(RULES)}.")
+    return maps > RULES[method](maps, param)
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
@@ -257,9 +262,10 @@ class Rule:
 
     def __str__(self) -> str:
         """In words."""
-        if self.param == math.inf:
+        if self == NOTHING:
             return "nothing masked"
-        words = f"{self.method} {self.param:g}"
+        param = f"{self.param!r}".removesuffix(".0")
+        words = f"{self.method} {param}"
         if self.upsample != "bilinear":
             words += f" {self.upsample}"
         if self.dilation:

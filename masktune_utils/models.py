@@ -116,7 +116,9 @@ def from_onnx(
         session = onnxruntime.InferenceSession(path)
         name = session.get_inputs()[0].name
         for count in (1, 2):
-            classify(torch.zeros(count, 3, size, size))
+            outputs = classify(torch.zeros(count, 3, size, size))
+            if outputs.ndim != 2 or len(outputs) != count:
+                raise ValueError(f"{count} images give {tuple(outputs.shape)}")
     except Exception as error:
         raise ValueError(
             f"{path} does not classify images of 3×{size}×{size} ({error}); allowed: an "

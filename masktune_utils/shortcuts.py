@@ -6,16 +6,6 @@ from torch import Generator, Tensor
 
 from masktune_utils.data import Split
 
-SHORTCUTS = (
-    "square",
-    "square_anywhere",
-    "two_squares",
-    "frame",
-    "pixels",
-    "digit_color",
-    "background",
-)
-
 
 def add_square(
     images: Tensor,
@@ -45,52 +35,63 @@ def pixel(color: str) -> Tensor:
     return torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1)
 
 
-def add_shortcut(
-    images: Tensor,
-    shortcut: str,
-    color: str,
-    size: int,
-    generator: Generator,
-) -> Tensor:
-    """A copy of images with a shortcut in each.
+def _square(images: Tensor, color: str, size: int, _: Generator) -> Tensor:
+    """In the top left corner."""
+    return add_square(images, size, color)
 
-    Args:
-        images: N×3×28×28, uint8.
-        shortcut: `square`: in the top left corner; also for `none`, of which only the
-            test images have it. `square_anywhere`: at a random place in every image.
-            `two_squares`: in the top left corner, and a red one in the bottom right
-            corner. `frame`: of two pixels, along the edge. `pixels`: 49 scattered ones,
-            the same in all images. `digit_color`: the digit itself is coloured.
-            `background`: a dark tint behind the digit.
-        color: name of a colour, see `add_square`.
-        size: side of a square in pixels.
-        generator: source of random choices.
-    """
-    colored_pixel = pixel(color)
-    match shortcut:
-        case "square" | "none":
-            return add_square(images, size, color)
-        case "two_squares":
-            first = add_square(images, size, color)
-            return add_square(first, size, "red", 28 - size, 28 - size)
-        case "digit_color":
-            colored = images * (colored_pixel / 255)
-            return colored.round().byte()
-        case "background":
-            dark = 0.3 * colored_pixel
-            return torch.maximum(images, dark.byte())
-        case "square_anywhere":
-            places = torch.arange(28)
-            first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
-            rows, columns = (first <= places) & (places < first + size)
-            area = rows[:, None, :, None] & columns[:, None, None]
-        case "frame":
-            area = torch.ones(28, 28, dtype=torch.bool)
-            area[2:-2, 2:-2] = False
-        case "pixels":
-            order = torch.randperm(784, generator=Generator().manual_seed(0))
-            area = (order < 49).view(28, 28)
-    return torch.where(area, colored_pixel, images)
+
+def _square_anywhere(
+    images: Tensor, color: str, size: int, generator: Generator
+) -> Tensor:
+    """At a random place in every image."""
+    places = torch.arange(28)
+    first = torch.randint(29 - size, (2, len(images), 1), generator=generator)
+    rows, columns = (first <= places) & (places < first + size)
+    area = rows[:, None, :, None] & columns[:, None, None]
+    return torch.where(area, pixel(color), images)
+
+
+def _two_squares(images: Tensor, color: str, size: int, _: Generator) -> Tensor:
+    """In the top left corner, and a red one in the bottom right corner."""
+    first = add_square(images, size, color)
+    return add_square(first, size, "red", 28 - size, 28 - size)
+
+
+def _frame(images: Tensor, color: str, _size: int, _: Generator) -> Tensor:
+    """Of two pixels, along the edge."""
+    area = torch.ones(28, 28, dtype=torch.bool)
+    area[2:-2, 2:-2] = False
+    return torch.where(area, pixel(color), images)
+
+
+def _pixels(images: Tensor, color: str, _size: int, _: Generator) -> Tensor:
+    """49 scattered ones, the same in all images."""
+    order = torch.randperm(784, generator=Generator().manual_seed(0))
+    area = (order < 49).view(28, 28)
+    return torch.where(area, pixel(color), images)
+
+
+def _digit_color(images: Tensor, color: str, _size: int, _: Generator) -> Tensor:
+    """The digit itself is coloured."""
+    colored = images * (pixel(color) / 255)
+    return colored.round().byte()
+
+
+def _background(images: Tensor, color: str, _size: int, _: Generator) -> Tensor:
+    """A dark tint behind the digit."""
+    dark = 0.3 * pixel(color)
+    return torch.maximum(images, dark.byte())
+
+
+SHORTCUTS = {  # name → (images, color, size, generator) → a copy with it
+    "square": _square,
+    "square_anywhere": _square_anywhere,
+    "two_squares": _two_squares,
+    "frame": _frame,
+    "pixels": _pixels,
+    "digit_color": _digit_color,
+    "background": _background,
+}
 
 
 def halves(labels: Tensor) -> Tensor:

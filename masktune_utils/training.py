@@ -54,9 +54,11 @@ def train(
         training images in training mode), and `lr`.
 
     Raises:
-        ValueError: an unknown optimizer or schedule; the loss is not finite; with batch
-            normalisation, batches of one image.
+        ValueError: fewer than two images; an unknown optimizer or schedule; the loss is
+            not finite; with batch normalisation, batches of one image.
     """
+    if len(dataset) < 2:
+        raise ValueError(f"there are {len(dataset)} images; allowed: 2 or more.")
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
     weights = model.parameters()

@@ -49,7 +49,7 @@ def square(size: int, color: str, row: int, column: int) -> Callable:
 
 def of_package(name: str) -> Callable:
     """One of the package's shortcuts."""
-    return lambda images, rng: shortcuts.add_shortcut(images, name, "gold", 6, rng)
+    return lambda images, rng: shortcuts.SHORTCUTS[name](images, "gold", 6, rng)
 
 
 def line(images: Tensor, _generator: Generator) -> Tensor:

@@ -53,7 +53,7 @@ def test_an_audit_names_the_part_with_which_mistakes_move():
     lines = found.reason.splitlines()
     assert lines[0] == "Accuracy: 88.0%; 12 mistakes among 100 images."
     assert lines[1].startswith("If the top right (")
-    assert "6 of 6 mistakes move with it; with the other places 0 to 0." in lines
+    assert "6 of 6 mistakes move with it; with the other places none." in lines
     assert lines[-1] == "Is your class about this part? If not, hide it."
 
 
@@ -271,6 +271,11 @@ def test_a_classifier_is_read_from_a_file_or_refused_by_its_name(tmp_path):
     fixed = MEANS.replace("batch", "1")
     onnx.save(onnx.parser.parse_model(fixed), path)
     refuse(8, "Expected: 1")
+    reduced = MEANS.replace("y =", "each =").replace(
+        "(x)\n", "(x)\n    y = ReduceMean <axes = [0], keepdims = 1> (each)\n"
+    )
+    onnx.save(onnx.parser.parse_model(reduced), path)
+    refuse(8, r"2 images give \(1, 3\)")
     path.write_bytes(b"no network")
     refuse(8, "Protobuf")
     path.unlink()

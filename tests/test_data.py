@@ -146,18 +146,39 @@ LABELS = torch.arange(4)
         (IMAGES + 1.1, LABELS, "from 0 to 1"),
         (IMAGES / 0, LABELS, "from 0 to 1"),
         (IMAGES.int(), LABELS, "images are torch.int32"),
-        (IMAGES, LABELS.float(), "labels are torch.float32; allowed: torch.int64"),
-        (IMAGES, LABELS[:3], "there are 4 images, 3 labels and 3 groups; allowed: as"),
-        (IMAGES, LABELS - 1, "bincount"),
-        (IMAGES, LABELS[:, None], "bincount"),
+        (
+            IMAGES,
+            LABELS.float(),
+            "labels are torch.float32, .*; allowed: N, torch.int64",
+        ),
+        (
+            IMAGES,
+            LABELS[:3],
+            r"are \[4, 3, 3, 3\] images, labels, .*; allowed: as many",
+        ),
+        (IMAGES, LABELS - 1, r"labels are torch.int64, \[-1, 0, 1, 2\]; .* 0 or more"),
+        (IMAGES, LABELS[:, None], "labels are .* allowed: N, torch.int64"),
         (IMAGES, LABELS + 1, r"are \('a', 'b', 'c', 'd'\); allowed: 5 or more"),
     ],
 )
 def test_images_and_labels_of_another_shape_type_or_range_are_refused(
     images, labels, message
 ):
-    with pytest.raises((RuntimeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         Split(images, labels, class_names=tuple("abcd"))
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"groups": LABELS - 1}, r"groups are torch.int64, \[-1, 0, 1, 2\]"),
+        ({"shortcut": torch.ones(3, 28, 28) > 0}, r"are \[4, 4, 4, 3\] images"),
+        ({"class_names": tuple("abca")}, r"\('a', 'b', 'c', 'a'\); .* each once"),
+    ],
+)
+def test_groups_shortcuts_and_names_that_do_not_fit_are_refused(others, message):
+    with pytest.raises(ValueError, match=message):
+        Split(IMAGES, LABELS, **others)
 
 
 @pytest.fixture

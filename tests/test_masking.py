@@ -1,6 +1,7 @@
 """Masks, and images that are masked by them."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import interpolate
 from masktune_utils import results
 from masktune_utils.data import Split
 from masktune_utils.masking import (
+    NOTHING,
     RULES,
     MaskedDataset,
     Rule,
@@ -42,18 +44,19 @@ LABELS = torch.arange(200) % 2
 TRAIN = Split(IMAGES.byte(), LABELS)
 
 
-def limit(maps, method, param):
-    """What a map must exceed to be hidden."""
-    if method == "threshold":
-        return param
-    if method == "top_k":
-        return np.quantile(maps, 1 - param, **EACH_MAP)
-    if method == "mean":
-        return param * maps.mean(**EACH_MAP)
-    # mean_std: as in the authors' code, with the population's standard deviation
+def mean_std(maps, param):
+    """As in the authors' code, with the population's standard deviation."""
     positive = np.where(maps > 0, maps, np.nan)
     deviation = np.nanstd(positive, **EACH_MAP)
     return np.nanmean(positive, **EACH_MAP) + param * deviation
+
+
+LIMITS = {  # what a map must exceed to be hidden
+    "threshold": lambda _, param: param,
+    "top_k": lambda maps, param: np.quantile(maps, 1 - param, **EACH_MAP),
+    "mean": lambda maps, param: param * maps.mean(**EACH_MAP),
+    "mean_std": mean_std,
+}
 
 
 @pytest.mark.parametrize("param", [0.0, 0.3, 0.9, 1.0])
@@ -62,7 +65,7 @@ def test_masks_equal_the_formulas(method, param):
     mask = create_mask(MAPS, method, param)
     assert mask.dtype == torch.bool
     maps = MAPS.numpy()
-    expected = maps > limit(maps, method, param)
+    expected = maps > LIMITS[method](maps, param)
     np.testing.assert_array_equal(mask, expected)
     alone = create_mask(maps[7], method, param)  # of an array, too
     assert torch.equal(alone, mask[7])
@@ -184,6 +187,13 @@ def test_masks_by_an_unknown_method_or_of_too_few_maps_are_refused():
     message = r"maps are \(3, 8, 8\); allowed: 200×h×w, one per image"
     with pytest.raises(ValueError, match=message):
         mask_dataset(TRAIN, MAPS[:3])
+
+
+def test_rules_that_differ_have_names_that_differ():
+    names = [f"{Rule('mean', param)}" for param in (2, 0.2, 0.20000001, 1e-7)]
+    assert names == ["mean 2", "mean 0.2", "mean 0.20000001", "mean 1e-07"]
+    assert f"{Rule('threshold', math.inf, dilation=2)}" == "threshold inf dilated by 2"
+    assert f"{NOTHING}" == "nothing masked"
 
 
 def test_dilation_is_in_28ths_of_the_shorter_side():

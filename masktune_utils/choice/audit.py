@@ -93,9 +93,10 @@ class Audit:
             f"and {min(changed):.0f} to {max(changed):.0f}% change.\n"
         )
         if len(self.swaps.mistakes):
+            with_others = f"{min(moving)} to {max(moving)}" if any(moving) else "none"
             words += (
                 f"{len(self.swaps.moving)} of {len(self.swaps.mistakes)} mistakes move "
-                f"with it; with the other places {min(moving)} to {max(moving)}.\n"
+                f"with it; with the other places {with_others}.\n"
             )
         return f"{words}Is your class about this part? If not, hide it."
 
