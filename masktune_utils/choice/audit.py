@@ -121,9 +121,9 @@ def audit(
 ) -> Audit:
     """What hangs on a place in the image? Without a place, find one.
 
-    A place is found by the mistakes of the network if there are enough, else by its
-    predictions. Whether the classes are about it, a person says: evidence misleads,
-    too.
+    A place is found by the mistakes of the network, if there are enough, and by its
+    predictions: the smaller of both. Whether the classes are about it, a person says:
+    evidence misleads, too.
 
     Args:
         network: any network, or a function (of a network in evaluation mode): images
@@ -172,11 +172,11 @@ def audit(
         regions = {name: region_of(values, size) for name, values in maps.items()}
         if (making != labels).sum() < FEW:
             del regions["mistakes"]
-        for name, candidate in regions.items():
-            if 0 < candidate.float().mean() <= LARGEST:
-                found_by = name
-                region = candidate
-                break
+        sizes = {name: of.float().mean().item() for name, of in regions.items()}
+        places = [name for name, size in sizes.items() if 0 < size <= LARGEST]
+        if places:  # the smaller one: what classes are about is spread
+            found_by = min(places, key=sizes.get)
+            region = regions[found_by]
         if found_by == "mistakes":
             counted = counting
 
