@@ -1,4 +1,4 @@
-"""Both panels in JupyterLab, in a browser without a window."""
+"""The panels in JupyterLab, in a browser without a window."""
 
 import os
 import shutil
@@ -41,13 +41,20 @@ EXPLORE = """
 from test_plotting import choice_of_two
 panels.explore(choice_of_two(datasets.load(settings).train))
 """
+POINT = """
+from masktune_utils import training
+splits = datasets.load(settings)
+network = models.new_model(0)
+training.train(network, splits.train, epochs=5, batch_size=20)
+panels.point(network, splits.raw[::5], splits.train)
+"""
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 
 
 @pytest.fixture
 def address(tmp_path):
-    """JupyterLab with a notebook that has both panels, `panels.ipynb`."""
-    write_notebook(tmp_path / "panels.ipynb", [MOVE_SQUARE, EXPLORE])
+    """JupyterLab with a notebook that has a panel in each cell, `panels.ipynb`."""
+    write_notebook(tmp_path / "panels.ipynb", [MOVE_SQUARE, EXPLORE, POINT])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     tests = Path(__file__).parent
@@ -81,7 +88,7 @@ def browser():
     driver.quit()
 
 
-def test_the_square_is_moved_and_a_mask_is_taken(address, browser):
+def test_each_panel_answers(address, browser):
     not_yet = [WebDriverException, IndexError]
     wait = WebDriverWait(browser, 120, ignored_exceptions=not_yet)
 
@@ -91,6 +98,9 @@ def test_the_square_is_moved_and_a_mask_is_taken(address, browser):
     def picture(number):
         images = cell(number).find_elements(By.TAG_NAME, "img")
         return images[-1].get_attribute("src")
+
+    def reason():
+        return cell(2).text.split("If the ")[1]
 
     wait.until(lambda _: browser.get(f"{address}/doc/tree/panels.ipynb") is None)
     wait.until(lambda _: browser.execute_script(f"return {KERNEL}.status") == "idle")
@@ -105,3 +115,13 @@ def test_the_square_is_moved_and_a_mask_is_taken(address, browser):
     Select(cell(1).find_element(By.TAG_NAME, "select")).select_by_value("b")
     wait.until(lambda _: 'By hand: "b"' in cell(1).text)
     wait.until(lambda _: picture(1) != before)
+
+    before = wait.until(lambda _: reason())
+    handle = cell(2).find_elements(By.CLASS_NAME, "noUi-handle")[0]
+    handle.send_keys(Keys.ARROW_RIGHT)
+    wait.until(lambda _: reason() != before)
+    cell(2).find_element(By.CLASS_NAME, "widget-toggle-button").click()
+    wait.until(lambda _: "Once it is hidden:" in cell(2).text)
+    assert "Error" not in cell(2).text
+    _, found, hidden = cell(2).text.split("If the ")
+    assert not found.startswith(hidden)  # the network is another one
