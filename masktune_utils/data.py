@@ -161,7 +161,7 @@ class Split(Dataset):
             except Exception:  # noqa: BLE001 - of Pillow, for damaged files
                 square = Image.new("RGB", (size, size))
                 proportions.append(math.nan)
-                no_images.append(path)
+                no_images.append(f"{Path(path).relative_to(folder)}")
             return square
 
         def is_visible(path: str) -> bool:

@@ -411,6 +411,7 @@ def table_of_found_places() -> list[str]:
     rows = read("places.csv")
     with_box = rows.groupby(KEY)["place"].transform(lambda of: "box" in [*of])
     rows = rows[with_box & (rows["place"] != "box")]
+    rows = pd.concat([rows[rows["is_found"]].assign(place="audit"), rows])
     is_found = (rows["covers"] >= 0.5) & (rows["region"] <= 1 / 3)
     counts = is_found.groupby([rows["labels"].map(CLASSES), rows["place"]])
     found = counts.agg(["sum", "size"]).astype(str).agg(" of ".join, axis=1)

@@ -250,7 +250,7 @@ def test_files_that_are_no_images_are_skipped_and_counted(
     content = (goats / "00.jpg").read_bytes()
     (goats / "00.jpg").write_bytes(content[:-100])
     split = Split.from_folder(photographs, 16)
-    words = r"6 of 27 files are no images, as \[.*00.jpg', '.*a.txt', '.*b.jpg'\]: they"
+    words = r"6 of 27 files are no images, as \['goats/00.jpg', 'goats/a.txt', 'goats/b.jpg'\]"
     assert re.search(words, capsys.readouterr().out)
     assert torch.equal(split.images, whole.images[1:])
     assert torch.equal(split.labels, whole.labels[1:])

@@ -83,4 +83,4 @@ def count_tokens(name):
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="counts f-strings by parts")
 def test_the_package_is_small():
-    assert sum(map(count_tokens, ORDER)) <= 23_200
+    assert sum(map(count_tokens, ORDER)) <= 24_000
