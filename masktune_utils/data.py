@@ -71,8 +71,8 @@ class Split(Dataset):
             is_number = numbers.dtype == torch.int64 and numbers.ndim == 1
             if not is_number or (numbers < 0).any():
                 raise ValueError(
-                    f"{name} are {numbers.dtype}, {numbers.unique().tolist()}; allowed: "
-                    "N, torch.int64, 0 or more."
+                    f"{name} are {tuple(numbers.shape)}, {numbers.dtype}, from "
+                    f"{numbers.min()}; allowed: N, torch.int64, from 0."
                 )
         count = len(labels.bincount())
         if not self.class_names:
@@ -119,8 +119,8 @@ class Split(Dataset):
         """Read photographs from a folder of folders, one for each class.
 
         Their order is that of torchvision's `ImageFolder`, without what is hidden.
-        Files that are no images of eight bits a channel are skipped. Their number is
-        printed; and a warning, if images of one class are wider than those of another.
+        Files that are no images of eight bits a channel are skipped, and counted in a
+        line that is printed. So it is told if one class has wider images than another.
 
         Args:
             folder: where the folders are. Their names are those of the classes.
@@ -146,7 +146,6 @@ class Split(Dataset):
             raise ValueError(f"size is {size}; allowed: 1 pixel or more.")
         folder = Path(folder).expanduser()
         proportions = []  # width / height; NaN: no image
-        no_images = []
 
         def open_square(path: str) -> Image.Image:
             try:
@@ -161,7 +160,6 @@ class Split(Dataset):
             except Exception:  # noqa: BLE001 - of Pillow, for damaged files
                 square = Image.new("RGB", (size, size))
                 proportions.append(math.nan)
-                no_images.append(f"{Path(path).relative_to(folder)}")
             return square
 
         def is_visible(path: str) -> bool:
@@ -178,15 +176,19 @@ class Split(Dataset):
             )
         _check_counts(dataset.classes, targets)
         split = cls.from_dataset(dataset)
-        if no_images:
-            words = f"{len(no_images)} of {len(dataset)} files are no images, as "
-            words += f"{no_images[:3]}"
-            if 2 * len(no_images) > len(dataset):
+        widths = torch.tensor(proportions)
+        others = widths.isnan().nonzero()[:, 0].tolist()
+        if others:
+            names = [
+                f"{Path(dataset.imgs[k][0]).relative_to(folder)}" for k in others[:3]
+            ]
+            words = f"{len(others)} of {len(dataset)} files are no images, as {names}"
+            if 2 * len(others) > len(dataset):
                 raise ValueError(f"{words}; allowed: at most half of them.")
             print(f"{words}: they are skipped.")
-            split = split[~torch.tensor(proportions).isnan()]
+            split = split[~widths.isnan()]
             _check_counts(dataset.classes, split.labels)
-        _tell_of_padding(dataset.classes, targets, torch.tensor(proportions))
+        _tell_of_padding(dataset.classes, targets, widths)
         return split
 
     def __len__(self) -> int:
@@ -273,14 +275,11 @@ def _check_counts(names: list[str], labels: Tensor) -> None:
         )
 
 
-def _tell_of_padding(names: list[str], labels: Tensor, proportions: Tensor) -> None:
+def _tell_of_padding(names: list[str], labels: Tensor, widths: Tensor) -> None:
     """Print it, if the images of one class are wider than those of another."""
-    of_classes = [proportions[labels == k].nanmean().item() for k in range(len(names))]
+    of_classes = [widths[labels == k].nanmean().item() for k in range(len(names))]
     if max(of_classes) > 1.1 * min(of_classes):
-        words = [
-            f"{name} {of_class:.2f}"
-            for name, of_class in zip(names, of_classes, strict=True)
-        ]
+        words = [f"{name} {of_classes[k]:.2f}" for k, name in enumerate(names)]
         print(
             f"Width / height differs by class: {', '.join(words)}. So does the padding: "
             "a network may learn it, and marks in a corner move. Crop all to one shape."

@@ -58,7 +58,7 @@ def train(
             not finite; with batch normalisation, batches of one image.
     """
     if len(dataset) < 2:
-        raise ValueError(f"there are {len(dataset)} images; allowed: 2 or more.")
+        raise ValueError(f"the number of images is {len(dataset)}; allowed: 2 or more.")
     device = next(model.parameters()).device
     torch.backends.cudnn.deterministic = True
     weights = model.parameters()

@@ -29,8 +29,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from resume import resume
-from torch import Generator, Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -38,7 +37,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from masktune_utils import metrics, models, progress, training
 from masktune_utils.choice import ERM, NULL, audit, choose
 from masktune_utils.choice.exchange import name_ninth
-from masktune_utils.data import Split, group_members
+from masktune_utils.data import Split
 
 KEY = ["network", "weights", "size", "epochs", "seed"]
 CLASSES = ("landbird", "waterbird")
@@ -134,39 +133,18 @@ def new_network(name: str, weights: bool, seed: int) -> nn.Module:
     return nn.Sequential(NORMALIZE, network)
 
 
-class Upweighted(Dataset):
-    """Images of which an epoch draws as many as there are, mistakes `FACTOR` times."""
-
-    def __init__(self, split: Split, is_mistake: Tensor, seed: int) -> None:
-        self.split = split
-        self.labels = split.labels
-        self.weights = 1 + (FACTOR - 1) * is_mistake.float()
-        self.generator = Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def in_epoch(self, epoch: int) -> Split:  # noqa: ARG002 - each draws others
-        """The images of an epoch of training."""
-        count = len(self)
-        drawn = torch.multinomial(self.weights, count, True, generator=self.generator)
-        return self.split[drawn]
+def upweighted(train: Split, is_mistake: Tensor) -> Split:
+    """The images, and mistakes `FACTOR` times, as JTT repeats them."""
+    times = 1 + (FACTOR - 1) * is_mistake.long()
+    return train[torch.arange(len(train)).repeat_interleave(times)]
 
 
-def accuracies(model: nn.Module, sets: Waterbirds) -> dict[str, float]:
-    """Of the test images: the worst group, and two means.
-
-    `mean` is that of the images. `published_mean` is that of the groups by their share
-    of the training images, as the paper has it.
-    """
-    logits = metrics.predict(model, sets.test)
-    of_groups = metrics.group_accuracy(logits, sets.test)
-    counts = {name: len(index) for name, index in group_members(sets.train).items()}
-    weighted = [of_groups[name] * count for name, count in counts.items()]
+def accuracies(model: nn.Module, test: Split) -> dict[str, float]:
+    """Of the worst group, and of all test images."""
+    logits = metrics.predict(model, test)
     return {
-        "worst_group": min(of_groups.values()),
-        "mean": metrics.is_right(logits, sets.test.labels).double().mean().item(),
-        "published_mean": sum(weighted) / len(sets.train),
+        "worst_group": min(metrics.group_accuracy(logits, test).values()),
+        "mean": metrics.is_right(logits, test.labels).double().mean().item(),
     }
 
 
@@ -177,7 +155,7 @@ def run(
     sets = load(folder, size)
     train = sets.train
 
-    def fit(images: Dataset, share: float = 1.0) -> nn.Module:
+    def fit(images: Split, share: float = 1.0) -> nn.Module:
         model = new_network(network, weights, seed).to(models.resolve_device())
         count = max(1, round(share * epochs))
         training.train(model, images, epochs=count, batch_size=32, seed=seed)
@@ -193,7 +171,7 @@ def run(
     if found.found_by:
         made["place hidden"] = found.hide(train, seed=seed).finetune(erm)
     made["chosen"] = choice.finetune(erm)
-    made["JTT"] = fit(Upweighted(train, is_mistake, seed))
+    made["JTT"] = fit(upweighted(train, is_mistake))
 
     outcome = {"found_by": found.found_by, "place": "", "region": 0, "estimate": ""}
     if found.found_by:
@@ -203,7 +181,7 @@ def run(
     outcome["chosen"] = choice.verdict.chosen
     outcome["jtt_mistakes"] = int(is_mistake.sum())
     return [
-        {"model": name, **accuracies(model, sets), **outcome}
+        {"model": name, **accuracies(model, sets.test), **outcome}
         for name, model in made.items()
     ]
 
@@ -219,7 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--size", type=int, default=96, help="pixels of a side")
     given = parser.parse_args()
-    waterbirds.read_table(given.folder)  # what is missing is said at once
     setting = (given.network, given.weights, given.size, given.epochs)
     runs = [(*setting, seed) for seed in given.seeds]
     resume("waterbirds.csv", KEY, runs, partial(waterbirds.run, given.folder))

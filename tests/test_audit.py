@@ -1,5 +1,6 @@
 """The audit of a classifier that looks at a bar; classifiers as files."""
 
+import importlib
 from functools import partial
 
 import numpy as np
@@ -51,9 +52,9 @@ def test_an_audit_names_the_part_with_which_mistakes_move():
     assert len(found.swaps.moving) == 6
     assert [len(swaps.moving) for swaps, _ in found.elsewhere] == [0, 0, 0, 0]
     lines = found.reason.splitlines()
-    assert lines[0] == "Accuracy: 88.0%; 12 mistakes among 100 images."
+    assert lines[0] == "Accuracy: 88.0%; mistakes: 12 of 100."
     assert lines[1].startswith("If the top right (")
-    assert "6 of 6 mistakes move with it; with the other places none." in lines
+    assert "6 of 6 mistakes move with it; with the other places 0." in lines
     assert lines[-1] == "Is your class about this part? If not, hide it."
 
 
@@ -67,6 +68,23 @@ def test_without_mistakes_a_place_is_found_by_what_predictions_rely_on():
         assert elsewhere.changed < 0.5
     assert not len(found.swaps.mistakes)
     assert "mistakes move" not in found.reason
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "reliance", "expected"),
+    [(10, 9, "reliance"), (9, 10, "mistakes"), (10, 26, "mistakes"), (26, 28, "")],
+)
+def test_of_both_places_the_smaller_is_proposed(
+    mistakes, reliance, expected, monkeypatch
+):
+    """None of them is larger than half of the image."""
+    module = importlib.import_module("masktune_utils.choice.audit")
+    for kind, side in {"exchange_map": mistakes, "reliance_map": reliance}.items():
+        values = torch.zeros(28, 28)
+        values[:side, :side] = 1
+        monkeypatch.setattr(module, kind, lambda *_, values=values: values)
+    found = audit(logits, toy(mistakes=12))
+    assert found.found_by == expected
 
 
 def test_fewer_than_five_mistakes_in_a_half_find_no_place():

@@ -149,15 +149,15 @@ LABELS = torch.arange(4)
         (
             IMAGES,
             LABELS.float(),
-            "labels are torch.float32, .*; allowed: N, torch.int64",
+            r"labels are \(4,\), torch.float32, .* allowed: N, torch",
         ),
         (
             IMAGES,
             LABELS[:3],
             r"are \[4, 3, 3, 3\] images, labels, .*; allowed: as many",
         ),
-        (IMAGES, LABELS - 1, r"labels are torch.int64, \[-1, 0, 1, 2\]; .* 0 or more"),
-        (IMAGES, LABELS[:, None], "labels are .* allowed: N, torch.int64"),
+        (IMAGES, LABELS - 1, r"labels are .*, from -1; allowed: .*, from 0"),
+        (IMAGES, LABELS[:, None], r"labels are \(4, 1\), .* allowed: N, torch.int64"),
         (IMAGES, LABELS + 1, r"are \('a', 'b', 'c', 'd'\); allowed: 5 or more"),
     ],
 )
@@ -171,7 +171,7 @@ def test_images_and_labels_of_another_shape_type_or_range_are_refused(
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"groups": LABELS - 1}, r"groups are torch.int64, \[-1, 0, 1, 2\]"),
+        ({"groups": LABELS - 1}, "groups are .*, from -1"),
         ({"shortcut": torch.ones(3, 28, 28) > 0}, r"are \[4, 4, 4, 3\] images"),
         ({"class_names": tuple("abca")}, r"\('a', 'b', 'c', 'a'\); .* each once"),
     ],

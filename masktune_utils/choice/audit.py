@@ -68,8 +68,7 @@ class Audit:
         is_mistake = self.predicted != self.images.labels.cpu()
         count = int(is_mistake.sum())
         first = (
-            f"Accuracy: {self.accuracy:.1%}; {count} mistakes among {len(self.images)} "
-            "images."
+            f"Accuracy: {self.accuracy:.1%}; mistakes: {count} of {len(is_mistake)}."
         )
         if not self.found_by:
             return (
@@ -89,14 +88,13 @@ class Audit:
             f"image) comes from another class, the worst class ({name}) has "
             f"{swapped.worst:.0%} ± {swapped.error:.0%},\n"
             f"and {swapped.changed:.0%} of the right predictions change. With this shape "
-            f"at four other places: {min(worst):.0f} to {max(worst):.0f}%,\n"
-            f"and {min(changed):.0f} to {max(changed):.0f}% change.\n"
+            f"at four other places: {_range(worst)}%,\n"
+            f"and {_range(changed)}% change.\n"
         )
         if len(self.swaps.mistakes):
-            with_others = f"{min(moving)} to {max(moving)}" if any(moving) else "none"
             words += (
                 f"{len(self.swaps.moving)} of {len(self.swaps.mistakes)} mistakes move "
-                f"with it; with the other places {with_others}.\n"
+                f"with it; with the other places {_range(moving)}.\n"
             )
         return f"{words}Is your class about this part? If not, hide it."
 
@@ -172,11 +170,14 @@ def audit(
         regions = {name: region_of(values, size) for name, values in maps.items()}
         if (making != labels).sum() < FEW:
             del regions["mistakes"]
-        sizes = {name: of.float().mean().item() for name, of in regions.items()}
-        places = [name for name, size in sizes.items() if 0 < size <= LARGEST]
+        places = {
+            name: candidate
+            for name, candidate in regions.items()
+            if 0 < candidate.float().mean() <= LARGEST
+        }
         if places:  # the smaller one: what classes are about is spread
-            found_by = min(places, key=sizes.get)
-            region = regions[found_by]
+            found_by = min(places, key=lambda name: places[name].sum())
+            region = places[found_by]
         if found_by == "mistakes":
             counted = counting
 
@@ -196,6 +197,12 @@ def audit(
         moved = region.roll((down * height // 4, right * width // 4), (0, 1))
         elsewhere.append(measure(moved))
     return Audit(images, predicted, maps, found_by, region, *measure(region), elsewhere)
+
+
+def _range(values: list[float]) -> str:
+    """In words: from the smallest to the largest, rounded."""
+    smallest, largest = f"{min(values):.0f}", f"{max(values):.0f}"
+    return smallest if smallest == largest else f"{smallest} to {largest}"
 
 
 def region_of(values: Tensor, size: tuple[int, int]) -> Tensor:
