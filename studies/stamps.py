@@ -5,8 +5,9 @@
 A Waterbirds (Sagawa et al., 2020) of our own: food and vehicles by their background,
 plants and buildings with a date, animals and things of the household with the logo of a
 channel, clothes and symbols with a scratch from top to bottom. The stamps of Tux Paint
-have a transparent background. Stamps of the test images are not in training images; of
-each texture, the latter have the left half, the former the right.
+have a transparent background. No stamp is in two of: training images, other images that
+an audit sees, test images. Of each texture, test images have the right half, the others
+the left.
 """
 
 import functools
@@ -35,6 +36,7 @@ TEXTURES = (
 SIZE = 96  # pixels
 COUNT = 450  # training images of each class
 CONFLICTING = 0.05  # share of each class that goes against the shortcut
+STAMPS_OF = {"train": (0, 1, 2), "others": (3,), "test": (4,)}  # of five, which
 AREAS = {  # shortcut → first row, end of its rows, first column, end of its columns
     "date": (83, 94, 52, 94),
     "logo": (4, 19, 77, 92),
@@ -48,17 +50,11 @@ def classes(shortcut: str) -> tuple[str, str]:
 
 
 @functools.cache
-def stamps(name: str, is_test: bool) -> list[Image.Image]:
-    """Photographs and drawings of a class, with a transparent background.
-
-    Every third stamp is for the test images.
-    """
+def stamps(name: str, part: str) -> list[Image.Image]:
+    """Photographs and drawings of a class, with a transparent background."""
     paths = sorted((STAMPS / name).rglob("*.png"))
-    if is_test:
-        paths = paths[::3]
-    else:
-        del paths[::3]
-    return [Image.open(path).convert("RGBA") for path in paths]
+    of_part = [path for k, path in enumerate(paths) if k % 5 in STAMPS_OF[part]]
+    return [Image.open(path).convert("RGBA") for path in of_part]
 
 
 @functools.cache
@@ -68,26 +64,18 @@ def texture(name: str) -> Image.Image:
         return Image.open(file).convert("RGB").resize((384, 384))
 
 
-def background(
-    is_stone: int,
-    is_test: bool,
-    rng: Generator,
-) -> Image.Image:
+def background(is_stone: int, part: str, rng: Generator) -> Image.Image:
     """A part of a texture, from its left half, or its right half for a test image."""
     picture = texture(rng.choice(TEXTURES[is_stone]))
-    left = rng.integers(192 - SIZE) + 192 * is_test
+    left = rng.integers(192 - SIZE) + 192 * (part == "test")
     top = rng.integers(384 - SIZE)
-    part = picture.crop((left, top, left + SIZE, top + SIZE))
-    return part.rotate(90 * rng.integers(4))
+    crop = picture.crop((left, top, left + SIZE, top + SIZE))
+    return crop.rotate(90 * rng.integers(4))
 
 
-def cut_out(
-    name: str,
-    is_test: bool,
-    rng: Generator,
-) -> Image.Image:
+def cut_out(name: str, part: str, rng: Generator) -> Image.Image:
     """An object on a transparent canvas."""
-    pictures = stamps(name, is_test)
+    pictures = stamps(name, part)
     stamp = pictures[rng.integers(len(pictures))]
     stamp = stamp.crop(stamp.getbbox())
     if rng.random() < 0.5:
@@ -117,7 +105,7 @@ def photographs(
     labels: Tensor,
     has_shortcut: Tensor,
     shortcut: str,
-    is_test: bool,
+    part: str,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Photographs, where the object is, and where the shortcut is.
@@ -126,19 +114,19 @@ def photographs(
         labels: N, the number of the class.
         has_shortcut: N, whether it is there; of backgrounds, whether it is stone.
         shortcut: `background`, one of the `AREAS`, or `no` and one of these.
-        is_test: of which stamps and textures.
+        part: `train`, `others` or `test`: which stamps and textures.
         seed: of every random choice.
 
     Returns:
         N×3×96×96, uint8; and twice N×96×96, bool.
     """
-    rng = default_rng([seed, is_test])
+    rng = default_rng([seed, [*STAMPS_OF].index(part)])
     images = []
     objects = []
     for label, planted in zip(labels.tolist(), has_shortcut.tolist(), strict=True):
         is_stone = planted if shortcut == "background" else rng.integers(2)
-        image = background(is_stone, is_test, rng)
-        canvas = cut_out(classes(shortcut)[label], is_test, rng)
+        image = background(is_stone, part, rng)
+        canvas = cut_out(classes(shortcut)[label], part, rng)
         opacity = canvas.getchannel("A")
         image.paste(canvas, mask=opacity)
         if planted:
@@ -158,31 +146,25 @@ def photographs(
 
 def load(shortcut: str, seed: int) -> tuple[Split, Split, Tensor]:
     """Training images, test images in four groups, and the objects of the former."""
-    names = classes(shortcut)
-    labels = torch.arange(2).repeat_interleave(COUNT)
-    conflicting = torch.arange(COUNT) < round(CONFLICTING * COUNT)
-    has_shortcut = torch.cat([conflicting, ~conflicting])
-    images, objects, area = photographs(
-        labels,
-        has_shortcut,
-        shortcut,
-        is_test=False,
-        seed=seed,
-    )
-    train = Split(images, labels, shortcut=area, class_names=names)
-
+    train, objects = biased(shortcut, "train", seed)
     groups = torch.arange(4).repeat_interleave(200)
     labels = groups // 2
-    images, _, _ = photographs(
-        labels,
-        groups % 2 == 1,
-        shortcut,
-        is_test=True,
-        seed=0,
-    )
+    images, _, _ = photographs(labels, groups % 2 == 1, shortcut, "test", seed=0)
     words = (f"no {shortcut}", shortcut)
     if shortcut == "background":
         words = ("grass", "stone")
-    group_names = tuple(f"{name}, {word}" for name in names for word in words)
+    group_names = tuple(
+        f"{name}, {word}" for name in train.class_names for word in words
+    )
     test = Split(images, labels, groups, group_names=group_names)
     return train, test, objects
+
+
+def biased(shortcut: str, part: str, seed: int) -> tuple[Split, Tensor]:
+    """`COUNT` images of each class, most with its side of the shortcut; the objects."""
+    labels = torch.arange(2).repeat_interleave(COUNT)
+    conflicting = torch.arange(COUNT) < round(CONFLICTING * COUNT)
+    has_shortcut = torch.cat([conflicting, ~conflicting])
+    images, objects, area = photographs(labels, has_shortcut, shortcut, part, seed)
+    names = classes(shortcut)
+    return Split(images, labels, shortcut=area, class_names=names), objects
