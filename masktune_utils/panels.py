@@ -51,7 +51,7 @@ def move_square(networks: dict[str, nn.Module], split: Split) -> interactive:
 
 
 def point(network: nn.Module, images: Split, train: Split) -> interactive:
-    """What hangs on a place, wherever it is; and what still does once it is hidden.
+    """What depends on a place, wherever it is; and what still does once it is hidden.
 
     Args:
         network: see `choice.audit`, as for the images.

@@ -149,7 +149,7 @@ def choice_masks(choice: Choice) -> Figure:
     """What a choice hides, or would hide if ERM were not kept.
 
     Of each class, an image that ERM predicts correctly though it has not seen it, and
-    one that it does not. The last column, for all images: where mistakes come from.
+    one that it does not.
 
     Args:
         choice: see `choice.choose`.
@@ -167,7 +167,6 @@ def choice_masks(choice: Choice) -> Figure:
         "image": split.images[index],
         "hidden\n(white)": masked.masks(index),
         "filled from\nanother image": masked.batch(index)[0],
-        "where mistakes\ncome from": positive_heat(held_out.mistake_map),
     }
     return grid(columns, titles)
 

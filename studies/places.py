@@ -1,4 +1,4 @@
-"""A place that is pointed at, or found: what hangs on it, and what hiding it is worth.
+"""A place that is pointed at, or found: what depends on it, and what hiding it is worth.
 
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/places.py 500 501 502
 

@@ -138,7 +138,7 @@ def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
         "high\npredicted correctly",
         "high\na mistake of ERM",
     ]
-    images = figure.axes[::4]
+    images = figure.axes[::3]
     for ax, index in zip(images[1::2], mistakes, strict=True):
         image, _ = split[index]
         assert (ax.images[0].get_array() == image.movedim(0, 2).numpy()).all()

@@ -1,4 +1,4 @@
-"""What hangs on a place? `audit`; `hide` it. Which mask? `choose`, without groups."""
+"""What depends on a place? `audit`; `hide` it. Which mask? `choose`, without groups."""
 
 from masktune_utils.choice.audit import Audit, audit
 from masktune_utils.choice.chosen import Choice, choose, hide, load_or_choose

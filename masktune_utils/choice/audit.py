@@ -1,4 +1,4 @@
-"""What does a classifier look at, and what hangs on it? Forward passes alone tell.
+"""What does a classifier look at, and what depends on it? Forward passes alone tell.
 
 Ours; see `exchange` for what it builds on.
 """
@@ -31,7 +31,7 @@ LARGEST = 0.5  # share of the image: a larger region is no place
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """A place in the image, and what hangs on it.
+    """A place in the image, and what depends on it.
 
     Attributes:
         images: that the classifier has not seen.
@@ -64,7 +64,7 @@ class Audit:
 
     @property
     def reason(self) -> str:
-        """What hangs on the place, in words. A person says what it means."""
+        """What depends on the place, in words. A person says what it means."""
         is_mistake = self.predicted != self.images.labels.cpu()
         count = int(is_mistake.sum())
         first = (
@@ -117,7 +117,7 @@ def audit(
     seed: int = 0,
     place: Tensor | Sequence[float] | None = None,
 ) -> Audit:
-    """What hangs on a place in the image? Without a place, find one.
+    """What depends on a place in the image? Without a place, find one.
 
     A place is found by the mistakes of the network, if there are enough, and by its
     predictions: the smaller of both. Whether the classes are about it, a person says:
