@@ -1,4 +1,4 @@
-"""A place that is pointed at, or found: what depends on it, and what hiding it is worth.
+"""A place, pointed at or found: what depends on it, and what hiding it is worth.
 
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/places.py 500 501 502
 
@@ -9,7 +9,12 @@ without a shortcut. ERM is audited by 1,000 other images.
     OMP_NUM_THREADS=1 python studies/places.py photographs 9 10 11
 
 does so with the photographs of stamps.py, by 900 other images, a quarter of an hour of
-one core each; photographs.py says what it needs. A row for each place:
+one core each; photographs.py says what it needs.
+
+    MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/places.py again 500
+
+hides the place that the audit proposes, audits what comes out, and hides both places;
+rows go to `results/places_again.csv`, see `again`. A row of `places.csv` for each place:
 
 - `box`: what a person points at, the bounding box of the shortcut and a pixel around;
 - `mistakes`, `reliance`: where the maps of an audit point;
@@ -133,6 +138,44 @@ def of_photographs(shortcut: str, seed: int) -> list[dict]:
     return [{**row, "oracle": oracle} for row in rows]
 
 
+def again(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
+    """Hide the place of an audit, audit again, hide both; a row for each network.
+
+    `region`, `covers`: what is hidden so far, of the image and of the shortcut.
+    `rest`: the share of what is left of the shortcut that the next place covers.
+    `estimate`, `elsewhere`: if the next place comes from another class, or others.
+    """
+    sets = registered.load(dataset, labels, kind, seed)
+    others = sets.validation
+    others = others[torch.randperm(len(others), generator=registered.seeded(seed))]
+    area = others.shortcut.float().mean(0)
+    erm = registered.fit(sets.train, seed=seed)
+    tuned = erm
+    hidden = torch.zeros(area.shape, dtype=torch.bool)
+    rows = []
+    for count in range(3):
+        if count:
+            tuned = hide(sets.train, hidden, seed=seed).finetune(erm)
+        found = audit(tuned, others, seed)
+        left = area * ~hidden
+        rows.append(
+            {
+                "hidden": count,
+                "region": hidden.float().mean().item(),
+                "covers": 1 - (left.sum() / area.sum()).item(),
+                "worst_group": results.evaluate(tuned, sets)["worst_group"],
+                "accuracy": found.accuracy,
+                "found_by": found.found_by,
+                "rest": ((left * found.region).sum() / left.sum()).item(),
+                "estimate": found.class_swaps.worst,
+                "elsewhere": min(of.worst for _, of in found.elsewhere),
+                "commit": registered.commit(),
+            }
+        )
+        hidden |= found.region
+    return rows
+
+
 def compare(
     network: nn.Module,
     train: Split,
@@ -190,8 +233,11 @@ if __name__ == "__main__":
 
     _, *seeds = sys.argv
     plan = PLAN
+    file, make = "places.csv", places.run
     if seeds[0] == "photographs":
-        del seeds[0]
         plan = PHOTOGRAPHS
-    runs = [(*kind, int(seed)) for seed in seeds for kind in plan]
-    resume("places.csv", registered.KEY, runs, places.run)
+    if seeds[0] == "again":
+        plan = [kind for kind in PLAN if "none" not in kind]
+        file, make = "places_again.csv", places.again
+    runs = [(*kind, int(seed)) for seed in seeds if seed.isdigit() for kind in plan]
+    resume(file, registered.KEY, runs, make)
