@@ -9,10 +9,17 @@ import torch
 from torch import nn
 
 from masktune_utils.choice import audit, hide
-from masktune_utils.choice.audit import _halves
+from masktune_utils.choice.audit import _halves, region_of
 from masktune_utils.choice.chosen import as_region
-from masktune_utils.choice.exchange import ClassSwaps, swap_classes
+from masktune_utils.choice.exchange import (
+    ClassSwaps,
+    Swaps,
+    exchange_map,
+    swap,
+    swap_classes,
+)
 from masktune_utils.data import Split
+from masktune_utils.masking import MaskedDataset
 from masktune_utils.models import from_onnx
 
 BAR = (..., slice(20, 26))  # on the right
@@ -44,12 +51,18 @@ def logits(images):
 
 def test_an_audit_names_the_part_with_which_mistakes_move():
     """Half of the mistakes find it, the other half is counted."""
-    found = audit(logits, toy(mistakes=12))
+    images = toy(mistakes=12)
+    found = audit(logits, images)
     assert found.found_by == "mistakes"
     assert found.region[BAR].all()
     assert found.region.float().mean() < 0.5
-    assert len(found.swaps.mistakes) == 6
+    counted = found.swaps.mistakes
+    assert len(counted) == 6
     assert len(found.swaps.moving) == 6
+    others = found.predicted.clone()
+    others[counted] = images.labels[counted]
+    of_others = exchange_map(logits, images, others)
+    assert torch.equal(found.maps["mistakes"], of_others)
     assert [len(swaps.moving) for swaps, _ in found.elsewhere] == [0, 0, 0, 0]
     lines = found.reason.splitlines()
     assert lines[0] == "Accuracy: 88.0%; mistakes: 12 of 100."
@@ -68,6 +81,13 @@ def test_without_mistakes_a_place_is_found_by_what_predictions_rely_on():
         assert elsewhere.changed < 0.5
     assert not len(found.swaps.mistakes)
     assert "mistakes move" not in found.reason
+    assert found.reason.splitlines()[2:4] == [
+        (
+            "and 100% of the right predictions change. With this shape at four other "
+            "places: 44 to 100%,"
+        ),
+        "and 0 to 28% change.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,28 +112,88 @@ def test_fewer_than_five_mistakes_in_a_half_find_no_place():
     found = audit(logits, toy(mistakes=8))
     assert found.found_by == "reliance"
     assert len(found.swaps.mistakes) == 8
+    assert audit(logits, toy(mistakes=10)).found_by == "mistakes"
+
+
+def test_a_place_is_where_a_map_is_above_half_of_its_maximum_and_around():
+    values = torch.zeros(28, 28)
+    values[14, 14:17] = torch.tensor([1, 0.6, 0.4])
+    values[4, 20] = -2
+    expected = torch.zeros(28, 28, dtype=torch.bool)
+    expected[11:18, 11:19] = True
+    assert torch.equal(region_of(values, (28, 28)), expected)
 
 
 def test_each_half_has_as_many_mistakes_of_each_kind():
-    labels = torch.zeros(9, dtype=torch.int64)
-    predicted = torch.tensor([1, 2, 1, 2, 1, 2, 1, 2, 0])
+    labels = torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0])
+    predicted = torch.tensor([1, 0, 1, 0, 2, 0, 2, 0, 0])
     halves = _halves(labels, predicted)
     for half in halves:
-        assert half.bincount().tolist() == [5, 2, 2]
-    assert torch.equal(sum(halves), predicted)
+        kinds = torch.stack([labels, half], 1)[half != labels]
+        assert sorted(kinds.tolist()) == [[0, 1], [0, 2], [1, 0], [2, 0]]
+    assert torch.equal(sum(halves), labels + predicted)
 
 
 def test_the_seed_decides_from_which_images_a_place_comes():
-    images = toy(mistakes=6)
-    place = (0, 0, 0.5, 0.5)
-    first, same, other = [
-        audit(logits, images, seed, place).swaps for seed in (1, 1, 2)
-    ]
-    assert torch.equal(first.partners, same.partners)
-    assert not torch.equal(first.partners, other.partners)
-    first, same, other = [hide(images, place, seed=seed).masked for seed in (1, 1, 2)]
-    assert torch.equal(first.partners, same.partners)
-    assert not torch.equal(first.partners, other.partners)
+    images = toy(mistakes=12)
+
+    def of_seed(seed):
+        found = audit(logits, images, seed)
+        return {
+            **found.maps,
+            "swaps": found.swaps.partners,
+            "classes": found.class_swaps.by_class,
+            "hidden": found.hide(images, seed=seed).masked.partners,
+        }
+
+    first, same, other = map(of_seed, (1, 1, 3))
+    for name, values in first.items():
+        assert torch.equal(values, same[name]), name
+        assert not torch.equal(values, other[name]), name
+
+
+ALL = slice(None)
+EYE = torch.eye(16, dtype=torch.bool).repeat_interleave(2, 1)
+
+
+@pytest.mark.parametrize("bar", [(ALL, slice(6, 8)), (slice(6, 8), ALL), EYE])
+def test_no_other_place_of_a_thin_bar_is_on_the_bar(bar):
+    """Be it upright, level or diagonal, in images that are wider than high."""
+    region = torch.zeros(16, 32, dtype=torch.bool)
+    region[bar] = True
+    labels = torch.arange(20) % 2
+    images = Split(region * labels[:, None, None, None].float(), labels)
+
+    def of_bar(images):
+        brightness = images[..., region].mean((1, 2))
+        return torch.stack([0.5 - brightness, brightness - 0.5], 1)
+
+    found = audit(of_bar, images, place=region)
+    assert found.class_swaps.changed == 1
+    assert [classes.changed for _, classes in found.elsewhere] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("right", "moves"), [(0, True), (1, False)])
+def test_a_mistake_moves_only_if_the_other_image_is_mistaken_for_the_same_class(
+    right, moves
+):
+    """Two images of two pixels: the left one is swapped, the right one is not."""
+    pixels = torch.tensor([[1.0, 0], [0, right]]).view(2, 1, 1, 2)
+
+    def classify(images):
+        left, right = images[:, 0, 0].long().T
+        return nn.functional.one_hot(left + left * right, 3)
+
+    split = Split(pixels, [0, 0])
+    masked = MaskedDataset(split, torch.tensor([[[True, False]]] * 2))
+    swaps = swap(classify, masked, torch.tensor([1, 0]))
+    assert (swaps.moves == moves).all()
+
+
+def test_a_mistake_moves_that_does_so_in_half_of_the_swaps():
+    moves = torch.tensor([[True, True], [True, False], [False, False], [False, False]])
+    swaps = Swaps(torch.tensor([4, 7]), torch.zeros(4, 2), moves)
+    assert swaps.moving.tolist() == [4]
 
 
 def test_what_hangs_on_a_place_is_what_plain_code_finds():

@@ -78,6 +78,12 @@ def test_shortcuts_have_their_size_and_all_but_one_the_same_place(
     assert areas.any(0).sum() == all_pixels
 
 
+def test_of_two_squares_the_second_is_red_and_in_the_opposite_corner():
+    biased = load(shortcut="two_squares").biased
+    red = torch.tensor([255, 0, 0]).view(3, 1, 1)
+    assert (biased.images[500:, :, 22:, 22:] == red).all()
+
+
 def test_a_shortcut_that_nobody_sees_is_refused():
     with pytest.raises(ValueError, match="'white' changes no pixel of any image"):
         load(shortcut="digit_color", square_color="white")

@@ -7,8 +7,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from masktune_utils import experiment, masking, results, saliency, store
-from masktune_utils.choice import chosen
+from masktune_utils import (
+    experiment,
+    masking,
+    models,
+    results,
+    saliency,
+    store,
+    training,
+)
+from masktune_utils.choice import Choice, chosen
 from masktune_utils.experiment import (
     Trained,
     base_model,
@@ -89,17 +97,21 @@ def test_the_choice_of_an_experiment_is_kept_and_refused_for_another_base_model(
         experiment.choose_mask(changed(base))
 
 
-def test_a_chosen_model_is_refused_if_other_masks_are_chosen(base, masked):
+def test_a_chosen_model_is_fine_tuned_as_by_the_choice_and_refused_for_other_masks(
+    base, masked
+):
     """Also if the rule is the same: two choices may mask differently by one rule."""
-    choice = Mock(keeps_erm=False, masked=masked)
+    base = base._replace(settings=base.settings.replace(seed=1))
+    masked.seed = 1
+    choice = Choice(masked, chosen.default_schedule(base.images), "")
     first = chosen_model(choice, base)
+    assert sha256(choice.finetune(base.model)) == first.sha256
     again = chosen_model(choice, base)
     assert again.sha256 == first.sha256
     assert again.seconds is None
-    other_masks = masked.own_masks.flip(2)
-    choice.masked = dataclasses.replace(masked, own_masks=other_masks)
+    other_masks = dataclasses.replace(masked, own_masks=masked.own_masks.flip(2))
     with pytest.raises(CheckpointError, match="was made with masks_sha256 = "):
-        chosen_model(choice, base)
+        chosen_model(dataclasses.replace(choice, masked=other_masks), base)
 
 
 def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
@@ -110,18 +122,43 @@ def test_if_erm_is_kept_it_is_the_chosen_model(base, splits):
     assert row["rule"] == "ERM"
 
 
+@pytest.mark.parametrize(("epochs", "early_epochs"), [(100, 80), (80, 0)])
+def test_a_choice_looks_first_once_each_half_has_trained_on_8000_images(
+    epochs, early_epochs, base, monkeypatch
+):
+    """Of 200; unless this is the whole training. With the seed of the experiment."""
+    choose, train = Mock(), Mock()
+    monkeypatch.setattr(experiment, "load_or_choose", choose)
+    monkeypatch.setattr(training, "train", train)
+    settings = base.settings.replace(epochs=epochs, seed=7)
+    experiment.choose_mask(base._replace(settings=settings))
+    _, images, fit, _ = choose.call_args.args
+    options = choose.call_args.kwargs
+    assert options["seed"] == 7
+    network = fit(images[::2], options["early"])
+    assert train.call_args.kwargs["epochs"] == early_epochs
+    assert sha256(network) == sha256(models.new_model(7))
+
+
 def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model():
+    """That of a chosen mask has its own."""
     finetuning = Settings(epochs=50).finetuning
     assert finetuning["epochs"] == 1
     assert finetuning["lr"] == 0.0025
+    of_chosen = experiment.chosen_settings(Settings().base, 10_000).finetuning
+    assert of_chosen["epochs"] == 3
+    assert of_chosen["lr"] == 0.02
+    assert of_chosen["schedule"] == "linear"
 
 
-def test_saliency_is_computed_once_per_base_model(base, monkeypatch):
+def test_saliency_is_computed_once_per_base_model(settings, base, monkeypatch):
     compute = Mock(wraps=saliency.saliency_maps)
     monkeypatch.setattr(saliency, "saliency_maps", compute)
     first = training_saliency(base)
     again = training_saliency(base)
     assert torch.equal(again, first)
+    tuned = experiment.masktune(settings.replace(seed=1), base)
+    assert tuned.images.seed == 1
     compute.assert_called_once()
     with pytest.raises(CheckpointError, match=r"CNN_saliency\.pth was made with base_"):
         training_saliency(changed(base))

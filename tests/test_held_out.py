@@ -266,9 +266,10 @@ def test_masks_are_tried_until_one_is_clear(few, monkeypatch):
         return Verdict(ERM, NAMES[0], "", is_final=len(known.tried) == 1)
 
     monkeypatch.setattr(chosen, "decide", decide)
-    choice = choose(few, fit, finetune, RULES, early=0)
+    choice = choose(few, fit, finetune, RULES, SEED, early=0)
     assert tuned == [NULL, NULL, NAMES[0], NAMES[0]]
     assert [*choice.held_out.masked] == [NULL, NAMES[0]]
+    assert choice.masked.seed == SEED
 
 
 def without_masks(known):
@@ -350,6 +351,11 @@ def test_a_network_without_a_number_for_each_class_is_refused(few):
         try_all(few, lambda *_: network)
 
 
+def test_a_network_may_predict_more_classes_than_there_are(few):
+    known = try_all(few, lambda *_: models.new_model(0, num_classes=3), rules=[SHARED])
+    assert len(known.predictions[ERM]) == len(few)
+
+
 def test_what_is_predicted_must_be_finite_with_every_mask(few):
     def ruin(network, masked):
         if masked.rule == SHARED:
@@ -394,7 +400,7 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
     arguments = {
         "train": few,
         "candidates": [SHARED, Rule("top_k", 0.2)],
-        "seed": 0,
+        "seed": SEED,
         "made_with": {"size": 28},
     }
     keep = partial(load_or_choose, tmp_path / "choice.pth", finetune=unchanged)
@@ -402,6 +408,7 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
     arguments["candidates"] = tuple(arguments["candidates"])  # in place of a list
     kept = keep(**arguments, fit=None)
     assert kept.verdict == first.verdict
+    assert kept.schedule == unchanged
     known = without_masks(first.held_out)
     torch.testing.assert_close(without_masks(kept.held_out), known, rtol=0, atol=0)
     with pytest.raises(TypeError, match="int64 is not JSON"):  # before any training
@@ -411,14 +418,16 @@ def test_a_choice_is_kept_in_a_file_and_judged_anew(few, tmp_path):
         torch.testing.assert_close(masked.own_masks, made.own_masks, rtol=0, atol=0)
         assert masked.rule == made.rule
         assert masked.fill == made.fill
-    others = {
-        "train": few[:40],
-        "candidates": [SHARED],
-        "seed": 1,
-        "early": 0.5,
-        "made_with": {"size": 96},
-    }
-    for name, value in others.items():
+        assert masked.seed == SEED
+    others = [
+        ("train", replace(few, images=255 - few.images)),
+        ("train", replace(few, labels=1 - few.labels)),
+        ("candidates", [SHARED]),
+        ("seed", 1),
+        ("early", 0.5),
+        ("made_with", {"size": 96}),
+    ]
+    for name, value in others:
         named = "size" if name == "made_with" else name
         with pytest.raises(CheckpointError, match=f"choice.pth was made with {named}"):
             keep(**arguments | {name: value}, fit=None)

@@ -117,13 +117,17 @@ def test_shares_tell_what_is_really_hidden():
     masks = torch.ones(3, 2, 2)
     masks[0, 0, 1] = 0.5
     masks[0, 1] = 0
-    shares = results.hidden_shares(MaskedDataset(split, masks))
-    assert shares == {
-        "shortcut": (0.5 + 1) / 2,
+    masks[0, 1, 0] = 0.75
+    masked = MaskedDataset(split, masks)
+    assert results.hidden_shares(masked) == {
+        "shortcut": (0.875 + 1) / 2,
         "shortcut_whole": 0.5,
         "rest": (0.25 + 1) / 2,
         "digit": 0.5 * 30 / 40,
     }
+    resampled = dataclasses.replace(masked, fill="resample")
+    assert resampled.partners[0] != 0  # where all is hidden
+    assert results.hidden_shares(resampled)["rest"] == 1
     without = MaskedDataset(split[2:], masks[2:])
     for share in results.hidden_shares(without).values():
         assert np.isnan(share)

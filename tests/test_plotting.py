@@ -7,7 +7,8 @@ import torch
 from conftest import TINY
 
 from masktune_utils import datasets, metrics, models, panels, plotting
-from masktune_utils.choice import ERM, NULL, Choice, HeldOut, chosen, score
+from masktune_utils.choice import ERM, NULL, Audit, Choice, HeldOut, chosen, score
+from masktune_utils.choice.exchange import Swaps
 from masktune_utils.data import Split
 from masktune_utils.masking import NOTHING, MaskedDataset
 from masktune_utils.settings import Settings
@@ -142,6 +143,47 @@ def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
     for ax, index in zip(images[1::2], mistakes, strict=True):
         image, _ = split[index]
         assert (ax.images[0].get_array() == image.movedim(0, 2).numpy()).all()
+    kept = plotting.choice_masks(choice.take(ERM))
+    for ax, again in zip(figure.axes[1::4], kept.axes[1::4], strict=True):
+        assert (ax.images[0].get_array() == again.images[0].get_array()).all()
+
+
+def test_a_map_is_black_where_it_is_not_positive():
+    picture = plotting.positive_heat(torch.tensor([[2.0, 0, -2]]))
+    assert torch.equal(picture[..., 1], picture[..., 2])
+    assert picture[..., 0].mean() > 0.5 > picture[..., 1].mean()
+
+
+def test_a_mistake_is_shown_that_moves_and_the_image_with_which_it_does():
+    """Of two pixels each, the left one is swapped."""
+    shades = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    images = shades.view(4, 1, 1, 1).expand(4, 3, 1, 2)
+    swaps = Swaps(
+        mistakes=torch.tensor([1]),
+        partners=torch.tensor([[0], [2]]),
+        moves=torch.tensor([[False], [True]]),
+    )
+    found = Audit(
+        images=Split(images, [0, 0, 0, 1], class_names=("low", "high")),
+        predicted=torch.tensor([0, 1, 0, 1]),
+        maps={},
+        found_by="you",
+        region=torch.tensor([[True, False]]),
+        swaps=swaps,
+        class_swaps=None,
+        elsewhere=[],
+    )
+    figure = plotting.swap_pictures(found)
+    assert titles_of_rows(figure) == ["low, taken\nfor high"]
+    shown = {
+        ax.get_title(): ax.images[0].get_array()[0, :, 0].tolist() for ax in figure.axes
+    }
+    assert shown == {
+        "a mistake": [0.25, 0.25],
+        "another of\nits class": [0.5, 0.5],
+        "cut out:\nright": [0.5, 0.25],
+        "pasted:\nwrong": [0.25, 0.5],
+    }
 
 
 def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):

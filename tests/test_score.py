@@ -112,6 +112,8 @@ def test_kinds_that_move_count_more_and_their_mistakes_the_same():
     counts = "corrects 12, nothing masked 0; 20 move with what it hides.\n"
     shares = "Weighted by how far each kind moves: mask 48%, nothing masked 0%.\n"
     assert counts + shares in decide(predicted).reason
+    explained[32:40:2] = 0.4  # two of five swaps
+    assert scores(predicted).loc["a", "moves"] == 20
 
 
 @pytest.mark.parametrize(
@@ -302,10 +304,12 @@ def test_the_reason_tells_what_is_hidden_and_what_it_costs():
     ]
     kept = choice_of(toy(a=(0, 960)))
     assert kept.reason.endswith('\nTo take this mask: choice.take("a").')
-    predicted = toy(mistakes=150, nothing=(100, 850), a=(140, 850))
+    predicted = toy(mistakes=150, nothing=(51, 850), a=(140, 850))
     assert "train it longer" not in choice_of(predicted).reason  # a short training
     predicted.share = 1.0
     assert "train it longer" in choice_of(predicted).reason
+    predicted.predictions[NULL] = toy(150, nothing=(49, 850)).predictions[NULL]
+    assert "train it longer" not in choice_of(predicted).reason  # within five points
     predicted.mean_masks["a"] = torch.zeros(30, 30)
     predicted.has_maps = False
     reason = choice_of(predicted).reason
