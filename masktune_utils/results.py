@@ -12,7 +12,7 @@ from torch import nn
 from masktune_utils import datasets, metrics, store
 from masktune_utils.choice import HeldOut
 from masktune_utils.masking import MaskedDataset
-from masktune_utils.settings import REPOSITORY, root
+from masktune_utils.settings import REPOSITORY, BaseSettings, Settings, root
 
 KEY = ["experiment", "configuration", "seed"]  # what tells one result from all others
 ACCURACIES = ["raw", "biased", "worst_group"]
@@ -86,6 +86,9 @@ def read(path: Path) -> dict:
         row = json.loads(path.read_bytes())
         if not {*KEY, "base_sha256"} <= row.keys():
             raise ValueError("it is no result")
+    settings = Settings() if "method" in row else BaseSettings()
+    for name, default in settings.identity.items():
+        row.setdefault(name, default)  # a setting that is newer than the file
     return row
 
 

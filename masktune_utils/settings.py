@@ -199,7 +199,7 @@ class Settings(BaseSettings):
 
     @property
     def finetuning(self) -> dict:
-        """The arguments of `training.train` for fine-tuning.
+        """The arguments of `training.train` for fine-tuning: `training`, changed.
 
         The rate is `finetune_lr`, or what the base model's schedule ended with.
         """

@@ -14,7 +14,7 @@ one core each; photographs.py says what it needs.
     MASKTUNE_DATA=… OMP_NUM_THREADS=1 python studies/places.py again 500
 
 hides the place that the audit proposes, audits what comes out, and hides both places;
-rows go to `results/places_again.csv`, see `again`. A row of `places.csv` for each place:
+rows go to `results/places_again.csv`, see `again`. In `places.csv` a row is a place:
 
 - `box`: what a person points at, the bounding box of the shortcut and a pixel around;
 - `mistakes`, `reliance`: where the maps of an audit point;

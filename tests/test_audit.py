@@ -257,6 +257,9 @@ def test_a_place_that_a_person_points_at_is_measured_and_hidden():
     assert torch.equal(found.region, expected)
     for again in (expected, expected.numpy(), torch.tensor(place)):
         assert audit(logits, images, place=again).reason == found.reason
+    assert found.reason.endswith("Is your class about this part? If not, hide it.")
+    of_nothing = audit(logits, images, place=(0, 0, 0.2, 0.2)).reason
+    assert of_nothing.endswith("No more depends on this part than on other ones.")
     choice = found.hide(images)
     assert choice.reason == "By hand: the top right (21% of the image) is hidden."
     hidden, _ = choice.masked.batch(slice(None))

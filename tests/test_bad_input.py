@@ -30,7 +30,7 @@ def refused(capsys, tmp_path):
 
 
 BAD_OPTIONS = {
-    "--method foo": "method = 'foo': Input should be 'threshold', 'top_k', 'mean' or",
+    "--method foo": "method = 'foo': Input should be 'threshold', ",
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--device mps": "device = 'mps'; here there are auto, cpu",
     "--directory ~who_is_not_here/x": "Could not determine home directory",

@@ -167,7 +167,7 @@ def test_partners_are_a_permutation_by_the_seed_anew_in_each_epoch():
 
 
 BAD_RULES = {
-    "method": ("foo", "'threshold', 'top_k', 'mean' or 'mean_std'"),
+    "method": ("foo", ".*".join(map(repr, RULES))),
     "upsample": ("bicubic", "'bilinear', 'nearest' or 'map'"),
     "fill": ("black", "'zero' or 'resample'"),
     "param": (-1, "greater than or equal to 0"),
