@@ -75,6 +75,7 @@ def test_notebook_07_hides_a_place_and_shows_before_and_after(tmp_path):
     assert "By hand: the bottom right (25% of the image) is hidden." in shown
     assert "before: accuracy" in shown
     assert "after: accuracy" in shown
+    assert "Once it is hidden, another audit:" in shown
     assert "stderr" not in shown
     (files,) = (tmp_path / "runs" / "your_own").iterdir()
     names = {path.name for path in files.iterdir()}
