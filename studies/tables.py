@@ -6,7 +6,9 @@ A table is known by its first line, and is made if a file has that line. Everyth
 in the two files is written by hand.
 """
 
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,6 @@ from registered import KEY, LIMIT, OUT_OF_REACH
 
 from masktune_utils import results
 from masktune_utils.choice import ERM
-from masktune_utils.choice.exchange import FEW
 from masktune_utils.settings import REPOSITORY
 
 FOLDER = REPOSITORY / "results"
@@ -22,9 +23,65 @@ FILES = (REPOSITORY / "README.md", FOLDER / "README.md")
 OF_MODELS = ["experiment", "configuration"]
 PAPER = "mean_std_2.0_finetune_lr=0.01"
 KINDS = 45  # of runs, for each seed
-FIRST_OF_PHOTOGRAPHS = 6
+ROWS_OF_PLACES = 179  # of a seed: five places of 31 kinds with a box, four of six
 KINDS_OF_PHOTOGRAPHS = 7
-FIRST = 400  # seed of the newest registered test
+
+
+class Test(NamedTuple):
+    """The seeds of a registered test; those of which all kinds are there count."""
+
+    seeds: range
+    of_mnist5k: range
+    of_photographs: range
+
+
+SHOWN = Test(range(400, 403), range(15, 20), range(6, 9))
+OF_PLACES = range(500, 503)
+LIMITS = {  # measure → in words, and its limit
+    "regret": ("mean regret, a mask can hide the shortcut", "at most", 1.8),
+    "regret of clothes": ("the same, ten classes of clothes", "at most", 3),
+    "ahead": (
+        "ahead of the best single mask, a mask can hide the shortcut",
+        "at least",
+        6,
+    ),
+    "loss": ("below ERM without a shortcut", "at most", 0.5),
+    "largest loss": ("the same: the largest loss of a run", "at most", 4),
+    "harmed": (
+        "share of runs harmed, of those with ERM at 50% or more",
+        "at most",
+        0.02,
+    ),
+    "mnist5k": (
+        "mnist5k, ten classes: share of runs that rise by 20 or more",
+        "at least",
+        0.7,
+    ),
+    "loss on mnist5k": ("the same: the largest loss of a run", "at most", 2),
+    "photographs": (
+        "photographs: share within ten points of the oracle",
+        "at least",
+        0.75,
+    ),
+    "loss of photographs": (
+        "the same: the largest loss of a run, of those with ERM at 50% or more",
+        "at most",
+        5,
+    ),
+}
+LIMITS_OF_PLACES = {
+    "behind": (
+        "the box hidden: behind the best in hindsight, on average",
+        "at most",
+        3,
+    ),
+    "off": (
+        "the estimate is off, on average (two classes before, after; ten)",
+        "at most",
+        5,
+    ),
+    "unseen": ("runs harmed by a wrong place, at a price below 3", "at most", 0),
+}
 LENGTHS = ["1", "2", "4", "8", "50"]  # epochs of halves in lengths.csv
 NOT_MASKS = ["ERM", "nothing masked", "oracle"]
 IN_HINDSIGHT = ["ERM", "chosen", "best"]
@@ -86,7 +143,7 @@ def main_table() -> list[str]:
 
 def short_table() -> list[str]:
     """The registered test in three lines."""
-    parts = by_kind(registered())
+    parts = by_kind(registered(SHOWN.seeds))
     _, on_objects, _ = parts.values()
     more_training = on_objects["nothing masked"].mean()
     words = f"pixels (more training alone: {more_training:.0f})"
@@ -96,7 +153,7 @@ def short_table() -> list[str]:
 
 def table_by_set() -> list[str]:
     """The registered test by data set, where a mask can hide the shortcut."""
-    hidden, _, _ = by_kind(registered()).values()
+    hidden, _, _ = by_kind(registered(SHOWN.seeds)).values()
     parts = {}
     for (dataset, labels), runs in hidden.groupby(["dataset", "labels"]):
         parts[f"{DATASETS[dataset]}, {CLASSES[labels]}"] = runs
@@ -123,13 +180,13 @@ def mean_and_range(points: pd.Series) -> str:
     return f"{mean:.0f}".removeprefix("nan")
 
 
-def registered() -> pd.DataFrame:
-    """The registered test, seeds of which all kinds are there: a row a run, in points.
+def registered(seeds: range) -> pd.DataFrame:
+    """A registered test, seeds of which all kinds are there: a row a run, in points.
 
     A column for each model that all runs have, for the choice, for the best of all but
     the oracle, and for the best single mask; and what is measured.
     """
-    rows = read("registered.csv").query(f"seed >= {FIRST}")
+    rows = read("registered.csv").query(f"seed in {[*seeds]}")
     kinds = rows.groupby("seed")["is_chosen"].transform("sum")
     rows = rows[kinds == KINDS].assign(points=100 * rows["worst_group"])
     models = rows.query("halves != 'late'").pivot(
@@ -170,86 +227,94 @@ def best_single(masks: pd.DataFrame) -> pd.Series:
 
 
 def with_interval(runs: pd.DataFrame, name: str) -> str:
-    """Mean of a measure; and its 95% interval, by bootstrap over shortcuts."""
-    by_shortcut = runs.groupby("kind")[name].agg(["sum", "size"]).to_numpy()
+    """Mean of a measure; its 95% interval, by bootstrap over shortcuts and seeds."""
+    groups = runs.groupby(["kind", "seed"])[name]
+    sums = groups.sum().unstack(fill_value=0).to_numpy()
+    sizes = groups.size().unstack(fill_value=0).to_numpy()
     rng = np.random.default_rng(0)
-    drawn = rng.choice(len(by_shortcut), (10_000, len(by_shortcut)))
-    sums = by_shortcut[drawn].sum(1)
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    means = []
+    for _ in range(10_000):
+        kinds, seeds = [rng.choice(side, side) for side in sums.shape]
+        drawn = np.ix_(kinds, seeds)
+        means.append(sums[drawn].sum() / sizes[drawn].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
     return f"{runs[name].mean():.2f} ({low:.2f} to {high:.2f})"
+
+
+def measures(test: Test) -> dict[str, tuple[float, str]]:
+    """What a registered test measures: its value, and how it is written."""
+    runs = registered(test.seeds)
+    hidden, _, without = by_kind(runs).values()
+    clothes = hidden.query("dataset == 'fashion_mnist' and labels == 'digits'")
+    is_harmed = runs.query("ERM >= 50")["loss"] > 1
+    gains = gains_on_mnist5k(test.of_mnist5k)
+    is_repaired = gains >= 20
+    half_right = photographs(test.of_photographs).drop("background", errors="ignore")
+    losses = half_right.query("ERM >= 50").eval("ERM - chosen")
+    is_near = ends_near_oracle(test.of_photographs)
+    return {
+        "regret": value(hidden["regret"].mean(), with_interval(hidden, "regret")),
+        "regret of clothes": value(clothes["regret"].mean()),
+        "ahead": value(hidden["ahead"].mean(), with_interval(hidden, "ahead")),
+        "loss": value(without["loss"].mean()),
+        "largest loss": value(without["loss"].max()),
+        "harmed": value(is_harmed.mean(), share(is_harmed)),
+        "mnist5k": value(is_repaired.mean(), share(is_repaired)),
+        "loss on mnist5k": value(-gains.min()),
+        "photographs": value(is_near.mean(), share(is_near)),
+        "loss of photographs": value(losses.max()),
+    }
+
+
+def measures_of_places(seeds: range) -> dict[str, tuple[float, str]]:
+    """What the same test measures of places, see `measures`."""
+    rows = places(seeds)
+    boxes = rows.query("place == 'box'")
+    models = read("registered.csv").query("model != 'oracle'")
+    best = 100 * models.groupby(KEY)["worst_group"].max().rename("best")
+    behind = boxes.join(best, on=KEY).eval("best - hidden_worst_group")
+    off = pd.DataFrame({"labels": boxes["labels"]})
+    off["before"] = (boxes["estimate"] - boxes["worst_group"]).abs()
+    off["after"] = (boxes["hidden_estimate"] - boxes["hidden_worst_group"]).abs()
+    means = off.groupby("labels")[["before", "after"]].mean().iloc[::-1].stack()
+    wrong = rows.query("is_found and kind == 'none'")
+    is_harmed = wrong.eval("worst_group - hidden_worst_group > 5")
+    is_unseen = is_harmed & wrong.eval("accuracy - hidden_accuracy < 3")
+    return {
+        "behind": value(behind.mean(skipna=False)),
+        "off": value(means.max(), ", ".join(map("{:.1f}".format, means))),
+        "unseen": value(is_unseen.sum(), f"{is_unseen.sum()} of {is_harmed.sum()}"),
+    }
+
+
+def value(number: float, words: str = "") -> tuple[float, str]:
+    """A measure, and how it is written."""
+    return number, words or f"{number:.2f}"
 
 
 def table_of_measures() -> list[str]:
     """What the registered test measures, and the limits of registered.md."""
-    runs = registered()
-    hidden, _, without = by_kind(runs).values()
-    clothes = hidden.query("dataset == 'fashion_mnist' and labels == 'digits'")
-    is_harmed = runs.query("ERM >= 50")["loss"] > 1
-    gains = gains_on_mnist5k()
-    is_repaired = gains >= 20
-    is_near = ends_near_oracle()
-    half_right = photographs().drop("background").query("ERM >= 50")
-    losses = half_right[ERM] - half_right["chosen"]
-    return [
-        measured(
-            "mean regret, a mask can hide the shortcut",
-            hidden["regret"].mean(),
-            "at most",
-            1.8,
-            with_interval(hidden, "regret"),
-        ),
-        measured(
-            "the same, ten classes of clothes",
-            clothes["regret"].mean(),
-            "at most",
-            3,
-        ),
-        measured(
-            "ahead of the best single mask, a mask can hide the shortcut",
-            hidden["ahead"].mean(),
-            "at least",
-            6,
-            with_interval(hidden, "ahead"),
-        ),
-        measured(
-            "below ERM without a shortcut",
-            without["loss"].mean(),
-            "at most",
-            0.5,
-        ),
-        measured(
-            "the same: the largest loss of a run", without["loss"].max(), "at most", 4
-        ),
-        measured(
-            "share of runs harmed, of those with ERM at 50% or more",
-            is_harmed.mean(),
-            "at most",
-            0.02,
-            share(is_harmed),
-        ),
-        measured(
-            "mnist5k, ten classes: share of runs that rise by 20 or more",
-            is_repaired.mean(),
-            "at least",
-            0.7,
-            share(is_repaired),
-        ),
-        measured("the same: the largest loss of a run", -gains.min(), "at most", 2),
-        measured(
-            "photographs: share within ten points of the oracle (ERM without the "
-            "shortcut, fine-tuned alike)",
-            is_near.mean(),
-            "at least",
-            0.75,
-            share(is_near),
-        ),
-        measured(
-            "the same: the largest loss of a run, of those with ERM at 50% or more",
-            losses.max(),
-            "at most",
-            5,
-        ),
-    ]
+    return outcomes(measures(SHOWN), LIMITS)
+
+
+def table_of_measures_of_places() -> list[str]:
+    """The same, of places."""
+    return outcomes(measures_of_places(OF_PLACES), LIMITS_OF_PLACES)
+
+
+def outcomes(
+    measured: dict[str, tuple[float, str]], limits: dict[str, tuple[str, str, float]]
+) -> list[str]:
+    """Measures, and whether each keeps its limit."""
+    rows = []
+    for name, (words, bound, limit) in limits.items():
+        number, text = measured[name]
+        is_met = number <= limit if bound == "at most" else number >= limit
+        verdict = "met" if is_met else "**missed**"
+        if math.isnan(number):
+            text, verdict = "not run", ""
+        rows.append(line(words, text, f"{bound} {limit}", verdict))
+    return rows
 
 
 def share(runs: pd.Series) -> str:
@@ -257,72 +322,46 @@ def share(runs: pd.Series) -> str:
     return f"{runs.mean():.2f} ({runs.sum()} of {len(runs)})"
 
 
-def gains_on_mnist5k() -> pd.Series:
+def gains_on_mnist5k(seeds: range) -> pd.Series:
     """Notebook 11 with ten classes: how far the worst group rises, in points."""
-    runs = read("reference_11_abstaining.csv").query("labels == 'digits'")
+    runs = read("reference_11_abstaining.csv")
+    runs = runs.query(f"labels == 'digits' and seed in {[*seeds]}")
     errors = runs.pivot(
         index=["placement", "seed"], columns="rule", values="error_worst_group"
     )
     return 100 * (errors["ERM"] - errors["MaskTune"])
 
 
-def measured(
-    name: str,
-    value: float,
-    bound: str,
-    limit: float,
-    words: str = "",
-) -> str:
-    """A measure, in words or by its value; and whether it keeps its limit."""
-    is_met = value <= limit if bound == "at most" else value >= limit
-    verdict = "met" if is_met else "**missed**"
-    return line(name, words or f"{value:.2f}", f"{bound} {limit}", verdict)
-
-
-def rows_of_photographs() -> pd.DataFrame:
-    """The rows of the test's photographs, seeds of which all kinds are there."""
-    rows = read("photographs.csv").query(f"seed >= {FIRST_OF_PHOTOGRAPHS}")
+def rows_of_photographs(seeds: range) -> pd.DataFrame:
+    """The rows of a test's photographs, seeds of which all kinds are there."""
+    rows = read("photographs.csv").query(f"seed in {[*seeds]}")
     kinds = rows.groupby("seed")["shortcut"].transform("nunique")
     return rows[kinds == KINDS_OF_PHOTOGRAPHS]
 
 
-def photographs() -> pd.DataFrame:
-    """The test's photographs: a row a run, in points."""
-    rows = rows_of_photographs()
+def photographs(seeds: range) -> pd.DataFrame:
+    """A test's photographs: a row a run, in points."""
+    rows = rows_of_photographs(seeds)
     runs = 100 * rows.pivot(
         index=["shortcut", "seed"], columns="model", values="worst_group"
     )
+    if runs.empty:
+        return pd.DataFrame(columns=[ERM, "chosen", "oracle"])
     return runs.reindex(rows["shortcut"].unique(), level="shortcut")
 
 
-def ends_near_oracle() -> pd.Series:
+def ends_near_oracle(seeds: range) -> pd.Series:
     """Whether each run ends within ten points, of those that a mask can repair."""
-    runs = photographs().drop("background").dropna(subset="oracle")
+    runs = photographs(seeds).drop("background", errors="ignore")
+    runs = runs.dropna(subset="oracle")
     return runs["oracle"] - runs["chosen"] <= 10
 
 
 def table_of_photographs() -> list[str]:
     """By shortcut."""
-    parts = photographs().groupby("shortcut", sort=False)
+    runs = photographs(SHOWN.of_photographs)
+    parts = runs.groupby("shortcut", sort=False)
     return means_and_ranges(parts, [ERM, "chosen", "oracle"])
-
-
-def table_of_audited_photographs() -> list[str]:
-    """What ERM's audits say, by shortcut: a value for each seed."""
-    rows = rows_of_photographs().query("model == 'ERM'")
-    columns = {  # of the table → how a value is written
-        "audit_mistakes": "{:.0f}",
-        "audit_move": "{:.0f}",
-        "audit_move_elsewhere": "{:.0f}",
-        "audit_stands_out": "{}",
-        "audit_region": "{:.0%}",
-        "audit_shortcut_covered": "{:.0%}",
-    }
-    texts = pd.DataFrame(
-        {name: rows[name].map(columns[name].format) for name in columns}
-    )
-    texts = texts.replace({"True": "yes", "False": "no", "nan%": "–"})
-    return lines(texts.groupby(rows["shortcut"], sort=False).agg(", ".join))
 
 
 def ways() -> pd.DataFrame:
@@ -380,19 +419,19 @@ def table_of_ways() -> list[str]:
     return lines(pd.DataFrame(numbers).map("{:.1f}".format))
 
 
-def table_of_audits() -> list[str]:
-    """How often an audit has enough mistakes, and finds the shortcut."""
-    runs = read("audits.csv").assign(runs=1)
-    runs["can_tell"] = runs["mistakes"] >= FEW
-    runs["finds"] = runs["stands_out"] & (runs["shortcut_covered"] >= 0.5)
-    runs = pd.concat(by_kind(runs), names=["part"])
-    parts = runs.groupby(["part", "images"], sort=False)
-    return lines(parts[["runs", "can_tell", "stands_out", "finds"]].sum())
+def places(seeds: range) -> pd.DataFrame:
+    """places.csv, its whole seeds of digits, clothes and animals; shares in %."""
+    rows = read("places.csv").query(f"dataset in {[*DATASETS]} and seed in {[*seeds]}")
+    kinds = rows.groupby("seed")["kind"].transform("size")
+    rows = rows[kinds == ROWS_OF_PLACES]
+    shares = [name for name in rows if "worst_group" in name or "accuracy" in name]
+    shares += ["estimate", "hidden_estimate"]
+    return rows.assign(**100 * rows[shares])
 
 
 def table_of_places() -> list[str]:
     """A place that a person points at: true worst group and estimate, in %."""
-    rows = read("places.csv").query("place == 'box'")
+    rows = places(OF_PLACES).query("place == 'box'")
     sets = rows["dataset"].map(DATASETS) + ", " + rows["labels"].map(CLASSES)
     columns = [
         "worst_group",
@@ -402,20 +441,41 @@ def table_of_places() -> list[str]:
         "accuracy",
         "hidden_accuracy",
     ]
-    texts = (100 * rows[columns]).map("{:.1f}".format)
-    return lines(texts.set_index(sets + ", " + rows["kind"]))
+    names = sets + ", " + rows["kind"]
+    means = rows.groupby(names, sort=False)[columns].mean()
+    return lines(means.map("{:.1f}".format))
 
 
 def table_of_found_places() -> list[str]:
     """How often maps point at the shortcut: half of it, by a third of the image."""
-    rows = read("places.csv")
-    with_box = rows.groupby(KEY)["place"].transform(lambda of: "box" in [*of])
-    rows = rows[with_box & (rows["place"] != "box")]
+    rows = places(OF_PLACES).query("kind != 'none'")
+    rows = rows[rows["place"] != "box"]
     rows = pd.concat([rows[rows["is_found"]].assign(place="audit"), rows])
     is_found = (rows["covers"] >= 0.5) & (rows["region"] <= 1 / 3)
     counts = is_found.groupby([rows["labels"].map(CLASSES), rows["place"]])
     found = counts.agg(["sum", "size"]).astype(str).agg(" of ".join, axis=1)
     return lines(found.unstack("labels", fill_value="").fillna(""))
+
+
+def table_of_again() -> list[str]:
+    """Where an audit's place covers a part of the shortcut: two places hidden, in %."""
+    rows = read("places_again.csv")
+    rows["run"] = rows["dataset"].map(DATASETS) + ", " + rows["kind"]
+    rows["run"] += rows["labels"].map({"halves": "", "digits": ", ten classes"})
+    runs = rows.pivot(index="run", columns="hidden")
+    runs = runs.loc[[*rows["run"].unique()]]
+    runs = runs[runs["covers", 1] < 0.95]
+    columns = [
+        ("covers", 1),
+        ("rest", 1),
+        ("worst_group", 0),
+        ("worst_group", 1),
+        ("worst_group", 2),
+        ("accuracy", 0),
+        ("accuracy", 1),
+        ("accuracy", 2),
+    ]
+    return lines((100 * runs[columns]).map("{:.0f}".format))
 
 
 def authors_table() -> list[str]:
@@ -442,16 +502,16 @@ TABLES = {
     f"|a mask can hide it|{RANGES}oracle|": table_by_set,
     "|announced, points|outcome|limit||": table_of_measures,
     "|photographs|runs|ERM|chosen|oracle|": table_of_photographs,
-    "|audited|mistakes|move|elsewhere|stands out|region|covers|": (
-        table_of_audited_photographs
-    ),
     "|kind|1|2|4|8|50|": table_of_lengths,
     "|epochs|mean|mean regret|largest|": table_of_ways,
-    "|audit|images|runs|five mistakes|stands out|covers half|": table_of_audits,
+    "|announced of places, points|outcome|limit||": table_of_measures_of_places,
     "|place hidden|ERM: true|estimate|hidden: true|estimate|accuracy|hidden|": (
         table_of_places
     ),
     "|place by|ten classes|two classes|": table_of_found_places,
+    "|place of an audit|covers|rest|true: ERM|one hidden|both|accuracy: ERM|one|both|": (
+        table_of_again
+    ),
     "|red 4×4, ordered|raw|biased|worst group|": authors_table,
     "|text|square, placement, conflicting images|ERM|fine-tuned|": table_of_others,
 }
