@@ -35,12 +35,12 @@ import torch
 from resume import resume
 from torch import Tensor, nn
 
-from masktune_utils import metrics, results
+from masktune_utils import results
 from masktune_utils.choice import Audit, audit, hide
 from masktune_utils.choice.audit import LARGEST, region_of
 from masktune_utils.choice.exchange import mean_falls
 from masktune_utils.data import Split
-from masktune_utils.metrics import predict
+from masktune_utils.metrics import group_accuracy, predict
 
 MANY_PLACES = ("two squares", "square anywhere", "frame", "cross in a corner")
 HIDDEN = ("box", "mistakes", "reliance")
@@ -130,8 +130,7 @@ def of_photographs(shortcut: str, seed: int) -> list[dict]:
     network = photographs.fit(train, seed=seed)
 
     def worst_group(tuned: nn.Module) -> float:
-        logits = metrics.predict(tuned, test)
-        return min(metrics.group_accuracy(logits, test).values())
+        return min(group_accuracy(predict(tuned, test), test).values())
 
     oracle = worst_group(photographs.oracle(shortcut, seed))
     rows = compare(network, train, others, worst_group, seed)
@@ -146,8 +145,7 @@ def again(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     `estimate`, `elsewhere`: if the next place comes from another class, or others.
     """
     sets = registered.load(dataset, labels, kind, seed)
-    others = sets.validation
-    others = others[torch.randperm(len(others), generator=registered.seeded(seed))]
+    others = shuffled(sets.validation, seed)
     area = others.shortcut.float().mean(0)
     erm = registered.fit(sets.train, seed=seed)
     tuned = erm
@@ -176,6 +174,11 @@ def again(dataset: str, labels: str, kind: str, seed: int) -> list[dict]:
     return rows
 
 
+def shuffled(images: Split, seed: int) -> Split:
+    """In random order."""
+    return images[torch.randperm(len(images), generator=registered.seeded(seed))]
+
+
 def compare(
     network: nn.Module,
     train: Split,
@@ -192,7 +195,7 @@ def compare(
         worst_group: of a network, on the test sets.
         seed: of random choices.
     """
-    others = others[torch.randperm(len(others), generator=registered.seeded(seed))]
+    others = shuffled(others, seed)
     size = others.images.shape[-2:]
     found = audit(network, others, seed)
     maps = {
@@ -234,9 +237,9 @@ if __name__ == "__main__":
     _, *seeds = sys.argv
     plan = PLAN
     file, make = "places.csv", places.run
-    if seeds[0] == "photographs":
+    if "photographs" in seeds:
         plan = PHOTOGRAPHS
-    if seeds[0] == "again":
+    if "again" in seeds:
         plan = [kind for kind in PLAN if "none" not in kind]
         file, make = "places_again.csv", places.again
     runs = [(*kind, int(seed)) for seed in seeds if seed.isdigit() for kind in plan]

@@ -422,8 +422,8 @@ def table_of_ways() -> list[str]:
 def places(seeds: range) -> pd.DataFrame:
     """places.csv, its whole seeds of digits, clothes and animals; shares in %."""
     rows = read("places.csv").query(f"dataset in {[*DATASETS]} and seed in {[*seeds]}")
-    kinds = rows.groupby("seed")["kind"].transform("size")
-    rows = rows[kinds == ROWS_OF_PLACES]
+    sizes = rows.groupby("seed")["kind"].transform("size")
+    rows = rows[sizes == ROWS_OF_PLACES]
     shares = [name for name in rows if "worst_group" in name or "accuracy" in name]
     shares += ["estimate", "hidden_estimate"]
     return rows.assign(**100 * rows[shares])
@@ -462,8 +462,9 @@ def table_of_again() -> list[str]:
     rows = read("places_again.csv")
     rows["run"] = rows["dataset"].map(DATASETS) + ", " + rows["kind"]
     rows["run"] += rows["labels"].map({"halves": "", "digits": ", ten classes"})
-    runs = rows.pivot(index="run", columns="hidden")
-    runs = runs.loc[[*rows["run"].unique()]]
+    rows = rows.query(f"seed in {[*OF_PLACES]}")
+    numbers = rows.select_dtypes("number").columns.drop(["seed", "hidden"])
+    runs = rows.pivot_table([*numbers], "run", "hidden", sort=False)
     runs = runs[runs["covers", 1] < 0.95]
     columns = [
         ("covers", 1),

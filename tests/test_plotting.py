@@ -144,7 +144,7 @@ def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
         image, _ = split[index]
         assert (ax.images[0].get_array() == image.movedim(0, 2).numpy()).all()
     kept = plotting.choice_masks(choice.take(ERM))
-    for ax, again in zip(figure.axes[1::4], kept.axes[1::4], strict=True):
+    for ax, again in zip(figure.axes[1::3], kept.axes[1::3], strict=True):
         assert (ax.images[0].get_array() == again.images[0].get_array()).all()
 
 

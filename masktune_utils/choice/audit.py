@@ -96,8 +96,6 @@ class Audit:
                 f"{len(self.swaps.moving)} of {len(self.swaps.mistakes)} mistakes move "
                 f"with it; with the other places {_range(moving)}.\n"
             )
-        if swapped.changed <= max(classes.changed for classes in others):
-            return f"{words}No more depends on this part than on other ones."
         return f"{words}Is your class about this part? If not, hide it."
 
     def hide(self, train: Split, **options: object) -> Choice:
