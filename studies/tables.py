@@ -37,6 +37,7 @@ class Test(NamedTuple):
 
 SHOWN = Test(range(400, 403), range(15, 20), range(6, 9))
 OF_PLACES = range(500, 503)
+OF_PHOTOGRAPHS = range(9, 12)
 LIMITS = {  # measure → in words, and its limit
     "regret": ("mean regret, a mask can hide the shortcut", "at most", 1.8),
     "regret of clothes": ("the same, ten classes of clothes", "at most", 3),
@@ -81,6 +82,16 @@ LIMITS_OF_PLACES = {
         5,
     ),
     "unseen": ("runs harmed by a wrong place, at a price below 3", "at most", 0),
+    "off in photographs": (
+        "photographs: the estimate is off, on average (before, after)",
+        "at most",
+        5,
+    ),
+    "near in photographs": (
+        "photographs, the box hidden: share within ten points of the oracle",
+        "at least",
+        0.75,
+    ),
 }
 LENGTHS = ["1", "2", "4", "8", "50"]  # epochs of halves in lengths.csv
 NOT_MASKS = ["ERM", "nothing masked", "oracle"]
@@ -280,7 +291,19 @@ def measures_of_places(seeds: range) -> dict[str, tuple[float, str]]:
     wrong = rows.query("is_found and kind == 'none'")
     is_harmed = wrong.eval("worst_group - hidden_worst_group > 5")
     is_unseen = is_harmed & wrong.eval("accuracy - hidden_accuracy < 3")
+    of_photographs = photographed_places()
+    off_photographs = [
+        (of_photographs[f"{when}estimate"] - of_photographs[f"{when}worst_group"])
+        .abs()
+        .mean()
+        for when in ("", "hidden_")
+    ]
+    is_near = of_photographs["oracle"] - of_photographs["hidden_worst_group"] <= 10
     return {
+        "off in photographs": value(
+            max(off_photographs), ", ".join(map("{:.1f}".format, off_photographs))
+        ),
+        "near in photographs": value(is_near.mean(), share(is_near)),
         "behind": value(behind.mean(skipna=False)),
         "off": value(means.max(), ", ".join(map("{:.1f}".format, means))),
         "unseen": value(is_unseen.sum(), f"{is_unseen.sum()} of {is_harmed.sum()}"),
@@ -429,6 +452,23 @@ def places(seeds: range) -> pd.DataFrame:
     return rows.assign(**100 * rows[shares])
 
 
+def photographed_places() -> pd.DataFrame:
+    """Boxes of photographs, seeds of which all kinds are there; shares in %."""
+    rows = read("places.csv").query(
+        f"dataset == 'photographs' and place == 'box' and seed in {[*OF_PHOTOGRAPHS]}"
+    )
+    kinds = rows.groupby("seed")["kind"].transform("size")
+    rows = rows[kinds == 3].set_index(["kind", "seed"])
+    columns = ["worst_group", "estimate", "hidden_worst_group", "hidden_estimate"]
+    return 100 * rows[[*columns, "accuracy", "hidden_accuracy", "oracle"]]
+
+
+def table_of_photographed_places() -> list[str]:
+    """The same by shortcut: mean, lowest and highest."""
+    runs = photographed_places()
+    return means_and_ranges(runs.groupby("kind"), [*runs])
+
+
 def table_of_places() -> list[str]:
     """A place that a person points at: true worst group and estimate, in %."""
     rows = places(OF_PLACES).query("place == 'box'")
@@ -508,6 +548,9 @@ TABLES = {
     "|announced of places, points|outcome|limit||": table_of_measures_of_places,
     "|place hidden|ERM: true|estimate|hidden: true|estimate|accuracy|hidden|": (
         table_of_places
+    ),
+    "|place hidden|runs|ERM: true|estimate|hidden: true|estimate|accuracy|hidden|oracle|": (
+        table_of_photographed_places
     ),
     "|place by|ten classes|two classes|": table_of_found_places,
     "|place of an audit|covers|rest|true: ERM|one hidden|both|accuracy: ERM|one|both|": (
