@@ -8,7 +8,6 @@ in the two files is written by hand.
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,74 +24,14 @@ PAPER = "mean_std_2.0_finetune_lr=0.01"
 KINDS = 45  # of runs, for each seed
 ROWS_OF_PLACES = 179  # of a seed: five places of 31 kinds with a box, four of six
 KINDS_OF_PHOTOGRAPHS = 7
+# Seeds that are shown; of a test, those of which all kinds are there.
+REGISTERED = range(400, 403)
+PHOTOGRAPHS = range(6, 9)
+MNIST5K = range(20, 25)
+PLACES = range(500, 503)
+PHOTOGRAPHED_PLACES = range(9, 12)
 
 
-class Test(NamedTuple):
-    """The seeds of a registered test; those of which all kinds are there count."""
-
-    seeds: range
-    of_mnist5k: range
-    of_photographs: range
-
-
-SHOWN = Test(range(400, 403), range(20, 25), range(6, 9))
-OF_PLACES = range(500, 503)
-OF_PHOTOGRAPHS = range(9, 12)
-LIMITS = {  # measure → in words, and its limit
-    "regret": ("mean regret, a mask can hide the shortcut", "at most", 1.8),
-    "regret of clothes": ("the same, ten classes of clothes", "at most", 3),
-    "ahead": (
-        "ahead of the best single mask, a mask can hide the shortcut",
-        "at least",
-        6,
-    ),
-    "loss": ("below ERM without a shortcut", "at most", 0.5),
-    "largest loss": ("the same: the largest loss of a run", "at most", 4),
-    "harmed": (
-        "share of runs harmed, of those with ERM at 50% or more",
-        "at most",
-        0.02,
-    ),
-    "mnist5k": (
-        "mnist5k, ten classes: share of runs that rise by 20 or more",
-        "at least",
-        0.7,
-    ),
-    "loss on mnist5k": ("the same: the largest loss of a run", "at most", 2),
-    "photographs": (
-        "photographs: share within ten points of the oracle",
-        "at least",
-        0.75,
-    ),
-    "loss of photographs": (
-        "the same: the largest loss of a run, of those with ERM at 50% or more",
-        "at most",
-        5,
-    ),
-}
-LIMITS_OF_PLACES = {
-    "behind": (
-        "the box hidden: behind the best in hindsight, on average",
-        "at most",
-        3,
-    ),
-    "off": (
-        "the estimate is off, on average (two classes before, after; ten)",
-        "at most",
-        5,
-    ),
-    "unseen": ("runs harmed by a wrong place, at a price below 3", "at most", 0),
-    "off in photographs": (
-        "photographs: the estimate is off, on average (before, after)",
-        "at most",
-        5,
-    ),
-    "near in photographs": (
-        "photographs, the box hidden: share within ten points of the oracle",
-        "at least",
-        0.75,
-    ),
-}
 LENGTHS = ["1", "2", "4", "8", "50"]  # epochs of halves in lengths.csv
 NOT_MASKS = ["ERM", "nothing masked", "oracle"]
 IN_HINDSIGHT = ["ERM", "chosen", "best"]
@@ -154,7 +93,7 @@ def main_table() -> list[str]:
 
 def short_table() -> list[str]:
     """The registered test in three lines."""
-    parts = by_kind(registered(SHOWN.seeds))
+    parts = by_kind(registered())
     _, on_objects, _ = parts.values()
     more_training = on_objects["nothing masked"].mean()
     words = f"pixels (more training alone: {more_training:.0f})"
@@ -164,7 +103,7 @@ def short_table() -> list[str]:
 
 def table_by_set() -> list[str]:
     """The registered test by data set, where a mask can hide the shortcut."""
-    hidden, _, _ = by_kind(registered(SHOWN.seeds)).values()
+    hidden, _, _ = by_kind(registered()).values()
     parts = {}
     for (dataset, labels), runs in hidden.groupby(["dataset", "labels"]):
         parts[f"{DATASETS[dataset]}, {CLASSES[labels]}"] = runs
@@ -191,13 +130,13 @@ def mean_and_range(points: pd.Series) -> str:
     return f"{mean:.0f}".removeprefix("nan")
 
 
-def registered(seeds: range) -> pd.DataFrame:
+def registered() -> pd.DataFrame:
     """A registered test, seeds of which all kinds are there: a row a run, in points.
 
     A column for each model that all runs have, for the choice, for the best of all but
     the oracle, and for the best single mask; and what is measured.
     """
-    rows = read("registered.csv").query(f"seed in {[*seeds]}")
+    rows = read("registered.csv").query(f"seed in {[*REGISTERED]}")
     kinds = rows.groupby("seed")["is_chosen"].transform("sum")
     rows = rows[kinds == KINDS].assign(points=100 * rows["worst_group"])
     models = rows.query("halves != 'late'").pivot(
@@ -252,92 +191,137 @@ def with_interval(runs: pd.DataFrame, name: str) -> str:
     return f"{runs[name].mean():.2f} ({low:.2f} to {high:.2f})"
 
 
-def measures(test: Test) -> dict[str, tuple[float, str]]:
-    """What a registered test measures: its value, and how it is written."""
-    runs = registered(test.seeds)
+def table_of_measures() -> list[str]:
+    """What the registered test measures, and the limits of registered.md."""
+    runs = registered()
     hidden, _, without = by_kind(runs).values()
     clothes = hidden.query("dataset == 'fashion_mnist' and labels == 'digits'")
     is_harmed = runs.query("ERM >= 50")["loss"] > 1
-    gains = gains_on_mnist5k(test.of_mnist5k)
+    gains = gains_on_mnist5k()
     is_repaired = gains >= 20
-    half_right = photographs(test.of_photographs).drop("background", errors="ignore")
-    losses = half_right.query("ERM >= 50").eval("ERM - chosen")
-    is_near = ends_near_oracle(test.of_photographs)
-    return {
-        "regret": value(hidden["regret"].mean(), with_interval(hidden, "regret")),
-        "regret of clothes": value(clothes["regret"].mean()),
-        "ahead": value(hidden["ahead"].mean(), with_interval(hidden, "ahead")),
-        "loss": value(without["loss"].mean()),
-        "largest loss": value(without["loss"].max()),
-        "harmed": value(is_harmed.mean(), share(is_harmed)),
-        "mnist5k": value(is_repaired.mean(), share(is_repaired)),
-        "loss on mnist5k": value(max(0.0, -gains.min())),
-        "photographs": value(is_near.mean(), share(is_near)),
-        "loss of photographs": value(losses.max()),
-    }
-
-
-def measures_of_places(seeds: range) -> dict[str, tuple[float, str]]:
-    """What the same test measures of places, see `measures`."""
-    rows = places(seeds)
-    boxes = rows.query("place == 'box'")
-    models = read("registered.csv").query("model != 'oracle'")
-    best = 100 * models.groupby(KEY)["worst_group"].max().rename("best")
-    behind = boxes.join(best, on=KEY).eval("best - hidden_worst_group")
-    off = pd.DataFrame({"labels": boxes["labels"]})
-    off["before"] = (boxes["estimate"] - boxes["worst_group"]).abs()
-    off["after"] = (boxes["hidden_estimate"] - boxes["hidden_worst_group"]).abs()
-    means = off.groupby("labels")[["before", "after"]].mean().iloc[::-1].stack()
-    wrong = rows.query("is_found and kind == 'none'")
-    is_harmed = wrong.eval("worst_group - hidden_worst_group > 5")
-    is_unseen = is_harmed & wrong.eval("accuracy - hidden_accuracy < 3")
-    of_photographs = photographed_places()
-    off_photographs = [
-        (of_photographs[f"{when}estimate"] - of_photographs[f"{when}worst_group"])
-        .abs()
-        .mean()
-        for when in ("", "hidden_")
-    ]
-    is_near = of_photographs["oracle"] - of_photographs["hidden_worst_group"] <= 10
-    return {
-        "off in photographs": value(
-            max(off_photographs), ", ".join(map("{:.1f}".format, off_photographs))
+    is_near = ends_near_oracle()
+    half_right = photographs().drop("background").query("ERM >= 50")
+    losses = half_right[ERM] - half_right["chosen"]
+    return [
+        measured(
+            "mean regret, a mask can hide the shortcut",
+            hidden["regret"].mean(),
+            "at most",
+            1.8,
+            with_interval(hidden, "regret"),
         ),
-        "near in photographs": value(is_near.mean(), share(is_near)),
-        "behind": value(behind.mean(skipna=False)),
-        "off": value(means.max(), ", ".join(map("{:.1f}".format, means))),
-        "unseen": value(is_unseen.sum(), f"{is_unseen.sum()} of {is_harmed.sum()}"),
-    }
-
-
-def value(number: float, words: str = "") -> tuple[float, str]:
-    """A measure, and how it is written."""
-    return number, words or f"{number:.2f}"
-
-
-def table_of_measures() -> list[str]:
-    """What the registered test measures, and the limits of registered.md."""
-    return outcomes(measures(SHOWN), LIMITS)
+        measured(
+            "the same, ten classes of clothes",
+            clothes["regret"].mean(),
+            "at most",
+            3,
+        ),
+        measured(
+            "ahead of the best single mask, a mask can hide the shortcut",
+            hidden["ahead"].mean(),
+            "at least",
+            6,
+            with_interval(hidden, "ahead"),
+        ),
+        measured(
+            "below ERM without a shortcut",
+            without["loss"].mean(),
+            "at most",
+            0.5,
+        ),
+        measured(
+            "the same: the largest loss of a run", without["loss"].max(), "at most", 4
+        ),
+        measured(
+            "share of runs harmed, of those with ERM at 50% or more",
+            is_harmed.mean(),
+            "at most",
+            0.02,
+            share(is_harmed),
+        ),
+        measured(
+            "mnist5k, ten classes: share of runs that rise by 20 or more",
+            is_repaired.mean(),
+            "at least",
+            0.7,
+            share(is_repaired),
+        ),
+        measured(
+            "the same: the largest loss of a run", max(0, -gains.min()), "at most", 2
+        ),
+        measured(
+            "photographs: share within ten points of the oracle",
+            is_near.mean(),
+            "at least",
+            0.75,
+            share(is_near),
+        ),
+        measured(
+            "the same: the largest loss of a run, of those with ERM at 50% or more",
+            losses.max(),
+            "at most",
+            5,
+        ),
+    ]
 
 
 def table_of_measures_of_places() -> list[str]:
     """The same, of places."""
-    return outcomes(measures_of_places(OF_PLACES), LIMITS_OF_PLACES)
+    rows = places()
+    boxes = rows.query("place == 'box'")
+    models = read("registered.csv").query("model != 'oracle'")
+    best = 100 * models.groupby(KEY)["worst_group"].max().rename("best")
+    behind = boxes.join(best, on=KEY).eval("best - hidden_worst_group")
+    off = errors(boxes).groupby(boxes["labels"]).mean().iloc[::-1].stack()
+    wrong = rows.query("is_found and kind == 'none'")
+    is_harmed = wrong.eval("worst_group - hidden_worst_group > 5")
+    is_unseen = is_harmed & wrong.eval("accuracy - hidden_accuracy < 3")
+    of_photographs = photographed_places()
+    off_photographs = errors(of_photographs).mean()
+    is_near = of_photographs["oracle"] - of_photographs["hidden_worst_group"] <= 10
+    return [
+        measured(
+            "the box hidden: behind the best in hindsight, on average",
+            behind.mean(skipna=False),
+            "at most",
+            3,
+        ),
+        measured(
+            "the estimate is off, on average (two classes before, after; ten)",
+            off.max(),
+            "at most",
+            5,
+            ", ".join(map("{:.1f}".format, off)),
+        ),
+        measured(
+            "runs harmed by a wrong place, at a price below 3",
+            is_unseen.sum(),
+            "at most",
+            0,
+            f"{is_unseen.sum()} of {is_harmed.sum()}",
+        ),
+        measured(
+            "photographs: the estimate is off, on average (before, after)",
+            off_photographs.max(),
+            "at most",
+            5,
+            ", ".join(map("{:.1f}".format, off_photographs)),
+        ),
+        measured(
+            "photographs, the box hidden: share within ten points of the oracle",
+            is_near.mean(),
+            "at least",
+            0.75,
+            share(is_near),
+        ),
+    ]
 
 
-def outcomes(
-    measured: dict[str, tuple[float, str]], limits: dict[str, tuple[str, str, float]]
-) -> list[str]:
-    """Measures, and whether each keeps its limit."""
-    rows = []
-    for name, (words, bound, limit) in limits.items():
-        number, text = measured[name]
-        is_met = number <= limit if bound == "at most" else number >= limit
-        verdict = "met" if is_met else "**missed**"
-        if math.isnan(number):
-            text, verdict = "not run", ""
-        rows.append(line(words, text, f"{bound} {limit}", verdict))
-    return rows
+def errors(boxes: pd.DataFrame) -> pd.DataFrame:
+    """How far the estimate is off, before a place is hidden and after."""
+    before = boxes["estimate"] - boxes["worst_group"]
+    after = boxes["hidden_estimate"] - boxes["hidden_worst_group"]
+    return pd.DataFrame({"before": before, "after": after}).abs()
 
 
 def share(runs: pd.Series) -> str:
@@ -345,45 +329,56 @@ def share(runs: pd.Series) -> str:
     return f"{runs.mean():.2f} ({runs.sum()} of {len(runs)})"
 
 
-def gains_on_mnist5k(seeds: range) -> pd.Series:
+def gains_on_mnist5k() -> pd.Series:
     """Notebook 11 with ten classes: how far the worst group rises, in points."""
     runs = read("reference_11_abstaining.csv")
-    runs = runs.query(f"labels == 'digits' and seed in {[*seeds]}")
+    runs = runs.query(f"labels == 'digits' and seed in {[*MNIST5K]}")
     errors = runs.pivot(
         index=["placement", "seed"], columns="rule", values="error_worst_group"
     )
     return 100 * (errors["ERM"] - errors["MaskTune"])
 
 
-def rows_of_photographs(seeds: range) -> pd.DataFrame:
+def measured(
+    name: str,
+    value: float,
+    bound: str,
+    limit: float,
+    words: str = "",
+) -> str:
+    """A measure, in words or by its value; and whether it keeps its limit."""
+    is_met = value <= limit if bound == "at most" else value >= limit
+    verdict = "met" if is_met else "**missed**"
+    if math.isnan(value):
+        words, verdict = "not run", ""
+    return line(name, words or f"{value:.2f}", f"{bound} {limit}", verdict)
+
+
+def rows_of_photographs() -> pd.DataFrame:
     """The rows of a test's photographs, seeds of which all kinds are there."""
-    rows = read("photographs.csv").query(f"seed in {[*seeds]}")
+    rows = read("photographs.csv").query(f"seed in {[*PHOTOGRAPHS]}")
     kinds = rows.groupby("seed")["shortcut"].transform("nunique")
     return rows[kinds == KINDS_OF_PHOTOGRAPHS]
 
 
-def photographs(seeds: range) -> pd.DataFrame:
-    """A test's photographs: a row a run, in points."""
-    rows = rows_of_photographs(seeds)
+def photographs() -> pd.DataFrame:
+    """The test's photographs: a row a run, in points."""
+    rows = rows_of_photographs()
     runs = 100 * rows.pivot(
         index=["shortcut", "seed"], columns="model", values="worst_group"
     )
-    if runs.empty:
-        return pd.DataFrame(columns=[ERM, "chosen", "oracle"])
     return runs.reindex(rows["shortcut"].unique(), level="shortcut")
 
 
-def ends_near_oracle(seeds: range) -> pd.Series:
+def ends_near_oracle() -> pd.Series:
     """Whether each run ends within ten points, of those that a mask can repair."""
-    runs = photographs(seeds).drop("background", errors="ignore")
-    runs = runs.dropna(subset="oracle")
+    runs = photographs().drop("background").dropna(subset="oracle")
     return runs["oracle"] - runs["chosen"] <= 10
 
 
 def table_of_photographs() -> list[str]:
     """By shortcut."""
-    runs = photographs(SHOWN.of_photographs)
-    parts = runs.groupby("shortcut", sort=False)
+    parts = photographs().groupby("shortcut", sort=False)
     return means_and_ranges(parts, [ERM, "chosen", "oracle"])
 
 
@@ -442,9 +437,9 @@ def table_of_ways() -> list[str]:
     return lines(pd.DataFrame(numbers).map("{:.1f}".format))
 
 
-def places(seeds: range) -> pd.DataFrame:
+def places() -> pd.DataFrame:
     """places.csv, its whole seeds of digits, clothes and animals; shares in %."""
-    rows = read("places.csv").query(f"dataset in {[*DATASETS]} and seed in {[*seeds]}")
+    rows = read("places.csv").query(f"dataset in {[*DATASETS]} and seed in {[*PLACES]}")
     sizes = rows.groupby("seed")["kind"].transform("size")
     rows = rows[sizes == ROWS_OF_PLACES]
     shares = [name for name in rows if "worst_group" in name or "accuracy" in name]
@@ -455,7 +450,7 @@ def places(seeds: range) -> pd.DataFrame:
 def photographed_places() -> pd.DataFrame:
     """Boxes of photographs, seeds of which all kinds are there; shares in %."""
     rows = read("places.csv").query(
-        f"dataset == 'photographs' and place == 'box' and seed in {[*OF_PHOTOGRAPHS]}"
+        f"dataset == 'photographs' and place == 'box' and seed in {[*PHOTOGRAPHED_PLACES]}"
     )
     kinds = rows.groupby("seed")["kind"].transform("size")
     rows = rows[kinds == 3].set_index(["kind", "seed"])
@@ -471,7 +466,7 @@ def table_of_photographed_places() -> list[str]:
 
 def table_of_places() -> list[str]:
     """A place that a person points at: true worst group and estimate, in %."""
-    rows = places(OF_PLACES).query("place == 'box'")
+    rows = places().query("place == 'box'")
     sets = rows["dataset"].map(DATASETS) + ", " + rows["labels"].map(CLASSES)
     columns = [
         "worst_group",
@@ -488,7 +483,7 @@ def table_of_places() -> list[str]:
 
 def table_of_found_places() -> list[str]:
     """How often maps point at the shortcut: half of it, by a third of the image."""
-    rows = places(OF_PLACES).query("kind != 'none'")
+    rows = places().query("kind != 'none'")
     rows = rows[rows["place"] != "box"]
     rows = pd.concat([rows[rows["is_found"]].assign(place="audit"), rows])
     is_found = (rows["covers"] >= 0.5) & (rows["region"] <= 1 / 3)
@@ -502,7 +497,7 @@ def table_of_again() -> list[str]:
     rows = read("places_again.csv")
     rows["run"] = rows["dataset"].map(DATASETS) + ", " + rows["kind"]
     rows["run"] += rows["labels"].map({"halves": "", "digits": ", ten classes"})
-    rows = rows.query(f"seed in {[*OF_PLACES]}")
+    rows = rows.query(f"seed in {[*PLACES]}")
     numbers = rows.select_dtypes("number").columns.drop(["seed", "hidden"])
     runs = rows.pivot_table([*numbers], "run", "hidden", sort=False)
     runs = runs[runs["covers", 1] < 0.95]
