@@ -3,7 +3,7 @@
 import torch
 from IPython.core.pylabtools import print_figure
 from IPython.display import Image, clear_output, display
-from ipywidgets import IntRangeSlider, ToggleButton, interactive
+from ipywidgets import Button, IntRangeSlider, interactive
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -66,7 +66,7 @@ def point(network: nn.Module, images: Split, train: Split) -> interactive:
     four = images[:: len(images) // 4][:4].images
     pictures = torch.cat([mean.to(four.dtype), four])
 
-    def look(rows: tuple, columns: tuple, hide: bool = False) -> Audit:
+    def look(rows: tuple, columns: tuple) -> Audit:
         (top, bottom), (left, right) = rows, columns
         place = (left / width, top / height, right / width, bottom / height)
         found = audit(network, images, place=place)
@@ -78,17 +78,26 @@ def point(network: nn.Module, images: Split, train: Split) -> interactive:
         for ax in figure.axes:
             plotting.outline(ax, found.region)
         draw(figure)
-        if hide:
-            tuned = found.hide(train).finetune(network)
-            print(f"Once it is hidden:\n{audit(tuned, images, place=place).reason}")
         return found
 
     def slider(side: int) -> IntRangeSlider:
         corner = (0, side // 4)
         return IntRangeSlider(value=corner, max=side, continuous_update=False)
 
-    button = ToggleButton(description="hide this")
-    return interactive(look, rows=slider(height), columns=slider(width), hide=button)
+    panel = interactive(look, rows=slider(height), columns=slider(width))
+
+    def hide(_button: Button) -> None:
+        with panel.out:
+            found = panel.result
+            tuned = found.hide(train).finetune(network)
+            left = audit(tuned, images, place=found.region)
+            print(f"Once it is hidden:\n{left.reason}")
+
+    button = Button(description="hide this")
+    button.on_click(hide)
+    rows, columns, out = panel.children
+    panel.children = (rows, columns, button, out)
+    return panel
 
 
 def explore(choice: Choice) -> interactive:

@@ -121,7 +121,7 @@ def test_each_panel_answers(address, browser):
     handle = cell(2).find_elements(By.CLASS_NAME, "noUi-handle")[0]
     handle.send_keys(6 * Keys.ARROW_RIGHT)  # only a row of the corner is left
     wait.until(lambda _: worst_class() != before)
-    cell(2).find_element(By.CLASS_NAME, "widget-toggle-button").click()
+    cell(2).find_element(By.CLASS_NAME, "widget-button").click()
     wait.until(lambda _: "Once it is hidden:" in cell(2).text)
     assert "Error" not in cell(2).text
     _, found, hidden = cell(2).text.split("If the ")

@@ -117,11 +117,14 @@ def test_in_the_panel_a_place_is_moved_and_hidden(splits, capsys, monkeypatch):
     assert panel.result.region[14:].all()
     assert panel.result.region.sum() == 14 * 28
     assert "Once it is hidden" not in capsys.readouterr().out
-    button.value = True
+    button.click()
     printed = capsys.readouterr().out
-    assert printed.count("If the ") == 2
+    assert printed.count("If the ") == 1
     assert "Once it is hidden:\nAccuracy: " in printed
     assert panel.result.hide(train).masked.own_masks[:, 14:].all()
+    rows.value = (0, 14)  # a later move only audits
+    assert "Once it is hidden" not in capsys.readouterr().out
+    assert panel.result.region[:14].all()
 
 
 def test_of_a_choice_a_mistake_and_none_of_each_class_are_shown(choice):
