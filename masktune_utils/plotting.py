@@ -172,7 +172,7 @@ def choice_masks(choice: Choice) -> Figure:
 
 
 def swap_pictures(found: Audit) -> Figure:
-    """Four mistakes that move with a region: cut out, and pasted into another image.
+    """Four mistakes that move with a region (outlined): cut out, and pasted elsewhere.
 
     Args:
         found: see `choice.audit`.
@@ -201,7 +201,10 @@ def swap_pictures(found: Audit) -> Figure:
     if not rows:
         return grid({"no mistake\nmoves": found.images.images[:0]})
     columns = torch.stack(rows, 1)
-    return grid(dict(zip(headings, columns, strict=True)), titles)
+    figure = grid(dict(zip(headings, columns, strict=True)), titles)
+    for ax in figure.axes:
+        outline(ax, found.region)
+    return figure
 
 
 def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
@@ -209,7 +212,7 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
 
     A row for each mask that was tried: where it hides most; and the share of mistakes
     that is corrected, as `score.scores` weights them: grey with nothing masked,
-    coloured with the mask, and its standard error. A tick: where a mask is good enough.
+    coloured with the mask, and its standard error. A tick: where its gain is enough.
 
     Args:
         held_out: see `choice.held_out`.
@@ -224,10 +227,11 @@ def dumbbells(held_out: HeldOut, chosen: str) -> Figure:
         white = 1.2 * max(mean_mask.max(), 0.1)
         ax.imshow(mean_mask, extent=thumbnail, cmap="gray", vmin=0, vmax=white)
         nothing, corrected, error = 100 * row[["nothing", "mask", "error"]]
+        enough = nothing + 100 * (score.ENOUGH + row["score"] - row["gain"])
         ax.plot([nothing, corrected], [k, k], color="0.75", linewidth=3, zorder=0)
         ax.errorbar(corrected, k, xerr=error, color="#D55E00", linewidth=1, capsize=2)
         ax.scatter([nothing, corrected], [k, k], s=[110, 50], c=["#777777", "#D55E00"])
-        ax.plot(nothing + 100 * score.ENOUGH, k, "|", color="black", markersize=9)
+        ax.plot(enough, k, "|", color="black", markersize=9)
         words = f"{mask}: {nothing:.0f}% → {corrected:.0f}%"
         weight = "bold" if mask == chosen else "normal"
         ax.text(0, k - 0.25, words, fontsize=8, weight=weight)

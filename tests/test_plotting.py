@@ -22,7 +22,7 @@ def choice_of_two(train):
         ERM: is_right,
         NULL: is_right,
         "a": labels,
-        "b": is_right,
+        "b": is_right.clone(),
     }
     masked = {
         NULL: NOTHING.mask(train, torch.zeros(len(train), 1, 1)),
@@ -190,7 +190,10 @@ def test_a_mistake_is_shown_that_moves_and_the_image_with_which_it_does():
 
 
 def test_a_row_of_dumbbells_tells_what_is_right_before_and_after(choice):
+    choice.held_out.predictions["b"][6::2] = 0  # half of the images that are right
     (ax,) = plotting.dumbbells(choice.held_out, "a").axes
+    ticks = [line.get_xdata()[0] for line in ax.lines if line.get_color() == "black"]
+    assert ticks == pytest.approx([10, 60], abs=1)
     texts = {text.get_text(): text.get_fontweight() for text in ax.texts}
     assert texts == {
         "a: 0% → 100%": "bold",
