@@ -25,7 +25,7 @@ KINDS = 45  # of runs, for each seed
 ROWS_OF_PLACES = 179  # of a seed: five places of 31 kinds with a box, four of six
 KINDS_OF_PHOTOGRAPHS = 7
 # Seeds that are shown; of a test, those of which all kinds are there.
-REGISTERED = range(400, 403)
+REGISTERED = range(500, 503)
 PHOTOGRAPHS = range(6, 9)
 MNIST5K = range(20, 25)
 PLACES = range(500, 503)
@@ -207,7 +207,7 @@ def table_of_measures() -> list[str]:
             "mean regret, a mask can hide the shortcut",
             hidden["regret"].mean(),
             "at most",
-            1.8,
+            2.3,
             with_interval(hidden, "regret"),
         ),
         measured(
@@ -227,16 +227,16 @@ def table_of_measures() -> list[str]:
             "below ERM without a shortcut",
             without["loss"].mean(),
             "at most",
-            0.5,
+            0.3,
         ),
         measured(
-            "the same: the largest loss of a run", without["loss"].max(), "at most", 4
+            "the same: the largest loss of a run", without["loss"].max(), "at most", 2
         ),
         measured(
             "share of runs harmed, of those with ERM at 50% or more",
             is_harmed.mean(),
             "at most",
-            0.02,
+            0,
             share(is_harmed),
         ),
         measured(
