@@ -1,6 +1,6 @@
 """Runs of a script, two at a time; what is in its table is not run again.
 
-    python studies/resume.py tcp://HOST:PORT studies/registered.py 400 401 402
+    python studies/resume.py tcp://HOST:PORT studies/registered.py 501 502
 
 executes them on the workers of a Dask cluster, see benchmarks/README.md.
 """

@@ -178,6 +178,7 @@ def test_a_mistake_is_shown_that_moves_and_the_image_with_which_it_does():
     )
     figure = plotting.swap_pictures(found)
     assert titles_of_rows(figure) == ["low, taken\nfor high"]
+    assert all(ax.collections for ax in figure.axes)  # outlines
     shown = {
         ax.get_title(): ax.images[0].get_array()[0, :, 0].tolist() for ax in figure.axes
     }
