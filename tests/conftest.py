@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before PyTorch is imported: two processes that both take all cores are slow.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of notebooks, too: other threads, other bits
 os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # how many cores the command sees
 
 import nbformat
@@ -34,7 +34,6 @@ OPTIONS = []  # of the command
 for setting, value in TINY.items():
     OPTIONS += [f"--{setting}", str(value)]
 OPTIONS += ["--method", "top_k"]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # A process group of its own does not hear Ctrl-C, unless it is told to.
 SWEEP = """
 import signal, sys
@@ -117,7 +116,6 @@ def start(directory, *arguments):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | ONE_THREAD,
     )
 
 
@@ -196,19 +194,9 @@ def whole_run(tmp_path_factory, worker_id) -> Run:
         if not printed.exists():
             options = [*OPTIONS, "--param", "0.1", "0.3", "--directory", directory]
             installed = Path(sys.executable).with_name("masktune")
-            text = subprocess.check_output(
-                [installed, "run", *options],
-                text=True,
-                env=os.environ | ONE_THREAD,
-            )
+            text = subprocess.check_output([installed, "run", *options], text=True)
             printed.write_text(text)
     return Run(directory, printed.read_text())
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Notebooks compute with one thread, as in that run."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -105,7 +105,6 @@ def wait_for(count, folder, pattern, process):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(whole_run, tmp_path):
     """In another order than the run it is compared with, and without 01 and 05."""
     params = ["--param", "0.3", "0.1"]

@@ -109,7 +109,6 @@ def test_killed_during_each_write(undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_disk_full_during_a_sweep(directory, disk, capfd):
     """What is there stays whole, no half file is left, and the next one goes on."""
     copy = shutil.copytree(directory, disk / "run")

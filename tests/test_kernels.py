@@ -11,8 +11,6 @@ from papermill.exceptions import PapermillExecutionError
 
 from masktune_utils.runner import jobs, kernels
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_kernels")
-
 LITTER = """
 import random, warnings
 import numpy as np
@@ -42,9 +40,13 @@ print("random:", torch.rand(1), np.random.rand(), random.random())
 for _ in range(2):
     warnings.warn("is shown once, and in the next notebook again")
 """
+PARALLEL = """
+import joblib, os
+print(joblib.Parallel(2)(joblib.delayed(os.path.exists)(name) for name in "ab"))
+"""
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_kernels():
     """None is kept from before, or for after."""
     kernels.close()
@@ -78,18 +80,20 @@ def printed(cell):
 
 
 def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
-    """And no module of the working directory is imported."""
+    """And no process of it imports a module of the working directory."""
     monkeypatch.chdir(tmp_path)
     cold = run(tmp_path, "1 + 1", STATE)
-    (tmp_path / "torch.py").write_text("1 / 0")
+    for name in ("torch.py", "joblib.py"):
+        (tmp_path / name).write_text("1 / 0")
     printed = []
     pids = set()
-    for sources in (["1 + 1", STATE], [LITTER], ["1 + 1", STATE]):
+    for sources in (["1 + 1", STATE], [LITTER], ["1 + 1", STATE], [PARALLEL]):
         with kernels.take(1) as kernel:
             printed.append(run(tmp_path, *sources, km=kernel))
             pids.add(kernel.provisioner.pid)
-    before_litter, _, after_litter = printed
+    before_litter, _, after_litter, in_parallel = printed
     assert before_litter == after_litter
+    assert in_parallel == "[False, False]\n"
     assert len(pids) == 1
     state, _, random = cold.partition("random:")
     assert before_litter.startswith(state)
@@ -97,21 +101,6 @@ def test_a_notebook_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch):
     assert random.count("UserWarning: is shown once") == 1
     kernels.close()
     assert not kernel.is_alive()
-
-
-PARALLEL = """
-import joblib, os
-print(joblib.Parallel(2)(joblib.delayed(os.path.exists)(name) for name in "ab"))
-"""
-
-
-def test_no_process_of_a_notebook_imports_files_of_the_working_directory(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "joblib.py").write_text("1 / 0")
-    with kernels.take(1) as kernel:
-        assert run(tmp_path, PARALLEL, km=kernel) == "[False, False]\n"
 
 
 @pytest.mark.slow

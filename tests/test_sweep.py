@@ -58,7 +58,6 @@ def names_written(directory, before):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_what_has_an_executed_copy_is_done_and_skipped(directory):
     before = times_of_writing(directory)
     assert masktune(directory, "--param", "0.1", "0.3") == 0
