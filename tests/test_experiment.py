@@ -147,6 +147,7 @@ def test_finetuning_is_one_epoch_at_the_last_rate_of_the_base_model():
     assert finetuning["lr"] == 0.0025
     of_chosen = experiment.chosen_settings(Settings().base, 10_000).finetuning
     assert of_chosen["epochs"] == 3
+    assert chosen.default_epochs(1000) == 6
     assert of_chosen["lr"] == 0.02
     assert of_chosen["schedule"] == "linear"
 
