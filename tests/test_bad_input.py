@@ -1,6 +1,11 @@
 """Bad input: one message with the value and what is allowed; nothing is written."""
 
+import asyncio
+import socket
+import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ import torchvision
 from conftest import times_of_writing, write_idx_files
 
 from masktune_utils import datasets, store
-from masktune_utils.runner import command
+from masktune_utils.runner import command, jobs
 from masktune_utils.settings import Settings
 
 
@@ -34,6 +39,7 @@ BAD_OPTIONS = {
     "--limit 33": "limit = '33': Input should be a multiple of 10",
     "--device mps": "device = 'mps'; here there are auto, cpu",
     "--directory ~who_is_not_here/x": "Could not determine home directory",
+    "--dask nowhere": "--dask 'nowhere': there is no Dask scheduler",
 }
 BAD_GRIDS = {
     "- sede: 0": "sede = 0: Extra inputs are not permitted; known: directory, device",
@@ -43,6 +49,8 @@ BAD_GRIDS = {
     "[]": "List should have at least 1 item",
     "- seed: [0": "while parsing a flow sequence",
     "- !!python/object/apply:os.getpid []": "could not determine a constructor",
+    "- notebook: ../x": "notebook = '../x': allowed are 01_dataset, 02_erm,",
+    "- notebook: [01_dataset]": "notebook = ['01_dataset']: allowed are 01_dataset,",
 }
 
 
@@ -57,6 +65,22 @@ def test_grid_files(content, refused, tmp_path):
     refused("No such file or directory", str(path))
     path.write_text(content)
     refused(BAD_GRIDS[content], str(path))
+
+
+def test_a_server_that_accepts_and_stays_silent_is_no_scheduler(refused, monkeypatch):
+    quick = partial(asyncio.wait_for, timeout=0.1)
+    impatient = Mock(
+        wraps=asyncio, wait_for=lambda connecting, _seconds: quick(connecting)
+    )
+    monkeypatch.setattr(jobs, "asyncio", impatient)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        refused(f"--dask {address!r}: there is no Dask", "--dask", address)
+
+
+def test_without_distributed_it_is_told_how_to_install_it(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    refused("--dask: first run pip install distributed", "--dask=tcp://x:1")
 
 
 # --- images ---

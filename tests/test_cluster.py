@@ -1,7 +1,6 @@
 """Sweeps and studies on a Dask cluster: two worker processes on this machine."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,7 +11,6 @@ from conftest import kernels_of, outcome, start
 from distributed import Client, LocalCluster
 from test_failing import wait_for
 
-from masktune_utils.runner import command
 from masktune_utils.settings import REPOSITORY
 
 
@@ -76,24 +74,3 @@ def test_a_script_of_the_results_runs_on_the_workers(cluster, tmp_path):
     assert {*table["jobs"]} == {1}  # no run gives parts of it to the others
     with Client(cluster) as client:
         assert {*table["pid"]} <= {*client.run(os.getpid).values()}
-
-
-def refusal(address, capsys):
-    """The line by which `masktune` refuses an address."""
-    assert command.main(["sweep", "--dask", address]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_an_address_at_which_there_is_no_scheduler(capsys):
-    """A malformed one, and a server that accepts and stays silent."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        silent = f"tcp://127.0.0.1:{server.getsockname()[1]}"
-        for address in ("nowhere", silent):
-            line = refusal(address, capsys)
-            assert line.startswith(f"masktune: --dask {address!r}: there is no Dask")
-
-
-def test_without_distributed_it_is_told_how_to_install_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    assert refusal("tcp://x:1", capsys).endswith("first run pip install distributed")
