@@ -254,7 +254,7 @@ def reference(held_out, mask):
     return score, error, gain, weights @ nothing, destroys
 
 
-@pytest.mark.parametrize("name", trials.names()[::9])
+@pytest.mark.parametrize("name", trials.names()[::3])
 def test_saved_predictions_are_judged_as_by_the_second_writing(name):
     predicted, _ = trials.read(name)
     if predicted.is_mistake.sum() < 5 or not predicted.tried:
