@@ -28,7 +28,7 @@ from pydantic import (
     ValidationError,
 )
 
-from masktune_utils.masking import Rule
+from masktune_utils.masking import RULES, Rule
 from masktune_utils.shortcuts import SHORTCUTS
 
 _above = Path(__file__).parents[1]
@@ -163,8 +163,7 @@ class BaseSettings(BaseModel):
 class Settings(BaseSettings):
     """What a fine-tuned model depends on: every setting there is."""
 
-    method: OF_RULE["method"] = "top_k"
-    """threshold, top_k, mean or mean_std (paper)"""
+    method: OF_RULE["method"] = Field("top_k", description=", ".join(RULES))
     param: Annotated[OF_RULE["param"], Digits] = Field(0.1, le=64)
     """of the method; top_k: larger hides more"""
     upsample: OF_RULE["upsample"] = "bilinear"

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, write_photographs
 
 from masktune_utils.runner import jobs
-from masktune_utils.settings import DEFAULTS, Settings
+from masktune_utils.settings import DEFAULTS, REPOSITORY, Settings
 
 PATHS = sorted(jobs.NOTEBOOKS.glob("*.ipynb"))
 MOST_CELLS = 25
@@ -70,6 +70,13 @@ def test_notebooks_are_committed_as_executed_from_top_to_bottom(notebook):
                 assert {"alt", "width", "height"} <= image.keys()
     assert not re.search("/(work|tmp|root|home)/", notebook.path.read_text())
     assert notebook.path.stat().st_size < 1_000_000
+
+
+def test_a_notebook_has_a_row_and_a_picture_in_the_readme(notebook):
+    readme = (REPOSITORY / "README.md").read_text()
+    assert f"(notebooks/{notebook.path.name})" in readme
+    number, _, _ = notebook.path.name.partition("_")
+    assert f"figures/thumbnails/{number}.png" in readme
 
 
 def test_notebooks_are_short(notebook):
