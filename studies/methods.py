@@ -1,42 +1,47 @@
 """Twelve other methods, and ours, on the same images; notebook 10 says what each is.
 
+    OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 python studies/methods.py tune
     OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 python studies/methods.py
 
-makes the runs that are missing in `results/reference_10_methods.csv`, two at a time,
-half an hour of one core each. To repeat a run, delete its rows.
+The first command tries up to eight settings of each method on one development seed, and
+writes them to `results/reference_10_tuning.csv`: three hours of one core. The second
+one trains each method with the best of its settings on ten other seeds, and writes
+`results/reference_10_methods.csv`: five hours of one core. Runs that are in a table are
+skipped; to repeat one, delete its rows.
 
 The network is the same for each method. One that trains it whole does so as ERM is
-trained, with a loss of its own; then by the schedule of our fine-tuning. Both are
-judged. Referees on held-out images, which have the bias of training, pick among what
-was tried; they do not pick the mask of ours. Rows are of two machines, on which
-training differs by rounding; with seed 2 (JTT, uLA: 89.2, 49.6%) the other one has
-80.4, 86.0%.
-
-With seed 2, GroupDRO was also tried with a weight decay of 0.01 and 0.1, as its paper
-asks for a strong one, D-BAT with α = 0.001 and 0.01, and LfF with networks that start
-apart: no referee picks one that is better in the worst group.
+trained, with a loss, a rate and a weight decay of its own; then by the schedule of our
+fine-tuning. It is judged after 10, 20 and 50 epochs, and after ours. The referee of
+methods that know groups is the worst group of 800 held-out images; that of the others
+is the lower accuracy on those of them that are mistakes of ERM, and on the rest. Ours
+is not tuned.
 
 Below, `task` is a `Task`. A method yields one network after the other, and before each,
 in words, how it was made.
 """
 
+import functools
 import itertools
+import json
+import math
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from places import box
 from resume import resume
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import ParameterGrid
 from sklearn.preprocessing import StandardScaler
 from torch import Generator, Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import LinearLR, StepLR
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, StepLR
 from torchvision.transforms.v2 import RandomErasing
 
 from masktune_utils import (
@@ -49,26 +54,23 @@ from masktune_utils import (
     training,
 )
 from masktune_utils.choice import chosen
+from masktune_utils.choice.audit import LARGEST
 from masktune_utils.data import Split
 from masktune_utils.datasets import BiasedSets
 from masktune_utils.experiment import Trained
 from masktune_utils.metrics import predict
 from masktune_utils.saliency import saliency_maps
-from masktune_utils.settings import Settings
+from masktune_utils.settings import REPOSITORY, Settings
 
-KEY = ["conflicting_share", "seed"]
-PLAN = [
-    (0.01, 0),
-    (0.01, 2),
-    (0.01, 3),
-    (0.01, 4),
-    (0.0, 2),
-]
-NEEDS = {  # method → what it must know; the others: classes
-    "GroupDRO": "groups",
-    "DFR": "groups, held out",
-    "D-BAT": "shifted images, unlabelled",
-}
+SHORTCUTS = ("square", "digit_color", "square_anywhere")
+SEEDS = [*range(5), *range(20, 25)]
+BFLOAT16 = training.has_bfloat16(torch.device("cpu"))
+DEVELOPMENT = 30  # the seed of the settings
+RATE = 0.01  # of ERM
+DECAY = 1e-4
+STOPS = (10, 20, 50)  # epochs after which a network is judged
+TUNING = REPOSITORY / "results" / "reference_10_tuning.csv"
+FOLDER = TemporaryDirectory()  # models are not kept
 
 Networks = Iterator[tuple[str, nn.Module]]  # how each was made, and the network
 
@@ -83,7 +85,8 @@ class Task(NamedTuple):
         held_out: on which referees judge.
         trained: ERM.
         base: its network.
-        rows: what has been judged.
+        rate: of networks that are trained whole.
+        decay: their weight decay.
     """
 
     settings: Settings
@@ -92,7 +95,8 @@ class Task(NamedTuple):
     held_out: Split
     trained: Trained
     base: nn.Module
-    rows: list[dict]
+    rate: float = RATE
+    decay: float = DECAY
 
     @property
     def rng(self) -> Generator:
@@ -141,109 +145,87 @@ def descend(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def made(how: str, networks: Networks) -> nn.Module:
+    """The network that was made so; those after it are not trained."""
+    return next(network for words, network in networks if words == how)
+
+
 def fit(
     task: Task,
     network: nn.Module,
     loss_of: Callable,
-    epochs: int | None = None,
+    epochs: int = STOPS[-1],
     weights: Tensor | None = None,
 ) -> Networks:
-    """Yield the network, trained as ERM is; go on by our schedule; yield it again.
+    """Yield the network, trained as ERM is, after `STOPS`; then after our schedule.
 
     Args:
-        task: of which are the images, and the epochs if no others are given.
+        task: of which are the images, the rate and the weight decay.
         network: all of its weights are trained.
         loss_of: (images, labels, their index) → the loss of a batch.
-        epochs: of the first schedule.
+        epochs: the last of the first schedule.
         weights: if there are any, images are drawn by these, with replacement.
     """
     train = task.train
     settings = task.settings
-    is_supported = training.has_bfloat16(torch.device("cpu"))
     count = len(train)
     shares = torch.ones(count) if weights is None else weights
+    rng = task.rng
 
-    def run(epochs, batch_size, lr, schedule):
-        rng = task.rng
-        batches = []
-        for _ in range(epochs):
-            order = torch.multinomial(shares, count, weights is not None, generator=rng)
-            # Batch normalisation needs more than one image.
-            batches += [index for index in order.split(batch_size) if len(index) > 1]
-        sgd = SGD(network.parameters(), lr, momentum=0.9, weight_decay=1e-4)
-        steps = len(batches)
-        if schedule == "linear":
-            scheduler = LinearLR(sgd, 1, 0, steps)
-        else:
-            scheduler = StepLR(sgd, settings.lr_decay_epochs * steps // epochs, 0.5)
-        for index in batches:
+    def descend_for_an_epoch(sgd: SGD, batch_size: int, schedule: LRScheduler) -> None:
+        order = torch.multinomial(shares, count, weights is not None, generator=rng)
+        for index in order.split(batch_size):
+            if len(index) == 1:  # batch normalisation needs more
+                continue
             batch, labels = train.batch(index)
-            with torch.autocast("cpu", torch.bfloat16, enabled=is_supported):
+            with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                 loss = loss_of(batch, labels, index)
             descend(sgd, loss)
-            scheduler.step()
+            schedule.step()
 
-    run(epochs or settings.epochs, settings.batch_size, settings.lr, "constant")
-    yield "ERM's schedule", network
-    run(chosen.default_epochs(count), chosen.BATCH_SIZE, chosen.LR, "linear")
-    yield "then ours", network
+    def optimizer(rate: float) -> SGD:
+        weights = network.parameters()
+        return SGD(weights, rate, momentum=0.9, weight_decay=task.decay)
+
+    sgd = optimizer(task.rate)
+    steps = math.ceil((count - 1) / settings.batch_size)
+    schedule = StepLR(sgd, settings.lr_decay_epochs * steps, 0.5)
+    for epoch in range(1, epochs + 1):
+        descend_for_an_epoch(sgd, settings.batch_size, schedule)
+        if epoch in (*STOPS, epochs):
+            yield f"{epoch} epochs", network
+    epochs = chosen.default_epochs(count)
+    sgd = optimizer(chosen.LR)
+    steps = epochs * math.ceil((count - 1) / chosen.BATCH_SIZE)
+    schedule = LinearLR(sgd, 1, 0, steps)
+    for _ in range(epochs):
+        descend_for_an_epoch(sgd, chosen.BATCH_SIZE, schedule)
+    yield "ours", network
 
 
-def fit_plainly(task: Task, epochs: int | None = None) -> nn.Module:
-    """ERM, or for fewer epochs."""
+def by_erm(task: Task, epochs: int = STOPS[-1]) -> Networks:
+    """The cross-entropy of all images."""
     network = new_network(task)
 
     def loss_of(batch, labels, _index):
         return F.cross_entropy(network(batch), labels)
 
-    next(fit(task, network, loss_of, epochs))
-    return network
+    return fit(task, network, loss_of, epochs)
 
 
-def judge(
-    task: Task,
-    method: str,
-    networks: Networks,
-    tried: str = "",
-    earlier: float = 0,
-) -> None:
-    """Add a row for each network of a method, with what each referee says of it.
-
-    Args:
-        task: to whose rows they are added.
-        method: its name.
-        networks: what it makes, when it is asked for the next.
-        tried: hyperparameters of all of these.
-        earlier: seconds that went before.
-    """
-    held_out = task.held_out
-    labels = held_out.labels
-    started = perf_counter()
-    for how, network in networks:
-        earlier += perf_counter() - started
-        accuracies = pd.Series(results.evaluate(network, task.sets))
-        right = is_right(network, held_out)
-        row = {
-            "method": method,
-            "needs": NEEDS.get(method, "classes"),
-            "tried": f"{tried}, {how}".strip(", "),
-            "seconds": earlier,
-            **accuracies[results.ACCURACIES],
-            "held-out groups": worst(right, 2 * labels + held_out.has_shortcut),
-            "ERM's mistakes": worst(right, is_right(task.base, held_out)),
-            "worst class": worst(right, labels),
-        }
-        task.rows.append(row)
-        started = perf_counter()
+def fit_plainly(task: Task, epochs: int = STOPS[-1]) -> nn.Module:
+    """ERM as it is, or for fewer epochs."""
+    plain = task._replace(rate=RATE, decay=DECAY)
+    return made(f"{epochs} epochs", by_erm(plain, epochs))
 
 
 # Without groups.
 
 
-def random_erasing(task: Task) -> Networks:
-    """A black rectangle at a random place of every other image."""
+def random_erasing(task: Task, p: float) -> Networks:
+    """A black rectangle at a random place of a share of the images."""
     network = new_network(task)
-    erase = RandomErasing()
+    erase = RandomErasing(p)
     torch.manual_seed(task.settings.seed)
 
     def loss_of(batch, labels, _index):
@@ -268,17 +250,13 @@ def train_weighted(
     return fit(task, network, loss_of)
 
 
-def jtt(
-    task: Task,
-    epochs: int,
-    factor: float,
-) -> Networks:
-    """What a network of few epochs gets wrong counts more for a second one."""
-    wrong = ~is_right(fit_plainly(task, epochs), task.train)
-    yield from train_weighted(task, wrong, factor)
+def jtt(task: Task, factor: float) -> Networks:
+    """What a network of one epoch gets wrong counts more for a second one."""
+    wrong = ~is_right(fit_plainly(task, 1), task.train)
+    return train_weighted(task, wrong, factor)
 
 
-def lff(task: Task) -> Networks:
+def lff(task: Task, q: float) -> Networks:
     """Two networks side by side; what is hard for the first, biased one counts more."""
     train = task.train
     twins = nn.ModuleList([new_network(task), new_network(task)])
@@ -294,9 +272,9 @@ def lff(task: Task) -> Networks:
         largest = torch.stack(of_classes, 1)
         biased, other = averages[:, index] / largest[:, labels]
         difficulty = biased / (biased + other + 1e-8)
-        # Generalized cross-entropy; times q = 0.7, as in the authors' code.
+        # Generalized cross-entropy; times q, as in the authors' code.
         share = probability(outputs[0], labels).detach()
-        of_biased = 0.7 * share**0.7 * losses[0]
+        of_biased = q * share**q * losses[0]
         return (of_biased + difficulty * losses[1]).mean()
 
     for how, (_, network) in fit(task, twins, loss_of):
@@ -375,16 +353,17 @@ def new_last_layer(rng: Generator) -> nn.Linear:
     return layer
 
 
-def dac(
-    task: Task,
-    parts: Tensor,
-    alpha: float,
-) -> Networks:
+def dac(task: Task, kept: str, alpha: float) -> Networks:
     """A new last layer, fitted to images, parts and compositions.
+
+    What is `kept` as parts: what ERM looks at, or the rest.
 
     A composition is a part over the rest of an image of another class, if there is any.
     """
     train = task.train
+    parts = salient_parts(task)
+    if kept == "the rest":
+        parts = ~parts
     network = deepcopy(task.base).eval().requires_grad_(False)
     losses = each_loss(predict(network, train), train.labels)
     is_sure = losses <= losses.quantile(0.8)
@@ -411,16 +390,18 @@ def dac(
             weights[len(index) :] = alpha / max(1, len(sure))
             descend(adam, weights @ losses)
         scheduler.step()
-    yield f"α = {alpha}", network
+    yield "", network
 
 
-def self_finetuned(
-    task: Task,
-    late: Split,
-    epochs: int,
-) -> Networks:
+def halves(held_out: Split, seed: int) -> list[Split]:
+    """Held-out images to fit, and others to judge."""
+    return [held_out[index] for index in data.folds(held_out.labels, seed)]
+
+
+def self_finetuned(task: Task, epochs: int) -> Networks:
     """ERM's last layer, trained on where it disagrees most with an earlier network."""
     base = task.base
+    late, _ = halves(task.held_out, task.settings.seed)
     early = predict(fit_plainly(task, epochs), late).softmax(1)
     final = predict(base, late).log_softmax(1)
     disagreement = F.kl_div(final, early, reduction="none").mean(1)
@@ -477,9 +458,9 @@ def last_layers(
         yield layer
 
 
-def evals(task: Task, late: Split) -> Networks:
+def evals(task: Task) -> Networks:
     """A last layer fitted to extreme losses, the best by environments that it finds."""
-    others = task.held_out
+    late, others = halves(task.held_out, task.settings.seed)
     network = deepcopy(task.base)
     groups = environments(predict(network, others), others.labels, task.rng)
     losses = each_loss(predict(network, late), late.labels)
@@ -496,20 +477,26 @@ def evals(task: Task, late: Split) -> Networks:
             accuracy = worst(right, groups)
             if accuracy > best:
                 best = accuracy
-                tried = f"k = {count}, λ = {strength}"
                 network.linear[-1].load_state_dict(layer.state_dict())
-    yield tried, network
+    yield "", network
 
 
 # With groups, or with images of another kind.
 
 
-def group_dro(
-    task: Task,
-    members: Tensor,
-    shares: Tensor | None,
-) -> Networks:
-    """The weight of a group grows with its loss; `shares` are those of the images."""
+def groups_of(images: Split) -> Tensor:
+    """N: the number of each image's class × shortcut."""
+    return 2 * images.labels + images.has_shortcut
+
+
+def group_dro(task: Task, *, is_balanced: bool) -> Networks:
+    """The weight of a group grows with its loss."""
+    return dro(task, groups_of(task.train), is_balanced)
+
+
+def dro(task: Task, members: Tensor, is_balanced: bool) -> Networks:
+    """The same by numbers of groups, of which equally many images are drawn, or not."""
+    shares = 1 / members.bincount()[members].double() if is_balanced else None
     network = new_network(task)
     weights = torch.ones(4)
 
@@ -569,15 +556,13 @@ def dfr(task: Task) -> Networks:
     layer = network.linear[-1]
     layer.weight.copy_(torch.tensor(np.outer(halves, weight)))
     layer.bias.copy_(torch.tensor(halves * bias))
-    yield f"C = {best}", network
+    yield "", network
 
 
-def dbat(
-    task: Task,
-    shifted: Split,
-    alpha: float,
-) -> Networks:
+def dbat(task: Task, alpha: float) -> Networks:
     """A second network disagrees with ERM on shifted images."""
+    # The same images are held out, whatever the share.
+    shifted = datasets.load(task.settings.replace(conflicting_share=0.5)).validation
     shares, predicted = predict(task.base, shifted).softmax(1).max(1)
     network = new_network(task, 1)
     rng = task.rng
@@ -597,8 +582,10 @@ def dbat(
 # Groups that are found.
 
 
-def xrm(task: Task) -> Tensor:
-    """Which training images one of the two networks gets wrong."""
+@functools.cache
+def wrong_by_xrm(shortcut: str, seed: int) -> Tensor:
+    """Which training images one of two networks gets wrong, that flip their labels."""
+    task = start(shortcut, seed)
     train = task.train
     twins = nn.ModuleList([new_network(task), new_network(task, 1)])
     rng = task.rng
@@ -617,11 +604,31 @@ def xrm(task: Task) -> Tensor:
         targets[index] = torch.where(is_flipped, predicted, old)
         return sum(losses[old == label].mean() for label in old.unique())
 
-    next(fit(task, twins, loss_of))
+    twins = made(f"{STOPS[-1]} epochs", fit(task, twins, loss_of))
     return ~(is_right(twins[0], train) & is_right(twins[1], train))
 
 
-# All of them.
+def xrm(task: Task) -> Tensor:
+    """The same for a task."""
+    return wrong_by_xrm(task.settings.shortcut, task.settings.seed)
+
+
+def xrm_dro(task: Task, *, is_balanced: bool) -> Networks:
+    """GroupDRO, with groups of class × what XRM gets wrong."""
+    return dro(task, 2 * task.train.labels + xrm(task), is_balanced)
+
+
+def xrm_jtt(task: Task, factor: float) -> Networks:
+    """What XRM gets wrong counts more."""
+    return train_weighted(task, xrm(task), factor)
+
+
+# ERM as it is, and MaskTune.
+
+
+def by_nothing(task: Task) -> Networks:
+    """ERM that the last layers and MaskTune start from."""
+    yield "", task.base
 
 
 def by_paper(task: Task) -> Networks:
@@ -633,140 +640,140 @@ def by_paper(task: Task) -> Networks:
 def by_choice(task: Task) -> Networks:
     """Ours: a mask that is chosen."""
     choice = experiment.choose_mask(task.trained)
-    trained = experiment.chosen_model(choice, task.trained)
-    yield choice.verdict.chosen, trained.model
+    yield "", experiment.chosen_model(choice, task.trained).model
 
 
-def judge_groups(
-    task: Task,
-    method: str,
-    is_known: Tensor,
-    earlier: float = 0,
-) -> None:
-    """GroupDRO with groups of class × what is known of each image."""
-    members = 2 * task.train.labels + is_known
-    shares = 1 / members.bincount()[members].double()
-    judge(task, method, group_dro(task, members, shares), "balanced", earlier)
-    judge(task, method, group_dro(task, members, None), "as they come", earlier)
+def by_hand(task: Task) -> Networks:
+    """Ours: a person points at the box of the shortcut, if it has a place."""
+    place = box(task.train.shortcut.any(0))
+    if place.float().mean() <= LARGEST:
+        choice = chosen.hide(task.train, place, seed=task.settings.seed)
+        yield "", choice.finetune(task.base)
 
 
-def judge_whole(task: Task) -> None:
-    """Methods that train a whole network."""
-    judge(task, "random erasing", random_erasing(task))
-    for epochs, factor in itertools.product((1, 2), (20, 50, 100)):
-        judge(
-            task,
-            "JTT",
-            jtt(task, epochs, factor),
-            f"T = {epochs}, λ = {factor}",
-        )
-    judge(task, "LfF", lff(task))
-    for epochs in (1, 2):
-        judge(task, "uLA", ula(task, epochs), f"T = {epochs}")
-    judge_groups(task, "GroupDRO", task.train.has_shortcut)
-    # The same images are held out, whatever the share.
-    shifted = datasets.load(task.settings.replace(conflicting_share=0.5)).validation
-    for alpha in (0.1, 1, 2):
-        judge(
-            task,
-            "D-BAT",
-            dbat(task, shifted, alpha),
-            f"α = {alpha}",
-            task.trained.seconds,
-        )
-    started = perf_counter()
-    wrong = xrm(task)
-    seconds = perf_counter() - started
-    judge_groups(task, "XRM → GroupDRO", wrong, seconds)
-    for factor in (20, 50, 100):
-        judge(
-            task,
-            "XRM → JTT",
-            train_weighted(task, wrong, factor),
-            f"λ = {factor}",
-            seconds,
-        )
+# All of them.
 
 
-def judge_last_layers(task: Task) -> None:
-    """Methods that fit the last layer alone."""
-    judge(task, "AFR", afr(task))
-    seconds = task.trained.seconds
-    started = perf_counter()
-    salient = salient_parts(task)
-    earlier = seconds + perf_counter() - started
-    for part, parts in {"looked at": salient, "the rest": ~salient}.items():
-        for alpha in (1, 6, 10):
-            judge(
-                task,
-                "DaC",
-                dac(task, parts, alpha),
-                f"{part} kept",
-                earlier,
-            )
-    # Held-out images to fit, and others to judge.
-    to_fit, to_judge = data.folds(task.held_out.labels, task.settings.seed)
-    late = task.held_out[to_fit]
-    halved = task._replace(held_out=task.held_out[to_judge])
-    for share in (0.1, 0.2, 0.5):
-        epochs = round(share * task.settings.epochs)
-        judge(
-            halved,
-            "SELF",
-            self_finetuned(task, late, epochs),
-            f"T = {epochs}",
-            seconds,
-        )
-    judge(halved, "EVaLS", evals(halved, late), earlier=seconds)
-    judge(task, "DFR", dfr(task), earlier=seconds)
+class Method(NamedTuple):
+    """One of the methods.
+
+    Attributes:
+        make: (task, **a setting) → networks.
+        grid: name → values of settings, which are tried on the development seed.
+        needs: what it must know.
+    """
+
+    make: Callable[..., Networks]
+    grid: dict[str, list]
+    needs: str = "classes"
 
 
-def compare(settings: Settings) -> pd.DataFrame:
-    """The best of each method's rows by each referee."""
+WHOLE = {"rate": [RATE, 0.003], "decay": [DECAY, 1e-2]}  # of a network trained whole
+METHODS = {
+    "ERM": Method(by_nothing, {}),
+    "ERM, tuned": Method(by_erm, WHOLE),
+    "random erasing": Method(random_erasing, {**WHOLE, "p": [0.5, 0.9]}),
+    "JTT": Method(jtt, {**WHOLE, "factor": [20, 100]}),
+    "LfF": Method(lff, {**WHOLE, "q": [0.5, 0.7]}),
+    "uLA": Method(ula, {**WHOLE, "epochs": [1, 2]}),
+    "XRM → GroupDRO": Method(xrm_dro, {**WHOLE, "is_balanced": [True, False]}),
+    "XRM → JTT": Method(xrm_jtt, {**WHOLE, "factor": [20, 100]}),
+    "AFR": Method(afr, {}),
+    "DaC": Method(dac, {"kept": ["looked at", "the rest"], "alpha": [1, 6, 10]}),
+    "SELF": Method(self_finetuned, {"epochs": [5, 10, 25]}),
+    "EVaLS": Method(evals, {}),
+    "GroupDRO": Method(group_dro, {**WHOLE, "is_balanced": [True, False]}, "groups"),
+    "DFR": Method(dfr, {}, "groups, held out"),
+    "D-BAT": Method(dbat, {**WHOLE, "alpha": [0.1, 1]}, "shifted images, unlabelled"),
+    "MaskTune, the paper's rule": Method(by_paper, {}),
+    "MaskTune, ours": Method(by_choice, {}),
+    "MaskTune, a place by hand": Method(by_hand, {}, "a person who points"),
+}
+
+
+@functools.cache
+def start(shortcut: str, seed: int) -> Task:
+    """What all methods start from."""
+    settings = Settings(
+        directory=FOLDER.name,
+        device="cpu",
+        dataset="mnist5k",
+        shortcut=shortcut,
+        seed=seed,
+        validation_share=0.2,
+    )
     sets = datasets.load(settings)
-    erm = experiment.base_model(settings, sets.train)
-    task = Task(
-        settings=settings,
-        sets=sets,
-        train=sets.train,
-        held_out=sets.validation,
-        trained=erm,
-        base=erm.model,
-        rows=[],
-    )
-    judge(task, "ERM", iter([("", erm.model)]), earlier=erm.seconds)
-    judge_whole(task)
-    judge_last_layers(task)
-    judge(
-        task,
-        "MaskTune, the paper's rule",
-        by_paper(task),
-        earlier=erm.seconds,
-    )
-    judge(task, "MaskTune, ours", by_choice(task), earlier=erm.seconds)
-    tries = pd.DataFrame(task.rows)
-    parts = []
-    for referee in ("held-out groups", "ERM's mistakes", "worst class"):
-        best = tries.groupby("method", sort=False)[referee].idxmax()
-        parts.append(tries.loc[best].assign(referee=referee))
-    return pd.concat(parts)
+    trained = experiment.base_model(settings, sets.train)
+    return Task(settings, sets, sets.train, sets.validation, trained, trained.model)
 
 
-def run(conflicting_share: float, seed: int) -> list[dict]:
-    """All rows of one experiment and seed; its models are not kept."""
-    with TemporaryDirectory() as directory:
-        settings = Settings(
-            directory=directory,
-            device="cpu",
-            dataset="mnist5k",
-            conflicting_share=conflicting_share,
-            seed=seed,
-            validation_share=0.2,
+def make(task: Task, method: Method, setting: dict) -> Networks:
+    """A method's networks; rate and weight decay are those of the task."""
+    own = dict(setting)
+    rates = {name: own.pop(name) for name in WHOLE if name in own}
+    return method.make(task._replace(**rates), **own)
+
+
+def referee(task: Task, name: str, network: nn.Module) -> dict[str, float]:
+    """What decides on a network, and its accuracy on all held-out images."""
+    held_out = task.held_out
+    if name == "SELF":  # which fits the others
+        _, held_out = halves(held_out, task.settings.seed)
+    right = is_right(network, held_out)
+    parts = is_right(task.base, held_out)
+    if METHODS[name].needs.startswith("groups"):
+        parts = groups_of(held_out)
+    return {"referee": worst(right, parts), "accuracy": right.double().mean().item()}
+
+
+def tune(shortcut: str, name: str) -> list[dict]:
+    """Rows of all settings of a method."""
+    task = start(shortcut, DEVELOPMENT)
+    method = METHODS[name]
+    rows = []
+    for setting in ParameterGrid(method.grid):
+        for how, network in make(task, method, setting):
+            row = {"setting": json.dumps(setting), "how": how}
+            worst_group = results.evaluate(network, task.sets)["worst_group"]
+            row |= {**referee(task, name, network), "worst_group": worst_group}
+            rows.append(row)
+    return rows
+
+
+def compare(shortcut: str, seed: int) -> list[dict]:
+    """A row for each method, by the best of its settings."""
+    tried = pd.read_csv(TUNING, keep_default_na=False)
+    tried = tried[tried["shortcut"] == shortcut]
+    ordered = tried.sort_values(["referee", "accuracy"], kind="stable")
+    best = ordered.groupby("method").last()
+    task = start(shortcut, seed)
+    rows = []
+    for name, row in best.reindex([*METHODS]).dropna().iterrows():
+        method = METHODS[name]
+        setting = json.loads(row["setting"])
+        network = made(row["how"], make(task, method, setting))
+        accuracies = pd.Series(results.evaluate(network, task.sets))
+        rows.append(
+            {
+                "method": name,
+                "needs": method.needs,
+                "setting": row["setting"],
+                "how": row["how"],
+                **accuracies[results.ACCURACIES],
+            }
         )
-        return compare(settings).to_dict("records")
+    start.cache_clear()
+    return rows
 
 
 if __name__ == "__main__":
     import methods  # its functions have this name in the other processes, too
 
-    resume("reference_10_methods.csv", KEY, PLAN, methods.run)
+    if sys.argv[1:] == ["tune"]:
+        plan = itertools.product(SHORTCUTS, METHODS)
+        resume(TUNING, ["shortcut", "method"], [*plan], methods.tune)
+    else:
+        plan = itertools.product(SHORTCUTS, SEEDS)
+        resume(
+            "reference_10_methods.csv", ["shortcut", "seed"], [*plan], methods.compare
+        )
