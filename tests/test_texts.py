@@ -46,7 +46,7 @@ BY = {  # table → what tells its rows apart, but for the seed
     "reference_choices": OF_MODELS,
     "reference_paper_setting": ["model"],
     "reference_09_limits": ["experiment", "model"],
-    "reference_10_methods": ["conflicting_share", "referee", "needs", "method"],
+    "reference_10_methods": ["shortcut", "method"],
     "reference_11_abstaining": ["dataset", "labels", "placement", "rule"],
 }
 
