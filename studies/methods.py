@@ -3,18 +3,18 @@
     OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 python studies/methods.py tune
     OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 python studies/methods.py
 
-The first command tries up to four settings of each method on one development seed, and
-writes them to `results/reference_10_tuning.csv`: an hour and a half of one core. The
-second one trains each method with the best of its settings on other seeds, ten for the
-square and five for others, and writes `results/reference_10_methods.csv`: two hours of
-one core. Runs that are in a table are skipped; to repeat one, delete its rows.
+The first command tries settings of each method on one development seed, and writes
+them to `results/reference_10_tuning.csv`: two hours of one core. The second one trains
+each method with the best of its settings on other seeds, ten for the square and five
+for others, and writes `results/reference_10_methods.csv`: three hours of one core. Runs
+that are in a table are skipped; to repeat one, delete its rows.
 
 The network is the same for each method. One that trains it whole does so as ERM is
 trained, with a loss, a rate and a weight decay of its own; then by the schedule of our
 fine-tuning. It is judged after 10, 20 and 50 epochs, and after ours. The referee of
 methods that know groups is the worst group of 800 held-out images; that of the others
-is the lower accuracy on those of them that are mistakes of ERM, and on the rest. Ours
-is not tuned.
+is the lower accuracy on those of them that are mistakes of ERM, and on the rest.
+MaskTune is not tuned.
 
 Below, `task` is a `Task`. A method yields one network after the other, and before each,
 in words, how it was made.
