@@ -71,6 +71,14 @@ def test_an_audit_names_the_part_with_which_mistakes_move():
     assert lines[-1] == "Is your class about this part? If not, hide it."
 
 
+def test_a_classifier_at_chance_is_called_so():
+    found = audit(lambda images: -logits(images), toy(mistakes=12), place=(0, 0, 1, 1))
+    lines = found.reason.splitlines()
+    assert lines[0] == "Accuracy: 12.0%; mistakes: 88 of 100."
+    assert lines[1].startswith("One class for all images would be right as often.")
+    assert lines[1].endswith("in this order: dark, bright?")
+
+
 def test_without_mistakes_a_place_is_found_by_what_predictions_rely_on():
     found = audit(logits, toy(mistakes=0))
     assert found.found_by == "reliance"

@@ -80,6 +80,7 @@ def test_the_defaults_are_those_of_the_settings():
     parameters = inspect.signature(training.train).parameters
     expected = Settings(epochs=1).finetuning
     del expected["epochs"]  # has no default
+    assert parameters.keys() - expected.keys() == {"model", "dataset", "epochs"}
     for name, value in expected.items():
         assert parameters[name].default == value, name
 

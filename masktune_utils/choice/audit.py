@@ -70,6 +70,13 @@ class Audit:
         first = (
             f"Accuracy: {self.accuracy:.1%}; mistakes: {count} of {len(is_mistake)}."
         )
+        most_frequent = self.images.labels.bincount().max().item() / len(is_mistake)
+        if self.accuracy <= most_frequent:
+            first += (
+                "\nOne class for all images would be right as often. Does the classifier "
+                "take pixels in [0, 1], and are its classes in this order: "
+                f"{', '.join(self.images.class_names)}?"
+            )
         if not self.found_by:
             return (
                 f"{first}\nNo map points at a place of at most {LARGEST:.0%} of the "
