@@ -96,7 +96,7 @@ def test_notebook_07_hides_a_place_and_shows_before_and_after(tmp_path):
             "none.onnx does not classify images.*doesn't exist",
         ),
         ({"example": "dust"}, "example is 'dust'"),
-        ({"place": "corner"}, "place is 'corner'; allowed: audit, or left,top,"),
+        ({"place": "corner"}, "the place is .nan.; allowed: left, top, right"),
         ({"place": "0.5,0,0.2,1"}, "the place is .*; allowed: left, top, right"),
         ({"colour": "blue"}, "colour is not a parameter"),
     ],
