@@ -21,6 +21,7 @@ around the bird: it may be no place.
 
 import argparse
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -148,19 +149,15 @@ def accuracies(model: nn.Module, test: Split) -> dict[str, float]:
     }
 
 
-def run(
-    folder: str | Path, network: str, weights: bool, size: int, epochs: int, seed: int
-) -> list[dict]:
-    """A row for each model."""
-    sets = load(folder, size)
+def compare(sets: Waterbirds, fit: Callable[..., nn.Module], seed: int) -> list[dict]:
+    """A row for each model.
+
+    Args:
+        sets: test images with groups.
+        fit: ERM, as `choose` takes it; it may start with pretrained weights.
+        seed: of random choices.
+    """
     train = sets.train
-
-    def fit(images: Split, share: float = 1.0) -> nn.Module:
-        model = new_network(network, weights, seed).to(models.resolve_device())
-        count = max(1, round(share * epochs))
-        training.train(model, images, epochs=count, batch_size=32, seed=seed)
-        return model
-
     erm = fit(train)
     found = audit(erm, sets.validation, seed)
     choice = choose(train, fit, seed=seed, early=0)  # it may be pretrained
@@ -184,6 +181,20 @@ def run(
         {"model": name, **accuracies(model, sets.test), **outcome}
         for name, model in made.items()
     ]
+
+
+def run(
+    folder: str | Path, network: str, weights: bool, size: int, epochs: int, seed: int
+) -> list[dict]:
+    """A row for each model."""
+
+    def fit(images: Split, share: float = 1.0) -> nn.Module:
+        model = new_network(network, weights, seed).to(models.resolve_device())
+        count = max(1, round(share * epochs))
+        training.train(model, images, epochs=count, batch_size=32, seed=seed)
+        return model
+
+    return compare(load(folder, size), fit, seed)
 
 
 if __name__ == "__main__":
