@@ -1,4 +1,4 @@
-"""The study of Waterbirds, on a tiny folder of the published layout."""
+"""The studies that compare models: Waterbirds, in a tiny folder; solar cells."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+import solar
 import torch
 import waterbirds
 from PIL import Image
@@ -149,3 +150,23 @@ def test_mistakes_are_repeated(folder):
     repeated = waterbirds.upweighted(train, torch.arange(16) == 3)
     assert len(repeated) == 115
     assert (repeated.images == train.images[3]).flatten(1).all(1).sum() == 100
+
+
+def test_solar_cells_are_drawn_with_a_bias(monkeypatch):
+    counts = torch.tensor([588, 920, 313, 402])  # of the data set, by group
+    groups = torch.arange(4).repeat_interleave(counts)
+    images = torch.linspace(0, 1, len(groups), dtype=torch.double).view(-1, 1, 1, 1)
+    cells = (images, groups // 2, groups % 2 == 1)
+    monkeypatch.setattr(solar, "photographs", lambda: cells)
+    sets = solar.load(0)
+    assert sets.train.groups.bincount().tolist() == [10, 200, 200, 10]
+    assert sets.validation.groups.bincount().tolist() == [2, 38, 38, 2]
+    assert sets.test.groups.bincount().tolist() == [576, 682, 75, 390]
+    drawn = torch.cat([split.images.flatten() for split in sets])
+    assert torch.equal(drawn.sort().values, images.flatten())
+    for split in sets:
+        numbers = torch.searchsorted(images.flatten(), split.images.flatten())
+        assert torch.equal(split.groups, groups[numbers])
+    again, other = solar.load(0), solar.load(1)
+    assert torch.equal(again.train.images, sets.train.images)
+    assert not torch.equal(other.train.images, sets.train.images)
