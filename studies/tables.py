@@ -382,6 +382,12 @@ def table_of_photographs() -> list[str]:
     return means_and_ranges(parts, [ERM, "chosen", "oracle"])
 
 
+def table_of_solar() -> list[str]:
+    """Solar cells: worst group and all test images, by model."""
+    models = results.summarize(read("solar.csv"), "model", ["worst_group", "mean"])
+    return lines(models[["seeds", "worst group", "mean"]])
+
+
 def ways() -> pd.DataFrame:
     """lengths.csv: a row a kind; for each of its columns, a column a way."""
     runs = read("lengths.csv")
@@ -538,6 +544,7 @@ TABLES = {
     f"|a mask can hide it|{RANGES}oracle|": table_by_set,
     "|announced, points|outcome|limit||": table_of_measures,
     "|photographs|runs|ERM|chosen|oracle|": table_of_photographs,
+    "|solar cells|runs|worst group|all test images|": table_of_solar,
     "|kind|1|2|4|8|50|": table_of_lengths,
     "|epochs|mean|mean regret|largest|": table_of_ways,
     "|announced of places, points|outcome|limit||": table_of_measures_of_places,
