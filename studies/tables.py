@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from registered import KEY, LIMIT, OUT_OF_REACH
+from registered import KEY, OUT_OF_REACH
 
 from masktune_utils import results
 from masktune_utils.choice import ERM
@@ -388,59 +388,17 @@ def table_of_solar() -> list[str]:
     return lines(models[["seeds", "worst group", "mean"]])
 
 
-def ways() -> pd.DataFrame:
-    """lengths.csv: a row a kind; for each of its columns, a column a way."""
+def table_of_lengths() -> list[str]:
+    """Worst group, mistakes and those that conflict, by how long halves are trained."""
     runs = read("lengths.csv")
     sets = runs["dataset"].map({"mnist": "digits", "fashion_mnist": "clothes"})
     runs["run"] = sets + ", " + runs["labels"].map(CLASSES) + ", " + runs["kind"]
-    return runs.pivot(index="run", columns="way")
-
-
-def table_of_lengths() -> list[str]:
-    """Worst group, mistakes and those that conflict, by how long halves are trained."""
-    of_ways = ways()
+    of_ways = runs.pivot(index="run", columns="way")
     points = (100 * of_ways["worst_group"]).map("{:.1f}".format)
     mistakes = of_ways["mistakes"].astype(str)
     conflicting = of_ways["conflicting_mistakes"].astype(str)
     cells = points + " (" + mistakes + "; " + conflicting + ")"
     return lines(cells[LENGTHS])
-
-
-def table_of_ways() -> list[str]:
-    """Ways to choose by halves: worst group, and how far behind the best of them."""
-    of_ways = ways()
-    points = 100 * of_ways["worst_group"]
-    is_kept = of_ways["chosen"] == ERM
-    gains = of_ways["gain"].mask(is_kept, -1)
-    mistakes = of_ways["mistakes"][LENGTHS]
-    # The first length after which held-out accuracy rises by less than a point.
-    rises = mistakes.diff(-1, axis=1) / LIMIT
-    settled = (rises.fillna(0) < 0.01).idxmax(axis=1)
-    explained = (of_ways["move"] - of_ways["move_elsewhere"])[LENGTHS] / mistakes
-    most = explained.idxmax(axis=1)
-
-    def pick(chosen):
-        return points.stack()[[*chosen.items()]].droplevel("way")
-
-    early = points["4"]
-    late = points["50"]
-    table = points[LENGTHS].assign(
-        **{
-            "4; 50 if they keep ERM": early.mask(is_kept["4"], late),
-            "4 or 50, by the larger gain": early.where(gains["4"] >= gains["50"], late),
-            "the first after which accuracy gains less than a point": pick(settled),
-            "the largest share of mistakes that move": pick(most),
-            "masks by 4, judged by 50": points["early masks"],
-            "50, and again without the mistakes": points["without mistakes"],
-        }
-    )
-    regret = table.rsub(table.max(axis=1), axis=0)
-    numbers = {
-        "mean": table.mean(),
-        "regret": regret.mean(),
-        "largest": regret.max(),
-    }
-    return lines(pd.DataFrame(numbers).map("{:.1f}".format))
 
 
 def places() -> pd.DataFrame:
@@ -546,7 +504,6 @@ TABLES = {
     "|photographs|runs|ERM|chosen|oracle|": table_of_photographs,
     "|solar cells|runs|worst group|all test images|": table_of_solar,
     "|kind|1|2|4|8|50|": table_of_lengths,
-    "|epochs|mean|mean regret|largest|": table_of_ways,
     "|announced of places, points|outcome|limit||": table_of_measures_of_places,
     "|place hidden|ERM: true|estimate|hidden: true|estimate|accuracy|hidden|": (
         table_of_places
